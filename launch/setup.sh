@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Sourced by the other scripts: makes .venv in the repository root once, installs $1 (a requirements file), activates it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+requirements=${1:-requirements.txt}
+python=$(command -v python3.11 || command -v python3 || true)
+[ -n "$python" ] || { echo "hgdpo_jax needs Python 3.11 or newer: none found on PATH" >&2; exit 1; }
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  { echo "hgdpo_jax needs Python 3.11 or newer: $("$python" --version) found on PATH" >&2; exit 1; }
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+stamp=.venv/$(basename "$requirements").installed
+if ! cat requirements*.txt | cmp -s - "$stamp"; then
+  echo "Installing $requirements into .venv (once; a few minutes)"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+  cat requirements*.txt > "$stamp"
+fi
+export PATH="$PWD/.venv/bin:$PATH"
