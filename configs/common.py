@@ -1,0 +1,37 @@
+"""What the stages of a variant share."""
+
+from ml_collections import ConfigDict
+
+from hgdpo_jax.config import ASSETS, default
+from hgdpo_jax.errors import UserError
+
+
+def base(variant: str) -> ConfigDict:
+    """`sd15`: the paper's settings, for a checkpoint and photographs of your own. `portraits`: the embedded default."""
+    config = default()
+    if variant == "sd15":
+        config.data.resolution = (1024, 704)
+    elif variant == "portraits":
+        config.model.base = str(ASSETS / "portraits" / "base")
+        config.model.dtype = "float32"
+        config.data.photographs = str(ASSETS / "portraits")
+        config.data.resolution = (64, 64)
+        config.pairs.scorer = str(ASSETS / "portraits" / "scorer")
+        config.pairs.pool_size = 8
+        config.pairs.steps = 20
+        config.pairs.guidance = 2.0
+        config.pairs.batch = 64
+        config.pairs.shard_size = 32
+        config.train.beta = 500.0
+        config.train.lr = 3e-4
+        config.train.warmup = 10
+        config.train.checkpoint_every = 50
+        config.train.log_every = 10
+        config.train.eval_every = 50
+        config.evaluate.images_per_prompt = 26
+        config.evaluate.steps = 20
+        config.evaluate.guidance = 2.0
+        config.evaluate.batch = 64
+    else:
+        raise UserError(f"config variant {variant}: unknown; choose sd15 or portraits")
+    return config

@@ -1,0 +1,26 @@
+"""Base: supervised fine-tuning on the photographs with the noise-prediction loss.
+
+    python -m hgdpo_jax.main --config configs/stage0_sft.py:portraits --workdir W
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(variant: str = "sd15") -> ConfigDict:
+    config = common.base(variant)
+    config.stage = "stage0"
+    config.objective = "sft"
+    config.data.caption_dropout = 0.1
+    config.train.params = "all"
+    if variant == "portraits":
+        # From nothing: the folder holds the VAE, the text encoder and a randomly initialised UNet.
+        config.train.steps = 3000
+        config.train.batch = 32
+        config.train.lr = 2e-3
+        config.train.schedule = "cosine"
+        config.train.ema = 0.995
+        config.train.checkpoint_every = 500
+        config.train.eval_every = 500
+    return config

@@ -1,0 +1,118 @@
+"""Devices: the mesh, the table that says how each parameter is sharded, and the compilation cache."""
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from hgdpo_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# First match decides. A Linear kernel is [in, out], a Conv kernel [height, width, in, out]. Projections into heads
+# or hidden units are split over `tensor` by output, projections back by input, so that a block needs one all-reduce.
+SHARDING_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"(lora_A|lora_B)$", PartitionSpec()),
+    (r"(to_q|to_k|to_v|q_proj|k_proj|v_proj|proj|fc1|linear_1)\.kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"(to_out\.0|out_proj|net\.2|fc2|linear_2|proj_in|proj_out)\.kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"conv\w*\.kernel$", PartitionSpec(None, None, None, "fsdp")),
+    (r"\.embedding$", PartitionSpec("fsdp", None)),
+    (r".*", PartitionSpec()),
+)
+
+
+def start(compilation_cache: Path | None = None) -> None:
+    """Joins the other processes of a multi-host run and turns on the persistent compilation cache.
+
+    On a Cloud TPU pod, under Slurm or in a GKE JobSet, JAX finds the coordinator by itself once told to; a single
+    process needs nothing. `HGDPO_DISTRIBUTED=1` asks for it.
+    """
+    if os.environ.get("HGDPO_DISTRIBUTED") == "1":
+        jax.distributed.initialize()
+    if compilation_cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
+
+
+def make_mesh(config: ConfigDict) -> Mesh:
+    """The mesh (data, fsdp, tensor) over all devices of all processes.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [config.data, config.fsdp, config.tensor]
+    count = jax.device_count()
+    if sizes.count(-1) == 1:
+        rest = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = count // rest
+    if math.prod(sizes) != count or min(sizes) < 1:
+        raise UserError(
+            f"config key mesh: {config.data} x {config.fsdp} x {config.tensor} does not make the {count} devices here"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """`unet.down_blocks.0.conv.kernel` for a key path of a pytree."""
+    return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path if str(k) != ".value")
+
+
+def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The table's answer for one parameter; an axis that does not divide its dimension is left out."""
+    for pattern, spec in SHARDING_TABLE:
+        if re.search(pattern, name) and len(spec) <= len(shape):
+            return PartitionSpec(
+                *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False))
+            )
+    raise AssertionError("the last pattern matches everything")
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each array (or ShapeDtypeStruct) of a pytree, decided by its path."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: NamedSharding(mesh, partition(path_name(path), leaf.shape, mesh)), tree
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first dimension is split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def check_batch(batch: int, mesh: Mesh, key: str) -> None:
+    """Raises UserError when a batch cannot be split evenly over the data and fsdp axes."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch % ways:
+        raise UserError(f"config key {key}={batch}: must be a multiple of {ways} (mesh.data x mesh.fsdp)")
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The process's part of a batch becomes its shards of one global array."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+def stream_key(seed: int, *names: str | int) -> jax.Array:
+    """A PRNG key that is a function of the seed and of named streams, example ids or steps, and of nothing else."""
+    key = jax.random.key(seed)
+    for name in names:
+        key = jax.random.fold_in(key, name if isinstance(name, int) else _fnv1a(name))
+    return key
+
+
+def _fnv1a(text: str) -> int:
+    """32-bit FNV-1a: `hash()` differs between processes."""
+    value = 2166136261
+    for byte in text.encode():
+        value = ((value ^ byte) * 16777619) % 2**32
+    return value
