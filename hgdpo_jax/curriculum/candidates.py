@@ -1,0 +1,135 @@
+"""Draws the images among which winners and losers are chosen: pools, reconstructions, and their scores.
+
+Everything drawn is a function of (seed, stream, example id, number in the pool), so any single candidate can be made
+again. Work is cut into batches of one fixed size, so that each program is compiled once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+from tqdm import tqdm
+
+from hgdpo_jax import runtime
+from hgdpo_jax.diffusion.guidance import guided
+from hgdpo_jax.diffusion.pipeline import Pipeline
+from hgdpo_jax.diffusion.samplers import sample
+from hgdpo_jax.diffusion.sdrecon import sdrecon
+
+Arrays = dict[str, np.ndarray]
+
+
+class Painter:
+    """Text → latents and photograph → reconstructions with one pipeline, and latents → images.
+
+    Args:
+        pipeline: ε_base, or any other pipeline.
+        mesh: batches are split over its data and fsdp axes.
+        sampler, steps, guidance: as in the config; guidance 1 means none.
+        batch: images per call, a multiple of data x fsdp.
+        seed: of all that is drawn.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, mesh: Mesh, *, sampler: str, steps: int, guidance: float, batch: int, seed: int
+    ) -> None:
+        runtime.check_batch(batch, mesh, "batch")
+        self.batch, self.mesh, self.seed = batch, mesh, seed
+        self._schedule = pipeline.schedule
+        self._channels = int(pipeline.unet.config["in_channels"])
+        unet, unet_state = nnx.split(pipeline.unet)
+        text, text_state = nnx.split(pipeline.text_encoder)
+        vae, vae_state = nnx.split(pipeline.vae)
+        weights = {"unet": unet_state, "text_encoder": text_state, "vae": vae_state}
+        self._weights = jax.device_put(weights, runtime.shardings(weights, mesh))
+        empty = pipeline.tokenize([""])
+
+        def denoiser(weights: Any, input_ids: jax.Array) -> Callable:
+            network, encoder = nnx.merge(unet, weights["unet"]), nnx.merge(text, weights["text_encoder"])
+            context = encoder(input_ids).last_hidden_state
+            if guidance == 1.0:
+                return lambda x, t: network(x, t, context)
+            uncond = jnp.broadcast_to(encoder(jnp.asarray(empty)).last_hidden_state, context.shape)
+            both = jnp.concatenate([uncond, context])
+            return guided(lambda x, t: network(x, t, both), guidance)
+
+        def generate(weights: Any, input_ids: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            keys = jax.vmap(jax.random.split)(key)
+            start = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
+            return sample(denoiser(weights, input_ids), self._schedule, start, keys[:, 1], sampler, steps)
+
+        def reconstruct(weights: Any, input_ids: jax.Array, key: jax.Array, latent: jax.Array, strength: int) -> jax.Array:
+            return sdrecon(denoiser(weights, input_ids), self._schedule, latent, key, strength, sampler, steps)
+
+        self._generate = jax.jit(generate, static_argnames="shape")
+        self._reconstruct = jax.jit(reconstruct, static_argnames="strength")
+        self._decode = jax.jit(lambda weights, latent: nnx.merge(vae, weights["vae"]).to_images(latent))
+        self._encode = jax.jit(lambda weights, image: nnx.merge(vae, weights["vae"]).to_latents(image))
+
+    def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
+        """(h, w, c) of the latents of images of a resolution (height, width)."""
+        image = jax.ShapeDtypeStruct((1, *resolution, 3), jnp.float32)
+        shape = jax.eval_shape(self._encode, self._weights, image).shape
+        return shape[1], shape[2], shape[3]
+
+    def keys(self, stream: str, example_ids: Sequence[str], numbers: Sequence[int]) -> jax.Array:
+        """A key for each (example, number in its pool)."""
+        return jnp.stack(
+            [runtime.stream_key(self.seed, stream, i, n) for i, n in zip(example_ids, numbers, strict=True)]
+        )
+
+    def generate(
+        self, input_ids: Int[np.ndarray, "n s"], keys: jax.Array, resolution: tuple[int, int], note: str
+    ) -> Float[np.ndarray, "n h w c"]:
+        """Latents drawn for each row of token ids."""
+        shape = self.latent_shape(resolution)
+        return self._run(
+            lambda part: self._generate(self._weights, part["ids"], part["key"], shape=shape),
+            {"ids": input_ids, "key": keys},
+            note,
+        )
+
+    def reconstruct(
+        self,
+        latents: Float[np.ndarray, "n h w c"],
+        input_ids: Int[np.ndarray, "n s"],
+        keys: jax.Array,
+        strength: int,
+        note: str,
+    ) -> Float[np.ndarray, "n h w c"]:
+        """SDRecon of each latent: noised to timestep 100 * strength and denoised from there."""
+        return self._run(
+            lambda part: self._reconstruct(
+                self._weights, part["ids"], part["key"], part["latent"], strength=strength
+            ),
+            {"ids": input_ids, "key": keys, "latent": latents},
+            note,
+        )
+
+    def decode(self, latents: Float[np.ndarray, "n h w c"], note: str) -> Float[np.ndarray, "n H W 3"]:
+        """Images in [-1, 1]."""
+        return self._run(lambda part: self._decode(self._weights, part["latent"]), {"latent": latents}, note)
+
+    def encode(self, images: Float[np.ndarray, "n H W 3"], note: str) -> Float[np.ndarray, "n h w c"]:
+        """Scaled latent means of images in [-1, 1]."""
+        return self._run(lambda part: self._encode(self._weights, part["image"]), {"image": images}, note)
+
+    def _run(self, program: Callable, arrays: dict[str, Any], note: str) -> np.ndarray:
+        return in_batches(program, arrays, self.batch, self.mesh, note)
+
+
+def in_batches(program: Callable, arrays: dict[str, Any], batch: int, mesh: Mesh, note: str) -> np.ndarray:
+    """Runs a jitted program over the first dimension in batches of one size; the last is padded, the padding dropped."""
+    count = len(next(iter(arrays.values())))
+    sharding = runtime.batch_sharding(mesh)
+    parts = []
+    for begin in tqdm(range(0, count, batch), desc=note, unit="batch", leave=False):
+        index = np.minimum(np.arange(begin, begin + batch), count - 1)
+        part = {name: jax.device_put(value[index], sharding) for name, value in arrays.items()}
+        parts.append(program(part))
+    return np.concatenate([np.asarray(part) for part in parts])[:count]

@@ -1,0 +1,171 @@
+"""One optimizer step: losses as functions of (policy, reference, frozen weights, batch), and the jitted update.
+
+Nothing here knows which stage is trained. Legend: `b` pairs, `h w c` latent, `s` tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from hgdpo_jax.diffusion.pipeline import Pipeline
+from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.training import objectives
+
+Params = PyTree[Array]
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+TIMESTEP_BINS = 10
+
+
+class Denoiser(NamedTuple):
+    """UNet and text encoder as pure functions of their weights.
+
+    `frozen` = {"text_encoder": ..., "unet": what of the UNet is not trained}; the policy is the rest of the UNet.
+    """
+
+    unet: nnx.GraphDef
+    text_encoder: nnx.GraphDef
+
+    def context(self, frozen: Params, input_ids: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        """Text embeddings of the frozen text encoder."""
+        return nnx.merge(self.text_encoder, frozen["text_encoder"])(input_ids).last_hidden_state
+
+    def __call__(
+        self,
+        policy: Params,
+        frozen: Params,
+        x_t: Float[Array, "b h w c"],
+        t: Int[Array, "b"],
+        context: Float[Array, "b s d"],
+    ) -> Float[Array, "b h w c"]:
+        """The UNet's prediction, float32."""
+        return nnx.merge(self.unet, policy, frozen["unet"])(x_t, t, context).astype(jnp.float32)
+
+
+def split(pipeline: Pipeline, params: str) -> tuple[Denoiser, Params, Params]:
+    """(denoiser, policy, frozen): the policy is the LoRA of the UNet (`lora`) or all its parameters (`all`)."""
+    trained = nnx.LoRAParam if params == "lora" else nnx.Param
+    unet, policy, rest = nnx.split(pipeline.unet, trained, ...)
+    text_encoder, text_state = nnx.split(pipeline.text_encoder)
+    return Denoiser(unet, text_encoder), policy, {"unet": rest, "text_encoder": text_state}
+
+
+Loss = Callable[[Params, Params, Params, Batch], tuple[Float[Array, ""], Metrics]]
+
+
+def _noise(key: PRNGKeyArray, shape: tuple[int, ...], steps: int) -> tuple[Int[Array, "b"], Float[Array, "b h w c"]]:
+    """Timestep and noise of each example, from its own key."""
+    keys = jax.vmap(jax.random.split)(key)
+    t = jax.vmap(lambda k: jax.random.randint(k, (), 0, steps))(keys[:, 0])
+    return t, jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 1])
+
+
+def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, beta: float, lambda_stat: float) -> Loss:
+    """L_D-DPO + λ_stat · L_stat on batches {winner, loser [b h w c], input_ids [b s], key [b]}."""
+
+    def loss(policy: Params, reference: Params, frozen: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        b = batch["winner"].shape[0]
+        t, noise = _noise(batch["key"], batch["winner"].shape[1:], schedule.num_train_timesteps)
+        pair = jnp.concatenate([batch["winner"], batch["loser"]])
+        t_pair, noise_pair = jnp.tile(t, 2), jnp.tile(noise, (2, 1, 1, 1))
+        x_t = schedule.add_noise(pair, noise_pair, t_pair)
+        target = schedule.target(pair, noise_pair, t_pair)
+        context = jnp.tile(denoiser.context(frozen, batch["input_ids"]), (2, 1, 1))
+        pred = denoiser(policy, frozen, x_t, t_pair, context)
+        ref = jax.lax.stop_gradient(denoiser(reference, frozen, x_t, t_pair, context))
+        dpo = objectives.diffusion_dpo(pred[:b], pred[b:], ref[:b], ref[b:], target[:b], target[b:], beta)
+        stat = objectives.statistics_loss(pred[:b], ref[:b], x_t[:b], t, schedule)
+        bins = jax.nn.one_hot(t * TIMESTEP_BINS // schedule.num_train_timesteps, TIMESTEP_BINS)
+        metrics = {
+            "loss/dpo": dpo.loss.mean(),
+            "loss/statistics": stat.mean(),
+            "error/winner": dpo.error_w.mean(),
+            "error/loser": dpo.error_l.mean(),
+            "error/winner_reference": dpo.ref_error_w.mean(),
+            "error/loser_reference": dpo.ref_error_l.mean(),
+            "dpo/margin": dpo.margin.mean(),
+            "dpo/sigmoid_minus_z": jax.nn.sigmoid(-dpo.margin).mean(),
+            "dpo/accuracy": dpo.accuracy.mean(),
+            "bins/accuracy": dpo.accuracy @ bins / b,
+            "bins/share": bins.mean(0),
+        }
+        total = dpo.loss.mean() + lambda_stat * stat.mean()
+        return total, {"loss/total": total, **metrics}
+
+    return loss
+
+
+def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule) -> Loss:
+    """Noise prediction on batches {latent [b h w c], input_ids [b s], key [b]}; there is no reference."""
+
+    def loss(policy: Params, reference: Params, frozen: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        del reference
+        latent = batch["latent"]
+        t, noise = _noise(batch["key"], latent.shape[1:], schedule.num_train_timesteps)
+        x_t = schedule.add_noise(latent, noise, t)
+        context = denoiser.context(frozen, batch["input_ids"])
+        pred = denoiser(policy, frozen, x_t, t, context)
+        error = objectives.sft_loss(pred, schedule.target(latent, noise, t)).mean()
+        return error, {"loss/total": error}
+
+    return loss
+
+
+class TrainState(NamedTuple):
+    """What a step changes: policy, its running average (None without EMA), optimizer state, step count."""
+
+    policy: Params
+    ema: Params | None
+    optimizer: optax.OptState
+    step: Int[Array, ""]
+
+
+def init_state(policy: Params, tx: optax.GradientTransformation, ema: float) -> TrainState:
+    """The state before the first step. Copies the policy, since a step donates its input."""
+    copy = jax.tree.map(jnp.copy, policy)
+    return TrainState(policy, copy if ema else None, tx.init(policy), jnp.zeros((), jnp.int32))
+
+
+def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int, ema: float, key: PRNGKeyArray) -> Callable:
+    """The jitted update `step(state, reference, frozen, batch) -> (state, metrics)`; `state` is donated.
+
+    Every example draws from a key folded from (key, step, position in the batch), so neither the number of devices
+    nor the number of microbatches changes what is drawn.
+    """
+
+    def step(state: TrainState, reference: Params, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        size = batch["input_ids"].shape[0]
+        step_key = jax.random.fold_in(key, state.step)
+        batch = batch | {"key": jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(size))}
+        gradient = jax.value_and_grad(loss, has_aux=True)
+
+        def microbatch(part: Batch) -> tuple[Params, Metrics]:
+            (_, metrics), grads = gradient(state.policy, reference, frozen, part)
+            return grads, metrics
+
+        if accumulate == 1:
+            grads, metrics = microbatch(batch)
+        else:
+            # Strided, so that each device keeps the examples it holds.
+            parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch, _first(parts)))
+            total, _ = jax.lax.scan(lambda s, part: (jax.tree.map(jnp.add, s, microbatch(part)), None), zeros, parts)
+            grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
+        updates, optimizer = tx.update(grads, state.optimizer, state.policy)
+        policy = optax.apply_updates(state.policy, updates)
+        average = None
+        if state.ema is not None:
+            average = optax.incremental_update(policy, state.ema, 1.0 - ema)
+        metrics["gradient_norm"] = optax.global_norm(grads)
+        return TrainState(policy, average, optimizer, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _first(parts: Batch) -> Batch:
+    return jax.tree.map(lambda x: x[0], parts)
