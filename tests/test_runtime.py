@@ -1,0 +1,55 @@
+"""Mesh, sharding table and named random streams."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from hgdpo_jax import runtime
+from hgdpo_jax.errors import UserError
+
+
+def mesh(data: int = -1, fsdp: int = 2, tensor: int = 2) -> jax.sharding.Mesh:
+    return runtime.make_mesh(ConfigDict(dict(data=data, fsdp=fsdp, tensor=tensor)))
+
+
+def test_one_axis_takes_the_devices_that_are_left() -> None:
+    assert dict(mesh().shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused() -> None:
+    with pytest.raises(UserError, match="3 x 2 x 2 does not make the 8 devices"):
+        mesh(data=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "spec"),
+    [
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.kernel", (8, 8), P("fsdp", "tensor")),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.kernel", (8, 8), P("tensor", "fsdp")),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A", (8, 4), P()),
+        ("unet.down_blocks.0.resnets.0.conv1.kernel", (3, 3, 8, 8), P(None, None, None, "fsdp")),
+        ("unet.down_blocks.0.resnets.0.norm1.scale", (8,), P()),
+        ("unet.conv_out.kernel", (3, 3, 8, 3), P(None, None, None, None)),
+    ],
+)
+def test_the_table_decides_by_path_and_leaves_out_what_does_not_divide(name: str, shape: tuple, spec: P) -> None:
+    assert runtime.partition(name, shape, mesh()) == spec
+
+
+def test_optimizer_moments_are_sharded_like_their_parameters() -> None:
+    tree = {"mu": {"attn": {"to_q": {"kernel": jnp.zeros((8, 8))}}}, "count": jnp.zeros(())}
+    found = runtime.shardings(tree, mesh())
+    assert found["mu"]["attn"]["to_q"]["kernel"].spec == P("fsdp", "tensor") and found["count"].spec == P()
+
+
+def test_streams_differ_by_name_and_repeat_by_name() -> None:
+    data = [jax.random.key_data(runtime.stream_key(0, *names)).tolist() for names in
+            [("pool", "a", 1), ("pool", "a", 1), ("pool", "a", 2), ("pool", "b", 1), ("noise", "a", 1)]]  # fmt: skip
+    assert data[0] == data[1] and len({tuple(d) for d in data}) == 4
+
+
+def test_a_batch_that_the_mesh_cannot_split_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train.batch=6: must be a multiple of 4"):
+        runtime.check_batch(6, mesh(), "train.batch")
