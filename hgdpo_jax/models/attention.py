@@ -1,0 +1,125 @@
+"""Attention blocks of the UNet and the VAE, named as in diffusers. `b n d` are batch, tokens, width."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from hgdpo_jax.models.resnet import conv, group_norm
+
+
+class Identity(nnx.Module):
+    """Holds the place of a Dropout in a list, so that indices stay upstream's."""
+
+    def __call__(self, x: Array) -> Array:
+        """x itself."""
+        return x
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of `x` over `context` (over itself without one); the softmax is float32."""
+
+    def __init__(
+        self, width: int, context_width: int, heads: int, *, bias: bool, rngs: nnx.Rngs, dtype: jnp.dtype
+    ) -> None:
+        self.heads = heads
+        self.to_q = nnx.Linear(width, width, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_k = nnx.Linear(context_width, width, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_v = nnx.Linear(context_width, width, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_out = nnx.List([nnx.Linear(width, width, dtype=dtype, rngs=rngs), Identity()])
+
+    def __call__(
+        self, x: Float[Array, "b n d"], context: Float[Array, "b m e"] | None = None
+    ) -> Float[Array, "b n d"]:
+        """softmax(q kᵀ / √(d/heads)) v, projected."""
+        context = x if context is None else context
+        split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # noqa: E731
+        out = jax.nn.dot_product_attention(
+            split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context))
+        )
+        return self.to_out[0](out.reshape(x.shape))
+
+
+class GEGLU(nnx.Module):
+    """a · gelu(b) of one projection, with the exact (erf) GELU."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.proj = nnx.Linear(width, 2 * hidden, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n f"]:
+        """The first half of the projection is gated by the second."""
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return value * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    """GEGLU to four times the width and back."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.net = nnx.List(
+            [
+                GEGLU(width, 4 * width, rngs=rngs, dtype=dtype),
+                Identity(),
+                nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs),
+            ]
+        )
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Applied to each token."""
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Self-attention, cross-attention, feed-forward, each after a LayerNorm and added to its input."""
+
+    def __init__(self, width: int, context_width: int, heads: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        def norm() -> nnx.LayerNorm:
+            return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+        self.norm1 = norm()
+        self.attn1 = Attention(width, width, heads, bias=False, rngs=rngs, dtype=dtype)
+        self.norm2 = norm()
+        self.attn2 = Attention(width, context_width, heads, bias=False, rngs=rngs, dtype=dtype)
+        self.norm3 = norm()
+        self.ff = FeedForward(width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "b n d"], context: Float[Array, "b s e"]) -> Float[Array, "b n d"]:
+        """`context` holds the text embeddings."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """Transformer blocks over the pixels of a feature map, between two projections, plus the input."""
+
+    def __init__(
+        self,
+        channels: int,
+        context_width: int,
+        heads: int,
+        layers: int,
+        *,
+        linear: bool,
+        groups: int,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+    ) -> None:
+        def project() -> nnx.Module:
+            if linear:
+                return nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+            return conv(channels, channels, 1, rngs=rngs, dtype=dtype)
+
+        self.norm = group_norm(channels, groups, 1e-6, rngs=rngs, dtype=dtype)
+        self.proj_in = project()
+        self.transformer_blocks = nnx.List(
+            [BasicTransformerBlock(channels, context_width, heads, rngs=rngs, dtype=dtype) for _ in range(layers)]
+        )
+        self.proj_out = project()
+
+    def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b s e"]) -> Float[Array, "b h w c"]:
+        """A 1x1 convolution and a Linear are the same on [b, h, w, c], so the order of reshaping does not matter."""
+        tokens = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return self.proj_out(tokens.reshape(x.shape)) + x

@@ -1,0 +1,77 @@
+"""Convolutional blocks that UNet and VAE share. Arrays are [b, h, w, c]; names are those of diffusers."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def conv(inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, stride: int = 1) -> nnx.Conv:
+    """A square convolution that keeps the size at stride 1."""
+    return nnx.Conv(
+        inputs, outputs, (size, size), strides=stride, padding=(size - 1) // 2, dtype=dtype, rngs=rngs
+    )
+
+
+def group_norm(channels: int, groups: int, eps: float, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.GroupNorm:
+    """GroupNorm whose statistics are float32 and two-pass, like PyTorch's."""
+    return nnx.GroupNorm(channels, groups, epsilon=eps, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+class ResnetBlock2D(nnx.Module):
+    """norm–SiLU–conv twice around the time embedding, plus a shortcut. `time_channels=None` for the VAE."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        groups: int,
+        eps: float,
+        time_channels: int | None,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+    ) -> None:
+        self.norm1 = group_norm(inputs, groups, eps, rngs=rngs, dtype=dtype)
+        self.conv1 = conv(inputs, outputs, 3, rngs=rngs, dtype=dtype)
+        if time_channels is not None:
+            self.time_emb_proj = nnx.Linear(time_channels, outputs, dtype=dtype, rngs=rngs)
+        self.norm2 = group_norm(outputs, groups, eps, rngs=rngs, dtype=dtype)
+        self.conv2 = conv(outputs, outputs, 3, rngs=rngs, dtype=dtype)
+        if inputs != outputs:
+            self.conv_shortcut = conv(inputs, outputs, 1, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], temb: Float[Array, "b d"] | None = None
+    ) -> Float[Array, "b h w c2"]:
+        """`temb` is the time embedding, needed where the block has a projection for it."""
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        if temb is not None:
+            h = h + self.time_emb_proj(jax.nn.silu(temb))[:, None, None, :]
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Downsample2D(nnx.Module):
+    """Halves height and width. The VAE pads below and on the right only (`asymmetric`)."""
+
+    def __init__(self, channels: int, *, asymmetric: bool = False, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        padding = ((0, 1), (0, 1)) if asymmetric else 1
+        self.conv = nnx.Conv(channels, channels, (3, 3), strides=2, padding=padding, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        """Strided convolution."""
+        return self.conv(x)
+
+
+class Upsample2D(nnx.Module):
+    """Doubles height and width: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.conv = conv(channels, channels, 3, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        """Nearest neighbour by broadcasting, which XLA fuses."""
+        b, h, w, c = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        return self.conv(x)

@@ -1,0 +1,256 @@
+"""The conditional UNet of Stable Diffusion 1.x, 2.x and XL, driven by the config.json that diffusers writes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.models.attention import Transformer2DModel
+from hgdpo_jax.models.model_config import ModelConfig, check_only
+from hgdpo_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv, group_norm
+
+# What changes the computation and is implemented in one way only; an absent key means the first value.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu",),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dropout": (0.0, 0),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim_type": (None,),
+    "encoder_hid_dim": (None,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_scale_factor": (1, 1.0),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "mid_block_only_cross_attention": (None, False),
+    "num_attention_heads": (None,),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "resnet_out_scale_factor": (1.0, 1),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+}
+
+
+def sinusoidal(t: Float[Array, "b"] | Int[Array, "b"], width: int) -> Float[Array, "b width"]:
+    """[cos, sin] of t at `width / 2` geometric frequencies from 1 to 1/10000, float32 (Vaswani et al. 2017)."""
+    half = width // 2
+    frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two linear layers around a SiLU."""
+
+    def __init__(self, inputs: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.linear_1 = nnx.Linear(inputs, width, dtype=dtype, rngs=rngs)
+        self.linear_2 = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b d"]:
+        """The embedding that every ResnetBlock2D adds."""
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class Block(nnx.Module):
+    """A level of the UNet: residual blocks, each followed by attention where the level has any, then a resampling."""
+
+    def __init__(
+        self,
+        channels: Sequence[tuple[int, int]],
+        *,
+        transformer: Mapping[str, Any] | None,
+        down: bool = False,
+        up: bool = False,
+        settings: Mapping[str, Any],
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+    ) -> None:
+        self.resnets = nnx.List(
+            [ResnetBlock2D(i, o, **settings, rngs=rngs, dtype=dtype) for i, o in channels]
+        )
+        outputs = channels[-1][1]
+        if transformer is not None:
+            self.attentions = nnx.List(
+                [
+                    Transformer2DModel(outputs, **transformer, groups=settings["groups"], rngs=rngs, dtype=dtype)
+                    for _ in channels
+                ]
+            )
+        if down:
+            self.downsamplers = nnx.List([Downsample2D(outputs, rngs=rngs, dtype=dtype)])
+        if up:
+            self.upsamplers = nnx.List([Upsample2D(outputs, rngs=rngs, dtype=dtype)])
+
+    def layer(self, i: int, x: Array, temb: Array, context: Array) -> Array:
+        """Residual block i and its attention."""
+        x = self.resnets[i](x, temb)
+        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+
+
+class MidBlock(nnx.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        transformer: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+    ) -> None:
+        self.resnets = nnx.List(
+            [ResnetBlock2D(channels, channels, **settings, rngs=rngs, dtype=dtype) for _ in range(2)]
+        )
+        self.attentions = nnx.List(
+            [Transformer2DModel(channels, **transformer, groups=settings["groups"], rngs=rngs, dtype=dtype)]
+        )
+
+    def __call__(self, x: Array, temb: Array, context: Array) -> Array:
+        """The lowest level."""
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, temb), context), temb)
+
+
+class UNet2DConditionModel(nnx.Module):
+    """ε_θ(x_t, t, c), or v_θ where the scheduler says so.
+
+    Args:
+        config: parsed config.json.
+        rngs: for the initial weights.
+        dtype: compute dtype; parameters are float32.
+
+    Raises:
+        UserError: a config value that changes the computation in a way that is not implemented.
+    """
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+        check_only(config, _ONLY, "UNet")
+        self.config = ModelConfig(config)
+        self.dtype = dtype
+        widths: list[int] = list(config["block_out_channels"])
+        down_types, up_types = config["down_block_types"], config["up_block_types"]
+        levels = len(widths)
+        time_width = 4 * widths[0]
+        layers = _per_level(config.get("layers_per_block", 2), levels, "layers_per_block")
+        # diffusers' `attention_head_dim` is the number of heads in these models.
+        heads = _per_level(config.get("attention_head_dim", 8), levels, "attention_head_dim")
+        depths = _per_level(config.get("transformer_layers_per_block", 1), levels, "transformer_layers_per_block")
+        context_width = _per_level(config["cross_attention_dim"], levels, "cross_attention_dim")
+        groups = config.get("norm_num_groups", 32)
+        settings = {"groups": groups, "eps": config.get("norm_eps", 1e-5), "time_channels": time_width}
+        shared = {"settings": settings, "rngs": rngs, "dtype": dtype}
+
+        def transformer(level: int, block_type: str, plain: str, cross: str) -> dict[str, Any] | None:
+            if block_type == plain:
+                return None
+            if block_type != cross:
+                raise UserError(f"UNet config block type {block_type}: not supported, only {plain} and {cross} are")
+            return {
+                "context_width": context_width[level],
+                "heads": heads[level],
+                "layers": depths[level],
+                "linear": config.get("use_linear_projection", False),
+            }
+
+        self.conv_in = conv(config.get("in_channels", 4), widths[0], 3, rngs=rngs, dtype=dtype)
+        self.time_embedding = TimestepEmbedding(widths[0], time_width, rngs=rngs, dtype=dtype)
+        self.addition = config.get("addition_embed_type")
+        if self.addition == "text_time":
+            self.addition_time_width = config["addition_time_embed_dim"]
+            self.add_embedding = TimestepEmbedding(
+                config["projection_class_embeddings_input_dim"], time_width, rngs=rngs, dtype=dtype
+            )
+        elif self.addition is not None:
+            raise UserError(f"UNet config addition_embed_type={self.addition!r}: not supported, only 'text_time' is")
+
+        down, skips, previous = [], [widths[0]], widths[0]
+        for level, width in enumerate(widths):
+            last = level == levels - 1
+            channels = [(previous if i == 0 else width, width) for i in range(layers[level])]
+            attention = transformer(level, down_types[level], "DownBlock2D", "CrossAttnDownBlock2D")
+            down.append(Block(channels, transformer=attention, down=not last, **shared))
+            skips += [width] * (layers[level] + (not last))
+            previous = width
+        self.down_blocks = nnx.List(down)
+        self.mid_block = MidBlock(
+            widths[-1], transformer=transformer(levels - 1, "cross", "plain", "cross"), **shared
+        )
+        up = []
+        for i, level in enumerate(reversed(range(levels))):
+            width = widths[level]
+            channels = []
+            for _ in range(layers[level] + 1):
+                channels.append((previous + skips.pop(), width))
+                previous = width
+            attention = transformer(level, up_types[i], "UpBlock2D", "CrossAttnUpBlock2D")
+            up.append(Block(channels, transformer=attention, up=level > 0, **shared))
+        self.up_blocks = nnx.List(up)
+        self.conv_norm_out = group_norm(widths[0], groups, settings["eps"], rngs=rngs, dtype=dtype)
+        self.conv_out = conv(widths[0], config.get("out_channels", 4), 3, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        sample: Float[Array, "b h w c"],
+        timesteps: Int[Array, "b"],
+        encoder_hidden_states: Float[Array, "b s d"],
+        added_cond: Mapping[str, Array] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """The prediction in float32.
+
+        Args:
+            sample: noisy latents; h and w are multiples of 2 to the number of downsamplings.
+            timesteps: 0…999.
+            encoder_hidden_states: text embeddings.
+            added_cond: SDXL only: `text_embeds` [b, p] (pooled) and `time_ids` [b, 6] (sizes and crop in pixels).
+        """
+        dtype, context = self.dtype, encoder_hidden_states.astype(self.dtype)
+        temb = self.time_embedding(sinusoidal(timesteps, self.conv_in.out_features).astype(dtype))
+        if self.addition == "text_time":
+            if added_cond is None:
+                raise UserError("this UNet (SDXL) needs added_cond with text_embeds and time_ids")
+            ids = added_cond["time_ids"]
+            times = sinusoidal(ids.reshape(-1), self.addition_time_width).reshape(ids.shape[0], -1)
+            temb = temb + self.add_embedding(
+                jnp.concatenate([added_cond["text_embeds"].astype(dtype), times.astype(dtype)], axis=-1)
+            )
+        x = self.conv_in(sample.astype(dtype))
+        skips = [x]
+        for block in self.down_blocks:
+            for i in range(len(block.resnets)):
+                x = block.layer(i, x, temb, context)
+                skips.append(x)
+            if hasattr(block, "downsamplers"):
+                x = block.downsamplers[0](x)
+                skips.append(x)
+        x = self.mid_block(x, temb, context)
+        for block in self.up_blocks:
+            for i in range(len(block.resnets)):
+                x = block.layer(i, jnp.concatenate([x, skips.pop()], axis=-1), temb, context)
+            if hasattr(block, "upsamplers"):
+                x = block.upsamplers[0](x)
+        x = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return x.astype(jnp.float32)
+
+
+def _per_level(value: int | Sequence[int], levels: int, key: str) -> list[int]:
+    values = list(value) if isinstance(value, Sequence) else [value] * levels
+    if len(values) != levels:
+        raise UserError(f"UNet config {key}={value!r}: expects one number or {levels}")
+    return values
