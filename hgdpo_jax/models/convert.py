@@ -33,16 +33,16 @@ def torch_key(path: tuple[Any, ...]) -> str:
 
 def to_torch_layout(leaf: str, value: np.ndarray) -> np.ndarray:
     """Linear [in, out] → [out, in]; Conv [H, W, in, out] → [out, in, H, W]; all else unchanged."""
-    if leaf == "kernel":
-        value = value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1)
-    return np.ascontiguousarray(value)
+    if leaf != "kernel":
+        return value
+    return np.ascontiguousarray(value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1))
 
 
 def from_torch_layout(leaf: str, value: np.ndarray) -> np.ndarray:
     """The inverse of :func:`to_torch_layout`."""
-    if leaf == "kernel":
-        value = value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
-    return np.ascontiguousarray(value)
+    if leaf != "kernel":
+        return value
+    return np.ascontiguousarray(value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0))
 
 
 def parameters(model: nnx.Module) -> dict[tuple[Any, ...], nnx.Param]:

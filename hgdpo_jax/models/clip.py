@@ -1,0 +1,202 @@
+"""CLIP's text and vision towers, driven by the config.json that transformers writes."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from hgdpo_jax.models.model_config import ModelConfig, check_only
+from hgdpo_jax.errors import UserError
+
+_ONLY: dict[str, tuple[Any, ...]] = {"attention_dropout": (0.0, 0), "dropout": (0.0, 0), "num_channels": (3,)}
+_ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+class TextOutput(NamedTuple):
+    """What the text tower gives. `hidden_states[-2]` is the penultimate layer that SDXL reads."""
+
+    last_hidden_state: Float[Array, "b s d"]
+    pooled: Float[Array, "b d"]
+    hidden_states: tuple[Float[Array, "b s d"], ...]
+
+
+class CLIPAttention(nnx.Module):
+    """Multi-head self-attention with biases."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.heads = heads
+        self.k_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.v_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.q_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.out_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], causal: bool) -> Float[Array, "b n d"]:
+        """Each token sees all, or with `causal` those up to itself."""
+        q, k, v = (
+            project(x).reshape(*x.shape[:2], self.heads, -1) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(jax.nn.dot_product_attention(q, k, v, is_causal=causal).reshape(x.shape))
+
+
+class CLIPMLP(nnx.Module):
+    """Two linear layers around the activation."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        width, hidden = config["hidden_size"], config["intermediate_size"]
+        self.activation = config.get("hidden_act", "quick_gelu")
+        if self.activation not in _ACTIVATIONS:
+            raise UserError(f"CLIP config hidden_act={self.activation!r}: expects one of {', '.join(_ACTIVATIONS)}")
+        self.fc1 = nnx.Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Applied to each token."""
+        return self.fc2(_ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+def _norm(config: Mapping[str, Any], rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.LayerNorm:
+    eps = config.get("layer_norm_eps", 1e-5)
+    return nnx.LayerNorm(config["hidden_size"], epsilon=eps, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+class CLIPEncoderLayer(nnx.Module):
+    """Attention and MLP, each after a LayerNorm and added to its input."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.self_attn = CLIPAttention(config["hidden_size"], config["num_attention_heads"], rngs=rngs, dtype=dtype)
+        self.layer_norm1 = _norm(config, rngs, dtype)
+        self.mlp = CLIPMLP(config, rngs=rngs, dtype=dtype)
+        self.layer_norm2 = _norm(config, rngs, dtype)
+
+    def __call__(self, x: Float[Array, "b n d"], causal: bool) -> Float[Array, "b n d"]:
+        """One layer."""
+        x = x + self.self_attn(self.layer_norm1(x), causal)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nnx.Module):
+    """A stack of layers."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        layers = range(config["num_hidden_layers"])
+        self.layers = nnx.List([CLIPEncoderLayer(config, rngs=rngs, dtype=dtype) for _ in layers])
+
+    def __call__(self, x: Float[Array, "b n d"], causal: bool) -> tuple[Float[Array, "b n d"], ...]:
+        """The input and the output of every layer."""
+        states = [x]
+        for layer in self.layers:
+            states.append(layer(states[-1], causal))
+        return tuple(states)
+
+
+class CLIPTextEmbeddings(nnx.Module):
+    """Token plus position embeddings."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        width = config["hidden_size"]
+        self.token_embedding = nnx.Embed(config["vocab_size"], width, dtype=dtype, rngs=rngs)
+        self.position_embedding = nnx.Embed(config["max_position_embeddings"], width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, ids: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        """Embeddings of token ids."""
+        return self.token_embedding(ids) + self.position_embedding(jnp.arange(ids.shape[1]))
+
+
+class CLIPTextModel(nnx.Module):
+    """The text encoder. Arguments as for every model: parsed config.json, rngs, compute dtype."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+        check_only(config, _ONLY, "CLIP text")
+        self.config = ModelConfig(config)
+        # Configs from before transformers 4.31 say 2; there the end is the highest id, as OpenAI's code has it.
+        self.eos = config.get("eos_token_id", 49407)
+        self.embeddings = CLIPTextEmbeddings(config, rngs=rngs, dtype=dtype)
+        self.encoder = CLIPEncoder(config, rngs=rngs, dtype=dtype)
+        self.final_layer_norm = _norm(config, rngs, dtype)
+
+    def __call__(self, input_ids: Int[Array, "b s"]) -> TextOutput:
+        """Token ids, s ≤ 77. Pooled is the last state at the first end-of-text token."""
+        states = self.encoder(self.embeddings(input_ids), causal=True)
+        last = self.final_layer_norm(states[-1])
+        end = input_ids if self.eos == 2 else (input_ids == self.eos).astype(jnp.int32)
+        return TextOutput(last, last[jnp.arange(last.shape[0]), end.argmax(-1)], states)
+
+
+class CLIPTextModelWithProjection(nnx.Module):
+    """The text encoder with a projection of the pooled state: SDXL's second encoder."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+        self.config = ModelConfig(config)
+        self.text_model = CLIPTextModel(config, rngs=rngs, dtype=dtype)
+        width, out = config["hidden_size"], config["projection_dim"]
+        self.text_projection = nnx.Linear(width, out, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, input_ids: Int[Array, "b s"]) -> TextOutput:
+        """As CLIPTextModel, with `pooled` projected to [b, projection_dim]."""
+        output = self.text_model(input_ids)
+        return output._replace(pooled=self.text_projection(output.pooled))
+
+
+class CLIPVisionEmbeddings(nnx.Module):
+    """Patches and the class token, plus positions."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        width, patch = config["hidden_size"], config["patch_size"]
+        count = (config["image_size"] // patch) ** 2 + 1
+        self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (width,)) * width**-0.5)
+        self.patch_embedding = nnx.Conv(
+            3, width, (patch, patch), strides=patch, padding="VALID", use_bias=False, dtype=dtype, rngs=rngs
+        )
+        self.position_embedding = nnx.Embed(count, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b n d"]:
+        """The class token comes first."""
+        patches = self.patch_embedding(pixels)
+        b, _, _, d = patches.shape
+        first = jnp.broadcast_to(self.class_embedding[...].astype(patches.dtype), (b, 1, d))
+        tokens = jnp.concatenate([first, patches.reshape(b, -1, d)], axis=1)
+        return tokens + self.position_embedding(jnp.arange(tokens.shape[1]))
+
+
+class CLIPVisionModel(nnx.Module):
+    """The image encoder; its pooled output is the normalised class token."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+        check_only(config, _ONLY, "CLIP vision")
+        self.config = ModelConfig(config)
+        self.embeddings = CLIPVisionEmbeddings(config, rngs=rngs, dtype=dtype)
+        self.pre_layrnorm = _norm(config, rngs, dtype)  # upstream's spelling
+        self.encoder = CLIPEncoder(config, rngs=rngs, dtype=dtype)
+        self.post_layernorm = _norm(config, rngs, dtype)
+
+    def __call__(self, pixels: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:
+        """(last hidden states, pooled) of CLIP-normalised pixels at the config's image_size."""
+        last = self.encoder(self.pre_layrnorm(self.embeddings(pixels)), causal=False)[-1]
+        return last, self.post_layernorm(last[:, 0])
+
+
+class CLIPModel(nnx.Module):
+    """Both towers and their projections: the shape of PickScore, HPS v2 and the embedded scorer."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+        self.config = ModelConfig(config)
+        text, vision, out = config["text_config"], config["vision_config"], config["projection_dim"]
+        self.text_model = CLIPTextModel(text, rngs=rngs, dtype=dtype)
+        self.vision_model = CLIPVisionModel(vision, rngs=rngs, dtype=dtype)
+        self.visual_projection = nnx.Linear(vision["hidden_size"], out, use_bias=False, dtype=dtype, rngs=rngs)
+        self.text_projection = nnx.Linear(text["hidden_size"], out, use_bias=False, dtype=dtype, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.asarray(config.get("logit_scale_init_value", 2.6592), jnp.float32))
+
+    def image_embeds(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b p"]:
+        """Projected image embeddings, not normalised, float32; pixels are CLIP-normalised."""
+        return self.visual_projection(self.vision_model(pixels)[1]).astype(jnp.float32)
+
+    def text_embeds(self, input_ids: Int[Array, "b s"]) -> Float[Array, "b p"]:
+        """Projected text embeddings, not normalised, float32."""
+        return self.text_projection(self.text_model(input_ids).pooled).astype(jnp.float32)

@@ -1,0 +1,76 @@
+"""CLIP against transformers'."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+from hgdpo_jax.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+from hgdpo_jax.models.convert import from_torch, to_torch
+from tests.models.parity import numpy_weights, ported, randomise, relative_error
+
+TEXT = dict(
+    vocab_size=60,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=12,
+    projection_dim=20,
+    bos_token_id=58,
+    pad_token_id=1,
+)
+VISION = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+)
+IDS = np.array([[58, 3, 4, 59, 1, 1, 1, 1], [58, 9, 9, 9, 9, 9, 9, 59]], np.int32)
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("eos", [2, 59])
+def test_the_text_model_is_transformers(act: str, eos: int) -> None:
+    theirs = randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT, hidden_act=act, eos_token_id=eos)))
+    ours = ported(CLIPTextModel, theirs.config.to_dict(), theirs)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(IDS), output_hidden_states=True)
+    found = ours(IDS)
+    assert relative_error(found.last_hidden_state, expected.last_hidden_state) <= 2e-5
+    assert relative_error(found.pooled, expected.pooler_output) <= 2e-5
+    assert relative_error(found.hidden_states[-2], expected.hidden_states[-2]) <= 2e-5
+
+
+def test_the_projected_text_model_is_transformers() -> None:
+    config = transformers.CLIPTextConfig(**TEXT, eos_token_id=59)
+    theirs = randomise(transformers.CLIPTextModelWithProjection(config))
+    ours = ported(CLIPTextModelWithProjection, theirs.config.to_dict(), theirs)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(IDS)).text_embeds
+    assert relative_error(ours(IDS).pooled, expected) <= 2e-5
+
+
+def test_both_towers_are_transformers() -> None:
+    config = transformers.CLIPConfig(text_config=TEXT | {"eos_token_id": 59}, vision_config=VISION, projection_dim=20)
+    theirs = randomise(transformers.CLIPModel(config))
+    ours = ported(CLIPModel, theirs.config.to_dict(), theirs)
+    pixels = np.random.default_rng(0).standard_normal((2, 16, 16, 3), np.float32)
+    with torch.no_grad():
+        result = theirs(input_ids=torch.tensor(IDS), pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2)))
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    image, text = ours.image_embeds(pixels), ours.text_embeds(IDS)
+    assert relative_error(unit(image), result.image_embeds) <= 2e-5
+    assert relative_error(unit(text), result.text_embeds) <= 2e-5
+    logits = np.exp(ours.logit_scale[...]) * unit(image) @ unit(text).T
+    assert relative_error(logits, result.logits_per_image) <= 2e-5
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_keys_with_and_without_the_old_prefix_are_read(prefix: str) -> None:
+    config = transformers.CLIPTextConfig(**TEXT)
+    theirs = randomise(transformers.CLIPTextModel(config))
+    bare = {key.removeprefix("text_model."): value for key, value in numpy_weights(theirs).items()}
+    weights = {prefix + key: value for key, value in bare.items()}
+    ours = nnx.eval_shape(lambda: CLIPTextModel(config.to_dict(), rngs=nnx.Rngs(0)))
+    from_torch(weights, ours)
+    written = to_torch(ours)
+    assert written.keys() == bare.keys() and all(np.array_equal(written[k], bare[k]) for k in bare)
