@@ -79,7 +79,7 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, beta: float, lambda_st
         pred = denoiser(policy, frozen, x_t, t_pair, context)
         ref = jax.lax.stop_gradient(denoiser(reference, frozen, x_t, t_pair, context))
         dpo = objectives.diffusion_dpo(pred[:b], pred[b:], ref[:b], ref[b:], target[:b], target[b:], beta)
-        stat = objectives.statistics_loss(pred[:b], ref[:b], x_t[:b], t, schedule)
+        stat = objectives.statistics_loss(pred[:b], ref[:b], schedule.mean_shift(t))
         bins = jax.nn.one_hot(t * TIMESTEP_BINS // schedule.num_train_timesteps, TIMESTEP_BINS)
         metrics = {
             "loss/dpo": dpo.loss.mean(),
@@ -110,7 +110,7 @@ def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule) -> Loss:
         x_t = schedule.add_noise(latent, noise, t)
         context = denoiser.context(frozen, batch["input_ids"])
         pred = denoiser(policy, frozen, x_t, t, context)
-        error = objectives.sft_loss(pred, schedule.target(latent, noise, t)).mean()
+        error = objectives.mean_squared_error(pred, schedule.target(latent, noise, t)).mean()
         return error, {"loss/total": error}
 
     return loss

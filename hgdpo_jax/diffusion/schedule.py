@@ -1,0 +1,118 @@
+"""The noise schedule and the forward process, from scheduler_config.json.
+
+x_t = √ᾱ_t · x_0 + √(1−ᾱ_t) · ε (Ho et al. 2020); v = √ᾱ_t · ε − √(1−ᾱ_t) · x_0 (Salimans and Ho 2022).
+Legend: `b` examples, `h w c` latent.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from hgdpo_jax.errors import UserError
+
+Latent = Float[Array, "b h w c"]
+Timesteps = Int[Array, "b"]
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """ᾱ_t for the training timesteps, and what the network predicts.
+
+    Attributes:
+        alphas_cumprod: ᾱ_t, float32 [T], decreasing in (0, 1).
+        prediction_type: `epsilon` or `v_prediction`.
+        timestep_spacing: how inference timesteps are laid out: `leading`, `trailing` or `linspace`.
+        steps_offset: added to `leading` timesteps.
+        set_alpha_to_one: DDIM's ᾱ after the last step is 1, else ᾱ_0.
+    """
+
+    alphas_cumprod: np.ndarray
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
+        """Reads diffusers' scheduler_config.json. Raises UserError for what is not implemented."""
+        count = config.get("num_train_timesteps", 1000)
+        start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+        shape = config.get("beta_schedule", "linear")
+        # float32 as in diffusers: the tables agree to the last bits.
+        if shape == "scaled_linear":
+            betas = np.linspace(start**0.5, end**0.5, count, dtype=np.float64).astype(np.float32) ** 2
+        elif shape == "linear":
+            betas = np.linspace(start, end, count, dtype=np.float64).astype(np.float32)
+        else:
+            raise UserError(f"scheduler config beta_schedule={shape!r}: expects scaled_linear or linear")
+        for key, values in {
+            "prediction_type": ("epsilon", "v_prediction"),
+            "timestep_spacing": ("leading", "trailing", "linspace"),
+            "rescale_betas_zero_snr": (False,),
+            "trained_betas": (None,),
+            "thresholding": (False,),
+        }.items():
+            if config.get(key, values[0]) not in values:
+                raise UserError(f"scheduler config {key}={config[key]!r}: expects one of {values}")
+        return cls(
+            alphas_cumprod=np.cumprod(1.0 - betas, dtype=np.float32),
+            prediction_type=config.get("prediction_type", "epsilon"),
+            timestep_spacing=config.get("timestep_spacing", "leading"),
+            steps_offset=config.get("steps_offset", 0),
+            set_alpha_to_one=config.get("set_alpha_to_one", True),
+        )
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T, 1000 for every Stable Diffusion."""
+        return len(self.alphas_cumprod)
+
+    def signal_and_noise(self, t: Timesteps) -> tuple[Float[Array, "b 1 1 1"], Float[Array, "b 1 1 1"]]:
+        """(√ᾱ_t, √(1−ᾱ_t)), shaped to multiply latents."""
+        alpha = jnp.asarray(self.alphas_cumprod)[t][:, None, None, None]
+        return jnp.sqrt(alpha), jnp.sqrt(1.0 - alpha)
+
+    def add_noise(self, x_0: Latent, noise: Latent, t: Timesteps) -> Latent:
+        """x_t."""
+        signal, sigma = self.signal_and_noise(t)
+        return signal * x_0 + sigma * noise
+
+    def target(self, x_0: Latent, noise: Latent, t: Timesteps) -> Latent:
+        """What the network should predict: ε, or v."""
+        if self.prediction_type == "epsilon":
+            return noise
+        signal, sigma = self.signal_and_noise(t)
+        return signal * noise - sigma * x_0
+
+    def to_x_0(self, prediction: Latent, x_t: Latent, t: Timesteps) -> Latent:
+        """The x_0 that a prediction stands for."""
+        signal, sigma = self.signal_and_noise(t)
+        if self.prediction_type == "epsilon":
+            return (x_t - sigma * prediction) / signal
+        return signal * x_t - sigma * prediction
+
+    def to_epsilon(self, prediction: Latent, x_t: Latent, t: Timesteps) -> Latent:
+        """The ε that a prediction stands for."""
+        if self.prediction_type == "epsilon":
+            return prediction
+        signal, sigma = self.signal_and_noise(t)
+        return signal * prediction + sigma * x_t
+
+    def mean_shift(self, t: Timesteps) -> Float[Array, "b 1 1 1"]:
+        """c_t with l^θ_{t−1} − l^ref_{t−1} = c_t · (prediction_ref − prediction_θ) in one ancestral DDPM step.
+
+        The posterior mean is √ᾱ_{t−1} β_t/(1−ᾱ_t) · x̂_0 + … · x_t (Ho et al. 2020, eq. 7), with ᾱ_{−1} = 1, and only
+        x̂_0 depends on the prediction: by √((1−ᾱ_t)/ᾱ_t) for ε, by √(1−ᾱ_t) for v.
+        """
+        table = np.asarray(self.alphas_cumprod, np.float64)
+        before = np.concatenate([[1.0], table[:-1]])
+        beta = 1.0 - table / before
+        x_0 = np.sqrt(before) * beta / (1.0 - table)
+        per_prediction = np.sqrt(1.0 - table)
+        if self.prediction_type == "epsilon":
+            per_prediction = per_prediction / np.sqrt(table)
+        return jnp.asarray(x_0 * per_prediction, jnp.float32)[t][:, None, None, None]

@@ -1,0 +1,58 @@
+"""The losses against independent evaluations of their formulas."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.training.objectives import diffusion_dpo, statistics_loss
+
+SHAPE = (6, 5, 4, 3)
+SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+
+
+def arrays(count: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(SHAPE).astype(np.float32) for _ in range(count)]
+
+
+def test_dpo_is_the_formula_in_float64() -> None:
+    pred_w, pred_l, target_w, target_l, d_w, d_l = arrays(6)
+    ref_w, ref_l = pred_w + 1e-3 * d_w, pred_l + 1e-3 * d_l
+    beta = 5000.0
+    found = diffusion_dpo(pred_w, pred_l, ref_w, ref_l, target_w, target_l, beta)
+    m = lambda p, t: np.mean((t.astype(np.float64) - p.astype(np.float64)) ** 2, axis=(1, 2, 3))  # noqa: E731
+    z = -beta / 2 * ((m(pred_w, target_w) - m(pred_l, target_l)) - (m(ref_w, target_w) - m(ref_l, target_l)))
+    np.testing.assert_allclose(found.margin, z, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.loss, np.logaddexp(0, -z), rtol=1e-4)
+    np.testing.assert_array_equal(found.accuracy, (z > 0).astype(np.float32))
+    np.testing.assert_allclose(found.ref_error_l, m(ref_l, target_l), rtol=1e-5)
+
+
+def test_policy_equal_to_reference_gives_ln_2_and_margin_0_exactly() -> None:
+    pred_w, pred_l, target_w, target_l = arrays(4)
+    found = diffusion_dpo(pred_w, pred_l, pred_w, pred_l, target_w, target_l, 5000.0)
+    assert np.array_equal(found.margin, np.zeros(6)) and np.array_equal(found.accuracy, np.full(6, 0.5))
+    assert np.array_equal(found.loss, np.full(6, np.log(2), np.float32))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_statistics_loss_is_that_of_really_sampled_latents(prediction: str) -> None:
+    policy, base, x_t = arrays(3, seed=1)
+    scheduler = DDPMScheduler(**SD, prediction_type=prediction, clip_sample=False)
+    schedule = NoiseSchedule.from_config(dict(scheduler.config))
+    ts = np.array([0, 1, 250, 500, 777, 999])
+    expected = []
+    for i, t in enumerate(ts):
+        means = []
+        for prediction_array in (policy, base):
+            to_torch = lambda a: torch.tensor(a[i].transpose(2, 0, 1)[None], dtype=torch.float64)  # noqa: E731
+            step = scheduler.step(
+                to_torch(prediction_array), int(t), to_torch(x_t), generator=torch.Generator().manual_seed(3)
+            )
+            means.append(step.prev_sample.mean(dim=(2, 3))[0].numpy())
+        expected.append(np.sum((means[0] - means[1]) ** 2))
+    found = statistics_loss(policy, base, schedule.mean_shift(jnp.asarray(ts)))
+    np.testing.assert_allclose(found, expected, rtol=2e-4)
