@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hgdpo_jax.models.model_config import ModelConfig, check_only
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.models.model_config import ModelConfig, check_only
 
 _ONLY: dict[str, tuple[Any, ...]] = {"attention_dropout": (0.0, 0), "dropout": (0.0, 0), "num_channels": (3,)}
 _ACTIVATIONS = {

@@ -4,7 +4,7 @@ Nothing here knows which stage is trained. Legend: `b` pairs, `h w c` latent, `s
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,144 @@
+"""DDPM, DDIM and DPM-Solver++(2M) as one program: each is a table of coefficients for the same update
+
+    x_{i+1} = a_i · x_i + b_i · x̂_0(x_i, t_i) + c_i · x̂_0(x_{i−1}, t_{i−1}) + d_i · noise_i.
+
+Tables are made in float64 and equal diffusers' schedulers step by step. Legend: `b` examples, `h w c` latent.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.errors import UserError
+
+Latent = Float[Array, "b h w c"]
+Denoise = Callable[[Latent, Int[Array, "b"]], Latent]
+
+
+class Steps(NamedTuple):
+    """Timesteps int32 [n], from noise to image, and the coefficients of the update, float32 [n] each."""
+
+    t: np.ndarray
+    x: np.ndarray
+    x_0: np.ndarray
+    previous_x_0: np.ndarray
+    noise: np.ndarray
+
+
+def timesteps(schedule: NoiseSchedule, sampler: str, steps: int) -> np.ndarray:
+    """The timesteps int [steps], decreasing, as diffusers lays them out for this sampler and spacing.
+
+    Raises:
+        UserError: more steps than training timesteps.
+    """
+    total = schedule.num_train_timesteps
+    if not 1 <= steps <= total:
+        raise UserError(f"sampler steps={steps}: expects 1 to {total}")
+    if schedule.timestep_spacing == "trailing":
+        return np.round(np.arange(total, 0, -total / steps)).astype(np.int64)[:steps] - 1
+    # The multistep solver counts the end of the last step too.
+    points = steps + 1 if sampler == "dpmpp_2m" else steps
+    if schedule.timestep_spacing == "linspace":
+        grid = np.linspace(0, total - 1, points).round()
+    else:
+        grid = np.arange(points) * (total // points) + schedule.steps_offset
+    return grid[::-1][:steps].astype(np.int64)
+
+
+def make_steps(schedule: NoiseSchedule, sampler: str, steps: int, last: int | None = None) -> Steps:
+    """The table of a sampler; `last` keeps only that many steps at the end, for starting from a noised image.
+
+    Raises:
+        UserError: an unknown sampler.
+    """
+    t = timesteps(schedule, sampler, steps)[-(last or steps) :]
+    alphas = schedule.alphas_cumprod.astype(np.float64)
+    make = {"ddpm": _ddpm, "ddim": _ddim, "dpmpp_2m": _dpmpp_2m}.get(sampler)
+    if make is None:
+        raise UserError(f"sampler {sampler!r}: expects ddpm, ddim or dpmpp_2m")
+    table = make(schedule, alphas, t, schedule.num_train_timesteps // steps)
+    return Steps(t.astype(np.int32), *(column.astype(np.float32) for column in table))
+
+
+def _at(alphas: np.ndarray, t: np.ndarray, final: float) -> np.ndarray:
+    """ᾱ at the timesteps that steps lead to; `final` past the last."""
+    return np.where(t >= 0, alphas[np.maximum(t, 0)], final)
+
+
+def _ddpm(schedule: NoiseSchedule, alphas: np.ndarray, t: np.ndarray, stride: int) -> tuple[np.ndarray, ...]:
+    """Ancestral sampling (Ho et al. 2020, eq. 7): posterior mean, and its variance except at t = 0."""
+    del schedule, stride
+    now, after = alphas[t], _at(alphas, np.append(t[1:], -1), 1.0)
+    ratio = now / after
+    x_0 = np.sqrt(after) * (1 - ratio) / (1 - now)
+    x = np.sqrt(ratio) * (1 - after) / (1 - now)
+    variance = np.maximum((1 - after) / (1 - now) * (1 - ratio), 1e-20)
+    return x, x_0, np.zeros_like(x), np.where(t > 0, np.sqrt(variance), 0.0)
+
+
+def _ddim(schedule: NoiseSchedule, alphas: np.ndarray, t: np.ndarray, stride: int) -> tuple[np.ndarray, ...]:
+    """Deterministic DDIM (Song et al. 2021, eq. 12, η = 0)."""
+    final = 1.0 if schedule.set_alpha_to_one else alphas[0]
+    now, after = alphas[t], _at(alphas, t - stride, final)
+    x = np.sqrt((1 - after) / (1 - now))
+    return x, np.sqrt(after) - x * np.sqrt(now), np.zeros_like(x), np.zeros_like(x)
+
+
+def _dpmpp_2m(schedule: NoiseSchedule, alphas: np.ndarray, t: np.ndarray, stride: int) -> tuple[np.ndarray, ...]:
+    """DPM-Solver++(2M), midpoint (Lu et al. 2022, algorithm 2); first and last step are of first order."""
+    del schedule, stride
+    alpha, sigma = np.append(np.sqrt(alphas[t]), 1.0), np.append(np.sqrt(1 - alphas[t]), 0.0)
+    with np.errstate(divide="ignore"):
+        h = np.diff(np.log(alpha) - np.log(sigma))  # the last is infinite: exp(-h) = 0
+    x = sigma[1:] / sigma[:-1]
+    first = alpha[1:] * (1 - np.exp(-h))
+    correction = np.zeros_like(x)
+    if len(t) > 2:
+        correction[1:-1] = 0.5 * first[1:-1] * h[1:-1] / h[:-2]
+    return x, first + correction, -correction, np.zeros_like(x)
+
+
+def sample(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    latents: Latent,
+    keys: PRNGKeyArray,
+    sampler: str,
+    steps: int,
+    last: int | None = None,
+) -> Latent:
+    """Denoises latents in one `lax.scan`.
+
+    Args:
+        denoise: (x_t, t [b]) → the network's prediction, guidance included.
+        latents: x at the first timestep: standard normal, or with `last` an image noised to that timestep.
+        keys: one PRNG key per example [b], so that an example does not depend on its batch.
+        sampler: ddpm, ddim or dpmpp_2m.
+        steps: of the whole trajectory.
+        last: run only the last so many of them.
+
+    Returns:
+        Scaled latents of the images, float32.
+    """
+    table = make_steps(schedule, sampler, steps, last)
+    noisy = bool(table.noise.any())
+
+    def step(carry: tuple[Latent, Latent], row: tuple[Steps, Array]) -> tuple[tuple[Latent, Latent], None]:
+        x, previous = carry
+        now, index = row
+        t = jnp.full(x.shape[0], now.t)
+        x_0 = schedule.to_x_0(denoise(x, t), x, t)
+        x = now.x * x + now.x_0 * x_0 + now.previous_x_0 * previous
+        if noisy:
+            draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), x.shape[1:]))
+            x = x + now.noise * draw(keys)
+        return (x, x_0), None
+
+    rows = (jax.tree.map(jnp.asarray, table), jnp.arange(len(table.t)))
+    (x, _), _ = jax.lax.scan(step, (latents, jnp.zeros_like(latents)), rows)
+    return x

@@ -1,0 +1,112 @@
+"""Schedule and samplers against diffusers' schedulers, step by step on the same predictions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from hgdpo_jax.diffusion.guidance import guided
+from hgdpo_jax.diffusion.samplers import make_steps, sample
+from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.diffusion.sdrecon import sdrecon
+
+CLASSES = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
+SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+
+
+def scheduler(sampler: str, prediction: str, spacing: str):
+    extra = {} if sampler == "dpmpp_2m" else {"clip_sample": False}
+    if sampler == "ddim":
+        extra["set_alpha_to_one"] = False
+    return CLASSES[sampler](**SD, prediction_type=prediction, timestep_spacing=spacing, **extra)
+
+
+def predict(x: np.ndarray, t: int) -> np.ndarray:
+    """Any smooth function of x and t stands for a network."""
+    return (np.sin(x * 1.3) * 0.7 + 0.2 * x + t / 4000).astype(np.float32)
+
+
+@pytest.mark.parametrize("steps", [5, 20, 50])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", CLASSES)
+def test_every_step_is_diffusers(sampler: str, prediction: str, spacing: str, steps: int, monkeypatch) -> None:
+    theirs = scheduler(sampler, prediction, spacing)
+    theirs.set_timesteps(steps)
+    schedule = NoiseSchedule.from_config(dict(theirs.config))
+    table = make_steps(schedule, sampler, steps)
+    np.testing.assert_array_equal(table.t, theirs.timesteps.numpy())
+    noise = np.random.default_rng(1).standard_normal((steps, 2, 4, 3, 3)).astype(np.float32)
+    drawn = iter(noise)
+    monkeypatch.setattr(f"{CLASSES['ddpm'].__module__}.randn_tensor", lambda *a, **k: torch.tensor(next(drawn)))
+    x = noise[0] * 0.5
+    x_t, previous = torch.tensor(x), np.zeros_like(x)
+    for i, t in enumerate(theirs.timesteps):
+        before = x_t.numpy()
+        pred = predict(before, int(t))
+        x_t = theirs.step(torch.tensor(pred), t, x_t).prev_sample
+        x_0 = np.asarray(schedule.to_x_0(jnp.asarray(pred), jnp.asarray(before), jnp.full(2, int(t))))
+        ours = table.x[i] * before + table.x_0[i] * x_0 + table.previous_x_0[i] * previous + table.noise[i] * noise[i]
+        previous = x_0
+        assert np.abs(ours - x_t.numpy()).max() / np.abs(x_t.numpy()).max() <= 1e-5
+
+
+def test_the_loop_runs_the_table(monkeypatch) -> None:
+    theirs = scheduler("dpmpp_2m", "epsilon", "linspace")
+    theirs.set_timesteps(20)
+    x = np.random.default_rng(0).standard_normal((2, 4, 3, 3)).astype(np.float32)
+    x_t = torch.tensor(x)
+    for t in theirs.timesteps:
+        x_t = theirs.step(torch.tensor(predict(x_t.numpy(), int(t))), t, x_t).prev_sample
+    denoise = lambda x, t: jnp.sin(x * 1.3) * 0.7 + 0.2 * x + t[:, None, None, None] / 4000  # noqa: E731
+    keys = jax.random.split(jax.random.key(0), 2)
+    schedule = NoiseSchedule.from_config(dict(theirs.config))
+    found = jax.jit(lambda x: sample(denoise, schedule, x, keys, "dpmpp_2m", 20))(x)
+    np.testing.assert_allclose(found, x_t.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_forward_process_is_diffusers(prediction: str) -> None:
+    theirs = scheduler("ddpm", prediction, "leading")
+    schedule = NoiseSchedule.from_config(dict(theirs.config))
+    rng = np.random.default_rng(0)
+    x, noise = rng.standard_normal((2, 3, 4, 3, 3)).astype(np.float32)
+    t = np.array([0, 500, 999])
+    x_t = theirs.add_noise(torch.tensor(x), torch.tensor(noise), torch.tensor(t)).numpy()
+    found = schedule.add_noise(x, noise, t)
+    np.testing.assert_allclose(found, x_t, rtol=1e-5, atol=1e-6)
+    target = theirs.get_velocity(torch.tensor(x), torch.tensor(noise), torch.tensor(t)).numpy()
+    expected = noise if prediction == "epsilon" else target
+    np.testing.assert_allclose(schedule.target(x, noise, t), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(schedule.to_epsilon(expected, found, t), noise, rtol=1e-4, atol=1e-5)
+    near = t < 900  # at the end the signal is too small to be recovered in float32
+    np.testing.assert_allclose(schedule.to_x_0(expected, found, t)[near], x[near], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", CLASSES)
+def test_an_example_does_not_depend_on_its_batch(sampler: str) -> None:
+    schedule = NoiseSchedule.from_config(SD)
+    x = jax.random.normal(jax.random.key(1), (4, 3, 3, 2))
+    keys = jax.random.split(jax.random.key(0), 4)
+    run = lambda x, k: sample(lambda x, t: jnp.tanh(x), schedule, x, k, sampler, 8)  # noqa: E731
+    np.testing.assert_array_equal(run(x, keys)[2:], run(x[2:], keys[2:]))
+
+
+def test_sdrecon_keeps_less_of_the_photograph_the_stronger_it_is() -> None:
+    schedule = NoiseSchedule.from_config(SD)
+    x = jax.random.normal(jax.random.key(1), (16, 4, 4, 2))
+    keys = jax.random.split(jax.random.key(0), 16)
+    # The exact denoiser of standard normal data: E[ε | x_t] = √(1−ᾱ_t) · x_t.
+    denoise = lambda x_t, t: schedule.signal_and_noise(t)[1] * x_t  # noqa: E731
+    distances = [
+        float(jnp.abs(sdrecon(denoise, schedule, x, keys, k, "dpmpp_2m", 20) - x).mean()) for k in (1, 4, 7, 10)
+    ]
+    assert distances == sorted(distances) and distances[0] < 0.5 * distances[-1]
+
+
+def test_guidance_extrapolates_from_unconditional_to_conditional() -> None:
+    both = jnp.arange(4.0).reshape(4, 1, 1, 1)
+    found = guided(lambda x, t: both, 3.0)(jnp.zeros((2, 1, 1, 1)), jnp.zeros(2, jnp.int32))
+    np.testing.assert_array_equal(found.ravel(), [0 + 3 * 2, 1 + 3 * 2])
