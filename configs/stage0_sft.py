@@ -1,6 +1,6 @@
 """Base: supervised fine-tuning on the photographs with the noise-prediction loss.
 
-    python -m hgdpo_jax.main --config configs/stage0_sft.py:portraits --workdir W
+python -m hgdpo_jax.main --config configs/stage0_sft.py:portraits --workdir W
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """Hard stage: almost-real photographs (t1 reconstructions) against the normal winners, on the same index set K.
 
-    python -m hgdpo_jax.pairs --config configs/stage3.py --workdir W
-    python -m hgdpo_jax.main  --config configs/stage3.py --workdir W
+python -m hgdpo_jax.pairs --config configs/stage3.py --workdir W
+python -m hgdpo_jax.main  --config configs/stage3.py --workdir W
 """
 
 from ml_collections import ConfigDict

@@ -59,7 +59,9 @@ def make_mesh(config: ConfigDict) -> Mesh:
 
 def path_name(path: tuple[Any, ...]) -> str:
     """`unet.down_blocks.0.conv.kernel` for a key path of a pytree."""
-    return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path if str(k) != ".value")
+    return ".".join(
+        str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path if str(k) != ".value"
+    )
 
 
 def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -67,7 +69,10 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     for pattern, spec in SHARDING_TABLE:
         if re.search(pattern, name) and len(spec) <= len(shape):
             return PartitionSpec(
-                *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False))
+                *(
+                    axis if axis and size % mesh.shape[axis] == 0 else None
+                    for axis, size in zip(spec, shape, strict=False)
+                )
             )
     raise AssertionError("the last pattern matches everything")
 

@@ -63,7 +63,9 @@ class Painter:
             start = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
             return sample(denoiser(weights, input_ids), self._schedule, start, keys[:, 1], sampler, steps)
 
-        def reconstruct(weights: Any, input_ids: jax.Array, key: jax.Array, latent: jax.Array, strength: int) -> jax.Array:
+        def reconstruct(
+            weights: Any, input_ids: jax.Array, key: jax.Array, latent: jax.Array, strength: int
+        ) -> jax.Array:
             return sdrecon(denoiser(weights, input_ids), self._schedule, latent, key, strength, sampler, steps)
 
         self._generate = jax.jit(generate, static_argnames="shape")
@@ -104,9 +106,7 @@ class Painter:
     ) -> Float[np.ndarray, "n h w c"]:
         """SDRecon of each latent: noised to timestep 100 * strength and denoised from there."""
         return self._run(
-            lambda part: self._reconstruct(
-                self._weights, part["ids"], part["key"], part["latent"], strength=strength
-            ),
+            lambda part: self._reconstruct(self._weights, part["ids"], part["key"], part["latent"], strength=strength),
             {"ids": input_ids, "key": keys, "latent": latents},
             note,
         )
@@ -124,7 +124,7 @@ class Painter:
 
 
 def in_batches(program: Callable, arrays: dict[str, Any], batch: int, mesh: Mesh, note: str) -> np.ndarray:
-    """Runs a jitted program over the first dimension in batches of one size; the last is padded, the padding dropped."""
+    """Runs a jitted program over the first dimension in batches of one size; the last is padded."""
     count = len(next(iter(arrays.values())))
     sharding = runtime.batch_sharding(mesh)
     parts = []

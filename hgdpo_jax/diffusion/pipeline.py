@@ -40,7 +40,11 @@ class Pipeline:
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Int[np.ndarray, "b s"]:
     """Token ids int32 [b, 77]: begin, words, end, padding."""
     ids = tokenizer(
-        list(captions), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="np"
+        list(captions),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="np",
     ).input_ids
     return ids.astype(np.int32)
 

@@ -28,15 +28,11 @@ class Attention(nnx.Module):
         self.to_v = nnx.Linear(context_width, width, use_bias=bias, dtype=dtype, rngs=rngs)
         self.to_out = nnx.List([nnx.Linear(width, width, dtype=dtype, rngs=rngs), Identity()])
 
-    def __call__(
-        self, x: Float[Array, "b n d"], context: Float[Array, "b m e"] | None = None
-    ) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n d"], context: Float[Array, "b m e"] | None = None) -> Float[Array, "b n d"]:
         """softmax(q kᵀ / √(d/heads)) v, projected."""
         context = x if context is None else context
         split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # noqa: E731
-        out = jax.nn.dot_product_attention(
-            split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context))
-        )
+        out = jax.nn.dot_product_attention(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
         return self.to_out[0](out.reshape(x.shape))
 
 

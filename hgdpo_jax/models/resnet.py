@@ -8,9 +8,7 @@ from jaxtyping import Array, Float
 
 def conv(inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, stride: int = 1) -> nnx.Conv:
     """A square convolution that keeps the size at stride 1."""
-    return nnx.Conv(
-        inputs, outputs, (size, size), strides=stride, padding=(size - 1) // 2, dtype=dtype, rngs=rngs
-    )
+    return nnx.Conv(inputs, outputs, (size, size), strides=stride, padding=(size - 1) // 2, dtype=dtype, rngs=rngs)
 
 
 def group_norm(channels: int, groups: int, eps: float, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.GroupNorm:
@@ -41,9 +39,7 @@ class ResnetBlock2D(nnx.Module):
         if inputs != outputs:
             self.conv_shortcut = conv(inputs, outputs, 1, rngs=rngs, dtype=dtype)
 
-    def __call__(
-        self, x: Float[Array, "b h w c"], temb: Float[Array, "b d"] | None = None
-    ) -> Float[Array, "b h w c2"]:
+    def __call__(self, x: Float[Array, "b h w c"], temb: Float[Array, "b d"] | None = None) -> Float[Array, "b h w c2"]:
         """`temb` is the time embedding, needed where the block has a projection for it."""
         h = self.conv1(jax.nn.silu(self.norm1(x)))
         if temb is not None:

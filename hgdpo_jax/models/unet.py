@@ -82,9 +82,7 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jnp.dtype,
     ) -> None:
-        self.resnets = nnx.List(
-            [ResnetBlock2D(i, o, **settings, rngs=rngs, dtype=dtype) for i, o in channels]
-        )
+        self.resnets = nnx.List([ResnetBlock2D(i, o, **settings, rngs=rngs, dtype=dtype) for i, o in channels])
         outputs = channels[-1][1]
         if transformer is not None:
             self.attentions = nnx.List(
@@ -189,9 +187,7 @@ class UNet2DConditionModel(nnx.Module):
             skips += [width] * (layers[level] + (not last))
             previous = width
         self.down_blocks = nnx.List(down)
-        self.mid_block = MidBlock(
-            widths[-1], transformer=transformer(levels - 1, "cross", "plain", "cross"), **shared
-        )
+        self.mid_block = MidBlock(widths[-1], transformer=transformer(levels - 1, "cross", "plain", "cross"), **shared)
         up = []
         for i, level in enumerate(reversed(range(levels))):
             width = widths[level]

@@ -30,7 +30,9 @@ IDS = np.array([[58, 3, 4, 59, 1, 1, 1, 1], [58, 9, 9, 9, 9, 9, 9, 59]], np.int3
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("eos", [2, 59])
 def test_the_text_model_is_transformers(act: str, eos: int) -> None:
-    theirs = randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT, hidden_act=act, eos_token_id=eos)))
+    theirs = randomise(
+        transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT, hidden_act=act, eos_token_id=eos))
+    )
     ours = ported(CLIPTextModel, theirs.config.to_dict(), theirs)
     with torch.no_grad():
         expected = theirs(torch.tensor(IDS), output_hidden_states=True)

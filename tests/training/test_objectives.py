@@ -48,7 +48,7 @@ def test_the_statistics_loss_is_that_of_really_sampled_latents(prediction: str) 
     for i, t in enumerate(ts):
         means = []
         for prediction_array in (policy, base):
-            to_torch = lambda a: torch.tensor(a[i].transpose(2, 0, 1)[None], dtype=torch.float64)  # noqa: E731
+            to_torch = lambda a, i=i: torch.tensor(a[i].transpose(2, 0, 1)[None], dtype=torch.float64)  # noqa: E731
             step = scheduler.step(
                 to_torch(prediction_array), int(t), to_torch(x_t), generator=torch.Generator().manual_seed(3)
             )

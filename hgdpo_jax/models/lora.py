@@ -1,0 +1,102 @@
+"""LoRA (Hu et al. 2021) on the linear layers of the attention modules, and its PEFT file format."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from hgdpo_jax.errors import UserError
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out", "q_proj", "k_proj", "v_proj", "out_proj")
+
+
+class LoRALinear(nnx.Linear):
+    """A Linear plus (alpha / rank) · x A B; its own kernel and bias stay where they were.
+
+    A is [in, rank] and uniform, B is [rank, out] and zero, so that a fresh LoRA changes nothing. Both are float32
+    parameters; the products run in the layer's compute dtype.
+    """
+
+    def __init__(self, base: nnx.Linear, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
+        for name, value in vars(base).items():
+            if not name.startswith("_pytree"):
+                setattr(self, name, value)
+        self.scale = alpha / rank
+        bound = 1.0 / math.sqrt(base.in_features)
+        self.lora_A = nnx.LoRAParam(
+            jax.random.uniform(rngs.params(), (base.in_features, rank), jnp.float32, -bound, bound)
+        )
+        self.lora_B = nnx.LoRAParam(jnp.zeros((rank, base.out_features), jnp.float32))
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        """The base layer and its low-rank correction."""
+        dtype = self.dtype or x.dtype
+        low = x.astype(dtype) @ self.lora_A[...].astype(dtype) @ self.lora_B[...].astype(dtype)
+        return super().__call__(x) + self.scale * low
+
+
+def add_lora(model: nnx.Module, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
+    """Gives every linear layer of the attention modules a LoRA, in place.
+
+    Raises:
+        UserError: the model has no such layer.
+    """
+    found = 0
+    for _, module in list(nnx.iter_modules(model)):
+        for name in TARGETS:
+            layer = getattr(module, name, None)
+            if isinstance(layer, nnx.List):
+                layer[0] = LoRALinear(layer[0], rank, alpha, rngs)
+            elif isinstance(layer, nnx.Linear):
+                setattr(module, name, LoRALinear(layer, rank, alpha, rngs))
+            found += layer is not None
+    if not found:
+        raise UserError(f"LoRA: {type(model).__name__} has none of the layers {', '.join(TARGETS)}")
+
+
+def merge_lora(model: nnx.Module) -> None:
+    """Adds each LoRA to the kernel of its layer, in float32 and in place; B becomes zero."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, LoRALinear):
+            module.kernel[...] += module.scale * (module.lora_A[...] @ module.lora_B[...])
+            module.lora_B[...] = jnp.zeros_like(module.lora_B[...])
+
+
+def to_peft(model: nnx.Module, prefix: str = "unet") -> dict[str, np.ndarray]:
+    """`prefix.PATH.lora_A.weight` [rank, in] and `lora_B.weight` [out, rank], as diffusers' loaders read them.
+
+    PEFT scales by alpha / rank with alpha = rank unless told otherwise, so the model's scale is put into B.
+    """
+    weights = {}
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, LoRALinear):
+            name = ".".join([prefix, *map(str, path)])
+            weights[f"{name}.lora_A.weight"] = np.ascontiguousarray(np.asarray(module.lora_A[...]).T)
+            weights[f"{name}.lora_B.weight"] = np.ascontiguousarray(np.asarray(module.scale * module.lora_B[...]).T)
+    return weights
+
+
+def from_peft(weights: Mapping[str, np.ndarray], model: nnx.Module, prefix: str = "unet") -> None:
+    """Puts a PEFT file's LoRA into a model that has LoRA layers of the same rank, in place.
+
+    Raises:
+        UserError: a weight is missing, superfluous or of another shape.
+    """
+    rest = {key: value for key, value in weights.items() if key.startswith(f"{prefix}.")}
+    for path, module in nnx.iter_modules(model):
+        if not isinstance(module, LoRALinear):
+            continue
+        for leaf, scale in (("lora_A", 1.0), ("lora_B", 1.0 / module.scale)):
+            key = ".".join([prefix, *map(str, path), leaf, "weight"])
+            if key not in rest:
+                raise UserError(f"LoRA: weight {key} is missing")
+            value, parameter = rest.pop(key).T * scale, getattr(module, leaf)
+            if value.shape != parameter.shape:
+                raise UserError(f"LoRA: weight {key} is {value.T.shape}, this model's LoRA is {parameter.shape[::-1]}")
+            parameter[...] = jnp.asarray(value, jnp.float32)
+    if rest:
+        raise UserError(f"LoRA: weight {sorted(rest)[0]} is superfluous ({len(rest)} in all)")

@@ -1,0 +1,95 @@
+"""LoRA changes nothing when fresh, and the same in diffusers when not."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel as TorchUNet
+from flax import nnx
+
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.models.convert import to_torch
+from hgdpo_jax.models.lora import LoRALinear, add_lora, from_peft, merge_lora, to_peft
+from hgdpo_jax.models.unet import UNet2DConditionModel
+from tests.models.parity import ported, randomise, relative_error
+
+CONFIG = dict(
+    sample_size=8,
+    block_out_channels=(16, 32),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    cross_attention_dim=12,
+    attention_head_dim=4,
+    norm_num_groups=4,
+)
+RNG = np.random.default_rng(0)
+X, CONTEXT = RNG.standard_normal((2, 8, 8, 4), np.float32), RNG.standard_normal((2, 5, 12), np.float32)
+T = np.array([1, 700], np.int32)
+
+
+@pytest.fixture
+def models() -> tuple[TorchUNet, UNet2DConditionModel]:
+    theirs = randomise(TorchUNet(**CONFIG))
+    return theirs, ported(UNet2DConditionModel, dict(theirs.config), theirs)
+
+
+def fill(model: nnx.Module) -> None:
+    """A LoRA that does something."""
+    for i, (_, module) in enumerate(nnx.iter_modules(model)):
+        if isinstance(module, LoRALinear):
+            module.lora_B[...] = 0.3 * jax.random.normal(jax.random.key(i), module.lora_B.shape)
+
+
+def test_every_attention_projection_has_one_and_a_fresh_one_changes_nothing(models) -> None:
+    _, ours = models
+    before, names = ours(X, T, CONTEXT), set(to_torch(ours))
+    add_lora(ours, 4, 8.0, nnx.Rngs(0))
+    count = sum(isinstance(module, LoRALinear) for _, module in nnx.iter_modules(ours))
+    attentions = sum(name.endswith("to_q.weight") for name in names)
+    assert count == 4 * attentions > 0
+    assert set(to_torch(ours)) == names
+    assert np.array_equal(ours(X, T, CONTEXT), before)
+
+
+def test_the_peft_file_gives_the_same_in_diffusers(models) -> None:
+    theirs, ours = models
+    base = ours(X, T, CONTEXT)
+    add_lora(ours, 4, 8.0, nnx.Rngs(0))
+    fill(ours)
+    weights = {key: torch.tensor(value) for key, value in to_peft(ours).items()}
+    theirs.load_lora_adapter(weights, prefix="unet")
+    with torch.no_grad():
+        expected = theirs(torch.tensor(X.transpose(0, 3, 1, 2)), torch.tensor(T), torch.tensor(CONTEXT)).sample
+    found = ours(X, T, CONTEXT)
+    assert relative_error(found, expected) <= 2e-5
+    assert np.abs(found - base).max() > 1e-2
+
+
+def test_merging_keeps_the_output(models) -> None:
+    _, ours = models
+    add_lora(ours, 4, 8.0, nnx.Rngs(0))
+    fill(ours)
+    before = ours(X, T, CONTEXT)
+    merge_lora(ours)
+    np.testing.assert_allclose(ours(X, T, CONTEXT), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_peft_file_is_read_back_and_a_wrong_one_is_named(models) -> None:
+    _, ours = models
+    add_lora(ours, 4, 8.0, nnx.Rngs(0))
+    fill(ours)
+    weights = to_peft(ours)
+    before = ours(X, T, CONTEXT)
+    fill_zero = {key: np.zeros_like(value) for key, value in weights.items()}
+    from_peft(fill_zero, ours)
+    assert not np.array_equal(ours(X, T, CONTEXT), before)
+    from_peft(weights, ours)
+    assert np.array_equal(ours(X, T, CONTEXT), before)
+    first = sorted(weights)[0]
+    with pytest.raises(UserError, match=f"{first} is missing"):
+        from_peft({key: value for key, value in weights.items() if key != first}, ours)
+    with pytest.raises(UserError, match="unet.extra is superfluous"):
+        from_peft(weights | {"unet.extra": np.zeros(1)}, ours)
+    with pytest.raises(UserError, match=first):
+        from_peft(weights | {first: np.zeros((9, 9), np.float32)}, ours)
