@@ -18,7 +18,7 @@ def base(variant: str) -> ConfigDict:
         config.data.resolution = (64, 64)
         config.pairs.scorer = str(ASSETS / "portraits" / "scorer")
         config.pairs.pool_size = 8
-        config.pairs.steps = 20
+        config.pairs.steps = 16
         config.pairs.guidance = 2.0
         config.pairs.batch = 64
         config.pairs.shard_size = 32
@@ -28,8 +28,8 @@ def base(variant: str) -> ConfigDict:
         config.train.checkpoint_every = 50
         config.train.log_every = 10
         config.train.eval_every = 50
-        config.evaluate.images_per_prompt = 26
-        config.evaluate.steps = 20
+        config.evaluate.images_per_prompt = 25
+        config.evaluate.steps = 16
         config.evaluate.guidance = 2.0
         config.evaluate.batch = 64
     else:

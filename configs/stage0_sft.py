@@ -1,6 +1,7 @@
 """Base: supervised fine-tuning on the photographs with the noise-prediction loss.
 
-python -m hgdpo_jax.main --config configs/stage0_sft.py:portraits --workdir W
+python -m hgdpo_jax.pairs --config configs/stage0_sft.py --workdir W
+python -m hgdpo_jax.main  --config configs/stage0_sft.py --workdir W
 """
 
 from ml_collections import ConfigDict
@@ -13,14 +14,18 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.stage = "stage0"
     config.objective = "sft"
     config.data.caption_dropout = 0.1
+    config.pairs.winner = "photograph"
+    config.pairs.loser = "none"
     config.train.params = "all"
     if variant == "portraits":
         # From nothing: the folder holds the VAE, the text encoder and a randomly initialised UNet.
-        config.train.steps = 3000
+        config.data.mirror = True
+        config.train.steps = 3500
         config.train.batch = 32
         config.train.lr = 2e-3
+        config.train.warmup = 100
         config.train.schedule = "cosine"
         config.train.ema = 0.995
         config.train.checkpoint_every = 500
-        config.train.eval_every = 500
+        config.train.eval_every = 1750
     return config

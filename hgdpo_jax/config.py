@@ -33,12 +33,13 @@ def default() -> ConfigDict:
             data=dict(
                 photographs="",  # folder with images and captions.jsonl
                 resolution=(512, 512),  # height, width in pixels
+                mirror=False,  # each photograph's mirror image is a further example
                 caption_dropout=0.0,  # sft: share of captions replaced by the empty one, for guidance
             ),
             pairs=dict(
-                winner="pool",  # pool: best of the pool; sdrecon: best of the reconstructions
+                winner="pool",  # pool: best of it; sdrecon: best of the reconstructions; photograph: itself (sft)
                 strengths=(4, 5, 6, 7),  # sdrecon: timesteps in hundreds the photograph is noised to
-                loser="pool",  # pool: worst of the pool; stage1, stage2: that stage's winner; stage1/loser: its loser
+                loser="pool",  # pool: worst of it; stage1, stage2: that stage's winner; stage1/loser: its loser; none
                 keep_if_winner_scores_higher=False,  # the filter that defines the index set K
                 pool_size=20,
                 sampler="dpmpp_2m",
@@ -85,8 +86,8 @@ def default() -> ConfigDict:
 _CHOICES = {
     "objective": ("dpo", "sft"),
     "model.dtype": ("float32", "bfloat16"),
-    "pairs.winner": ("pool", "sdrecon"),
-    "pairs.loser": ("pool", "stage1", "stage1/loser", "stage2"),
+    "pairs.winner": ("pool", "sdrecon", "photograph"),
+    "pairs.loser": ("pool", "stage1", "stage1/loser", "stage2", "none"),
     "pairs.sampler": ("ddpm", "ddim", "dpmpp_2m"),
     "evaluate.sampler": ("ddpm", "ddim", "dpmpp_2m"),
     "train.reference": ("start", "base"),
@@ -185,6 +186,8 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config key train.accumulate={config.train.accumulate}: must divide train.batch={config.train.batch}"
         )
+    if (config.pairs.winner == "photograph") != (config.pairs.loser == "none"):
+        raise UserError("config keys pairs.winner=photograph and pairs.loser=none: go together")
     if not set(config.pairs.strengths) <= set(range(1, 11)):
         raise UserError(f"config key pairs.strengths={config.pairs.strengths}: expects numbers from 1 to 10")
 

@@ -3,11 +3,13 @@
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -55,6 +57,12 @@ def make_mesh(config: ConfigDict) -> Mesh:
             f"config key mesh: {config.data} x {config.fsdp} x {config.tensor} does not make the {count} devices here"
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def local_mesh() -> Mesh:
+    """This process's own devices along `data`: work that needs no other process, such as drawing candidates."""
+    devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
+    return Mesh(devices, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -107,12 +115,26 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole array on every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
 def stream_key(seed: int, *names: str | int) -> jax.Array:
     """A PRNG key that is a function of the seed and of named streams, example ids or steps, and of nothing else."""
     key = jax.random.key(seed)
     for name in names:
         key = jax.random.fold_in(key, name if isinstance(name, int) else _fnv1a(name))
     return key
+
+
+def stream_keys(seed: int, stream: str, example_ids: Sequence[str], numbers: Sequence[int]) -> jax.Array:
+    """`stream_key(seed, stream, id, number)` for many examples at once, [n]."""
+    key = stream_key(seed, stream)
+    words = np.array([[_fnv1a(i), n] for i, n in zip(example_ids, numbers, strict=True)], np.uint32)
+    return jax.vmap(lambda w: jax.random.fold_in(jax.random.fold_in(key, w[0]), w[1]))(words)
 
 
 def _fnv1a(text: str) -> int:

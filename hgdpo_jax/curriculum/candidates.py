@@ -73,6 +73,10 @@ class Painter:
         self._decode = jax.jit(lambda weights, latent: nnx.merge(vae, weights["vae"]).to_images(latent))
         self._encode = jax.jit(lambda weights, image: nnx.merge(vae, weights["vae"]).to_latents(image))
 
+    def use(self, policy: Any) -> None:
+        """Draws with a policy's parameters from now on; nothing is compiled again."""
+        self._weights = self._weights | {"unet": nnx.merge_state(self._weights["unet"], policy)}
+
     def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
         """(h, w, c) of the latents of images of a resolution (height, width)."""
         image = jax.ShapeDtypeStruct((1, *resolution, 3), jnp.float32)
@@ -81,9 +85,7 @@ class Painter:
 
     def keys(self, stream: str, example_ids: Sequence[str], numbers: Sequence[int]) -> jax.Array:
         """A key for each (example, number in its pool)."""
-        return jnp.stack(
-            [runtime.stream_key(self.seed, stream, i, n) for i, n in zip(example_ids, numbers, strict=True)]
-        )
+        return runtime.stream_keys(self.seed, stream, example_ids, numbers)
 
     def generate(
         self, input_ids: Int[np.ndarray, "n s"], keys: jax.Array, resolution: tuple[int, int], note: str
@@ -113,23 +115,35 @@ class Painter:
 
     def decode(self, latents: Float[np.ndarray, "n h w c"], note: str) -> Float[np.ndarray, "n H W 3"]:
         """Images in [-1, 1]."""
-        return self._run(lambda part: self._decode(self._weights, part["latent"]), {"latent": latents}, note)
+        return self.measure(latents, {}, lambda images: images, note)
+
+    def measure(
+        self, latents: Float[np.ndarray, "n h w c"], beside: Arrays, function: Callable[..., Any], note: str
+    ) -> Any:
+        """`function(images, **beside)` over decoded latents, batch by batch; only its results leave the devices.
+
+        Args:
+            latents: scaled.
+            beside: further arrays of n rows for the function's keyword arguments.
+            function: gets images [b, H, W, 3] in [-1, 1] and returns a pytree of arrays of b rows.
+        """
+        return self._run(
+            lambda part: function(self._decode(self._weights, part["latent"]), **{name: part[name] for name in beside}),
+            {"latent": latents, **beside},
+            note,
+        )
 
     def encode(self, images: Float[np.ndarray, "n H W 3"], note: str) -> Float[np.ndarray, "n h w c"]:
         """Scaled latent means of images in [-1, 1]."""
         return self._run(lambda part: self._encode(self._weights, part["image"]), {"image": images}, note)
 
-    def _run(self, program: Callable, arrays: dict[str, Any], note: str) -> np.ndarray:
-        return in_batches(program, arrays, self.batch, self.mesh, note)
-
-
-def in_batches(program: Callable, arrays: dict[str, Any], batch: int, mesh: Mesh, note: str) -> np.ndarray:
-    """Runs a jitted program over the first dimension in batches of one size; the last is padded."""
-    count = len(next(iter(arrays.values())))
-    sharding = runtime.batch_sharding(mesh)
-    parts = []
-    for begin in tqdm(range(0, count, batch), desc=note, unit="batch", leave=False):
-        index = np.minimum(np.arange(begin, begin + batch), count - 1)
-        part = {name: jax.device_put(value[index], sharding) for name, value in arrays.items()}
-        parts.append(program(part))
-    return np.concatenate([np.asarray(part) for part in parts])[:count]
+    def _run(self, program: Callable[[dict[str, jax.Array]], Any], arrays: dict[str, Any], note: str) -> Any:
+        """Batches of one size through a jitted program; the last is padded with its last row."""
+        count = len(next(iter(arrays.values())))
+        sharding = runtime.batch_sharding(self.mesh)
+        parts = []
+        for begin in tqdm(range(0, count, self.batch), desc=note, unit="batch", leave=False):
+            index = np.minimum(np.arange(begin, begin + self.batch), count - 1)
+            part = {name: jax.device_put(value[index], sharding) for name, value in arrays.items()}
+            parts.append(jax.tree.map(runtime.to_host, program(part)))
+        return jax.tree.map(lambda *rows: np.concatenate(rows)[:count], *parts)

@@ -135,14 +135,15 @@ def load_model(cls: type[Model], folder: str | Path, dtype: jnp.dtype = jnp.floa
     return model
 
 
-def save_model(model: nnx.Module, folder: str | Path) -> None:
-    """Writes config.json and weights in float32, each under a temporary name first."""
+def save_model(model: nnx.Module, folder: str | Path, dtype: type[np.floating] = np.float32) -> None:
+    """Writes config.json and weights in `dtype`, each under a temporary name first."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(model.config)  # type: ignore[attr-defined]
     name = WEIGHTS[0] if "_diffusers_version" in config else WEIGHTS[1]
     temporary = folder / f"{name}.partial"
-    save_file(to_torch(model), temporary, metadata={"format": "pt"})
+    weights = {key: value.astype(dtype) for key, value in to_torch(model).items()}
+    save_file(weights, temporary, metadata={"format": "pt"})
     os.replace(temporary, folder / name)
     temporary = folder / "config.json.partial"
     temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

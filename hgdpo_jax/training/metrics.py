@@ -1,5 +1,6 @@
 """Training metrics: kept on the devices between two log lines, then averaged, checked and written to TensorBoard."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -11,9 +12,11 @@ from hgdpo_jax.training.step import TIMESTEP_BINS, Metrics
 
 
 class MetricLog:
-    """Averages of the steps since the last flush, in TensorBoard and returned as plain numbers."""
+    """Averages of the steps since the last flush: in TensorBoard, in metrics.jsonl, and returned as plain numbers."""
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lines = folder / "metrics.jsonl"
         self._writer = SummaryWriter(str(folder))
         self._steps: list[Metrics] = []
 
@@ -44,11 +47,23 @@ class MetricLog:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
+        with self._lines.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
 
     def images(self, name: str, grid: np.ndarray, step: int) -> None:
         """A picture uint8 [H, W, 3]."""
         self._writer.add_image(name, grid, step, dataformats="HWC")
         self._writer.flush()
+
+
+def read(folder: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl in the order of their steps; where a resumed run wrote a value again, the last."""
+    path = folder / "metrics.jsonl"
+    steps: dict[int, dict[str, float]] = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        values = json.loads(line)
+        steps.setdefault(values["step"], {}).update(values)
+    return [steps[step] for step in sorted(steps)]
 
 
 def average(steps: list[Metrics]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
@@ -100,15 +101,21 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, beta: float, lambda_st
     return loss
 
 
-def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule) -> Loss:
-    """Noise prediction on batches {latent [b h w c], input_ids [b s], key [b]}; there is no reference."""
+def sft_loss(
+    denoiser: Denoiser, schedule: NoiseSchedule, caption_dropout: float, no_caption: Int[np.ndarray, "1 s"]
+) -> Loss:
+    """Noise prediction on the winners of batches {winner [b h w c], input_ids [b s], key [b]}, without a reference.
+
+    Every caption is replaced by `no_caption` with probability `caption_dropout`.
+    """
 
     def loss(policy: Params, reference: Params, frozen: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         del reference
-        latent = batch["latent"]
+        latent = batch["winner"]
         t, noise = _noise(batch["key"], latent.shape[1:], schedule.num_train_timesteps)
         x_t = schedule.add_noise(latent, noise, t)
-        context = denoiser.context(frozen, batch["input_ids"])
+        drop = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), caption_dropout))(batch["key"])
+        context = denoiser.context(frozen, jnp.where(drop[:, None], no_caption, batch["input_ids"]))
         pred = denoiser(policy, frozen, x_t, t, context)
         error = objectives.mean_squared_error(pred, schedule.target(latent, noise, t)).mean()
         return error, {"loss/total": error}
@@ -124,15 +131,29 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
     step: Int[Array, ""]
 
+    @property
+    def result(self) -> Params:
+        """What the stage hands on: the average where there is one, else the policy."""
+        return self.policy if self.ema is None else self.ema
+
 
 def init_state(policy: Params, tx: optax.GradientTransformation, ema: float) -> TrainState:
     """The state before the first step. Copies the policy, since a step donates its input."""
-    copy = jax.tree.map(jnp.copy, policy)
-    return TrainState(policy, copy if ema else None, tx.init(policy), jnp.zeros((), jnp.int32))
+    average = jax.tree.map(jnp.copy, policy) if ema else None
+    return TrainState(jax.tree.map(jnp.copy, policy), average, tx.init(policy), jnp.zeros((), jnp.int32))
 
 
-def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int, ema: float, key: PRNGKeyArray) -> Callable:
+def make_step(
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    accumulate: int,
+    ema: float,
+    key: PRNGKeyArray,
+    shardings: PyTree | None = None,
+) -> Callable:
     """The jitted update `step(state, reference, frozen, batch) -> (state, metrics)`; `state` is donated.
+
+    `shardings` of the state, if given, are those of the new state too, so that a second step compiles nothing.
 
     Every example draws from a key folded from (key, step, position in the batch), so neither the number of devices
     nor the number of microbatches changes what is drawn.
@@ -164,7 +185,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int, ema
         metrics["gradient_norm"] = optax.global_norm(grads)
         return TrainState(policy, average, optimizer, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
 def _first(parts: Batch) -> Batch:

@@ -1,0 +1,79 @@
+"""D_real: a folder of photographs with a captions.jsonl that lists them.
+
+One line per photograph: {"file": "path/in/the/folder.jpg", "caption": "…", "split": "train"}; `split` is `train`
+(the default) or `heldout`.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image, ImageOps
+
+from hgdpo_jax.errors import UserError
+
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One line of captions.jsonl. The id is the file's path in its folder; `mirrored` ones end in `#mirrored`."""
+
+    id: str
+    path: Path
+    caption: str
+    mirrored: bool = False
+
+
+def list_photographs(folder: str | Path, split: str, mirror: bool = False) -> list[Photograph]:
+    """The photographs of a split, in the order of the file; with `mirror` each is followed by its mirror image.
+
+    Raises:
+        UserError: no captions.jsonl, a line that is not as described above, or none in this split.
+    """
+    path = Path(folder) / "captions.jsonl"
+    if not str(folder) or not path.is_file():
+        raise UserError(f"photographs {path}: no such file; set --config.data.photographs to a folder that has one")
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            name, caption, place = entry["file"], entry["caption"], entry.get("split", "train")
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f'{path} line {number}: expects {{"file": …, "caption": …, "split": …}}') from error
+        if place not in SPLITS:
+            raise UserError(f"{path} line {number}: split {place!r} is not one of {', '.join(SPLITS)}")
+        if place == split:
+            found.append(Photograph(name, path.parent / name, caption))
+            if mirror:
+                found.append(Photograph(f"{name}#mirrored", path.parent / name, caption, mirrored=True))
+    if not found:
+        raise UserError(f'{path}: no photograph of split {split}; mark some lines with "split": "{split}"')
+    return found
+
+
+def load_images(
+    photographs: list[Photograph], resolution: tuple[int, int]
+) -> tuple[list[Photograph], Float[np.ndarray, "n H W 3"]]:
+    """Those that can be read, and their pixels in [-1, 1]: scaled to cover height x width, then cut to the centre.
+
+    An unreadable photograph is named in a warning and left out.
+    """
+    height, width = resolution
+    readable, images = [], []
+    for photograph in photographs:
+        try:
+            with Image.open(photograph.path) as file:
+                image = ImageOps.exif_transpose(file).convert("RGB")
+            image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            logging.warning("photograph %s cannot be read (%s); left out", photograph.path, error)
+            continue
+        if photograph.mirrored:
+            image = ImageOps.mirror(image)
+        readable.append(photograph)
+        images.append(np.asarray(image, np.float32) / 127.5 - 1.0)
+    return readable, np.stack(images) if images else np.zeros((0, height, width, 3), np.float32)

@@ -1,0 +1,89 @@
+"""Builds a stage's pair shards: candidates from ε_base, their scores, winners and losers.
+
+python -m hgdpo_jax.pairs --config configs/stage1.py[:variant] --workdir W
+
+Shards appear one by one in W/stageN/pairs; a run that was stopped goes on with the next one.
+"""
+
+import math
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from hgdpo_jax import command, runtime
+from hgdpo_jax import config as configuration
+from hgdpo_jax.curriculum.candidates import Painter
+from hgdpo_jax.curriculum.selection import make_records
+from hgdpo_jax.data import pairs as shards
+from hgdpo_jax.data.photographs import SPLITS, list_photographs
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.scoring.preference import Scorer
+
+
+def build(config: ConfigDict, workdir: Path) -> None:
+    """Builds all shards of `config.stage` that are not there yet.
+
+    Raises:
+        UserError: an input is missing or broken, or the folder holds shards of another config.
+    """
+    settings, folder = config.pairs, workdir / config.stage / "pairs"
+    earlier_stage = settings.loser.partition("/")[0] if settings.loser.startswith("stage") else None
+    earlier = shards.open_stage(workdir, earlier_stage) if earlier_stage else None
+    photographs = {
+        split: list_photographs(config.data.photographs, split, mirror=config.data.mirror) for split in SPLITS
+    }
+    made_from = {
+        "config": {key: configuration.to_json(config)[key] for key in ("pairs", "data", "seed")},
+        "base model": pipelines.weights_hash(config.model.base) if config.model.base else "",
+        "captions.jsonl": shards.file_hash(Path(config.data.photographs) / "captions.jsonl"),
+        "scorer": pipelines.weights_hash(settings.scorer) if settings.loser != "none" else "",
+        "earlier stage": earlier.hash if earlier else "",
+    }
+    pipeline = pipelines.load(config.model.base, config.model.dtype)
+    if shards.begin(folder, made_from):
+        print(f"{folder}: already built")
+        return
+    mesh = runtime.local_mesh()
+    painter = Painter(
+        pipeline,
+        mesh,
+        sampler=settings.sampler,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        batch=settings.batch,
+        seed=config.seed,
+    )
+    scorer = Scorer(settings.scorer, mesh) if settings.loser != "none" else None
+    tokens = pipeline.tokenize([""]).shape[1]
+    schema = shards.features(painter.latent_shape(tuple(config.data.resolution)), tokens, settings.loser != "none")
+    paths: dict[str, list[Path]] = {}
+    for split, listed in photographs.items():
+        records = earlier.by_id(split) if earlier else {}
+        if earlier:  # K: where an earlier stage kept no pair, there is none here
+            listed = [photograph for photograph in listed if photograph.id in records]
+        count = math.ceil(len(listed) / settings.shard_size)
+        paths[split] = [shards.shard_path(folder, split, i, count) for i in range(count)]
+        mine = range(jax.process_index(), count, jax.process_count())
+        for i in tqdm(mine, desc=f"{config.stage} pairs, {split}", unit="shard"):
+            if paths[split][i].is_file():
+                continue
+            part = listed[i * settings.shard_size : (i + 1) * settings.shard_size]
+            made = make_records(config, painter, scorer, part, pipeline.tokenize, records)
+            shards.write_shard(paths[split][i], schema, made)
+    multihost_utils.sync_global_devices("pairs")
+    if jax.process_index() == 0:
+        shards.finish(folder, schema, paths)
+    done = shards.open_stage(workdir, config.stage)
+    for split, entry in done.manifest["splits"].items():
+        print(f"{folder}: {entry['records']} of {len(photographs[split])} {split} photographs have a pair")
+
+
+def main() -> None:
+    build(*command.parse("Builds a stage's pair shards."))
+
+
+if __name__ == "__main__":
+    command.run(main)

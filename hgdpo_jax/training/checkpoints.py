@@ -1,0 +1,170 @@
+"""Checkpoints with Orbax, apart by lifetime.
+
+    W/stageN/reference/              once per stage: what the policy is compared with, and reference.json
+    W/stageN/policy/STEP/            policy, its average, optimizer, data position, config
+    W/stageN/policy/STEP.sha256.json written last: the hashes of the files of that step
+
+Orbax does not notice a flipped bit and takes an empty folder for a checkpoint, hence the hashes: a step that does not
+match them is reported and passed over.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from hgdpo_jax.data.pairs import file_hash, write_json
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.runtime import path_name, to_host
+
+Tree = Any
+KEEP = 2
+
+
+def tree_hash(tree: Tree) -> str:
+    """sha256 over names, shapes and bytes of a pytree's arrays, whatever their sharding."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        value = to_host(leaf)
+        digest.update(f"{path_name(path)} {value.dtype} {value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {str(f.relative_to(folder)): file_hash(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def _need_space(folder: Path, tree: Tree) -> None:
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.1 + 1e6:
+        raise UserError(f"{folder}: {free / 1e9:.2f} GB free, a checkpoint needs {needed / 1e9:.2f}; free some disk")
+
+
+def _flat(tree: Tree) -> dict[str, Any]:
+    """Dotted name → leaf: what is written does not depend on the container classes of Flax and optax."""
+    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _target(tree: Tree) -> dict[str, jax.ShapeDtypeStruct]:
+    """Names, shapes and shardings to restore to."""
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in _flat(tree).items()}
+
+
+def _unflat(values: dict[str, Any], like: Tree) -> Tree:
+    return jax.tree.unflatten(jax.tree.structure(like), [values[name] for name in _flat(like)])
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    if jax.process_index() == 0:
+        write_json(path, value)
+    multihost_utils.sync_global_devices(path.name)
+
+
+class Checkpoints:
+    """The checkpoints of one stage in `folder` = W/stageN.
+
+    Steps are only ever added; the newest two are kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self._policy = self.folder / "policy"
+        self._policy.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            self._policy,
+            options=ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=False),
+        )
+
+    def latest(self) -> int | None:
+        """The newest step whose files match their hashes, or None. Damaged steps are reported."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            path = self._policy / f"{step}.sha256.json"
+            if path.is_file() and json.loads(path.read_text()) == _hashes(self._policy / str(step)):
+                return step
+            logging.warning(
+                "checkpoint %s: incomplete or altered; going back to the one before", self._policy / str(step)
+            )
+        return None
+
+    def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
+        """Writes a step and waits until it is whole.
+
+        Raises:
+            UserError: the disk is full, or the step is not newer than what is there.
+        """
+        _need_space(self.folder, state)
+        # A damaged newer step would make Orbax refuse an older one.
+        for damaged in [s for s in self._manager.all_steps() if s >= step]:
+            self._manager.delete(damaged)
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(_flat(state)), meta=ocp.args.JsonSave(meta))
+        if not self._manager.save(step, args=items, force=True):
+            raise UserError(f"checkpoint {self._policy / str(step)}: Orbax did not write it")
+        self._manager.wait_until_finished()
+        _write_json(self._policy / f"{step}.sha256.json", _hashes(self._policy / str(step)))
+        if jax.process_index() == 0:
+            for path in self._policy.glob("*.sha256.json"):
+                if not (self._policy / path.name.partition(".")[0]).is_dir():
+                    path.unlink()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """Data position, config and hashes of a step."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def restore(self, step: int, like: Tree) -> Tree:
+        """The state of a step, with the shapes and shardings of `like`; a part of the saved tree is enough.
+
+        Raises:
+            UserError: the checkpoint holds another tree.
+        """
+        target = _target(like)
+        arguments = ocp.args.PyTreeRestore(
+            target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+        )
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+            return _unflat(restored, like)
+        except (ValueError, KeyError) as error:
+            line = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"checkpoint {self._policy / str(step)}: does not fit this config's model ({line})"
+            ) from error
+
+    def save_reference(self, reference: Tree) -> str:
+        """Writes the reference once; returns its hash."""
+        _need_space(self.folder, reference)
+        value = tree_hash(reference)
+        path = self.folder / "reference" / "weights"
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(path, _flat(reference), force=True)
+        _write_json(self.folder / "reference" / "reference.json", {"sha256": value})
+        return value
+
+    def restore_reference(self, like: Tree, expected: str) -> Tree:
+        """The reference that a run started with.
+
+        Raises:
+            UserError: it is missing, or is not the one whose hash the checkpoint names.
+        """
+        path = self.folder / "reference" / "weights"
+        target = _target(like)
+        try:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                arguments = ocp.checkpoint_utils.construct_restore_args(target)
+                reference = _unflat(checkpointer.restore(path, item=target, restore_args=arguments), like)
+            found = tree_hash(reference)
+        except Exception as error:  # Orbax raises bare Exceptions for damaged files
+            raise UserError(f"reference {path}: cannot be read; the stage must be trained again") from error
+        if found != expected:
+            raise UserError(
+                f"reference {path}: its hash {found[:12]} is not {expected[:12]}, that of the checkpoint's reference"
+            )
+        return reference

@@ -1,0 +1,211 @@
+"""Training of one stage, from its shards and its predecessor to its last checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from hgdpo_jax import config as configuration
+from hgdpo_jax import runtime
+from hgdpo_jax.curriculum.candidates import Painter
+from hgdpo_jax.data.loader import PairLoader, first_batches
+from hgdpo_jax.data.pairs import Pairs, open_stage, write_json
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.models.lora import add_lora
+from hgdpo_jax.training import step as steps
+from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
+from hgdpo_jax.training.metrics import MetricLog, average
+from hgdpo_jax.training.optimizer import make_optimizer
+
+HELDOUT_PAIRS = 256
+SAMPLES = 8
+# What may differ between a run and its resumption without changing what is trained.
+_FREE = ("train.steps", "train.checkpoint_every", "train.log_every", "train.eval_every", "mesh", "evaluate")
+
+
+def load_policy(config: ConfigDict, mesh: Mesh) -> pipelines.Pipeline:
+    """ε_base on the mesh; with `train.params=lora` its UNet carries a fresh LoRA, which changes nothing yet."""
+    pipeline = pipelines.load(config.model.base, config.model.dtype)
+    if config.train.params == "lora":
+        key = runtime.stream_key(config.seed, "lora")
+        add_lora(pipeline.unet, config.train.lora_rank, config.train.lora_alpha, nnx.Rngs(key))
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        state = nnx.state(part)
+        nnx.update(part, jax.device_put(state, runtime.shardings(state, mesh)))
+    return pipeline
+
+
+def finished_policy(workdir: Path, stage: str, like: steps.Params) -> steps.Params:
+    """The policy that a stage handed on.
+
+    Raises:
+        UserError: the stage was not trained to its end, or with another kind of policy.
+    """
+    script = "stage0_sft" if stage == "stage0" else stage
+    command = f"python -m hgdpo_jax.main --config configs/{script}.py[:variant] --workdir {workdir}"
+    if not (workdir / stage / "policy").is_dir():
+        raise UserError(f"{stage} was not trained in {workdir}; run first: {command}")
+    checkpoints = Checkpoints(workdir / stage)
+    step = checkpoints.latest()
+    if step is None:
+        raise UserError(f"{stage} has no whole checkpoint in {workdir}; run first: {command}")
+    meta = checkpoints.meta(step)
+    if step < meta["config"]["train"]["steps"]:
+        raise UserError(f"{stage} stands at step {step} of {meta['config']['train']['steps']}; run first: {command}")
+    name = "ema" if meta["config"]["train"]["ema"] else "policy"
+    return checkpoints.restore(step, {name: like})[name]
+
+
+def check_same(old: dict[str, Any], new: dict[str, Any], workdir: Path) -> None:
+    """Raises UserError that names the first setting in which a checkpoint's config differs from this run's."""
+    old_config, new_config = ConfigDict(old), ConfigDict(new)
+    for key in configuration.keys(new_config):
+        if any(key == free or key.startswith(f"{free}.") for free in _FREE):
+            continue
+        was, now = configuration.get(old_config, key), configuration.get(new_config, key)
+        if was != now:
+            raise UserError(
+                f"config key {key}={now!r}: the checkpoint in {workdir} was trained with {was!r}; use that value or "
+                "another --workdir"
+            )
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Trains `config.stage` in `workdir`, or goes on from its newest whole checkpoint.
+
+    Raises:
+        UserError: an input is missing or is not what it claims to be; a loss is NaN or infinite.
+    """
+    settings, folder = config.train, workdir / config.stage
+    mesh = runtime.make_mesh(config.mesh)
+    runtime.check_batch(settings.batch // settings.accumulate, mesh, "train.batch / train.accumulate")
+    pipeline = load_policy(config, mesh)
+    denoiser, base_policy, frozen = steps.split(pipeline, settings.params)
+    painter = Painter(
+        pipeline,
+        mesh,
+        sampler=config.evaluate.sampler,
+        steps=config.evaluate.steps,
+        guidance=config.evaluate.guidance,
+        batch=config.evaluate.batch,
+        seed=config.seed,
+    )
+    resolution = tuple(config.data.resolution)
+    pairs = open_stage(workdir, config.stage, painter.latent_shape(resolution))
+
+    if config.objective == "dpo":
+        loss = steps.dpo_loss(denoiser, pipeline.schedule, settings.beta, settings.lambda_stat)
+    else:
+        loss = steps.sft_loss(denoiser, pipeline.schedule, config.data.caption_dropout, pipeline.tokenize([""]))
+    tx = make_optimizer(settings)
+
+    start = base_policy if settings.start == "base" else finished_policy(workdir, settings.start, base_policy)
+    empty = jax.eval_shape(lambda policy: steps.init_state(policy, tx, settings.ema), start)
+    placed = runtime.shardings(empty, mesh)
+    state = jax.jit(lambda policy: steps.init_state(policy, tx, settings.ema), out_shardings=placed)(start)
+    step = steps.make_step(
+        loss, tx, settings.accumulate, settings.ema, runtime.stream_key(config.seed, config.stage, "step"), placed
+    )
+
+    # Supervised fine-tuning has no reference.
+    reference: Any = {}
+    if config.objective == "dpo":
+        reference = start if settings.reference == "start" else base_policy
+    checkpoints, position = Checkpoints(folder), 0
+    identity = {"base": pipelines.weights_hash(config.model.base), "pairs": pairs.hash}
+    newest = checkpoints.latest()
+    if newest is None:
+        reference_hash = checkpoints.save_reference(reference) if config.objective == "dpo" else ""
+    else:
+        meta = checkpoints.meta(newest)
+        check_same(meta["config"], configuration.to_json(config), workdir)
+        for name, value in identity.items():
+            if meta[name] != value:
+                raise UserError(f"{folder}: the checkpoint was trained with other {name}; use another --workdir")
+        reference_hash = meta["reference"]
+        if config.objective == "dpo":
+            reference = checkpoints.restore_reference(reference, reference_hash)
+        state, position = checkpoints.restore(newest, state), meta["position"]
+    done = int(state.step)
+    if done >= settings.steps:
+        print(f"{folder}: already trained to step {done}")
+        return
+    write_json(folder / "config.json", configuration.to_json(config))
+
+    log = MetricLog(folder / "logs")
+    loader = PairLoader(pairs.sources["train"], settings.batch, config.seed, position)
+    held = [
+        runtime.to_devices(batch, mesh)
+        for batch in first_batches(pairs.sources["heldout"], settings.batch, HELDOUT_PAIRS)
+    ]
+    evaluate = jax.jit(lambda *arguments: loss(*arguments)[1])
+    ids, keys, grid_rows = _samples(pairs, painter, pipeline)
+
+    def look(now: int) -> None:
+        """Held-out pairs at fixed noise and timesteps, and pictures from fixed seeds."""
+        found = []
+        for i, batch in enumerate(held):
+            noise = jax.random.split(runtime.stream_key(0, "heldout", i), settings.batch)
+            found.append(evaluate(state.policy, reference, frozen, batch | {"key": noise}))
+        log.write({f"heldout/{name}": value for name, value in average(jax.device_get(found)).items()}, now)
+        painter.use(state.result)
+        images = painter.decode(painter.generate(ids, keys, resolution, "samples"), "decode")
+        log.images("samples", picture_grid(images[:grid_rows], 4), now)
+
+    if done == 0:
+        look(0)
+    with tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step") as bar:
+        for now in range(done + 1, settings.steps + 1):
+            state, metrics = step(state, reference, frozen, runtime.to_devices(next(loader), mesh))
+            log.add(metrics)
+            bar.update()
+            last = now == settings.steps
+            save = now % settings.checkpoint_every == 0 or last
+            if now % settings.log_every == 0 or save:
+                values = log.flush(now)  # stops here before a loss that is not finite can reach a checkpoint
+                shown = {
+                    "loss": f"{values['loss/total']:.4f}",
+                    "pairs/s": f"{(bar.format_dict['rate'] or 0) * settings.batch:.1f}",
+                }
+                if "dpo/accuracy" in values:
+                    shown["accuracy"] = f"{values['dpo/accuracy']:.2f}"
+                bar.set_postfix(shown)
+            if now % settings.eval_every == 0 or last:
+                look(now)
+            if save:
+                meta = {
+                    "config": configuration.to_json(config),
+                    "config_hash": configuration.content_hash(config),
+                    "position": loader.position,
+                    "seed": config.seed,
+                    "reference": reference_hash,
+                    **identity,
+                }
+                checkpoints.save(now, state, meta)
+    if config.objective == "dpo":
+        assert tree_hash(reference) == reference_hash, "the reference changed during training"
+    print(f"{folder}: trained to step {settings.steps}")
+
+
+def _samples(pairs: Pairs, painter: Painter, pipeline: pipelines.Pipeline) -> tuple[np.ndarray, jax.Array, int]:
+    """Token ids and keys of the pictures in the log: the first held-out captions, one fixed seed each."""
+    source = pairs.sources["heldout"]
+    rows = [source[i] for i in range(min(SAMPLES, len(source)))]
+    ids = np.stack([row["input_ids"] for row in rows])
+    return ids, painter.keys("samples", [row["id"].decode() for row in rows], [0] * len(rows)), len(rows)
+
+
+def picture_grid(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images float [n, H, W, 3] in [-1, 1] → one picture uint8, row by row; missing ones are white."""
+    n, height, width, _ = images.shape
+    rows = -(-n // columns)
+    padded = np.ones((rows * columns, height, width, 3), np.float32)
+    padded[:n] = images
+    grid = padded.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+    return np.round((grid + 1.0) * 127.5).clip(0, 255).astype(np.uint8)
