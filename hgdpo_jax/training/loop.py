@@ -5,8 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -17,7 +15,7 @@ from hgdpo_jax.data.loader import PairLoader, first_batches
 from hgdpo_jax.data.pairs import Pairs, open_stage, write_json
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.models.lora import add_lora
+from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
 from hgdpo_jax.training.metrics import MetricLog, average
@@ -27,39 +25,6 @@ HELDOUT_PAIRS = 256
 SAMPLES = 8
 # What may differ between a run and its resumption without changing what is trained.
 _FREE = ("train.steps", "train.checkpoint_every", "train.log_every", "train.eval_every", "mesh", "evaluate")
-
-
-def load_policy(config: ConfigDict, mesh: Mesh) -> pipelines.Pipeline:
-    """ε_base on the mesh; with `train.params=lora` its UNet carries a fresh LoRA, which changes nothing yet."""
-    pipeline = pipelines.load(config.model.base, config.model.dtype)
-    if config.train.params == "lora":
-        key = runtime.stream_key(config.seed, "lora")
-        add_lora(pipeline.unet, config.train.lora_rank, config.train.lora_alpha, nnx.Rngs(key))
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        state = nnx.state(part)
-        nnx.update(part, jax.device_put(state, runtime.shardings(state, mesh)))
-    return pipeline
-
-
-def finished_policy(workdir: Path, stage: str, like: steps.Params) -> steps.Params:
-    """The policy that a stage handed on.
-
-    Raises:
-        UserError: the stage was not trained to its end, or with another kind of policy.
-    """
-    script = "stage0_sft" if stage == "stage0" else stage
-    command = f"python -m hgdpo_jax.main --config configs/{script}.py[:variant] --workdir {workdir}"
-    if not (workdir / stage / "policy").is_dir():
-        raise UserError(f"{stage} was not trained in {workdir}; run first: {command}")
-    checkpoints = Checkpoints(workdir / stage)
-    step = checkpoints.latest()
-    if step is None:
-        raise UserError(f"{stage} has no whole checkpoint in {workdir}; run first: {command}")
-    meta = checkpoints.meta(step)
-    if step < meta["config"]["train"]["steps"]:
-        raise UserError(f"{stage} stands at step {step} of {meta['config']['train']['steps']}; run first: {command}")
-    name = "ema" if meta["config"]["train"]["ema"] else "policy"
-    return checkpoints.restore(step, {name: like})[name]
 
 
 def check_same(old: dict[str, Any], new: dict[str, Any], workdir: Path) -> None:
@@ -85,7 +50,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     settings, folder = config.train, workdir / config.stage
     mesh = runtime.make_mesh(config.mesh)
     runtime.check_batch(settings.batch // settings.accumulate, mesh, "train.batch / train.accumulate")
-    pipeline = load_policy(config, mesh)
+    pipeline = policies.load(config, mesh)
     denoiser, base_policy, frozen = steps.split(pipeline, settings.params)
     painter = Painter(
         pipeline,
@@ -105,7 +70,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         loss = steps.sft_loss(denoiser, pipeline.schedule, config.data.caption_dropout, pipeline.tokenize([""]))
     tx = make_optimizer(settings)
 
-    start = base_policy if settings.start == "base" else finished_policy(workdir, settings.start, base_policy)
+    start = base_policy if settings.start == "base" else policies.finished(workdir, settings.start, base_policy)
     empty = jax.eval_shape(lambda policy: steps.init_state(policy, tx, settings.ema), start)
     placed = runtime.shardings(empty, mesh)
     state = jax.jit(lambda policy: steps.init_state(policy, tx, settings.ema), out_shardings=placed)(start)
@@ -156,7 +121,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         log.write({f"heldout/{name}": value for name, value in average(jax.device_get(found)).items()}, now)
         painter.use(state.result)
         images = painter.decode(painter.generate(ids, keys, resolution, "samples"), "decode")
-        log.images("samples", picture_grid(images[:grid_rows], 4), now)
+        log.images("samples", grid(images[:grid_rows], 4), now)
 
     if done == 0:
         look(0)
@@ -199,13 +164,3 @@ def _samples(pairs: Pairs, painter: Painter, pipeline: pipelines.Pipeline) -> tu
     rows = [source[i] for i in range(min(SAMPLES, len(source)))]
     ids = np.stack([row["input_ids"] for row in rows])
     return ids, painter.keys("samples", [row["id"].decode() for row in rows], [0] * len(rows)), len(rows)
-
-
-def picture_grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """Images float [n, H, W, 3] in [-1, 1] → one picture uint8, row by row; missing ones are white."""
-    n, height, width, _ = images.shape
-    rows = -(-n // columns)
-    padded = np.ones((rows * columns, height, width, 3), np.float32)
-    padded[:n] = images
-    grid = padded.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
-    return np.round((grid + 1.0) * 127.5).clip(0, 255).astype(np.uint8)

@@ -48,10 +48,14 @@ class Denoiser(NamedTuple):
         return nnx.merge(self.unet, policy, frozen["unet"])(x_t, t, context).astype(jnp.float32)
 
 
+def policy_filter(params: str) -> type[nnx.Param]:
+    """Which variables of the UNet are the policy: its LoRA (`lora`) or all its parameters (`all`)."""
+    return nnx.LoRAParam if params == "lora" else nnx.Param
+
+
 def split(pipeline: Pipeline, params: str) -> tuple[Denoiser, Params, Params]:
-    """(denoiser, policy, frozen): the policy is the LoRA of the UNet (`lora`) or all its parameters (`all`)."""
-    trained = nnx.LoRAParam if params == "lora" else nnx.Param
-    unet, policy, rest = nnx.split(pipeline.unet, trained, ...)
+    """(denoiser, policy, frozen); see :func:`policy_filter`."""
+    unet, policy, rest = nnx.split(pipeline.unet, policy_filter(params), ...)
     text_encoder, text_state = nnx.split(pipeline.text_encoder)
     return Denoiser(unet, text_encoder), policy, {"unet": rest, "text_encoder": text_state}
 

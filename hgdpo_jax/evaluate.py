@@ -1,0 +1,185 @@
+"""Base, easy, normal and hard on the held-out captions: a table, W/results.json and W/report.html.
+
+python -m hgdpo_jax.evaluate --config configs/stage3.py[:variant] --workdir W
+
+Every model draws the same prompts from the same seeds. What a model drew is kept in W/evaluation and not drawn again.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from hgdpo_jax import command, runtime
+from hgdpo_jax import config as configuration
+from hgdpo_jax.curriculum.candidates import Painter
+from hgdpo_jax.data.pairs import write_json
+from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.scoring import report
+from hgdpo_jax.scoring.appearance import hue_distance, hue_vector, sharpness
+from hgdpo_jax.scoring.distance import frechet_distance, kernel_distance
+from hgdpo_jax.scoring.preference import Scorer
+from hgdpo_jax.training import policy as policies
+from hgdpo_jax.training.checkpoints import tree_hash
+
+STAGE_OF = {"base": None, "easy": "stage1", "normal": "stage2", "hard": "stage3"}
+METRICS = {
+    "preference_score": "preference score ↑",
+    "win_rate": "win rate over base ↑",
+    "frechet_distance": "Fréchet distance ↓",
+    "kernel_distance": "kernel distance ↓",
+    "sharpness": "sharpness ↑",
+    "hue_distance": "hue distance to base",
+}
+Drawn = dict[str, np.ndarray]
+
+
+def compare(drawn: dict[str, Drawn], photographs: Drawn, heldout: np.ndarray) -> dict[str, dict[str, float]]:
+    """Metrics of each model.
+
+    Args:
+        drawn: model → {score [n], embedding [n, p], sharpness [n], hue [n, 2]}, the same prompts and seeds in each;
+            `base` is among them.
+        photographs: the same of the photographs and their mirror images.
+        heldout: whether a photograph is held out, bool.
+    """
+    base = drawn["base"]
+    return {
+        name: {
+            "preference_score": float(model["score"].mean(dtype=np.float64)),
+            "win_rate": float(np.mean(0.5 + 0.5 * np.sign(model["score"] - base["score"]))),
+            "frechet_distance": frechet_distance(model["embedding"], photographs["embedding"]),
+            "kernel_distance": kernel_distance(model["embedding"], photographs["embedding"][heldout]),
+            "sharpness": float(model["sharpness"].mean(dtype=np.float64)),
+            "hue_distance": hue_distance(model["hue"], base["hue"]),
+        }
+        for name, model in drawn.items()
+    }
+
+
+def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Draws, measures and writes results.json and report.html; returns what results.json holds.
+
+    Raises:
+        UserError: a stage up to `config.stage` is not finished, or an input is missing.
+    """
+    settings, resolution = config.evaluate, tuple(config.data.resolution)
+    mesh = runtime.local_mesh()
+    pipeline = policies.load(config, mesh)
+    painter = Painter(
+        pipeline,
+        mesh,
+        sampler=settings.sampler,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        batch=settings.batch,
+        seed=config.seed,
+    )
+    scorer = Scorer(config.pairs.scorer, mesh)
+    like = policies.of(pipeline, config)
+    names = [name for name, stage in STAGE_OF.items() if stage is None or stage <= config.stage]
+    stages = {name: STAGE_OF[name] for name in names}
+
+    def look(images: jax.Array, input_ids: jax.Array) -> Drawn:
+        judgement = scorer(images, input_ids)
+        return {
+            "score": judgement.score,
+            "embedding": judgement.embedding,
+            "sharpness": sharpness(images),
+            "hue": hue_vector(images),
+        }
+
+    held = list_photographs(config.data.photographs, "heldout")
+    prompts = [p for p in held for _ in range(settings.images_per_prompt)]
+    numbers = [i for _ in held for i in range(settings.images_per_prompt)]
+    ids = pipeline.tokenize([p.caption for p in prompts])
+    keys = painter.keys("evaluate", [p.id for p in prompts], numbers)
+    shown = np.arange(0, len(prompts), settings.images_per_prompt)[: report.COLUMNS]
+    (workdir / "evaluation").mkdir(parents=True, exist_ok=True)
+    identity = [pipelines.weights_hash(config.model.base), pipelines.weights_hash(config.pairs.scorer), config.seed,
+                configuration.to_json(config)["evaluate"], [p.id for p in held]]  # fmt: skip
+    drawn: dict[str, Drawn] = {}
+    for name, stage in stages.items():
+        policy = like if stage is None else policies.finished(workdir, stage, like)
+        mark = repr([tree_hash(policy), *identity])
+        path = workdir / "evaluation" / f"{name}.npz"
+        found = dict(np.load(path)) if path.is_file() else {}
+        if str(found.get("mark")) != mark:
+            painter.use(policy)
+            latents = painter.generate(ids, keys, resolution, f"draw {name}")
+            found = painter.measure(latents, {"input_ids": ids}, look, f"measure {name}")
+            found |= {"pictures": painter.decode(latents[shown], "decode"), "mark": np.array(mark)}
+            temporary = path.with_suffix(".partial.npz")
+            np.savez(temporary, **found)
+            os.replace(temporary, path)
+        drawn[name] = found
+
+    photographs, heldout = _photographs(config, painter, look, pipeline)
+    models = compare(drawn, photographs, heldout)
+    results = {
+        "models": models,
+        "photographs": {
+            "preference_score": float(photographs["score"][heldout].mean(dtype=np.float64)),
+            "sharpness": float(photographs["sharpness"].mean(dtype=np.float64)),
+        },
+        "images_per_model": len(prompts),
+        "seed": config.seed,
+        "config": configuration.to_json(config)["evaluate"],
+    }
+    write_json(workdir / "results.json", results)
+    page = report.page(
+        models=models,
+        titles=METRICS,
+        pictures={name: model["pictures"] for name, model in drawn.items()},
+        captions=[prompts[i].caption for i in shown],
+        photographs=load_images([prompts[i] for i in shown], resolution)[1],
+        stages=[(name, report.stage(workdir, stage, painter)) for name, stage in stages.items() if stage],
+    )
+    (workdir / ".report.partial").write_text(page)
+    os.replace(workdir / ".report.partial", workdir / "report.html")
+    return results
+
+
+def _photographs(config: ConfigDict, painter: Painter, look: Any, pipeline: Any) -> tuple[Drawn, np.ndarray]:
+    """The photographs and their mirror images, measured like the models' images; and which are held out."""
+    resolution, batch = tuple(config.data.resolution), config.evaluate.batch
+    measured: list[Drawn] = []
+    heldout: list[bool] = []
+    for split in ("train", "heldout"):
+        listed = list_photographs(config.data.photographs, split, mirror=True)
+        for begin in range(0, len(listed), batch):
+            part, images = load_images(listed[begin : begin + batch], resolution)
+            rows = np.minimum(np.arange(batch), len(part) - 1)
+            ids = pipeline.tokenize([p.caption for p in part])
+            arrays = runtime.to_devices({"images": images[rows], "ids": ids[rows]}, painter.mesh)
+            found = look(arrays["images"], arrays["ids"])
+            measured.append({name: np.asarray(value)[: len(part)] for name, value in found.items()})
+            heldout += [split == "heldout"] * len(part)
+    return {name: np.concatenate([m[name] for m in measured]) for name in measured[0]}, np.array(heldout)
+
+
+def show(results: dict[str, Any]) -> None:
+    """The table in the terminal."""
+    table = Table(title=f"{results['images_per_model']} images per model, held-out captions, the same seeds")
+    table.add_column("")
+    for title in METRICS.values():
+        table.add_column(title, justify="right")
+    for name, row in results["models"].items():
+        table.add_row(name, *(f"{row[key]:.3f}" for key in METRICS))
+    Console(width=140).print(table)
+
+
+def main() -> None:
+    config, workdir = command.parse("Measures base and every stage, writes results.json and report.html.")
+    show(evaluate(config, workdir))
+    print(f"{workdir / 'results.json'}, {workdir / 'report.html'}")
+
+
+if __name__ == "__main__":
+    command.run(main)

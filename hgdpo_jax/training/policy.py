@@ -1,0 +1,81 @@
+"""The policy: which part of ε_base's UNet is trained, and where a stage's result is found again."""
+
+import json
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from hgdpo_jax import runtime
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.models.lora import add_lora
+from hgdpo_jax.training.checkpoints import Checkpoints
+from hgdpo_jax.training.step import Params, policy_filter
+
+STAGES = ("stage0", "stage1", "stage2", "stage3")
+
+
+def load(config: ConfigDict, mesh: Mesh) -> pipelines.Pipeline:
+    """ε_base on the mesh; with `train.params=lora` its UNet carries a fresh LoRA, which changes nothing yet."""
+    pipeline = pipelines.load(config.model.base, config.model.dtype)
+    if config.train.params == "lora":
+        key = runtime.stream_key(config.seed, "lora")
+        add_lora(pipeline.unet, config.train.lora_rank, config.train.lora_alpha, nnx.Rngs(key))
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        state = nnx.state(part)
+        nnx.update(part, jax.device_put(state, runtime.shardings(state, mesh)))
+    return pipeline
+
+
+def of(pipeline: pipelines.Pipeline, config: ConfigDict) -> Params:
+    """The policy's parameters in a loaded pipeline."""
+    return nnx.state(pipeline.unet, policy_filter(config.train.params))
+
+
+def put(pipeline: pipelines.Pipeline, policy: Params) -> None:
+    """Puts a policy into a loaded pipeline, in place."""
+    nnx.update(pipeline.unet, policy)
+
+
+def _train_command(stage: str, workdir: Path) -> str:
+    script = "stage0_sft" if stage == "stage0" else stage
+    return f"python -m hgdpo_jax.main --config configs/{script}.py[:variant] --workdir {workdir}"
+
+
+def stage_config(workdir: Path, stage: str) -> ConfigDict:
+    """The config a stage was trained with. Raises UserError when it was not trained here."""
+    path = workdir / stage / "config.json"
+    if not path.is_file():
+        raise UserError(f"{stage} was not trained in {workdir}; run first: {_train_command(stage, workdir)}")
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def last_stage(workdir: Path) -> str:
+    """The highest stage that was started. Raises UserError when there is none."""
+    for stage in reversed(STAGES):
+        if (workdir / stage / "config.json").is_file():
+            return stage
+    raise UserError(f"no stage was trained in {workdir}; run first: {_train_command('stage1', workdir)}")
+
+
+def finished(workdir: Path, stage: str, like: Params) -> Params:
+    """The policy that a stage handed on.
+
+    Args:
+        like: a policy of the same shape, with the shardings to restore to.
+
+    Raises:
+        UserError: the stage was not trained, or not to its end, or with another kind of policy.
+    """
+    wanted = stage_config(workdir, stage).train
+    checkpoints = Checkpoints(workdir / stage)
+    step = checkpoints.latest()
+    if step is None or step < wanted.steps:
+        raise UserError(
+            f"{stage} stands at step {step or 0} of {wanted.steps}; run first: {_train_command(stage, workdir)}"
+        )
+    name = "ema" if wanted.ema else "policy"
+    return checkpoints.restore(step, {name: like})[name]
