@@ -20,12 +20,12 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     if variant == "portraits":
         # From nothing: the folder holds the VAE, the text encoder and a randomly initialised UNet.
         config.data.mirror = True
-        config.train.steps = 3500
+        config.train.steps = 1000
         config.train.batch = 32
         config.train.lr = 2e-3
         config.train.warmup = 100
         config.train.schedule = "cosine"
-        config.train.ema = 0.995
+        config.train.ema = 0.99
         config.train.checkpoint_every = 500
-        config.train.eval_every = 1750
+        config.train.eval_every = 250
     return config

@@ -28,7 +28,7 @@ def clip_pixels(images: Float[Array, "b H W 3"], size: int) -> Float[Array, "b s
     """CLIP's preprocessing of images in [-1, 1]: bicubic to the short side, centre cut, normalised."""
     b, height, width, _ = images.shape
     short = min(height, width)
-    new = (round(height * size / short), round(width * size / short))
+    new = (int(height * size / short), int(width * size / short))  # cut off, as the image processor does
     if new != (height, width):
         images = jnp.clip(jax.image.resize(images, (b, *new, 3), "cubic"), -1.0, 1.0)
     top, left = (new[0] - size) // 2, (new[1] - size) // 2

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
 
 from hgdpo_jax.curriculum.candidates import Painter
 from hgdpo_jax.data.pairs import open_stage
+from hgdpo_jax.scoring.pictures import png, to_uint8
 from hgdpo_jax.training import metrics
 
 matplotlib.use("Agg")
@@ -56,27 +56,6 @@ def stage(workdir: Path, name: str, painter: Painter) -> Stage:
     )
 
 
-def to_uint8(images: Float[np.ndarray, "*n H W 3"]) -> np.ndarray:
-    """Images in [-1, 1] → uint8."""
-    return np.round((images + 1.0) * 127.5).clip(0, 255).astype(np.uint8)
-
-
-def grid(images: Pictures, columns: int) -> np.ndarray:
-    """One picture uint8 of images in [-1, 1], row by row; missing ones are white."""
-    n, height, width, _ = images.shape
-    rows = -(-n // columns)
-    padded = np.ones((rows * columns, height, width, 3), np.float32)
-    padded[:n] = images
-    joined = padded.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
-    return to_uint8(joined.reshape(rows * height, columns * width, 3))
-
-
-def _png(image: np.ndarray, label: str) -> str:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return _tag(file.getvalue(), label)
-
-
 def _tag(data: bytes, label: str) -> str:
     return f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}" alt="{html.escape(label)}">'
 
@@ -108,7 +87,9 @@ def _rows(rows: Mapping[str, Pictures], heads: Sequence[str]) -> str:
     cells = ["<span></span>", *(f"<span>{html.escape(head)}</span>" for head in heads)]
     for name, pictures in rows.items():
         cells.append(f"<span><b>{html.escape(name)}</b></span>")
-        cells += [_png(to_uint8(picture), f"{name}: {head}") for picture, head in zip(pictures, heads, strict=False)]
+        cells += [
+            _tag(png(to_uint8(picture)), f"{name}: {head}") for picture, head in zip(pictures, heads, strict=False)
+        ]
     return f'<div class="grid" style="grid-template-columns: 5rem repeat({len(heads)}, 1fr)">{"".join(cells)}</div>'
 
 

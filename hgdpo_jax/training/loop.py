@@ -15,6 +15,7 @@ from hgdpo_jax.data.loader import PairLoader, first_batches
 from hgdpo_jax.data.pairs import Pairs, open_stage, write_json
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.scoring.pictures import grid
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash

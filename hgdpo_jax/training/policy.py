@@ -31,8 +31,8 @@ def load(config: ConfigDict, mesh: Mesh) -> pipelines.Pipeline:
 
 
 def of(pipeline: pipelines.Pipeline, config: ConfigDict) -> Params:
-    """The policy's parameters in a loaded pipeline."""
-    return nnx.state(pipeline.unet, policy_filter(config.train.params))
+    """The policy's parameters in a loaded pipeline, in containers of their own."""
+    return jax.tree.map(lambda x: x, nnx.state(pipeline.unet, policy_filter(config.train.params)))
 
 
 def put(pipeline: pipelines.Pipeline, policy: Params) -> None:

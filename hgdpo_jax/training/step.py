@@ -54,9 +54,13 @@ def policy_filter(params: str) -> type[nnx.Param]:
 
 
 def split(pipeline: Pipeline, params: str) -> tuple[Denoiser, Params, Params]:
-    """(denoiser, policy, frozen); see :func:`policy_filter`."""
-    unet, policy, rest = nnx.split(pipeline.unet, policy_filter(params), ...)
+    """(denoiser, policy, frozen); see :func:`policy_filter`.
+
+    The states are copies of the containers, not of the arrays: a later write into the pipeline does not show in them.
+    """
+    unet, *states = nnx.split(pipeline.unet, policy_filter(params), ...)
     text_encoder, text_state = nnx.split(pipeline.text_encoder)
+    policy, rest, text_state = jax.tree.map(lambda x: x, (*states, text_state))
     return Denoiser(unet, text_encoder), policy, {"unet": rest, "text_encoder": text_state}
 
 
@@ -186,7 +190,7 @@ def make_step(
         average = None
         if state.ema is not None:
             average = optax.incremental_update(policy, state.ema, 1.0 - ema)
-        metrics["gradient_norm"] = optax.global_norm(grads)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
         return TrainState(policy, average, optimizer, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))

@@ -1,0 +1,61 @@
+"""The order of the records: resumable from one number, the same for every number of processes."""
+
+import jax
+import numpy as np
+import pytest
+
+from hgdpo_jax.data.loader import PairLoader, first_batches
+
+
+class Source:
+    """Ten records whose latents carry their number."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, i: int) -> dict:
+        latent = np.full((1, 1, 1), i, np.float16)
+        return {"winner": latent, "loser": -latent, "input_ids": np.array([i]), "id": b"x"}
+
+
+def numbers(loader: PairLoader, count: int) -> list[list[int]]:
+    return [next(loader)["input_ids"].ravel().tolist() for _ in range(count)]
+
+
+def test_every_record_comes_once_in_each_pass_in_another_order() -> None:
+    drawn = np.array(numbers(PairLoader(Source(), 5, seed=0), 4)).reshape(2, 10)
+    assert (np.sort(drawn, axis=1) == np.arange(10)).all()
+    assert not np.array_equal(drawn[0], drawn[1])
+    assert numbers(PairLoader(Source(), 5, seed=1), 4) != drawn.reshape(4, 5).tolist()
+
+
+def test_it_goes_on_where_it_stood() -> None:
+    whole = numbers(PairLoader(Source(), 4, seed=3), 9)
+    loader = PairLoader(Source(), 4, seed=3)
+    first = numbers(loader, 5)
+    assert loader.position == 20
+    assert first + numbers(PairLoader(Source(), 4, seed=3, position=loader.position), 4) == whole
+
+
+def test_two_processes_share_the_batches_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = numbers(PairLoader(Source(), 4, seed=3), 5)
+    parts = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        parts.append(numbers(PairLoader(Source(), 4, seed=3), 5))
+    together = [sorted(a + b) for a, b in zip(*parts, strict=True)]
+    assert together == [sorted(batch) for batch in whole]
+
+
+def test_latents_become_float32_and_other_fields_stay_behind() -> None:
+    batch = next(PairLoader(Source(), 2, seed=0))
+    assert set(batch) == {"winner", "loser", "input_ids"}
+    assert batch["winner"].dtype == np.float32 and batch["winner"].shape == (2, 1, 1, 1)
+    assert batch["input_ids"].dtype == np.int32
+
+
+@pytest.mark.parametrize(("batch", "limit", "expected"), [(4, 256, 8), (4, 4, 4), (16, 256, 16)])
+def test_held_out_batches_are_the_first_records_and_full(batch: int, limit: int, expected: int) -> None:
+    found = first_batches(Source(), batch, limit)
+    assert np.concatenate([b["input_ids"].ravel() for b in found]).tolist() == [i % 10 for i in range(expected)]

@@ -1,0 +1,99 @@
+"""Shards: TFDS opens them, damage is named, nothing is overwritten."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from hgdpo_jax.data import pairs as shards
+from hgdpo_jax.errors import UserError
+from tests import tiny
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+    tiny.write_pairs(tmp_path / "stage1" / "pairs", train=6, heldout=2)
+    return tmp_path
+
+
+def test_tfds_opens_what_was_written(workdir: Path) -> None:
+    source = tfds.builder_from_directory(str(workdir / "stage1" / "pairs")).as_data_source(split="train")
+    rng = np.random.default_rng(0)
+    expected = [tiny.record("", rng) for _ in range(6)]
+    assert len(source) == 6
+    for i, record in enumerate(expected):
+        for name in ("winner", "loser", "input_ids"):
+            assert np.array_equal(source[i][name], record[name])
+            assert source[i][name].dtype == record[name].dtype
+    found = shards.open_stage(workdir, "stage1", tiny.LATENT)
+    by_id = found.by_id("train")
+    assert list(by_id)[0] == "train0-0" and np.array_equal(by_id["train1-2"]["winner"], expected[5]["winner"])
+    assert found.manifest["splits"]["train"]["records"] == 6
+
+
+def test_a_split_may_have_empty_shards_but_not_only_empty_ones(tmp_path: Path) -> None:
+    folder, schema = tmp_path / "stage2" / "pairs", shards.features(tiny.LATENT, 77, loser=True)
+    shards.begin(folder, {})
+    paths = {"train": [shards.shard_path(folder, "train", i, 2) for i in range(2)]}
+    shards.write_shard(paths["train"][0], schema, [])
+    shards.write_shard(paths["train"][1], schema, [])
+    with pytest.raises(UserError, match="split train has no pair"):
+        shards.finish(folder, schema, paths)
+    paths["train"][1].unlink()
+    shards.write_shard(paths["train"][1], schema, [tiny.record("a", np.random.default_rng(0))])
+    shards.finish(folder, schema, paths)
+    source = shards.open_stage(tmp_path, "stage2").sources["train"]
+    assert len(source) == 1 and source[0]["id"] == b"a"
+
+
+def test_missing_shards_name_the_command_that_builds_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"are missing; build them with: python -m hgdpo_jax.pairs --config configs/"):
+        shards.open_stage(tmp_path, "stage2")
+    shards.begin(tmp_path / "stage2" / "pairs", {})
+    with pytest.raises(UserError, match="are not finished"):
+        shards.open_stage(tmp_path, "stage2")
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "altered"])
+def test_a_damaged_shard_is_named(workdir: Path, damage: str) -> None:
+    path = workdir / "stage1" / "pairs" / "pairs-train.array_record-00001-of-00002"
+    data = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(data[:-100])
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"{path}: (is missing|truncated or altered)"):
+        shards.open_stage(workdir, "stage1")
+
+
+def test_another_latent_shape_is_refused(workdir: Path) -> None:
+    with pytest.raises(UserError, match=r"latents are \(4, 4, 8\), this model .* need \(8, 8, 8\)"):
+        shards.open_stage(workdir, "stage1", (8, 8, 8))
+
+
+def test_shards_of_another_config_are_not_overwritten(tmp_path: Path) -> None:
+    assert not shards.begin(tmp_path, {"config": 1, "base model": "a"})
+    assert not shards.begin(tmp_path, {"config": 1, "base model": "a"})
+    with pytest.raises(UserError, match="were built with another base model"):
+        shards.begin(tmp_path, {"config": 1, "base model": "b"})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_latent_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
+    record = tiny.record("photographs/7.jpg", np.random.default_rng(0))
+    record["winner"][0, 0, 0] = value
+    path = shards.shard_path(tmp_path, "train", 0, 1)
+    with pytest.raises(UserError, match="winner of photographs/7.jpg: NaN or infinite"):
+        shards.write_shard(path, shards.features(tiny.LATENT, 77, loser=True), [record])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    with pytest.raises(UserError, match="free some disk space"):
+        tiny.write_pairs(tmp_path)
+    assert not list(tmp_path.glob("*.array_record*"))

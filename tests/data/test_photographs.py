@@ -1,0 +1,60 @@
+"""Photographs: which ones, how they are cut, and what is wrong with them."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hgdpo_jax.config import ASSETS
+from hgdpo_jax.data.photographs import Photograph, list_photographs, load_images
+from hgdpo_jax.errors import UserError
+from tests import tiny
+
+
+def test_the_embedded_portraits_are_whole() -> None:
+    train, heldout = (list_photographs(ASSETS / "portraits", split) for split in ("train", "heldout"))
+    assert (len(train), len(heldout)) == (128, 20)
+    assert sum(p.path.stem.endswith("f") for p in heldout) == 10
+    readable, images = load_images(train + heldout, (64, 64))
+    assert len(readable) == 148 and images.shape == (148, 64, 64, 3)
+    assert sum(f.stat().st_size for f in (ASSETS / "portraits").rglob("*") if f.is_file()) <= 16e6
+
+
+def test_mirror_images_follow_their_photograph(tmp_path: Path) -> None:
+    found = list_photographs(tiny.write_photographs(tmp_path / "p", 2), "train", mirror=True)
+    assert [p.mirrored for p in found] == [False, True, False, True]
+    _, images = load_images(found, (64, 64))
+    assert np.array_equal(images[1], images[0][:, ::-1])
+
+
+def test_an_image_covers_the_resolution_and_is_cut_to_its_centre(tmp_path: Path) -> None:
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 255
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    _, images = load_images([Photograph("a", tmp_path / "a.png", "")], (10, 10))
+    assert np.array_equal(images[0], np.ones((10, 10, 3), np.float32))
+
+
+def test_an_unreadable_photograph_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    photographs = list_photographs(tiny.write_photographs(tmp_path / "p", 3), "train")
+    photographs[1].path.write_bytes(b"not an image")
+    with caplog.at_level(logging.WARNING):
+        readable, images = load_images(photographs, (64, 64))
+    assert [p.id for p in readable] == [photographs[0].id, photographs[2].id] and len(images) == 2
+    assert str(photographs[1].path) in caplog.text
+
+
+def test_what_is_wrong_with_the_list_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file; set --config.data.photographs"):
+        list_photographs(tmp_path, "train")
+    (tmp_path / "captions.jsonl").write_text('{"file": "a.jpg", "caption": "x"}\n{"file": "b.jpg"}\n')
+    with pytest.raises(UserError, match="line 2: expects"):
+        list_photographs(tmp_path, "train")
+    (tmp_path / "captions.jsonl").write_text('{"file": "a.jpg", "caption": "x", "split": "test"}\n')
+    with pytest.raises(UserError, match="split 'test' is not one of"):
+        list_photographs(tmp_path, "train")
+    (tmp_path / "captions.jsonl").write_text('{"file": "a.jpg", "caption": "x"}\n')
+    with pytest.raises(UserError, match='mark some lines with "split": "heldout"'):
+        list_photographs(tmp_path, "heldout")

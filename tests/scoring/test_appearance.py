@@ -1,0 +1,57 @@
+"""Sharpness and hue against other implementations."""
+
+import colorsys
+
+import numpy as np
+import pytest
+import scipy.ndimage
+from PIL import Image
+
+from hgdpo_jax.scoring.appearance import hue_distance, hue_vector, sharpness
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.uniform(-1, 1, (3, 12, 10, 3)).astype(np.float32)
+
+
+def test_sharpness_is_the_deviation_of_the_laplacian() -> None:
+    for image, found in zip(IMAGES, sharpness(IMAGES), strict=True):
+        grey = ((image + 1) * 127.5) @ np.array([0.299, 0.587, 0.114])
+        assert found == pytest.approx(scipy.ndimage.laplace(grey)[1:-1, 1:-1].std(), rel=1e-4)
+
+
+def test_blurring_lowers_it() -> None:
+    blurred = np.stack([scipy.ndimage.gaussian_filter(x, (1, 1, 0)) for x in IMAGES])
+    assert (sharpness(blurred) < sharpness(IMAGES)).all()
+
+
+@pytest.mark.parametrize("degrees", [0, 33, 120, 200, 299])
+def test_hue_is_that_of_hsv(degrees: int) -> None:
+    rgb = np.array(colorsys.hsv_to_rgb(degrees / 360, 0.7, 0.8)) * 2 - 1
+    image = np.broadcast_to(rgb, (1, 4, 4, 3)).astype(np.float32)
+    x, y = np.asarray(hue_vector(image))[0]
+    assert np.hypot(x, y) == pytest.approx(1.0, abs=1e-5)
+    assert (np.degrees(np.arctan2(y, x)) - degrees + 180) % 360 - 180 == pytest.approx(0, abs=1.2)
+
+
+def test_grey_has_no_hue() -> None:
+    assert np.array_equal(hue_vector(np.full((1, 4, 4, 3), 0.3, np.float32)), np.zeros((1, 2)))
+
+
+def test_distance_goes_the_short_way_around() -> None:
+    def unit(*degrees: float) -> np.ndarray:
+        return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=-1)
+
+    assert hue_distance(unit(350, 10), unit(10, 100)) == pytest.approx((20 + 90) / 2)
+    assert hue_distance(unit(5, 7), unit(5, 7)) == 0
+
+
+def test_pictures_are_laid_out_row_by_row() -> None:
+    from hgdpo_jax.scoring.pictures import grid, png
+
+    images = np.stack([np.full((2, 3, 3), v, np.float32) for v in (-1, 0, 1)])
+    picture = grid(images, 2)
+    assert picture.shape == (4, 6, 3)
+    assert (picture[:2, :3] == 0).all() and (picture[:2, 3:] == 128).all() and (picture[2:] == 255).all()
+    import io
+
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png(picture)))), picture)

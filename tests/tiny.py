@@ -1,0 +1,128 @@
+"""A random pipeline, pair shards and a config, small enough for the tests."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict
+
+from hgdpo_jax import config as configuration
+from hgdpo_jax import runtime
+from hgdpo_jax.assets.base import INDEX, SCHEDULER, TEXT_ENCODER, UNET, write_json
+from hgdpo_jax.assets.vae import CONFIG as VAE
+from hgdpo_jax.config import ASSETS
+from hgdpo_jax.data import pairs as shards
+from hgdpo_jax.models.clip import CLIPModel, CLIPTextModel
+from hgdpo_jax.models.convert import save_model
+from hgdpo_jax.models.unet import UNet2DConditionModel
+from hgdpo_jax.models.vae import AutoencoderKL
+
+LATENT = (4, 4, 8)
+TINY_UNET = UNET | {"block_out_channels": [8, 16], "attention_head_dim": 2, "norm_num_groups": 4, "sample_size": 4}
+TINY_TEXT = TEXT_ENCODER | {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+TINY_UNET["cross_attention_dim"] = 8
+TINY_VAE = VAE | {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "scaling_factor": 0.9}
+
+
+def random_model(cls: Callable[..., nnx.Module], config: dict[str, Any], seed: int) -> nnx.Module:
+    """A model with random weights, made in NumPy: nothing is compiled."""
+    model, rng = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))), np.random.default_rng(seed)
+
+    def value(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        fan_in = max(1, math.prod(leaf.shape[:-1]))
+        offset = 1.0 if runtime.path_name(path).endswith("scale") else 0.0
+        return jnp.asarray(offset + rng.standard_normal(leaf.shape) * fan_in**-0.5 * (leaf.ndim > 1), jnp.float32)
+
+    nnx.update(model, jax.tree.map_with_path(value, nnx.state(model)))
+    return model
+
+
+def write_base(folder: Path) -> Path:
+    """A diffusers folder with random weights and CLIP's tokenizer."""
+    save_model(random_model(UNet2DConditionModel, TINY_UNET, 0), folder / "unet")
+    save_model(random_model(AutoencoderKL, TINY_VAE, 1), folder / "vae")
+    save_model(random_model(CLIPTextModel, TINY_TEXT, 2), folder / "text_encoder")
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(folder / "model_index.json", INDEX)
+    shutil.copytree(ASSETS / "portraits" / "base" / "tokenizer", folder / "tokenizer")
+    return folder
+
+
+def write_scorer(folder: Path) -> Path:
+    """A random CLIPModel for 32x32 images."""
+    tower = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text = {**tower, "vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407}
+    config = {"projection_dim": 8, "text_config": text, "vision_config": {**tower, "image_size": 32, "patch_size": 16}}
+    save_model(random_model(CLIPModel, config, 3), folder)
+    return folder
+
+
+def write_photographs(folder: Path, train: int = 5, heldout: int = 2) -> Path:
+    """Some of the embedded portraits."""
+    source = ASSETS / "portraits"
+    lines = [json.loads(line) for line in (source / "captions.jsonl").read_text().splitlines()]
+    chosen = [line for line in lines if line["split"] == "train"][:train]
+    chosen += [line for line in lines if line["split"] == "heldout"][:heldout]
+    (folder / "photographs").mkdir(parents=True)
+    for line in chosen:
+        shutil.copyfile(source / line["file"], folder / line["file"])
+    (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chosen))
+    return folder
+
+
+def write_pairs(folder: Path, train: int = 24, heldout: int = 8, shape: tuple[int, ...] = LATENT) -> Path:
+    """Finished shards of random latents in `folder` = W/stageN/pairs."""
+    rng = np.random.default_rng(0)
+    schema = shards.features(shape, 77, loser=True)
+    assert not shards.begin(folder, {"test": 1})
+    paths: dict[str, list[Path]] = {}
+    for split, count in (("train", train), ("heldout", heldout)):
+        paths[split] = [shards.shard_path(folder, split, i, 2) for i in range(2)]
+        for i, path in enumerate(paths[split]):
+            shards.write_shard(path, schema, [record(f"{split}{i}-{n}", rng, shape) for n in range(count // 2)])
+    shards.finish(folder, schema, paths)
+    return folder
+
+
+def record(name: str, rng: np.random.Generator, shape: tuple[int, ...] = LATENT) -> shards.Record:
+    """A pair of random latents."""
+    ids = np.full(77, 49407, np.int32)
+    ids[0], ids[1:4] = 49406, rng.integers(0, 49000, 3)
+    return {
+        "id": name,
+        "caption": "a caption",
+        "input_ids": ids,
+        "winner": rng.standard_normal(shape).astype(np.float16),
+        "loser": rng.standard_normal(shape).astype(np.float16),
+        "winner_number": 0,
+        "winner_score": 1.0,
+        "loser_score": 0.0,
+    }
+
+
+def config(base: Path, stage: str = "stage1", **train: object) -> ConfigDict:
+    """A short run on the tiny base."""
+    result = configuration.default()
+    result.stage = stage
+    result.model.base = str(base)
+    result.model.dtype = "float32"
+    result.data.resolution = (32, 32)
+    result.evaluate.update(sampler="ddim", steps=2, guidance=1.0, batch=8, images_per_prompt=1)
+    result.train.update(steps=4, batch=8, warmup=1, lr=1e-2, lambda_stat=1.0, lora_rank=2, lora_alpha=2.0)
+    result.train.update(checkpoint_every=2, log_every=1, eval_every=100, **train)
+    configuration.validate(result)
+    return result
+
+
+def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over the first devices."""
+    devices = np.array(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, tensor)
+    return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)

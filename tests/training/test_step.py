@@ -1,0 +1,140 @@
+"""The step: gradients against PyTorch, devices against each other, what it starts with, what it must not change."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel as TorchUNet
+from flax import nnx
+from jax.sharding import Mesh
+
+from hgdpo_jax import runtime
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.pipeline import Pipeline
+from hgdpo_jax.models.convert import to_torch, to_torch_layout, torch_key
+from hgdpo_jax.training import policy as policies
+from hgdpo_jax.training import step as steps
+from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
+from hgdpo_jax.training.optimizer import make_optimizer
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("base"))
+
+
+def batch(rows: int = 8) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(5)
+    records = [tiny.record(str(i), rng) for i in range(rows)]
+    stacked = {name: np.stack([r[name] for r in records]) for name in ("winner", "loser", "input_ids")}
+    return {name: x if x.dtype == np.int32 else x.astype(np.float32) for name, x in stacked.items()}
+
+
+def run(base: Path, mesh: Mesh, count: int, **train: Any) -> tuple[steps.TrainState, list[dict], Any, Any]:
+    """(state, metrics, reference before, reference after) of some steps on a mesh."""
+    config = tiny.config(base, **train)
+    pipeline = policies.load(config, mesh)
+    denoiser, policy, frozen = steps.split(pipeline, config.train.params)
+    tx = make_optimizer(config.train)
+    empty = jax.eval_shape(lambda p: steps.init_state(p, tx, config.train.ema), policy)
+    placed = runtime.shardings(empty, mesh)
+    state = jax.jit(lambda p: steps.init_state(p, tx, config.train.ema), out_shardings=placed)(policy)
+    loss = steps.dpo_loss(denoiser, pipeline.schedule, 100.0, 0.1)
+    step = steps.make_step(loss, tx, config.train.accumulate, config.train.ema, jax.random.key(1), placed)
+    before = tree_hash(policy)
+    metrics = []
+    for _ in range(count):
+        state, found = step(state, policy, frozen, runtime.to_devices(batch(), mesh))
+        metrics.append(jax.device_get(found))
+    assert step._cache_size() == min(count, 1)
+    return state, metrics, before, tree_hash(policy)
+
+
+def test_it_starts_at_ln_2_exactly_and_the_reference_stays_bit_for_bit(base: Path) -> None:
+    state, metrics, before, after = run(base, tiny.mesh(), 50)
+    assert metrics[0]["loss/dpo"] == np.float32(np.log(2.0))
+    assert metrics[0]["dpo/margin"] == 0.0
+    assert metrics[0]["dpo/accuracy"] == 0.5
+    assert metrics[0]["loss/statistics"] == 0.0
+    assert tree_hash(state.policy) != before == after
+
+
+def test_eight_devices_train_as_one_does_and_restore_on_two_and_on_one(base: Path, tmp_path: Path) -> None:
+    one, metrics_one, *_ = run(base, tiny.mesh(), 10, params="all", lr=1e-4)
+    eight, metrics_eight, *_ = run(base, tiny.mesh(2, 2, 2), 10, params="all", lr=1e-4)
+    for a, b in zip(metrics_one, metrics_eight, strict=True):
+        np.testing.assert_allclose(b["loss/total"], a["loss/total"], atol=1e-5)
+    for (path, a), b in zip(jax.tree.leaves_with_path(one.policy), jax.tree.leaves(eight.policy), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5, err_msg=str(path))
+    names = ("fsdp", "tensor")
+    assert any(set(names) & set(jax.tree.leaves(tuple(x.sharding.spec))) for x in jax.tree.leaves(eight.policy))
+    Checkpoints(tmp_path).save(10, eight, {"position": 80})
+    for mesh in (tiny.mesh(1, 2, 1), tiny.mesh()):
+        like = jax.device_put(eight, runtime.shardings(eight, mesh))
+        found = Checkpoints(tmp_path).restore(10, jax.tree.map(jnp.zeros_like, like))
+        assert tree_hash(found) == tree_hash(eight)
+        assert all(x.sharding.device_set <= set(mesh.devices.flat) for x in jax.tree.leaves(found))
+
+
+def test_microbatches_give_the_gradient_of_the_whole_batch(base: Path) -> None:
+    whole, metrics, *_ = run(base, tiny.mesh(), 3)
+    parts, metrics_parts, *_ = run(base, tiny.mesh(), 3, accumulate=4)
+    np.testing.assert_allclose(metrics_parts[0]["gradient_norm"], metrics[0]["gradient_norm"], rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(whole.policy), jax.tree.leaves(parts.policy), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-4)
+
+
+def test_the_average_of_the_policy_is_what_a_stage_hands_on(base: Path) -> None:
+    state, *_ = run(base, tiny.mesh(), 1, ema=0.75)
+    start, *_ = run(base, tiny.mesh(), 0, ema=0.75)
+    for first, now, average in zip(
+        *(jax.tree.leaves(tree) for tree in (start.policy, state.policy, state.result)), strict=True
+    ):
+        np.testing.assert_allclose(average, 0.75 * np.asarray(first) + 0.25 * np.asarray(now), atol=1e-7)
+
+
+def test_gradient_through_the_unet_equals_pytorch(base: Path) -> None:
+    beta, rows = 20.0, 3
+    pipeline: Pipeline = pipelines.load(base)
+    denoiser, reference, frozen = steps.split(pipeline, "all")
+    noise_of = jax.tree.unflatten(
+        jax.tree.structure(reference), list(jax.random.split(jax.random.key(9), len(jax.tree.leaves(reference))))
+    )
+    policy = jax.tree.map(lambda x, k: x + 0.02 * jax.random.normal(k, x.shape), reference, noise_of)
+    data = {name: x[:rows] for name, x in batch().items()} | {"key": jax.random.split(jax.random.key(3), rows)}
+    loss = steps.dpo_loss(denoiser, pipeline.schedule, beta, 0.0)
+    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(policy, reference, frozen, data)
+
+    t, noise = steps._noise(data["key"], tiny.LATENT, 1000)
+    context = torch.tensor(np.asarray(denoiser.context(frozen, data["input_ids"])))
+    alpha = torch.tensor(pipeline.schedule.alphas_cumprod[np.asarray(t)], dtype=torch.float64)[:, None, None, None]
+
+    def torch_unet(state: Any) -> TorchUNet:
+        nnx.update(pipeline.unet, state)
+        unet = TorchUNet(**{k: v for k, v in tiny.TINY_UNET.items() if not k.startswith("_")})
+        unet.load_state_dict({key: torch.tensor(value) for key, value in to_torch(pipeline.unet).items()})
+        return unet.double()
+
+    def error(unet: TorchUNet, latent: np.ndarray) -> torch.Tensor:
+        x, e = (torch.tensor(np.asarray(a)).double().permute(0, 3, 1, 2) for a in (latent, noise))
+        x_t = alpha.sqrt() * x + (1 - alpha).sqrt() * e
+        return (unet(x_t, torch.tensor(np.asarray(t)), context.double()).sample - e).square().mean((1, 2, 3))
+
+    theirs, ref = torch_unet(policy), torch_unet(reference)
+    inside = error(theirs, data["winner"]) - error(theirs, data["loser"])
+    inside = inside - (error(ref, data["winner"]) - error(ref, data["loser"])).detach()
+    expected = -torch.nn.functional.logsigmoid(-0.5 * beta * inside).mean()
+    expected.backward()
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
+    grads = {key: p.grad.numpy() for key, p in theirs.named_parameters()}
+    largest = max(np.abs(g).max() for g in grads.values())
+    found = {torch_key(path): to_torch_layout(str(path[-1]), np.asarray(leaf[...]))
+             for path, leaf in nnx.to_flat_state(gradient)}  # fmt: skip
+    assert found.keys() == grads.keys()
+    worst = max(np.abs(found[key] - grads[key]).max() for key in grads) / largest
+    assert worst <= 1e-4
