@@ -124,8 +124,8 @@ def ladders(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("portraits", type=Path)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--copies", type=int, default=12)
     arguments = parser.parse_args()
     base = arguments.portraits / "base"

@@ -1,0 +1,121 @@
+"""The three stages' pairs, built by the command on a tiny base and real photographs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from hgdpo_jax import pairs
+from hgdpo_jax.curriculum.candidates import Painter
+from hgdpo_jax.data.pairs import file_hash, open_stage
+from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.scoring.preference import Scorer
+from tests import tiny
+
+Make = Callable[..., ConfigDict]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.write_base(folder / "base")
+    tiny.write_scorer(folder / "scorer")
+    tiny.write_photographs(folder / "photographs", train=5, heldout=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make(inputs: Path) -> Make:
+    def make_config(stage: str, **settings: object) -> ConfigDict:
+        config = tiny.config(inputs / "base", stage)
+        config.data.photographs = str(inputs / "photographs")
+        config.pairs.scorer = str(inputs / "scorer")
+        config.pairs.update(pool_size=3, sampler="dpmpp_2m", steps=4, guidance=2.0, batch=8, shard_size=2)
+        config.pairs.update(settings)
+        return config
+
+    return make_config
+
+
+@pytest.fixture(scope="module")
+def workdir(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All three stages."""
+    folder = tmp_path_factory.mktemp("run")
+    pairs.build(make("stage1"), folder)
+    pairs.build(make("stage2", winner="sdrecon", loser="stage1", keep_if_winner_scores_higher=True), folder)
+    pairs.build(make("stage3", winner="sdrecon", strengths=(1,), loser="stage2"), folder)
+    return folder
+
+
+def test_easy_pairs_are_the_best_and_the_worst_of_the_pool(workdir: Path, inputs: Path, make: Make) -> None:
+    found = open_stage(workdir, "stage1", tiny.LATENT).by_id("train")
+    assert len(found) == 5
+    # Draw the pool of one photograph again, alone: it depends on its id only.
+    config, mesh = make("stage1"), tiny.mesh()
+    pipeline = pipelines.load(inputs / "base")
+    painter = Painter(pipeline, mesh, sampler="dpmpp_2m", steps=4, guidance=2.0, batch=3, seed=0)
+    photograph = list_photographs(config.data.photographs, "train")[3]
+    ids = np.repeat(pipeline.tokenize([photograph.caption]), 3, axis=0)
+    latents = painter.generate(ids, painter.keys("pool", [photograph.id] * 3, [0, 1, 2]), (32, 32), "")
+    scorer = Scorer(inputs / "scorer", mesh)
+    scores = np.asarray(scorer(painter.decode(latents, ""), ids).score)
+    record = found[photograph.id]
+    np.testing.assert_allclose(record["winner"], latents[scores.argmax()], rtol=1e-3, atol=1e-3)  # float16
+    np.testing.assert_allclose(record["loser"], latents[scores.argmin()], rtol=1e-3, atol=1e-3)
+    assert record["winner_number"] == scores.argmax() and record["caption"] == photograph.caption
+    assert record["winner_score"] == pytest.approx(scores.max(), rel=1e-4)
+    assert record["loser_score"] == pytest.approx(scores.min(), rel=1e-4)
+
+
+def test_normal_pairs_pass_the_filter_and_take_the_easy_winner_as_loser(workdir: Path) -> None:
+    easy, normal = (open_stage(workdir, stage).by_id("train") for stage in ("stage1", "stage2"))
+    assert 0 < len(normal) <= len(easy)
+    for name, record in normal.items():
+        assert record["winner_score"] >= record["loser_score"]
+        assert record["winner_number"] in (4, 5, 6, 7)
+        assert np.array_equal(record["loser"], easy[name]["winner"])
+        assert record["loser_score"] == easy[name]["winner_score"]
+
+
+def test_hard_pairs_are_on_the_same_ids_against_the_normal_winner(workdir: Path, inputs: Path, make: Make) -> None:
+    normal, hard = (open_stage(workdir, stage).by_id("train") for stage in ("stage2", "stage3"))
+    assert list(hard) == list(normal)
+    for name, record in hard.items():
+        assert record["winner_number"] == 1
+        assert np.array_equal(record["loser"], normal[name]["winner"])
+    # t1 is almost the photograph: nearer to its own than to any other.
+    pipeline = pipelines.load(inputs / "base")
+    _, images = load_images(list_photographs(make("stage1").data.photographs, "train"), (32, 32))
+    encoded = np.asarray(pipeline.vae.to_latents(images))
+    names = [p.id for p in list_photographs(make("stage1").data.photographs, "train")]
+    for name, record in hard.items():
+        distance = np.abs(encoded - record["winner"].astype(np.float32)).mean((1, 2, 3))
+        assert names[int(distance.argmin())] == name
+
+
+def test_a_stopped_build_goes_on_and_ends_with_the_same_files(workdir: Path, make: Make) -> None:
+    folder = workdir / "stage1" / "pairs"
+    before = {path.name: file_hash(path) for path in folder.iterdir()}
+    kept = (folder / "pairs-train.array_record-00000-of-00003").stat().st_mtime_ns
+    (folder / "manifest.json").unlink()
+    (folder / "pairs-train.array_record-00001-of-00003").unlink()
+    (folder / ".pairs-train.array_record-00001-of-00003.partial").write_bytes(b"half a file")
+    pairs.build(make("stage1"), workdir)
+    assert {path.name: file_hash(path) for path in folder.iterdir()} == before
+    assert (folder / "pairs-train.array_record-00000-of-00003").stat().st_mtime_ns == kept
+
+
+def test_another_config_does_not_touch_finished_pairs(workdir: Path, make: Make) -> None:
+    before = file_hash(workdir / "stage1" / "pairs" / "manifest.json")
+    with pytest.raises(UserError, match="were built with another config"):
+        pairs.build(make("stage1", guidance=3.0), workdir)
+    assert file_hash(workdir / "stage1" / "pairs" / "manifest.json") == before
+
+
+def test_a_stage_before_its_predecessor_names_the_command(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"stage1/pairs: are missing; build them with: .*configs/stage1.py"):
+        pairs.build(make("stage2", winner="sdrecon", loser="stage1"), tmp_path)
