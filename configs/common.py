@@ -20,7 +20,7 @@ def base(variant: str) -> ConfigDict:
         config.pairs.pool_size = 8
         config.pairs.steps = 16
         config.pairs.guidance = 2.0
-        config.pairs.batch = 64
+        config.pairs.batch = 32
         config.pairs.shard_size = 32
         config.train.beta = 500.0
         config.train.lr = 3e-4
@@ -31,7 +31,7 @@ def base(variant: str) -> ConfigDict:
         config.evaluate.images_per_prompt = 25
         config.evaluate.steps = 16
         config.evaluate.guidance = 2.0
-        config.evaluate.batch = 64
+        config.evaluate.batch = 32
     else:
         raise UserError(f"config variant {variant}: unknown; choose sd15 or portraits")
     return config

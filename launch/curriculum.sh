@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All three stages: pairs, then training. bash launch/curriculum.sh VARIANT WORKDIR [--config.key=value ...]
 # Run again after a stop: finished shards and checkpoints are kept.
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 variant=${1:?which variant, sd15 or portraits} workdir=${2:?folder of the run}
 shift 2
 for stage in stage1 stage2 stage3; do

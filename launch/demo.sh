@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # HG-DPO on the embedded portraits, from pairs to report. bash launch/demo.sh [WORKDIR]
 # Run again after a stop: it goes on where it was.
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 workdir=${1:-runs/portraits}
 bash launch/curriculum.sh portraits "$workdir"
 python -m hgdpo_jax.export --workdir "$workdir" --out "$workdir/export"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes hgdpo_jax/assets/portraits again from its sources. Takes about half an hour on two cores. Needs npm.
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 work=${1:-runs/assets}
 portraits=$PWD/hgdpo_jax/assets/portraits
 mkdir -p "$work/npm" "$work/wheel"

@@ -2,7 +2,7 @@
 # Sourced by the other scripts: makes .venv in the repository root once, installs $1 (a requirements file), activates it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-requirements=${1:-requirements.txt}
+requirements=$1
 python=$(command -v python3.11 || command -v python3 || true)
 [ -n "$python" ] || { echo "hgdpo_jax needs Python 3.11 or newer: none found on PATH" >&2; exit 1; }
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -15,3 +15,7 @@ if ! cat requirements*.txt | cmp -s - "$stamp"; then
   cat requirements*.txt > "$stamp"
 fi
 export PATH="$PWD/.venv/bin:$PATH"
+
+# On CPU, XLA runs one device's small operations on one core: let the mesh have a few.
+cores=$(nproc)
+export XLA_FLAGS=${XLA_FLAGS:---xla_force_host_platform_device_count=$((cores < 2 ? 1 : cores < 4 ? 2 : 4))}

@@ -41,15 +41,15 @@ UNET = {
     "_class_name": "UNet2DConditionModel",
     "_diffusers_version": VERSION,
     "attention_head_dim": 4,
-    "block_out_channels": [64, 112],
+    "block_out_channels": [64, 104],
     "cross_attention_dim": TEXT_ENCODER["hidden_size"],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 2,
     "in_channels": VAE["latent_channels"],
     "layers_per_block": 1,
     "norm_num_groups": 8,
     "out_channels": VAE["latent_channels"],
     "sample_size": 8,
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2,
 }
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
