@@ -18,7 +18,7 @@ def base(variant: str) -> ConfigDict:
         config.data.resolution = (64, 64)
         config.pairs.scorer = str(ASSETS / "portraits" / "scorer")
         config.pairs.pool_size = 8
-        config.pairs.steps = 16
+        config.pairs.steps = 12
         config.pairs.guidance = 2.0
         config.pairs.batch = 32
         config.pairs.shard_size = 32
@@ -29,7 +29,7 @@ def base(variant: str) -> ConfigDict:
         config.train.log_every = 10
         config.train.eval_every = 50
         config.evaluate.images_per_prompt = 25
-        config.evaluate.steps = 16
+        config.evaluate.steps = 12
         config.evaluate.guidance = 2.0
         config.evaluate.batch = 32
     else:

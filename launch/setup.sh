@@ -7,7 +7,7 @@ python=$(command -v python3.11 || command -v python3 || true)
 [ -n "$python" ] || { echo "hgdpo_jax needs Python 3.11 or newer: none found on PATH" >&2; exit 1; }
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   { echo "hgdpo_jax needs Python 3.11 or newer: $("$python" --version) found on PATH" >&2; exit 1; }
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv  # also one that was half made
 stamp=.venv/$(basename "$requirements").installed
 if ! cat requirements*.txt | cmp -s - "$stamp"; then
   echo "Installing $requirements into .venv (once; a few minutes)"

@@ -21,7 +21,7 @@ from hgdpo_jax.assets.vae import CONFIG as VAE
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.data import pairs as shards
 from hgdpo_jax.models.clip import CLIPModel, CLIPTextModel
-from hgdpo_jax.models.convert import save_model
+from hgdpo_jax.models.convert import abstract, save_model
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
 
@@ -34,7 +34,7 @@ TINY_VAE = VAE | {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "sca
 
 def random_model(cls: Callable[..., nnx.Module], config: dict[str, Any], seed: int) -> nnx.Module:
     """A model with random weights, made in NumPy: nothing is compiled."""
-    model, rng = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))), np.random.default_rng(seed)
+    model, rng = abstract(cls, config), np.random.default_rng(seed)
 
     def value(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         fan_in = max(1, math.prod(leaf.shape[:-1]))

@@ -4,9 +4,10 @@ Modules carry upstream's names, so a state path *is* the torch key. What is left
 transposition. Conversion is total (every key is used once, every parameter is found) and bijective, bit for bit.
 """
 
+import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.models.model_config import ModelConfig
 
 Model = TypeVar("Model", bound=nnx.Module)
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -126,11 +128,21 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not JSON ({error})") from error
 
 
+def abstract(cls: Callable[..., Model], config: Mapping[str, Any], dtype: Any = jnp.float32) -> Model:
+    """A model without weights: shapes only, to be filled by :func:`from_torch`."""
+    # Tracing every initialiser takes seconds, and a process may load a model more than once.
+    return nnx.clone(_abstract(cls, ModelConfig(config), jnp.dtype(dtype)))
+
+
+@functools.cache
+def _abstract(cls: Callable[..., Model], config: ModelConfig, dtype: jnp.dtype) -> Model:
+    return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
 def load_model(cls: type[Model], folder: str | Path, dtype: jnp.dtype = jnp.float32) -> Model:
     """A model from its folder: config.json and one safetensors file. Parameters are float32, `dtype` is for compute."""
     folder = Path(folder)
-    config = read_config(folder)
-    model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=dtype))
+    model = abstract(cls, read_config(folder), dtype)
     from_torch(read_weights(folder), model, str(folder))
     return model
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from hgdpo_jax.models.convert import from_torch
+from hgdpo_jax.models.convert import abstract, from_torch
 
 
 def numpy_weights(module: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -29,7 +29,7 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def ported(cls: Callable[..., nnx.Module], config: dict[str, Any], module: torch.nn.Module) -> nnx.Module:
     """Our module with the PyTorch module's weights."""
-    model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
+    model = abstract(cls, config)
     from_torch(numpy_weights(module), model)
     return model
 

@@ -9,20 +9,16 @@ from diffusers import UNet2DConditionModel as TorchUNet
 from flax import nnx
 
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.models.convert import from_torch, load_model, save_model, to_torch
+from hgdpo_jax.models.convert import abstract, from_torch, load_model, save_model, to_torch
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from tests.models.parity import numpy_weights, randomise
 from tests.models.test_unet import SD15, SDXL
 
 
-def abstract(config: dict) -> UNet2DConditionModel:
-    return nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)))
-
-
 @pytest.mark.parametrize("config", [SD15, SDXL], ids=["sd15", "sdxl"])
 def test_there_and_back_is_bit_for_bit(config: dict) -> None:
     weights = numpy_weights(randomise(TorchUNet(**config)))
-    model = abstract(config)
+    model = abstract(UNet2DConditionModel, config)
     from_torch(weights, model)
     back = to_torch(model)
     assert back.keys() == weights.keys()
@@ -41,7 +37,7 @@ def test_a_weight_that_does_not_fit_is_named(damage: str) -> None:
     else:
         weights[key] = weights[key][:3]
     with pytest.raises(UserError, match=rf"folder: weight {key} is") as error:
-        from_torch(weights, abstract(SD15), "folder")
+        from_torch(weights, abstract(UNet2DConditionModel, SD15), "folder")
     assert "\n" not in str(error.value)
 
 

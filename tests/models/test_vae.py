@@ -9,6 +9,7 @@ from flax import nnx
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.vae import AutoencoderKL
 from tests.models.parity import ported, randomise, relative_error
+from tests.tiny import random_model
 
 CONFIG = dict(
     block_out_channels=(16, 32, 32),
@@ -37,7 +38,7 @@ def test_encode_and_decode_are_diffusers(quant: bool) -> None:
 
 
 def test_scaling_is_undone() -> None:
-    vae = AutoencoderKL(CONFIG | {"scaling_factor": 0.5}, rngs=nnx.Rngs(0))
+    vae = random_model(AutoencoderKL, CONFIG | {"scaling_factor": 0.5}, 0)
     images = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)
     mean, logvar = vae.encode(images)
     assert np.array_equal(vae.to_latents(images), mean * 0.5)

@@ -35,7 +35,9 @@ def batch(rows: int = 8) -> dict[str, np.ndarray]:
     return {name: x if x.dtype == np.int32 else x.astype(np.float32) for name, x in stacked.items()}
 
 
-def run(base: Path, mesh: Mesh, count: int, **train: Any) -> tuple[steps.TrainState, list[dict], Any, Any]:
+def run(
+    base: Path, mesh: Mesh, count: int, beta: float = 100.0, **train: Any
+) -> tuple[steps.TrainState, list[dict], Any, Any]:
     """(state, metrics, reference before, reference after) of some steps on a mesh."""
     config = tiny.config(base, **train)
     pipeline = policies.load(config, mesh)
@@ -44,7 +46,7 @@ def run(base: Path, mesh: Mesh, count: int, **train: Any) -> tuple[steps.TrainSt
     empty = jax.eval_shape(lambda p: steps.init_state(p, tx, config.train.ema), policy)
     placed = runtime.shardings(empty, mesh)
     state = jax.jit(lambda p: steps.init_state(p, tx, config.train.ema), out_shardings=placed)(policy)
-    loss = steps.dpo_loss(denoiser, pipeline.schedule, 100.0, 0.1)
+    loss = steps.dpo_loss(denoiser, pipeline.schedule, beta, 0.1)
     step = steps.make_step(loss, tx, config.train.accumulate, config.train.ema, jax.random.key(1), placed)
     before = tree_hash(policy)
     metrics = []
@@ -65,10 +67,15 @@ def test_it_starts_at_ln_2_exactly_and_the_reference_stays_bit_for_bit(base: Pat
 
 
 def test_eight_devices_train_as_one_does_and_restore_on_two_and_on_one(base: Path, tmp_path: Path) -> None:
-    one, metrics_one, *_ = run(base, tiny.mesh(), 10, params="all", lr=1e-4)
-    eight, metrics_eight, *_ = run(base, tiny.mesh(2, 2, 2), 10, params="all", lr=1e-4)
+    # β multiplies the rounding of the errors: a small one leaves the tolerance to the step itself.
+    settings = {"params": "all", "beta": 10.0, "lr": 3e-5}
+    one, metrics_one, *_ = run(base, tiny.mesh(), 10, **settings)
+    eight, metrics_eight, *_ = run(base, tiny.mesh(2, 2, 2), 10, **settings)
+    assert max(abs(m["loss/total"] - metrics_one[0]["loss/total"]) for m in metrics_one) > 1e-3
     for a, b in zip(metrics_one, metrics_eight, strict=True):
-        np.testing.assert_allclose(b["loss/total"], a["loss/total"], atol=1e-5)
+        np.testing.assert_allclose(b["gradient_norm"], a.pop("gradient_norm"), rtol=1e-4)
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], atol=1e-5, err_msg=name)
     for (path, a), b in zip(jax.tree.leaves_with_path(one.policy), jax.tree.leaves(eight.policy), strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5, err_msg=str(path))
     names = ("fsdp", "tensor")
