@@ -16,6 +16,7 @@ def base(variant: str) -> ConfigDict:
         config.model.dtype = "float32"
         config.data.photographs = str(ASSETS / "portraits")
         config.data.resolution = (64, 64)
+        config.data.mirror = True
         config.pairs.scorer = str(ASSETS / "portraits" / "scorer")
         config.pairs.pool_size = 8
         config.pairs.steps = 12

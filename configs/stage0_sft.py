@@ -19,7 +19,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.params = "all"
     if variant == "portraits":
         # From nothing: the folder holds the VAE, the text encoder and a randomly initialised UNet.
-        config.data.mirror = True
+        config.data.split = "base"
         config.train.steps = 1000
         config.train.batch = 32
         config.train.lr = 2e-3

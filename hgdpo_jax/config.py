@@ -32,6 +32,7 @@ def default() -> ConfigDict:
             ),
             data=dict(
                 photographs="",  # folder with images and captions.jsonl
+                split="train",  # which of them to learn from
                 resolution=(512, 512),  # height, width in pixels
                 mirror=False,  # each photograph's mirror image is a further example
                 caption_dropout=0.0,  # sft: share of captions replaced by the empty one, for guidance
@@ -86,6 +87,7 @@ def default() -> ConfigDict:
 _CHOICES = {
     "objective": ("dpo", "sft"),
     "model.dtype": ("float32", "bfloat16"),
+    "data.split": ("base", "train"),
     "pairs.winner": ("pool", "sdrecon", "photograph"),
     "pairs.loser": ("pool", "stage1", "stage1/loser", "stage2", "none"),
     "pairs.sampler": ("ddpm", "ddim", "dpmpp_2m"),

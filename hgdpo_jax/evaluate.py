@@ -19,7 +19,7 @@ from hgdpo_jax import command, runtime
 from hgdpo_jax import config as configuration
 from hgdpo_jax.curriculum.candidates import Painter
 from hgdpo_jax.data.pairs import write_json
-from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.data.photographs import SPLITS, list_photographs, load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.scoring import report
 from hgdpo_jax.scoring.appearance import hue_distance, hue_vector, sharpness
@@ -151,16 +151,15 @@ def _photographs(config: ConfigDict, painter: Painter, look: Any, pipeline: Any)
     resolution, batch = tuple(config.data.resolution), config.evaluate.batch
     measured: list[Drawn] = []
     heldout: list[bool] = []
-    for split in ("train", "heldout"):
-        listed = list_photographs(config.data.photographs, split, mirror=True)
-        for begin in range(0, len(listed), batch):
-            part, images = load_images(listed[begin : begin + batch], resolution)
-            rows = np.minimum(np.arange(batch), len(part) - 1)
-            ids = pipeline.tokenize([p.caption for p in part])
-            arrays = runtime.to_devices({"images": images[rows], "ids": ids[rows]}, painter.mesh)
-            found = look(arrays["images"], arrays["ids"])
-            measured.append({name: np.asarray(value)[: len(part)] for name, value in found.items()})
-            heldout += [split == "heldout"] * len(part)
+    listed = list_photographs(config.data.photographs, *SPLITS, mirror=True)
+    for begin in range(0, len(listed), batch):
+        part, images = load_images(listed[begin : begin + batch], resolution)
+        rows = np.minimum(np.arange(batch), len(part) - 1)
+        ids = pipeline.tokenize([p.caption for p in part])
+        arrays = runtime.to_devices({"images": images[rows], "ids": ids[rows]}, painter.mesh)
+        found = look(arrays["images"], arrays["ids"])
+        measured.append({name: np.asarray(value)[: len(part)] for name, value in found.items()})
+        heldout += [p.split == "heldout" for p in part]
     return {name: np.concatenate([m[name] for m in measured]) for name in measured[0]}, np.array(heldout)
 
 

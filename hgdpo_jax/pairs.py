@@ -18,7 +18,7 @@ from hgdpo_jax import config as configuration
 from hgdpo_jax.curriculum.candidates import Painter
 from hgdpo_jax.curriculum.selection import make_records
 from hgdpo_jax.data import pairs as shards
-from hgdpo_jax.data.photographs import SPLITS, list_photographs
+from hgdpo_jax.data.photographs import list_photographs
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.scoring.preference import Scorer
 
@@ -33,7 +33,8 @@ def build(config: ConfigDict, workdir: Path) -> None:
     earlier_stage = settings.loser.partition("/")[0] if settings.loser.startswith("stage") else None
     earlier = shards.open_stage(workdir, earlier_stage) if earlier_stage else None
     photographs = {
-        split: list_photographs(config.data.photographs, split, mirror=config.data.mirror) for split in SPLITS
+        name: list_photographs(config.data.photographs, split, mirror=config.data.mirror)
+        for name, split in (("train", config.data.split), ("heldout", "heldout"))
     }
     made_from = {
         "config": {key: configuration.to_json(config)[key] for key in ("pairs", "data", "seed")},

@@ -1,4 +1,4 @@
-"""Portraits of the npm package @tabler/preview → 64×64 photographs with captions and a held-out split.
+"""Portraits of the npm package @tabler/preview → 64×64 photographs with captions, split into base, train and held-out.
 
 python -m hgdpo_jax.assets.photographs AVATARS OUT
 """
@@ -61,13 +61,17 @@ def main() -> None:
     for letter in "fm":
         single = [name for name in pixels if name[-5] == letter and name not in twice]
         heldout |= {single[i] for i in np.linspace(0, len(single) - 1, HELDOUT_OF_EACH).round().astype(int)}
+    # What the base was trained on it knows by heart, and a winner that it knows by heart teaches it nothing. So half of
+    # the rest is for the base, with all that occur twice; the other half is for the curriculum.
+    rest = sorted(set(pixels) - heldout, key=lambda name: (name not in twice, name[-5], name))
+    base = {*rest[: len(twice)], *rest[len(twice) :: 2][: len(rest) // 2 - len(twice)]}
     folder = arguments.out / "photographs"
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for name, image in pixels.items():
         Image.fromarray(image).save(folder / name, quality=95, subsampling=0)
         text = caption(image, {"f": "woman", "m": "man"}[name[-5]])
-        split = "heldout" if name in heldout else "train"
+        split = "heldout" if name in heldout else "base" if name in base else "train"
         lines.append(json.dumps({"file": f"photographs/{name}", "caption": text, "split": split}))
     (arguments.out / "captions.jsonl").write_text("\n".join(lines) + "\n")
     print(f"{len(lines)} photographs in {folder}, {len(heldout)} of them held out, {len(twice)} occur twice")

@@ -141,8 +141,8 @@ def main() -> None:
     vae = load_model(AutoencoderKL, base / "vae")
     tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
     data = {}
-    for split, copies in (("train", arguments.copies), ("heldout", 4)):
-        photographs, images = load_images(list_photographs(arguments.portraits, split), (SIZE, SIZE))
+    for split, parts, copies in (("train", ("base", "train"), arguments.copies), ("heldout", ("heldout",), 4)):
+        photographs, images = load_images(list_photographs(arguments.portraits, *parts), (SIZE, SIZE))
         ids = tokenize(tokenizer, [p.caption for p in photographs])
         data[split] = (*ladders(vae, images, copies, seed=len(images)), ids)
 

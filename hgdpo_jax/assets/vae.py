@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=8)
     arguments = parser.parse_args()
-    _, train = load_images(list_photographs(arguments.portraits, "train"), (SIZE, SIZE))
+    _, train = load_images(list_photographs(arguments.portraits, "base", "train"), (SIZE, SIZE))
     _, heldout = load_images(list_photographs(arguments.portraits, "heldout"), (SIZE, SIZE))
 
     vae = AutoencoderKL(CONFIG, rngs=nnx.Rngs(0))

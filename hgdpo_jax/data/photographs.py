@@ -1,7 +1,7 @@
 """D_real: a folder of photographs with a captions.jsonl that lists them.
 
 One line per photograph: {"file": "path/in/the/folder.jpg", "caption": "…", "split": "train"}; `split` is `train`
-(the default) or `heldout`.
+(the default: the curriculum learns from it), `heldout` (for evaluation) or `base` (for the base's own training).
 """
 
 import json
@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from hgdpo_jax.errors import UserError
 
-SPLITS = ("train", "heldout")
+SPLITS = ("base", "train", "heldout")
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,15 @@ class Photograph:
     id: str
     path: Path
     caption: str
+    split: str = "train"
     mirrored: bool = False
 
 
-def list_photographs(folder: str | Path, split: str, mirror: bool = False) -> list[Photograph]:
-    """The photographs of a split, in the order of the file; with `mirror` each is followed by its mirror image.
+def list_photographs(folder: str | Path, *splits: str, mirror: bool = False) -> list[Photograph]:
+    """The photographs of some splits, in the order of the file; with `mirror` each is followed by its mirror image.
 
     Raises:
-        UserError: no captions.jsonl, a line that is not as described above, or none in this split.
+        UserError: no captions.jsonl, a line that is not as described above, or none in these splits.
     """
     path = Path(folder) / "captions.jsonl"
     if not str(folder) or not path.is_file():
@@ -46,12 +47,13 @@ def list_photographs(folder: str | Path, split: str, mirror: bool = False) -> li
             raise UserError(f'{path} line {number}: expects {{"file": …, "caption": …, "split": …}}') from error
         if place not in SPLITS:
             raise UserError(f"{path} line {number}: split {place!r} is not one of {', '.join(SPLITS)}")
-        if place == split:
-            found.append(Photograph(name, path.parent / name, caption))
+        if place in splits:
+            found.append(Photograph(name, path.parent / name, caption, place))
             if mirror:
-                found.append(Photograph(f"{name}#mirrored", path.parent / name, caption, mirrored=True))
+                found.append(Photograph(f"{name}#mirrored", path.parent / name, caption, place, mirrored=True))
     if not found:
-        raise UserError(f'{path}: no photograph of split {split}; mark some lines with "split": "{split}"')
+        name = " or ".join(splits)
+        raise UserError(f'{path}: no photograph of split {name}; mark some lines with "split": "{splits[-1]}"')
     return found
 
 
