@@ -20,7 +20,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     if variant == "portraits":
         # From nothing: the folder holds the VAE, the text encoder and a randomly initialised UNet.
         config.data.split = "base"
-        config.train.steps = 1000
+        config.train.steps = 1500
         config.train.batch = 32
         config.train.lr = 2e-3
         config.train.warmup = 100

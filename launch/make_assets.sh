@@ -7,11 +7,13 @@ mkdir -p "$work/npm" "$work/wheel"
 (cd "$work/npm" && npm pack --silent @tabler/preview@1.2.0 && tar xzf tabler-preview-1.2.0.tgz)
 python -m pip download --quiet --no-deps --dest "$work/wheel" open_clip_torch==3.3.0
 unzip -o -q -j "$work"/wheel/open_clip_torch-3.3.0-*.whl open_clip/bpe_simple_vocab_16e6.txt.gz -d "$work/wheel"
-python -m hgdpo_jax.assets.photographs "$work/npm/package/dist/static/avatars" "$portraits"
+avatars=$work/npm/package/dist/static/avatars
+python -m hgdpo_jax.assets.photographs "$avatars" "$portraits"
+python -m hgdpo_jax.assets.photographs "$avatars" "$portraits" --views "$work/views"
 python -m hgdpo_jax.assets.base "$portraits" --vocabulary "$work/wheel/bpe_simple_vocab_16e6.txt.gz"
 python -m hgdpo_jax.assets.vae "$portraits"
-python -m hgdpo_jax.pairs --config configs/stage0_sft.py:portraits --workdir "$work/run"
-python -m hgdpo_jax.main --config configs/stage0_sft.py:portraits --workdir "$work/run"
+python -m hgdpo_jax.pairs --config configs/stage0_sft.py:portraits --workdir "$work/run" --config.data.photographs="$work/views"
+python -m hgdpo_jax.main --config configs/stage0_sft.py:portraits --workdir "$work/run" --config.data.photographs="$work/views"
 python -m hgdpo_jax.export --workdir "$work/run" --out "$work/export"
 python -m hgdpo_jax.assets.base "$portraits" --unet "$work/export/unet"
 python -m hgdpo_jax.assets.scorer "$portraits"
