@@ -21,6 +21,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.lambda_stat = 10_000.0
     config.train.steps = 300_000
     if variant == "portraits":
-        config.train.steps = 150
-        config.train.lambda_stat = 1000.0
+        config.train.steps = 60
+        config.train.beta = 500.0
+        config.train.lambda_stat = 100_000.0
     return config

@@ -22,5 +22,6 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.start = "stage1"
     config.train.steps = 20_000
     if variant == "portraits":
-        config.train.steps = 150
+        config.train.steps = 60
+        config.train.beta = 2000.0
     return config

@@ -18,5 +18,6 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.start = "stage2"
     config.train.steps = 20_000
     if variant == "portraits":
-        config.train.steps = 100
+        config.train.steps = 20
+        config.train.lr = 1e-4
     return config
