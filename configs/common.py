@@ -29,7 +29,7 @@ def base(variant: str) -> ConfigDict:
         config.train.lr = 3e-4
         config.train.warmup = 10
         config.train.checkpoint_every = 20
-        config.train.log_every = 10
+        config.train.log_every = 5
         config.train.eval_every = 20
         config.evaluate.images_per_prompt = 25
         config.evaluate.steps = 12
