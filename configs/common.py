@@ -10,12 +10,12 @@ def base(variant: str) -> ConfigDict:
     """`sd15`: the paper's settings, for a checkpoint and photographs of your own. `portraits`: the embedded default."""
     config = default()
     if variant == "sd15":
-        config.data.resolution = (1024, 704)
+        config.data.resolutions = ("1024x704",)
     elif variant == "portraits":
         config.model.base = str(ASSETS / "portraits" / "base")
         config.model.dtype = "float32"
         config.data.photographs = str(ASSETS / "portraits")
-        config.data.resolution = (64, 64)
+        config.data.resolutions = ("64x64",)
         config.data.mirror = True
         config.pairs.scorer = str(ASSETS / "portraits" / "scorer")
         config.pairs.pool_size = 8

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,14 @@ def default() -> ConfigDict:
             seed=0,
             objective="dpo",  # dpo: preference pairs; sft: noise prediction on photographs
             model=dict(
-                base="",  # diffusers folder of ε_base
-                dtype="bfloat16",  # compute dtype of UNet and text encoder; parameters stay float32
+                base="",  # ε_base: a diffusers folder, a .safetensors checkpoint, or owner/name@revision of the hub
+                vae="",  # folder or .safetensors of a VAE that replaces that of the base
+                dtype="bfloat16",  # of the computation and of frozen parameters; trained ones stay float32
             ),
             data=dict(
                 photographs="",  # folder with images and captions.jsonl
                 split="train",  # which of them to learn from
-                resolution=(512, 512),  # height, width in pixels
+                resolutions=("512x512",),  # height x width; a photograph goes to the one nearest to it in shape
                 mirror=False,  # each photograph's mirror image is a further example
                 caption_dropout=0.0,  # sft: share of captions replaced by the empty one, for guidance
             ),
@@ -62,11 +64,13 @@ def default() -> ConfigDict:
                 batch=16,  # pairs (or photographs) per optimizer step, over all devices
                 accumulate=1,  # microbatches the batch is split into
                 lr=1e-5,
+                optimizer="adamw",  # adamw or adafactor, whose state is far smaller
                 schedule="constant",  # constant or cosine, both after a linear warm-up
                 warmup=100,
-                adam=(0.9, 0.999),
+                adam=(0.9, 0.999),  # decay of AdamW's two moments
                 weight_decay=0.0,
                 clip_norm=1.0,
+                checkpointing="none",  # of gradients: none, blocks or everything: ever less memory, ever more time
                 ema=0.0,  # decay of the averaged policy; 0: none. What is averaged is what the stage hands on
                 checkpoint_every=1000,
                 log_every=50,
@@ -94,6 +98,8 @@ _CHOICES = {
     "evaluate.sampler": ("ddpm", "ddim", "dpmpp_2m"),
     "train.reference": ("start", "base"),
     "train.params": ("lora", "all"),
+    "train.optimizer": ("adamw", "adafactor"),
+    "train.checkpointing": ("none", "blocks", "everything"),
     "train.schedule": ("constant", "cosine"),
 }
 _POSITIVE = ("train.steps", "train.batch", "train.accumulate", "train.lr", "train.beta", "train.checkpoint_every",
@@ -190,8 +196,26 @@ def validate(config: ConfigDict) -> None:
         )
     if (config.pairs.winner == "photograph") != (config.pairs.loser == "none"):
         raise UserError("config keys pairs.winner=photograph and pairs.loser=none: go together")
+    resolutions(config)
     if not set(config.pairs.strengths) <= set(range(1, 11)):
         raise UserError(f"config key pairs.strengths={config.pairs.strengths}: expects numbers from 1 to 10")
+
+
+def resolutions(config: ConfigDict) -> dict[str, tuple[int, int]]:
+    """`data.resolutions` as name → (height, width) in pixels. Pictures for the log and the report have the first.
+
+    Raises:
+        UserError: there is none, or one is not written as HEIGHTxWIDTH.
+    """
+    found = {}
+    for name in config.data.resolutions:
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)
+        if not match:
+            raise UserError(f"config key data.resolutions={name!r}: expects HEIGHTxWIDTH in pixels, like 1024x704")
+        found[name] = (int(match[1]), int(match[2]))
+    if not found:
+        raise UserError("config key data.resolutions: is empty; expects HEIGHTxWIDTH in pixels, like 1024x704")
+    return found
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Raises:
         UserError: a stage up to `config.stage` is not finished, or an input is missing.
     """
-    settings, resolution = config.evaluate, tuple(config.data.resolution)
+    settings, resolution = config.evaluate, next(iter(configuration.resolutions(config).values()))
     mesh = runtime.local_mesh()
     pipeline = policies.load(config, mesh)
     painter = Painter(
@@ -102,7 +102,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     keys = painter.keys("evaluate", [p.id for p in prompts], numbers)
     shown = np.arange(0, len(prompts), settings.images_per_prompt)[: report.COLUMNS]
     (workdir / "evaluation").mkdir(parents=True, exist_ok=True)
-    identity = [pipelines.weights_hash(config.model.base), pipelines.weights_hash(config.pairs.scorer), config.seed,
+    identity = [pipelines.weights_hash(config.model.base, config.model.vae),
+                pipelines.weights_hash(config.pairs.scorer), config.seed, config.data.resolutions[0],
                 configuration.to_json(config)["evaluate"], [p.id for p in held]]  # fmt: skip
     drawn: dict[str, Drawn] = {}
     for name, stage in stages.items():
@@ -120,7 +121,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             os.replace(temporary, path)
         drawn[name] = found
 
-    photographs, heldout = _photographs(config, painter, look, pipeline)
+    photographs, heldout = _photographs(config, resolution, painter, look, pipeline)
     models = compare(drawn, photographs, heldout)
     results = {
         "models": models,
@@ -146,9 +147,11 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return results
 
 
-def _photographs(config: ConfigDict, painter: Painter, look: Any, pipeline: Any) -> tuple[Drawn, np.ndarray]:
+def _photographs(
+    config: ConfigDict, resolution: tuple[int, int], painter: Painter, look: Any, pipeline: Any
+) -> tuple[Drawn, np.ndarray]:
     """The photographs and their mirror images, measured like the models' images; and which are held out."""
-    resolution, batch = tuple(config.data.resolution), config.evaluate.batch
+    batch = config.evaluate.batch
     measured: list[Drawn] = []
     heldout: list[bool] = []
     listed = list_photographs(config.data.photographs, *SPLITS, mirror=True)

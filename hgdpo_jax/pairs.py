@@ -18,8 +18,9 @@ from hgdpo_jax import config as configuration
 from hgdpo_jax.curriculum.candidates import Painter
 from hgdpo_jax.curriculum.selection import make_records
 from hgdpo_jax.data import pairs as shards
-from hgdpo_jax.data.photographs import list_photographs
+from hgdpo_jax.data.photographs import by_shape, list_photographs
 from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.errors import UserError
 from hgdpo_jax.scoring.preference import Scorer
 
 
@@ -32,22 +33,27 @@ def build(config: ConfigDict, workdir: Path) -> None:
     settings, folder = config.pairs, workdir / config.stage / "pairs"
     earlier_stage = settings.loser.partition("/")[0] if settings.loser.startswith("stage") else None
     earlier = shards.open_stage(workdir, earlier_stage) if earlier_stage else None
+    resolutions = configuration.resolutions(config)
     photographs = {
         name: list_photographs(config.data.photographs, split, mirror=config.data.mirror)
         for name, split in (("train", config.data.split), ("heldout", "heldout"))
     }
+    if settings.loser != "none" and not settings.scorer:
+        raise UserError("config key pairs.scorer: is empty; set it to the folder of a CLIPModel such as PickScore v1")
     made_from = {
         "config": {key: configuration.to_json(config)[key] for key in ("pairs", "data", "seed")},
-        "base model": pipelines.weights_hash(config.model.base) if config.model.base else "",
+        "base model": pipelines.weights_hash(config.model.base, config.model.vae),
         "captions.jsonl": shards.file_hash(Path(config.data.photographs) / "captions.jsonl"),
         "scorer": pipelines.weights_hash(settings.scorer) if settings.loser != "none" else "",
         "earlier stage": earlier.hash if earlier else "",
     }
-    pipeline = pipelines.load(config.model.base, config.model.dtype)
     if shards.begin(folder, made_from):
         print(f"{folder}: already built")
         return
-    mesh = runtime.local_mesh()
+    mesh, dtype = runtime.local_mesh(), config.model.dtype
+    pipeline = pipelines.load(
+        config.model.base, dtype, vae=config.model.vae, param_dtype=dtype, place=runtime.placer(mesh)
+    )
     painter = Painter(
         pipeline,
         mesh,
@@ -59,27 +65,32 @@ def build(config: ConfigDict, workdir: Path) -> None:
     )
     scorer = Scorer(settings.scorer, mesh) if settings.loser != "none" else None
     tokens = pipeline.tokenize([""]).shape[1]
-    schema = shards.features(painter.latent_shape(tuple(config.data.resolution)), tokens, settings.loser != "none")
+    latents = {name: pipeline.latent_shape(resolution) for name, resolution in resolutions.items()}
+    if earlier:
+        earlier.require(latents)
+    schema = shards.features(next(iter(latents.values()))[2], tokens, settings.loser != "none")
     paths: dict[str, list[Path]] = {}
-    for split, listed in photographs.items():
-        records = earlier.by_id(split) if earlier else {}
+    for role, listed in photographs.items():
+        records = earlier.by_id(role) if earlier else {}
         if earlier:  # K: where an earlier stage kept no pair, there is none here
             listed = [photograph for photograph in listed if photograph.id in records]
-        count = math.ceil(len(listed) / settings.shard_size)
-        paths[split] = [shards.shard_path(folder, split, i, count) for i in range(count)]
-        mine = range(jax.process_index(), count, jax.process_count())
-        for i in tqdm(mine, desc=f"{config.stage} pairs, {split}", unit="shard"):
-            if paths[split][i].is_file():
-                continue
-            part = listed[i * settings.shard_size : (i + 1) * settings.shard_size]
-            made = make_records(config, painter, scorer, part, pipeline.tokenize, records)
-            shards.write_shard(paths[split][i], schema, made)
+        for name, bucket in by_shape(listed, resolutions).items():
+            split, count = f"{role}_{name}", math.ceil(len(bucket) / settings.shard_size)
+            paths[split] = [shards.shard_path(folder, split, i, count) for i in range(count)]
+            mine = range(jax.process_index(), count, jax.process_count())
+            for i in tqdm(mine, desc=f"{config.stage} pairs, {role} {name}", unit="shard"):
+                if paths[split][i].is_file():
+                    continue
+                part = bucket[i * settings.shard_size : (i + 1) * settings.shard_size]
+                made = make_records(config, painter, scorer, part, resolutions[name], pipeline.tokenize, records)
+                shards.write_shard(paths[split][i], schema, made)
     multihost_utils.sync_global_devices("pairs")
     if jax.process_index() == 0:
-        shards.finish(folder, schema, paths)
+        shards.finish(folder, schema, paths, latents)
     done = shards.open_stage(workdir, config.stage)
-    for split, entry in done.manifest["splits"].items():
-        print(f"{folder}: {entry['records']} of {len(photographs[split])} {split} photographs have a pair")
+    for role, sources in done.sources.items():
+        found = sum(map(len, sources))
+        print(f"{folder}: {found} of {len(photographs[role])} {role} photographs have a pair")
 
 
 def main() -> None:

@@ -2,17 +2,23 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
+from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax.curriculum.candidates import Painter
+from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.export import LORA_FILE, export
+from hgdpo_jax.export import KOHYA_FILE, PEFT_FILE, export, lora_weights
+from hgdpo_jax.models.lora import add_lora
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.loop import train
 from tests import tiny
@@ -21,35 +27,50 @@ PROMPTS = ["a portrait photograph of a woman, blue background, soft light", "a p
 STEPS, GUIDANCE = 6, 2.0
 
 
+@pytest.fixture(scope="module", params=["portraits", "sdxl"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded base, and a random one in the shape of SDXL."""
+    if request.param == "portraits":
+        return configuration.ASSETS / "portraits" / "base"
+    return tiny.write_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded base after three coarse steps on random pairs."""
+def workdir(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three coarse steps on random pairs, exported."""
     folder = tmp_path_factory.mktemp("run")
     tiny.write_pairs(folder / "stage1" / "pairs", shape=(8, 8, 8))
-    changes = ["train.steps=3", "train.lr=0.02", "train.warmup=1", "train.batch=8", "evaluate.batch=8",
-               "evaluate.steps=1", "train.eval_every=100"]  # fmt: skip
+    changes = [f"model.base={base}", "train.steps=3", "train.lr=0.02", "train.warmup=1", "train.batch=8",
+               "train.lora_alpha=4", "evaluate.batch=8", "evaluate.steps=1", "train.eval_every=100"]  # fmt: skip
     train(configuration.load("configs/stage1.py:portraits", changes), folder)
     export(folder, folder / "export")
     return folder
 
 
-@pytest.fixture(scope="module")
-def ours(workdir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(starting latents, images in [0, 1] of the policy, of the base)."""
-    mesh, config = tiny.mesh(), policies.stage_config(workdir, "stage1")
-    pipeline = policies.load(config, mesh)
-    painter = Painter(pipeline, mesh, sampler="dpmpp_2m", steps=STEPS, guidance=GUIDANCE, batch=2, seed=0)
+def draw(pipeline: pipelines.Pipeline, *trained: Any) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(starting latents, images in [0, 1] of each policy)."""
+    painter = Painter(pipeline, tiny.mesh(), sampler="dpmpp_2m", steps=STEPS, guidance=GUIDANCE, batch=2, seed=0)
     keys = painter.keys("test", PROMPTS, [0, 1])
     start = jax.vmap(lambda key: jax.random.normal(jax.random.split(key)[0], (8, 8, 8)))(keys)
     images = []
-    for policy in (policies.finished(workdir, "stage1", policies.of(pipeline, config)), policies.of(pipeline, config)):
+    for policy in trained:
         painter.use(policy)
         latents = painter.generate(pipeline.tokenize(PROMPTS), keys, (64, 64), "")
         images.append((painter.decode(latents, "") + 1) / 2)
-    return np.asarray(start), images[0], images[1]
+    return np.asarray(start), images
 
 
-def theirs(pipeline: StableDiffusionPipeline, start: np.ndarray) -> np.ndarray:
+@pytest.fixture(scope="module")
+def ours(workdir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(starting latents, images in [0, 1] of the policy, of the base)."""
+    config = policies.stage_config(workdir, "stage1")
+    pipeline = policies.load(config, tiny.mesh())
+    fresh = policies.of(pipeline, config)
+    start, (policy, base) = draw(pipeline, policies.finished(workdir, "stage1", fresh), fresh)
+    return start, policy, base
+
+
+def theirs(pipeline: Any, start: np.ndarray) -> np.ndarray:
     latents = torch.tensor(start.transpose(0, 3, 1, 2))
     pipeline.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": 64, "width": 64}
@@ -58,18 +79,56 @@ def theirs(pipeline: StableDiffusionPipeline, start: np.ndarray) -> np.ndarray:
 
 def test_the_exported_folder_gives_our_images_in_diffusers(workdir: Path, ours: tuple) -> None:
     start, policy, base = ours
-    found = theirs(StableDiffusionPipeline.from_pretrained(workdir / "export", torch_dtype=torch.float32), start)
+    found = theirs(DiffusionPipeline.from_pretrained(workdir / "export", torch_dtype=torch.float32), start)
     assert np.abs(found - policy).max() <= 2 / 255
     assert np.abs(found - base).max() > 20 / 255
 
 
-def test_the_exported_lora_on_the_base_gives_our_images_in_diffusers(workdir: Path, ours: tuple) -> None:
-    start, policy, base = ours
-    folder = configuration.ASSETS / "portraits" / "base"
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    assert np.abs(theirs(pipeline, start) - base).max() <= 2 / 255
-    pipeline.load_lora_weights(workdir / "export", weight_name=LORA_FILE)
+@pytest.mark.parametrize("name", [PEFT_FILE, KOHYA_FILE])
+def test_the_exported_lora_on_the_base_gives_our_images_in_diffusers(
+    base: Path, workdir: Path, ours: tuple, name: str
+) -> None:
+    start, policy, without = ours
+    pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+    assert np.abs(theirs(pipeline, start) - without).max() <= 2 / 255
+    pipeline.load_lora_weights(workdir / "export", weight_name=name)
     assert np.abs(theirs(pipeline, start) - policy).max() <= 2 / 255
+
+
+@pytest.mark.parametrize("kind", ["peft", "kohya"])
+def test_a_lora_of_the_text_encoders_too_gives_our_images_in_diffusers(base: Path, tmp_path: Path, kind: str) -> None:
+    pipeline = pipelines.load(base)
+    for i, model in enumerate([m for name, m in pipeline.models.items() if name != "vae"]):
+        add_lora(model, 4, 2.0, nnx.Rngs(i))
+        lora = nnx.state(model, nnx.LoRAParam)
+        nnx.update(model, jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), lora))
+    start, (images,) = draw(pipeline, nnx.state(pipeline.unet, nnx.LoRAParam))
+    save_file(lora_weights(pipeline.models, kind), tmp_path / "lora.safetensors")
+    reference = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+    assert np.abs(theirs(reference, start) - images).max() > 20 / 255
+    reference.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    assert np.abs(theirs(reference, start) - images).max() <= 2 / 255
+
+
+def test_kohya_scales_by_alpha(workdir: Path) -> None:
+    weights = load_file(workdir / "export" / KOHYA_FILE)
+    alphas = {key: float(value) for key, value in weights.items() if key.endswith(".alpha")}
+    assert set(alphas.values()) == {4.0} and len(weights) == 3 * len(alphas)
+
+
+def test_the_card_says_where_the_model_comes_from(base: Path, workdir: Path) -> None:
+    card = (workdir / "export" / "README.md").read_text()
+    origin = json.loads((workdir / "export" / "hgdpo.json").read_text())
+    config = policies.stage_config(workdir, "stage1")
+    for part in (str(base), "stage1", origin["policy"], configuration.content_hash(config), PEFT_FILE, KOHYA_FILE):
+        assert part in card
+
+
+def test_only_what_is_asked_for_is_written(workdir: Path, tmp_path: Path) -> None:
+    export(workdir, tmp_path / "lora", formats=["kohya"])
+    assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == ["README.md", "hgdpo.json", KOHYA_FILE]
+    with pytest.raises(UserError, match="--format onnx: unknown; choose from diffusers,peft,kohya"):
+        export(workdir, tmp_path / "other", formats=["onnx"])
 
 
 def test_exporting_again_changes_nothing_and_another_folder_is_not_overwritten(workdir: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
+from transformers import CLIPTokenizer
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax import runtime
@@ -20,7 +21,8 @@ from hgdpo_jax.assets.base import INDEX, SCHEDULER, TEXT_ENCODER, UNET, write_js
 from hgdpo_jax.assets.vae import CONFIG as VAE
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.data import pairs as shards
-from hgdpo_jax.models.clip import CLIPModel, CLIPTextModel
+from hgdpo_jax.models.architectures import SDXL
+from hgdpo_jax.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 from hgdpo_jax.models.convert import abstract, save_model
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
@@ -29,6 +31,22 @@ LATENT = (4, 4, 8)
 TINY_UNET = UNET | {"block_out_channels": [8, 16], "attention_head_dim": 2, "norm_num_groups": 4, "sample_size": 4}
 TINY_TEXT = TEXT_ENCODER | {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
 TINY_UNET["cross_attention_dim"] = 8
+TINY_TEXT_2 = TINY_TEXT | {"architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu", "hidden_size": 12}
+TINY_TEXT_2 |= {"num_hidden_layers": 2, "projection_dim": 20}
+# Everything SDXL does, at two layers per block, which kohya's names of its LoRA count on.
+TINY_XL = TINY_UNET | {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "attention_head_dim": [2, 2, 4],
+    "block_out_channels": [8, 8, 16],
+    "cross_attention_dim": 8 + 12,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "layers_per_block": 2,
+    "projection_class_embeddings_input_dim": 6 * 4 + 20,
+    "transformer_layers_per_block": [1, 1, 2],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True,
+}
 TINY_VAE = VAE | {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "scaling_factor": 0.9}
 
 
@@ -53,6 +71,21 @@ def write_base(folder: Path) -> Path:
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(folder / "model_index.json", INDEX)
     shutil.copytree(ASSETS / "portraits" / "base" / "tokenizer", folder / "tokenizer")
+    return folder
+
+
+def write_sdxl(folder: Path) -> Path:
+    """The same in the shape of SDXL."""
+    save_model(random_model(UNet2DConditionModel, TINY_XL, 0), folder / "unet")
+    save_model(random_model(AutoencoderKL, TINY_VAE, 1), folder / "vae")
+    save_model(random_model(CLIPTextModel, TINY_TEXT | {"num_hidden_layers": 2}, 2), folder / "text_encoder")
+    save_model(random_model(CLIPTextModelWithProjection, TINY_TEXT_2, 3), folder / "text_encoder_2")
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    index = {key: value for key, value in SDXL.index.items() if key != "scheduler"}
+    write_json(folder / "model_index.json", index | {"scheduler": INDEX["scheduler"]})
+    for name, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "portraits" / "base" / "tokenizer", pad_token=padding)
+        tokenizer.save_pretrained(folder / name)
     return folder
 
 
@@ -81,14 +114,16 @@ def write_photographs(folder: Path, train: int = 5, heldout: int = 2) -> Path:
 def write_pairs(folder: Path, train: int = 24, heldout: int = 8, shape: tuple[int, ...] = LATENT) -> Path:
     """Finished shards of random latents in `folder` = W/stageN/pairs."""
     rng = np.random.default_rng(0)
-    schema = shards.features(shape, 77, loser=True)
+    schema = shards.features(shape[-1], 77, loser=True)
     assert not shards.begin(folder, {"test": 1})
     paths: dict[str, list[Path]] = {}
-    for split, count in (("train", train), ("heldout", heldout)):
+    resolution = f"{8 * shape[0]}x{8 * shape[1]}"
+    for role, count in (("train", train), ("heldout", heldout)):
+        split = f"{role}_{resolution}"
         paths[split] = [shards.shard_path(folder, split, i, 2) for i in range(2)]
         for i, path in enumerate(paths[split]):
-            shards.write_shard(path, schema, [record(f"{split}{i}-{n}", rng, shape) for n in range(count // 2)])
-    shards.finish(folder, schema, paths)
+            shards.write_shard(path, schema, [record(f"{role}{i}-{n}", rng, shape) for n in range(count // 2)])
+    shards.finish(folder, schema, paths, {resolution: shape})
     return folder
 
 
@@ -114,7 +149,7 @@ def config(base: Path, stage: str = "stage1", **train: object) -> ConfigDict:
     result.stage = stage
     result.model.base = str(base)
     result.model.dtype = "float32"
-    result.data.resolution = (32, 32)
+    result.data.resolutions = ("32x32",)
     result.evaluate.update(sampler="ddim", steps=2, guidance=1.0, batch=8, images_per_prompt=1)
     result.train.update(steps=4, batch=8, warmup=1, lr=1e-2, lambda_stat=1.0, lora_rank=2, lora_alpha=2.0)
     result.train.update(checkpoint_every=2, log_every=1, eval_every=100, **train)

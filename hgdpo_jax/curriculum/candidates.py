@@ -41,32 +41,34 @@ class Painter:
         runtime.check_batch(batch, mesh, "batch")
         self.batch, self.mesh, self.seed = batch, mesh, seed
         self._schedule = pipeline.schedule
-        self._channels = int(pipeline.unet.config["in_channels"])
+        self._latent_shape = pipeline.latent_shape
         unet, unet_state = nnx.split(pipeline.unet)
-        text, text_state = nnx.split(pipeline.text_encoder)
+        text, text_state = nnx.split(pipeline.text)
         vae, vae_state = nnx.split(pipeline.vae)
-        weights = {"unet": unet_state, "text_encoder": text_state, "vae": vae_state}
+        weights = {"unet": unet_state, "text": text_state, "vae": vae_state}
         self._weights = jax.device_put(weights, runtime.shardings(weights, mesh))
-        empty = pipeline.tokenize([""])
+        factor = pipeline.vae.pixels_per_latent
 
-        def denoiser(weights: Any, input_ids: jax.Array) -> Callable:
-            network, encoder = nnx.merge(unet, weights["unet"]), nnx.merge(text, weights["text_encoder"])
-            context = encoder(input_ids).last_hidden_state
+        def denoiser(weights: Any, input_ids: jax.Array, shape: tuple[int, ...]) -> Callable:
+            network, conditioner = nnx.merge(unet, weights["unet"]), nnx.merge(text, weights["text"])
+            size = (shape[0] * factor, shape[1] * factor)
+            condition = conditioner(input_ids, size)
             if guidance == 1.0:
-                return lambda x, t: network(x, t, context)
-            uncond = jnp.broadcast_to(encoder(jnp.asarray(empty)).last_hidden_state, context.shape)
-            both = jnp.concatenate([uncond, context])
-            return guided(lambda x, t: network(x, t, both), guidance)
+                return lambda x, t: network(x, t, *condition)
+            empty = conditioner.empty(input_ids.shape[0], size)
+            both = jax.tree.map(lambda *parts: jnp.concatenate(parts), empty, condition)
+            return guided(lambda x, t: network(x, t, *both), guidance)
 
         def generate(weights: Any, input_ids: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             keys = jax.vmap(jax.random.split)(key)
             start = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
-            return sample(denoiser(weights, input_ids), self._schedule, start, keys[:, 1], sampler, steps)
+            return sample(denoiser(weights, input_ids, shape), self._schedule, start, keys[:, 1], sampler, steps)
 
         def reconstruct(
             weights: Any, input_ids: jax.Array, key: jax.Array, latent: jax.Array, strength: int
         ) -> jax.Array:
-            return sdrecon(denoiser(weights, input_ids), self._schedule, latent, key, strength, sampler, steps)
+            denoise = denoiser(weights, input_ids, latent.shape[1:])
+            return sdrecon(denoise, self._schedule, latent, key, strength, sampler, steps)
 
         self._generate = jax.jit(generate, static_argnames="shape")
         self._reconstruct = jax.jit(reconstruct, static_argnames="strength")
@@ -77,12 +79,6 @@ class Painter:
         """Draws with a policy's parameters from now on; nothing is compiled again."""
         self._weights = self._weights | {"unet": nnx.merge_state(self._weights["unet"], policy)}
 
-    def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
-        """(h, w, c) of the latents of images of a resolution (height, width)."""
-        image = jax.ShapeDtypeStruct((1, *resolution, 3), jnp.float32)
-        shape = jax.eval_shape(self._encode, self._weights, image).shape
-        return shape[1], shape[2], shape[3]
-
     def keys(self, stream: str, example_ids: Sequence[str], numbers: Sequence[int]) -> jax.Array:
         """A key for each (example, number in its pool)."""
         return runtime.stream_keys(self.seed, stream, example_ids, numbers)
@@ -91,7 +87,7 @@ class Painter:
         self, input_ids: Int[np.ndarray, "n s"], keys: jax.Array, resolution: tuple[int, int], note: str
     ) -> Float[np.ndarray, "n h w c"]:
         """Latents drawn for each row of token ids."""
-        shape = self.latent_shape(resolution)
+        shape = self._latent_shape(resolution)
         return self._run(
             lambda part: self._generate(self._weights, part["ids"], part["key"], shape=shape),
             {"ids": input_ids, "key": keys},

@@ -69,20 +69,22 @@ def make_records(
     painter: Painter,
     scorer: Scorer | None,
     photographs: Sequence[Photograph],
+    resolution: tuple[int, int],
     tokenize: Any,
     earlier: Mapping[str, Record],
 ) -> list[Record]:
     """The records of some photographs.
 
     Args:
-        config: the whole config; `pairs` and `data` are read.
+        config: the whole config; `pairs` is read.
         painter: with ε_base.
         scorer: f; None where neither winner nor loser is chosen.
         photographs: of one shard.
+        resolution: height and width of its images.
         tokenize: captions → token ids.
         earlier: id → record of the stage that losers come from; empty where they come from the pool.
     """
-    settings, resolution = config.pairs, tuple(config.data.resolution)
+    settings = config.pairs
     images: np.ndarray | None = None
     if settings.winner != "pool":
         photographs, images = load_images(list(photographs), resolution)

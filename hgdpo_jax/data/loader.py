@@ -1,6 +1,10 @@
-"""Grain: which records make the batch of a step. A function of (seed, step) alone, whatever the number of processes."""
+"""Grain: which records make the batch of a step. A function of (seed, step) alone, whatever the number of processes.
 
-from collections.abc import Iterator
+A batch comes from one source, so that its latents have one shape; sources take turns in proportion to their sizes. Each
+repeats without end, so what is left over from one pass begins the next and nothing is dropped.
+"""
+
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -27,22 +31,25 @@ class PairLoader:
     process count.
 
     Args:
-        source: random access to decoded records.
+        sources: random access to decoded records, one source for each resolution.
         batch: rows over all processes.
         seed: of the shuffle; each pass over the records has its own order.
         position: examples already drawn, from :attr:`position` of an earlier stream.
     """
 
-    def __init__(self, source: Any, batch: int, seed: int, position: int = 0) -> None:
+    def __init__(self, sources: Sequence[Any], batch: int, seed: int, position: int = 0) -> None:
         here = batch // jax.process_count()
-        dataset = (
+        batches = [
             grain.MapDataset.source(source)
             .seed(seed)
             .shuffle()
             .repeat(None)
             .map(arrays)[jax.process_index() :: jax.process_count()]
             .batch(here)
-        )
+            for source in sources
+        ]
+        # Mixed by position, after batching: every process takes the same source at the same step.
+        dataset = grain.MapDataset.mix(batches, weights=[len(source) for source in sources])
         self._batch = batch
         self._iterator = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)).__iter__()
         self._iterator.set_state({"next_index": position // batch})

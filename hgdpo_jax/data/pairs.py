@@ -1,10 +1,11 @@
 """The pair record and its shards: a folder of ArrayRecord files that TensorFlow Datasets opens, with a manifest.
 
-    W/stageN/pairs/pairs-train.array_record-00000-of-00004   records, made one shard at a time
-    W/stageN/pairs/dataset_info.json, features.json          for tfds.builder_from_directory
-    W/stageN/pairs/building.json                             what the shards are made from, written first
-    W/stageN/pairs/manifest.json                             the same, counts and hashes, written last
+    W/stageN/pairs/pairs-train_1024x704.array_record-00000-of-00004   records, made one shard at a time
+    W/stageN/pairs/dataset_info.json, features.json                   for tfds.builder_from_directory
+    W/stageN/pairs/building.json                                      what the shards are made from, written first
+    W/stageN/pairs/manifest.json                                      the same, counts and hashes, written last
 
+There is a split for every resolution: its latents have one shape, and a batch comes from one split.
 A record holds latents and token ids, never images or embeddings. For supervised fine-tuning there is no loser.
 """
 
@@ -27,9 +28,9 @@ Record = dict[str, Any]
 LATENT = np.float16
 
 
-def features(latent_shape: Sequence[int], tokens: int, loser: bool) -> tfds.features.FeaturesDict:
+def features(channels: int, tokens: int, loser: bool) -> tfds.features.FeaturesDict:
     """The schema: ids, caption, token ids int32, latents float16 [h, w, c], and who won by how much."""
-    latent = tfds.features.Tensor(shape=tuple(latent_shape), dtype=LATENT)
+    latent = tfds.features.Tensor(shape=(None, None, channels), dtype=LATENT, encoding="bytes")
     fields: dict[str, Any] = {
         "id": tfds.features.Text(),
         "caption": tfds.features.Text(),
@@ -93,7 +94,7 @@ def write_shard(path: Path, schema: tfds.features.FeaturesDict, records: Iterabl
                 raise UserError(
                     f"{name} of {record['id']}: NaN or infinite; its photograph or the base model is broken"
                 )
-        encoded.append(schema.serialize_example(schema.encode_example(record)))
+        encoded.append(schema.serialize_example(record))
     needed, free = 2 * sum(map(len, encoded)), shutil.disk_usage(path.parent).free
     if free < needed:
         raise UserError(f"{path.parent}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed; free some disk space")
@@ -104,11 +105,22 @@ def write_shard(path: Path, schema: tfds.features.FeaturesDict, records: Iterabl
     os.replace(temporary, path)
 
 
-def finish(folder: Path, schema: tfds.features.FeaturesDict, shards: Mapping[str, Sequence[Path]]) -> None:
-    """Writes the TFDS metadata and, last, the manifest.
+def finish(
+    folder: Path,
+    schema: tfds.features.FeaturesDict,
+    shards: Mapping[str, Sequence[Path]],
+    latents: Mapping[str, Sequence[int]],
+) -> None:
+    """Writes the TFDS metadata and, last, the manifest. A split without records is left out.
+
+    Args:
+        folder: that holds the shards.
+        schema: of the records.
+        shards: split (`train_1024x704`) → its files.
+        latents: resolution → shape of its latents.
 
     Raises:
-        UserError: there is not one record in a split.
+        UserError: there is not one record to train on, or not one held out.
     """
     made_from = json.loads((folder / "building.json").read_text())
     splits: dict[str, Any] = {}
@@ -118,9 +130,13 @@ def finish(folder: Path, schema: tfds.features.FeaturesDict, shards: Mapping[str
             reader = ArrayRecordReader(str(path))
             entries.append({"file": path.name, "records": reader.num_records(), "sha256": file_hash(path)})
             reader.close()
-        splits[split] = {"records": sum(e["records"] for e in entries), "shards": entries}
-        if not splits[split]["records"]:
-            raise UserError(f"pairs {folder}: split {split} has no pair; no winner scored as high as its loser")
+        records = sum(e["records"] for e in entries)
+        if records:
+            shape = list(latents[split.partition("_")[2]])
+            splits[split] = {"records": records, "latent": shape, "shards": entries}
+    for role in sorted({split.partition("_")[0] for split in shards}):
+        if not any(split.startswith(f"{role}_") for split in splits):
+            raise UserError(f"pairs {folder}: split {role} has no pair; no winner scored as high as its loser")
     tfds.folder_dataset.write_metadata(
         data_dir=str(folder),
         features=schema,
@@ -145,31 +161,48 @@ def finish(folder: Path, schema: tfds.features.FeaturesDict, shards: Mapping[str
 
 @dataclass(frozen=True)
 class Pairs:
-    """Verified shards. `sources[split]` is a random-access TFDS source of decoded records."""
+    """Verified shards. `sources["train"]` and `sources["heldout"]` hold random-access TFDS sources of decoded records,
+    one for each resolution."""
 
     folder: Path
     manifest: dict[str, Any]
-    sources: Mapping[str, Any]
+    sources: Mapping[str, Sequence[Any]]
 
     @property
     def hash(self) -> str:
         """sha256 of the manifest, which holds the hashes of all shards."""
         return file_hash(self.folder / "manifest.json")
 
-    def by_id(self, split: str) -> "RecordsById":
-        """The records of a split by their photograph's id, read when asked for."""
-        return RecordsById(self.sources[split])
+    def require(self, latents: Mapping[str, Sequence[int]]) -> None:
+        """Raises UserError unless the latents have the shapes that a model and its config work on.
+
+        Args:
+            latents: resolution → (h, w, c).
+        """
+        for name, split in self.manifest["splits"].items():
+            resolution, found = name.partition("_")[2], tuple(split["latent"])
+            wanted = latents.get(resolution)
+            if wanted is None:
+                raise UserError(f"pairs {self.folder}: were built for {resolution}, data.resolutions of this config "
+                                f"are {', '.join(latents)}; use those, or another --workdir")  # fmt: skip
+            if found != tuple(wanted):
+                raise UserError(f"pairs {self.folder}: latents of {resolution} are {found}, this model's are "
+                                f"{tuple(wanted)}; remove the folder and build them again")  # fmt: skip
+
+    def by_id(self, role: str) -> "RecordsById":
+        """The records of all resolutions by their photograph's id, read when asked for."""
+        return RecordsById(self.sources[role])
 
 
 class RecordsById(Mapping[str, Record]):
     """id → record, in the order of the shards; texts are str."""
 
-    def __init__(self, source: Sequence[Record]) -> None:
-        self._source = source
-        self._rows = {source[i]["id"].decode(): i for i in range(len(source))}
+    def __init__(self, sources: Sequence[Sequence[Record]]) -> None:
+        self._rows = {source[i]["id"].decode(): (source, i) for source in sources for i in range(len(source))}
 
     def __getitem__(self, name: str) -> Record:
-        record = self._source[self._rows[name]]
+        source, row = self._rows[name]
+        record = source[row]
         return {key: value.decode() if isinstance(value, bytes) else value for key, value in record.items()}
 
     def __iter__(self) -> Iterator[str]:
@@ -179,16 +212,15 @@ class RecordsById(Mapping[str, Record]):
         return len(self._rows)
 
 
-def open_pairs(folder: Path, build_command: str, latent_shape: Sequence[int] | None = None) -> Pairs:
+def open_pairs(folder: Path, build_command: str) -> Pairs:
     """Opens finished shards after checking every file against its hash.
 
     Args:
         folder: W/stageN/pairs.
         build_command: printed where the shards are missing.
-        latent_shape: (h, w, c) that the model works on.
 
     Raises:
-        UserError: not built or not finished; a shard missing, truncated or altered; latents of another shape.
+        UserError: not built or not finished; a shard missing, truncated or altered.
     """
     if not (folder / "manifest.json").is_file():
         state = "are not finished" if (folder / "building.json").is_file() else "are missing"
@@ -202,12 +234,11 @@ def open_pairs(folder: Path, build_command: str, latent_shape: Sequence[int] | N
             if file_hash(path) != entry["sha256"]:
                 raise UserError(f"pair shard {path}: truncated or altered (its hash is not the manifest's); "
                                 f"remove the folder and run: {build_command}")  # fmt: skip
-    found = tuple(manifest["schema"]["winner"]["shape"])
-    if latent_shape is not None and found != tuple(latent_shape):
-        raise UserError(f"pairs {folder}: latents are {found}, this model and config.data.resolution need "
-                        f"{tuple(latent_shape)}; build them again with: {build_command}")  # fmt: skip
     builder = tfds.builder_from_directory(str(folder))
-    return Pairs(folder, manifest, {split: builder.as_data_source(split) for split in manifest["splits"]})
+    sources: dict[str, list[Any]] = {}
+    for name in manifest["splits"]:
+        sources.setdefault(name.partition("_")[0], []).append(builder.as_data_source(name))
+    return Pairs(folder, manifest, sources)
 
 
 def build_command(stage: str, workdir: Path) -> str:
@@ -216,6 +247,6 @@ def build_command(stage: str, workdir: Path) -> str:
     return f"python -m hgdpo_jax.pairs --config configs/{script}.py[:variant] --workdir {workdir}"
 
 
-def open_stage(workdir: Path, stage: str, latent_shape: Sequence[int] | None = None) -> Pairs:
+def open_stage(workdir: Path, stage: str) -> Pairs:
     """The finished shards of a stage; see :func:`open_pairs`."""
-    return open_pairs(workdir / stage / "pairs", build_command(stage, workdir), latent_shape)
+    return open_pairs(workdir / stage / "pairs", build_command(stage, workdir))

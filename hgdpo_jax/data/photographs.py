@@ -6,6 +6,8 @@ One line per photograph: {"file": "path/in/the/folder.jpg", "caption": "…", "s
 
 import json
 import logging
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from PIL import Image, ImageOps
 from hgdpo_jax.errors import UserError
 
 SPLITS = ("base", "train", "heldout")
+_UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)
+_ORIENTATION = 0x0112  # EXIF; from 5 on, height and width are exchanged
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,32 @@ def list_photographs(folder: str | Path, *splits: str, mirror: bool = False) -> 
     return found
 
 
+def by_shape(
+    photographs: Sequence[Photograph], resolutions: Mapping[str, tuple[int, int]]
+) -> dict[str, list[Photograph]]:
+    """Name of a resolution → the photographs whose height / width is nearest to its own on a logarithmic scale.
+
+    One that cannot be read goes to the first; :func:`load_images` will name it.
+    """
+    found: dict[str, list[Photograph]] = {name: [] for name in resolutions}
+    first = next(iter(found))
+    shapes = {name: math.log(height / width) for name, (height, width) in resolutions.items()}
+    for photograph in photographs:
+        nearest = first
+        if len(resolutions) > 1:
+            try:
+                with Image.open(photograph.path) as file:
+                    width, height = file.size
+                    turned = file.getexif().get(_ORIENTATION, 1) >= 5
+            except _UNREADABLE:
+                pass
+            else:
+                shape = math.log(width / height if turned else height / width)
+                nearest = min(shapes, key=lambda name: abs(shapes[name] - shape))
+        found[nearest].append(photograph)
+    return found
+
+
 def load_images(
     photographs: list[Photograph], resolution: tuple[int, int]
 ) -> tuple[list[Photograph], Float[np.ndarray, "n H W 3"]]:
@@ -71,7 +101,7 @@ def load_images(
             with Image.open(photograph.path) as file:
                 image = ImageOps.exif_transpose(file).convert("RGB")
             image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except _UNREADABLE as error:
             logging.warning("photograph %s cannot be read (%s); left out", photograph.path, error)
             continue
         if photograph.mirrored:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from hgdpo_jax.models.resnet import conv, group_norm
+from hgdpo_jax.models.resnet import checkpointed, conv, group_norm
 
 
 class Identity(nnx.Module):
@@ -106,6 +106,7 @@ class Transformer2DModel(nnx.Module):
                 return nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
             return conv(channels, channels, 1, rngs=rngs, dtype=dtype)
 
+        self.checkpointing = "none"
         self.norm = group_norm(channels, groups, 1e-6, rngs=rngs, dtype=dtype)
         self.proj_in = project()
         self.transformer_blocks = nnx.List(
@@ -117,5 +118,5 @@ class Transformer2DModel(nnx.Module):
         """A 1x1 convolution and a Linear are the same on [b, h, w, c], so the order of reshaping does not matter."""
         tokens = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
         for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+            tokens = checkpointed(block, self.checkpointing != "none")(tokens, context)
         return self.proj_out(tokens.reshape(x.shape)) + x

@@ -8,20 +8,24 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.model_config import ModelConfig
+from hgdpo_jax.models.weights import STEMS, open_folder
 
 Model = TypeVar("Model", bound=nnx.Module)
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+# (state path joined by dots, array) → the array on its devices.
+Place = Callable[[str, np.ndarray], jax.Array]
+READERS = 4  # tensors in flight: reading and transposing release the GIL
 # Buffers that older transformers releases saved and newer ones compute.
 _BUFFERS = ("position_ids",)
 
@@ -41,10 +45,10 @@ def to_torch_layout(leaf: str, value: np.ndarray) -> np.ndarray:
 
 
 def from_torch_layout(leaf: str, value: np.ndarray) -> np.ndarray:
-    """The inverse of :func:`to_torch_layout`."""
+    """The inverse of :func:`to_torch_layout`, as a view."""
     if leaf != "kernel":
         return value
-    return np.ascontiguousarray(value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0))
+    return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
 
 
 def parameters(model: nnx.Module) -> dict[tuple[Any, ...], nnx.Param]:
@@ -56,42 +60,61 @@ def parameters(model: nnx.Module) -> dict[tuple[Any, ...], nnx.Param]:
     }
 
 
-def from_torch(weights: Mapping[str, np.ndarray], model: nnx.Module, source: str = "checkpoint") -> None:
-    """Puts torch-named weights into a model (which may be abstract), in place.
+def keys(model: nnx.Module) -> list[str]:
+    """The torch keys of a model's parameters."""
+    return [torch_key(path) for path in parameters(model)]
+
+
+def from_torch(
+    weights: Mapping[str, np.ndarray],
+    model: nnx.Module,
+    source: str = "checkpoint",
+    dtype: Any = jnp.float32,
+    place: Place = lambda name, value: jnp.asarray(value),
+) -> None:
+    """Puts torch-named weights into a model (which may be abstract), in place and one by one.
 
     Args:
-        weights: torch key → array in torch's layout.
+        weights: torch key → array in torch's layout; a lazy mapping is read tensor by tensor.
         model: its parameters decide which keys and shapes are expected.
         source: named in errors.
+        dtype: of the parameters.
+        place: puts a parameter on its devices.
 
     Raises:
         UserError: a key is missing, superfluous or of another shape.
     """
-    rest = {key: value for key, value in weights.items() if key.rpartition(".")[2] not in _BUFFERS}
-    found: list[tuple[tuple[Any, ...], nnx.Param]] = []
-    expected = parameters(model)
+    stored = {key: key for key in weights if key.rpartition(".")[2] not in _BUFFERS}
+    expected = {torch_key(path): (path, leaf) for path, leaf in parameters(model).items()}
     # Older CLIP text checkpoints carry a prefix that transformers 5 dropped, and the other way round.
-    names = {torch_key(path) for path in expected}
-    if not names & rest.keys():
-        for change in (lambda k: k.removeprefix("text_model."), lambda k: f"text_model.{k}"):
-            renamed = {change(key): value for key, value in rest.items()}
-            if names & renamed.keys():
-                rest = renamed
-                break
-    for path, leaf in expected.items():
-        key = torch_key(path)
-        if key not in rest:
-            raise UserError(f"{source}: weight {key} is missing; the file does not fit its config.json")
-        value = from_torch_layout(str(path[-1]), np.asarray(rest.pop(key)))
+    for change in (lambda key: key.removeprefix("text_model."), lambda key: f"text_model.{key}"):
+        renamed = {change(key): key for key in stored}
+        if not expected.keys() & stored.keys() and expected.keys() & renamed.keys():
+            stored = renamed
+    missing, superfluous = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing:
+        raise UserError(
+            f"{source}: weight {missing[0]} is missing ({len(missing)} in all); the file does not fit its config.json"
+        )
+    if superfluous:
+        raise UserError(
+            f"{source}: weight {superfluous[0]} is superfluous ({len(superfluous)} in all); wrong config.json?"
+        )
+
+    def read(key: str) -> tuple[tuple[Any, ...], nnx.Param]:
+        path, leaf = expected[key]
+        kind = str(path[-1])
+        value = from_torch_layout(kind, np.asarray(weights[stored[key]]))
         if value.shape != leaf.shape:
             raise UserError(
-                f"{source}: weight {key} is {to_torch_layout(str(path[-1]), value).shape}, "
-                f"its config.json asks for {to_torch_layout(str(path[-1]), np.empty(leaf.shape)).shape}"
+                f"{source}: weight {key} is {to_torch_layout(kind, value).shape}, "
+                f"its config.json asks for {to_torch_layout(kind, np.empty(leaf.shape)).shape}"
             )
-        found.append((path, leaf.replace(jnp.asarray(value, jnp.float32))))
-    if rest:
-        raise UserError(f"{source}: weight {sorted(rest)[0]} is superfluous ({len(rest)} in all); wrong config.json?")
-    nnx.update(model, nnx.from_flat_state(found))
+        value = np.ascontiguousarray(value.astype(dtype, order="C", copy=False))
+        return path, leaf.replace(place(".".join(map(str, path)), value))
+
+    with ThreadPoolExecutor(READERS) as pool:
+        nnx.update(model, nnx.from_flat_state(list(pool.map(read, expected))))
 
 
 def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
@@ -100,21 +123,6 @@ def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
         torch_key(path): to_torch_layout(str(path[-1]), np.asarray(leaf[...]))
         for path, leaf in parameters(model).items()
     }
-
-
-def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of a model folder.
-
-    Raises:
-        UserError: no safetensors file, or a damaged one.
-    """
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            try:
-                return load_file(folder / name)
-            except SafetensorError as error:
-                raise UserError(f"{folder / name}: not a whole safetensors file ({error}); copy it again") from error
-    raise UserError(f"{folder}: no weights; expected {' or '.join(WEIGHTS)}")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -139,11 +147,28 @@ def _abstract(cls: Callable[..., Model], config: ModelConfig, dtype: jnp.dtype) 
     return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
-def load_model(cls: type[Model], folder: str | Path, dtype: jnp.dtype = jnp.float32) -> Model:
-    """A model from its folder: config.json and one safetensors file. Parameters are float32, `dtype` is for compute."""
+def load_model(
+    cls: type[Model],
+    folder: str | Path,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    place: Place = lambda name, value: jnp.asarray(value),
+) -> Model:
+    """A model from its folder: config.json and safetensors.
+
+    Args:
+        cls: one of the models of this package.
+        folder: as diffusers or transformers writes it.
+        dtype: of the computation.
+        param_dtype: of the parameters.
+        place: puts a parameter on its devices.
+
+    Raises:
+        UserError: a file is missing or damaged, or the weights do not fit the config.
+    """
     folder = Path(folder)
     model = abstract(cls, read_config(folder), dtype)
-    from_torch(read_weights(folder), model, str(folder))
+    from_torch(open_folder(folder), model, str(folder), param_dtype, place)
     return model
 
 
@@ -152,9 +177,9 @@ def save_model(model: nnx.Module, folder: str | Path, dtype: type[np.floating] =
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(model.config)  # type: ignore[attr-defined]
-    name = WEIGHTS[0] if "_diffusers_version" in config else WEIGHTS[1]
+    name = f"{STEMS[0] if '_diffusers_version' in config else STEMS[1]}.safetensors"
     temporary = folder / f"{name}.partial"
-    weights = {key: value.astype(dtype) for key, value in to_torch(model).items()}
+    weights = {key: value.astype(dtype, copy=False) for key, value in to_torch(model).items()}
     save_file(weights, temporary, metadata={"format": "pt"})
     os.replace(temporary, folder / name)
     temporary = folder / "config.json.partial"

@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021) on the linear layers of the attention modules, and its PEFT file format."""
+"""LoRA (Hu et al. 2021) on the linear layers of the attention modules, and its file formats: PEFT's and kohya's."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,24 @@ def to_peft(model: nnx.Module, prefix: str = "unet") -> dict[str, np.ndarray]:
             weights[f"{name}.lora_A.weight"] = np.ascontiguousarray(np.asarray(module.lora_A[...]).T)
             weights[f"{name}.lora_B.weight"] = np.ascontiguousarray(np.asarray(module.scale * module.lora_B[...]).T)
     return weights
+
+
+def to_kohya(model: nnx.Module, prefix: str, rename: Callable[[str], str] = lambda name: name) -> dict[str, np.ndarray]:
+    """`prefix_PATH.lora_down.weight` [rank, in], `lora_up.weight` [out, rank] and `alpha`, dots in PATH as underscores.
+
+    Args:
+        model: with LoRA layers.
+        prefix: `lora_unet`, `lora_te`; for XL's text encoders `lora_te1` and `lora_te2`.
+        rename: from the layer's path to the name that kohya's scripts know it by.
+    """
+    weights = {}
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, LoRALinear):
+            name = f"{prefix}_{rename('.'.join(map(str, path)))}".replace(".", "_")
+            weights[f"{name}.lora_down.weight"] = np.ascontiguousarray(np.asarray(module.lora_A[...]).T)
+            weights[f"{name}.lora_up.weight"] = np.ascontiguousarray(np.asarray(module.lora_B[...]).T)
+            weights[f"{name}.alpha"] = np.float32(module.scale * module.lora_A.shape[1])
+    return {key: np.asarray(value) for key, value in weights.items()}
 
 
 def from_peft(weights: Mapping[str, np.ndarray], model: nnx.Module, prefix: str = "unet") -> None:

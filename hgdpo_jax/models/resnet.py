@@ -1,5 +1,7 @@
 """Convolutional blocks that UNet and VAE share. Arrays are [b, h, w, c]; names are those of diffusers."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +16,13 @@ def conv(inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs, dtype: jnp.dty
 def group_norm(channels: int, groups: int, eps: float, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.GroupNorm:
     """GroupNorm whose statistics are float32 and two-pass, like PyTorch's."""
     return nnx.GroupNorm(channels, groups, epsilon=eps, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+def checkpointed(function: Callable[..., Array], active: bool) -> Callable[..., Array]:
+    """The function, of whose values only the arguments are kept for the gradient when `active`: the rest is computed
+    again (Chen et al. 2016)."""
+    # A wrapper of its own for each use: jax.checkpoint takes functions, not modules.
+    return jax.checkpoint(lambda *arguments: function(*arguments)) if active else function
 
 
 class ResnetBlock2D(nnx.Module):

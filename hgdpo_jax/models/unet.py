@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.attention import Transformer2DModel
 from hgdpo_jax.models.model_config import ModelConfig, check_only
-from hgdpo_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv, group_norm
+from hgdpo_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, checkpointed, conv, group_norm
 
 # What changes the computation and is implemented in one way only; an absent key means the first value.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -69,7 +69,10 @@ class TimestepEmbedding(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A level of the UNet: residual blocks, each followed by attention where the level has any, then a resampling."""
+    """A level of the UNet: residual blocks, each followed by attention where the level has any, then a resampling.
+
+    `checkpointing` is what the gradient keeps, see :meth:`UNet2DConditionModel.checkpoint`.
+    """
 
     def __init__(
         self,
@@ -82,6 +85,7 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jnp.dtype,
     ) -> None:
+        self.checkpointing = "none"
         self.resnets = nnx.List([ResnetBlock2D(i, o, **settings, rngs=rngs, dtype=dtype) for i, o in channels])
         outputs = channels[-1][1]
         if transformer is not None:
@@ -98,8 +102,12 @@ class Block(nnx.Module):
 
     def layer(self, i: int, x: Array, temb: Array, context: Array) -> Array:
         """Residual block i and its attention."""
-        x = self.resnets[i](x, temb)
-        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+
+        def run(x: Array, temb: Array, context: Array) -> Array:
+            x = checkpointed(self.resnets[i], self.checkpointing != "none")(x, temb)
+            return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+
+        return checkpointed(run, self.checkpointing == "everything")(x, temb, context)
 
 
 class MidBlock(nnx.Module):
@@ -114,6 +122,7 @@ class MidBlock(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jnp.dtype,
     ) -> None:
+        self.checkpointing = "none"
         self.resnets = nnx.List(
             [ResnetBlock2D(channels, channels, **settings, rngs=rngs, dtype=dtype) for _ in range(2)]
         )
@@ -123,7 +132,12 @@ class MidBlock(nnx.Module):
 
     def __call__(self, x: Array, temb: Array, context: Array) -> Array:
         """The lowest level."""
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, temb), context), temb)
+
+        def run(x: Array, temb: Array, context: Array) -> Array:
+            first, second = (checkpointed(resnet, self.checkpointing != "none") for resnet in self.resnets)
+            return second(self.attentions[0](first(x, temb), context), temb)
+
+        return checkpointed(run, self.checkpointing == "everything")(x, temb, context)
 
 
 class UNet2DConditionModel(nnx.Module):
@@ -200,6 +214,18 @@ class UNet2DConditionModel(nnx.Module):
         self.up_blocks = nnx.List(up)
         self.conv_norm_out = group_norm(widths[0], groups, settings["eps"], rngs=rngs, dtype=dtype)
         self.conv_out = conv(widths[0], config.get("out_channels", 4), 3, rngs=rngs, dtype=dtype)
+
+    def checkpoint(self, policy: str) -> None:
+        """Gradient checkpointing from now on; it changes memory and time, not the result.
+
+        Args:
+            policy: `none` keeps all activations; `blocks` what enters each residual and each transformer block, and
+                computes the forward pass twice; `everything` what enters each layer (a residual block with all its
+                transformer blocks), and computes it three times.
+        """
+        for _, module in nnx.iter_modules(self):
+            if hasattr(module, "checkpointing"):
+                module.checkpointing = policy
 
     def __call__(
         self,

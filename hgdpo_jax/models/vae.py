@@ -141,6 +141,7 @@ class AutoencoderKL(nnx.Module):
                 check_only({key: name}, {key: (only,)}, "VAE")
         self.config = ModelConfig(config)
         self.scaling_factor = float(config.get("scaling_factor", 0.18215))
+        self.pixels_per_latent = 2 ** (len(config["block_out_channels"]) - 1)
         latent = config.get("latent_channels", 4)
         args = (config["block_out_channels"], config.get("layers_per_block", 1), config.get("norm_num_groups", 32))
         self.encoder = Encoder(*args, latent, rngs=rngs, dtype=dtype)

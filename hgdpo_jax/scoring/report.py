@@ -44,7 +44,7 @@ class Stage(NamedTuple):
 
 def stage(workdir: Path, name: str, painter: Painter) -> Stage:
     """Reads a finished stage."""
-    source = open_stage(workdir, name).sources["heldout"]
+    source = open_stage(workdir, name).sources["heldout"][0]
     rows = [source[i] for i in range(min(PAIRS, len(source)))]
     latents = {role: np.stack([row[role].astype(np.float32) for row in rows]) for role in ("winner", "loser")}
     return Stage(

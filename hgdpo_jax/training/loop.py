@@ -25,7 +25,8 @@ from hgdpo_jax.training.optimizer import make_optimizer
 HELDOUT_PAIRS = 256
 SAMPLES = 8
 # What may differ between a run and its resumption without changing what is trained.
-_FREE = ("train.steps", "train.checkpoint_every", "train.log_every", "train.eval_every", "mesh", "evaluate")
+_FREE = ("train.steps", "train.checkpoint_every", "train.log_every", "train.eval_every", "train.checkpointing", "mesh",
+         "evaluate")  # fmt: skip
 
 
 def check_same(old: dict[str, Any], new: dict[str, Any], workdir: Path) -> None:
@@ -62,13 +63,15 @@ def train(config: ConfigDict, workdir: Path) -> None:
         batch=config.evaluate.batch,
         seed=config.seed,
     )
-    resolution = tuple(config.data.resolution)
-    pairs = open_stage(workdir, config.stage, painter.latent_shape(resolution))
+    resolutions = configuration.resolutions(config)
+    shapes = {name: pipeline.latent_shape(resolution) for name, resolution in resolutions.items()}
+    pairs = open_stage(workdir, config.stage)
+    pairs.require(shapes)
 
     if config.objective == "dpo":
         loss = steps.dpo_loss(denoiser, pipeline.schedule, settings.beta, settings.lambda_stat)
     else:
-        loss = steps.sft_loss(denoiser, pipeline.schedule, config.data.caption_dropout, pipeline.tokenize([""]))
+        loss = steps.sft_loss(denoiser, pipeline.schedule, config.data.caption_dropout)
     tx = make_optimizer(settings)
 
     start = base_policy if settings.start == "base" else policies.finished(workdir, settings.start, base_policy)
@@ -84,7 +87,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     if config.objective == "dpo":
         reference = start if settings.reference == "start" else base_policy
     checkpoints, position = Checkpoints(folder), 0
-    identity = {"base": pipelines.weights_hash(config.model.base), "pairs": pairs.hash}
+    identity = {"base": pipelines.weights_hash(config.model.base, config.model.vae), "pairs": pairs.hash}
     newest = checkpoints.latest()
     if newest is None:
         reference_hash = checkpoints.save_reference(reference) if config.objective == "dpo" else ""
@@ -108,7 +111,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     loader = PairLoader(pairs.sources["train"], settings.batch, config.seed, position)
     held = [
         runtime.to_devices(batch, mesh)
-        for batch in first_batches(pairs.sources["heldout"], settings.batch, HELDOUT_PAIRS)
+        for source in pairs.sources["heldout"]
+        for batch in first_batches(source, settings.batch, HELDOUT_PAIRS // len(pairs.sources["heldout"]))
     ]
     evaluate = jax.jit(lambda *arguments: loss(*arguments)[1])
     ids, keys, grid_rows = _samples(pairs, painter, pipeline)
@@ -121,7 +125,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             found.append(evaluate(state.policy, reference, frozen, batch | {"key": noise}))
         log.write({f"heldout/{name}": value for name, value in average(jax.device_get(found)).items()}, now)
         painter.use(state.result)
-        images = painter.decode(painter.generate(ids, keys, resolution, "samples"), "decode")
+        images = painter.decode(painter.generate(ids, keys, next(iter(resolutions.values())), "samples"), "decode")
         log.images("samples", grid(images[:grid_rows], 4), now)
 
     if done == 0:
@@ -161,7 +165,6 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 def _samples(pairs: Pairs, painter: Painter, pipeline: pipelines.Pipeline) -> tuple[np.ndarray, jax.Array, int]:
     """Token ids and keys of the pictures in the log: the first held-out captions, one fixed seed each."""
-    source = pairs.sources["heldout"]
-    rows = [source[i] for i in range(min(SAMPLES, len(source)))]
+    rows = [source[i] for source in pairs.sources["heldout"] for i in range(min(SAMPLES, len(source)))][:SAMPLES]
     ids = np.stack([row["input_ids"] for row in rows])
     return ids, painter.keys("samples", [row["id"].decode() for row in rows], [0] * len(rows)), len(rows)

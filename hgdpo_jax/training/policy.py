@@ -19,14 +19,22 @@ STAGES = ("stage0", "stage1", "stage2", "stage3")
 
 
 def load(config: ConfigDict, mesh: Mesh) -> pipelines.Pipeline:
-    """ε_base on the mesh; with `train.params=lora` its UNet carries a fresh LoRA, which changes nothing yet."""
-    pipeline = pipelines.load(config.model.base, config.model.dtype)
+    """ε_base on the mesh; with `train.params=lora` its UNet carries a fresh LoRA, which changes nothing yet.
+
+    What is trained is float32; what is frozen is kept in the dtype it is used in.
+    """
+    frozen = config.model.dtype
+    stored = {"unet": frozen if config.train.params == "lora" else "float32"}
+    stored |= {"text_encoder": frozen, "text_encoder_2": frozen}
+    pipeline = pipelines.load(
+        config.model.base, config.model.dtype, vae=config.model.vae, param_dtype=stored, place=runtime.placer(mesh)
+    )
+    pipeline.unet.checkpoint(config.train.checkpointing)
     if config.train.params == "lora":
         key = runtime.stream_key(config.seed, "lora")
         add_lora(pipeline.unet, config.train.lora_rank, config.train.lora_alpha, nnx.Rngs(key))
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        state = nnx.state(part)
-        nnx.update(part, jax.device_put(state, runtime.shardings(state, mesh)))
+        lora = nnx.state(pipeline.unet, nnx.LoRAParam)
+        nnx.update(pipeline.unet, jax.device_put(lora, runtime.shardings(lora, mesh)))
     return pipeline
 
 

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.models.text import Conditioning
 from hgdpo_jax.training import objectives
 
 Params = PyTree[Array]
@@ -24,17 +24,25 @@ TIMESTEP_BINS = 10
 
 
 class Denoiser(NamedTuple):
-    """UNet and text encoder as pure functions of their weights.
+    """UNet and text encoders as pure functions of their weights.
 
-    `frozen` = {"text_encoder": ..., "unet": what of the UNet is not trained}; the policy is the rest of the UNet.
+    `frozen` = {"text": ..., "unet": what of the UNet is not trained}; the policy is the rest of the UNet.
     """
 
     unet: nnx.GraphDef
-    text_encoder: nnx.GraphDef
+    text: nnx.GraphDef
+    pixels_per_latent: int
 
-    def context(self, frozen: Params, input_ids: Int[Array, "b s"]) -> Float[Array, "b s d"]:
-        """Text embeddings of the frozen text encoder."""
-        return nnx.merge(self.text_encoder, frozen["text_encoder"])(input_ids).last_hidden_state
+    def condition(self, frozen: Params, input_ids: Int[Array, "b s"], latent: Float[Array, "b h w c"]) -> Conditioning:
+        """Conditioning from the frozen text encoders, for images of the latents' size."""
+        return nnx.merge(self.text, frozen["text"])(input_ids, self._size(latent))
+
+    def no_condition(self, frozen: Params, latent: Float[Array, "b h w c"]) -> Conditioning:
+        """Conditioning of the empty caption."""
+        return nnx.merge(self.text, frozen["text"]).empty(latent.shape[0], self._size(latent))
+
+    def _size(self, latent: Float[Array, "b h w c"]) -> tuple[int, int]:
+        return latent.shape[1] * self.pixels_per_latent, latent.shape[2] * self.pixels_per_latent
 
     def __call__(
         self,
@@ -42,10 +50,10 @@ class Denoiser(NamedTuple):
         frozen: Params,
         x_t: Float[Array, "b h w c"],
         t: Int[Array, "b"],
-        context: Float[Array, "b s d"],
+        condition: Conditioning,
     ) -> Float[Array, "b h w c"]:
         """The UNet's prediction, float32."""
-        return nnx.merge(self.unet, policy, frozen["unet"])(x_t, t, context).astype(jnp.float32)
+        return nnx.merge(self.unet, policy, frozen["unet"])(x_t, t, *condition)
 
 
 def policy_filter(params: str) -> type[nnx.Param]:
@@ -59,9 +67,9 @@ def split(pipeline: Pipeline, params: str) -> tuple[Denoiser, Params, Params]:
     The states are copies of the containers, not of the arrays: a later write into the pipeline does not show in them.
     """
     unet, *states = nnx.split(pipeline.unet, policy_filter(params), ...)
-    text_encoder, text_state = nnx.split(pipeline.text_encoder)
+    text, text_state = nnx.split(pipeline.text)
     policy, rest, text_state = jax.tree.map(lambda x: x, (*states, text_state))
-    return Denoiser(unet, text_encoder), policy, {"unet": rest, "text_encoder": text_state}
+    return Denoiser(unet, text, pipeline.vae.pixels_per_latent), policy, {"unet": rest, "text": text_state}
 
 
 Loss = Callable[[Params, Params, Params, Batch], tuple[Float[Array, ""], Metrics]]
@@ -84,9 +92,10 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, beta: float, lambda_st
         t_pair, noise_pair = jnp.tile(t, 2), jnp.tile(noise, (2, 1, 1, 1))
         x_t = schedule.add_noise(pair, noise_pair, t_pair)
         target = schedule.target(pair, noise_pair, t_pair)
-        context = jnp.tile(denoiser.context(frozen, batch["input_ids"]), (2, 1, 1))
-        pred = denoiser(policy, frozen, x_t, t_pair, context)
-        ref = jax.lax.stop_gradient(denoiser(reference, frozen, x_t, t_pair, context))
+        condition = denoiser.condition(frozen, batch["input_ids"], batch["winner"])
+        condition = jax.tree.map(lambda x: jnp.concatenate([x, x]), condition)
+        pred = denoiser(policy, frozen, x_t, t_pair, condition)
+        ref = jax.lax.stop_gradient(denoiser(reference, frozen, x_t, t_pair, condition))
         dpo = objectives.diffusion_dpo(pred[:b], pred[b:], ref[:b], ref[b:], target[:b], target[b:], beta)
         stat = objectives.statistics_loss(pred[:b], ref[:b], schedule.mean_shift(t))
         bins = jax.nn.one_hot(t * TIMESTEP_BINS // schedule.num_train_timesteps, TIMESTEP_BINS)
@@ -109,12 +118,10 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, beta: float, lambda_st
     return loss
 
 
-def sft_loss(
-    denoiser: Denoiser, schedule: NoiseSchedule, caption_dropout: float, no_caption: Int[np.ndarray, "1 s"]
-) -> Loss:
+def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule, caption_dropout: float) -> Loss:
     """Noise prediction on the winners of batches {winner [b h w c], input_ids [b s], key [b]}, without a reference.
 
-    Every caption is replaced by `no_caption` with probability `caption_dropout`.
+    Every caption is replaced by the empty one with probability `caption_dropout`.
     """
 
     def loss(policy: Params, reference: Params, frozen: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
@@ -123,8 +130,12 @@ def sft_loss(
         t, noise = _noise(batch["key"], latent.shape[1:], schedule.num_train_timesteps)
         x_t = schedule.add_noise(latent, noise, t)
         drop = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), caption_dropout))(batch["key"])
-        context = denoiser.context(frozen, jnp.where(drop[:, None], no_caption, batch["input_ids"]))
-        pred = denoiser(policy, frozen, x_t, t, context)
+        condition = jax.tree.map(
+            lambda with_, without: jnp.where(drop.reshape(-1, *[1] * (with_.ndim - 1)), without, with_),
+            denoiser.condition(frozen, batch["input_ids"], latent),
+            denoiser.no_condition(frozen, latent),
+        )
+        pred = denoiser(policy, frozen, x_t, t, condition)
         error = objectives.mean_squared_error(pred, schedule.target(latent, noise, t)).mean()
         return error, {"loss/total": error}
 

@@ -52,7 +52,7 @@ def workdir(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_easy_pairs_are_the_best_and_the_worst_of_the_pool(workdir: Path, inputs: Path, make: Make) -> None:
-    found = open_stage(workdir, "stage1", tiny.LATENT).by_id("train")
+    found = open_stage(workdir, "stage1").by_id("train")
     assert len(found) == 5
     # Draw the pool of one photograph again, alone: it depends on its id only.
     config, mesh = make("stage1"), tiny.mesh()
@@ -100,13 +100,13 @@ def test_hard_pairs_are_on_the_same_ids_against_the_normal_winner(workdir: Path,
 def test_a_stopped_build_goes_on_and_ends_with_the_same_files(workdir: Path, make: Make) -> None:
     folder = workdir / "stage1" / "pairs"
     before = {path.name: file_hash(path) for path in folder.iterdir()}
-    kept = (folder / "pairs-train.array_record-00000-of-00003").stat().st_mtime_ns
+    kept = (folder / "pairs-train_32x32.array_record-00000-of-00003").stat().st_mtime_ns
     (folder / "manifest.json").unlink()
-    (folder / "pairs-train.array_record-00001-of-00003").unlink()
-    (folder / ".pairs-train.array_record-00001-of-00003.partial").write_bytes(b"half a file")
+    (folder / "pairs-train_32x32.array_record-00001-of-00003").unlink()
+    (folder / ".pairs-train_32x32.array_record-00001-of-00003.partial").write_bytes(b"half a file")
     pairs.build(make("stage1"), workdir)
     assert {path.name: file_hash(path) for path in folder.iterdir()} == before
-    assert (folder / "pairs-train.array_record-00000-of-00003").stat().st_mtime_ns == kept
+    assert (folder / "pairs-train_32x32.array_record-00000-of-00003").stat().st_mtime_ns == kept
 
 
 def test_another_config_does_not_touch_finished_pairs(workdir: Path, make: Make) -> None:

@@ -23,33 +23,33 @@ def numbers(loader: PairLoader, count: int) -> list[list[int]]:
 
 
 def test_every_record_comes_once_in_each_pass_in_another_order() -> None:
-    drawn = np.array(numbers(PairLoader(Source(), 5, seed=0), 4)).reshape(2, 10)
+    drawn = np.array(numbers(PairLoader([Source()], 5, seed=0), 4)).reshape(2, 10)
     assert (np.sort(drawn, axis=1) == np.arange(10)).all()
     assert not np.array_equal(drawn[0], drawn[1])
-    assert numbers(PairLoader(Source(), 5, seed=1), 4) != drawn.reshape(4, 5).tolist()
+    assert numbers(PairLoader([Source()], 5, seed=1), 4) != drawn.reshape(4, 5).tolist()
 
 
 def test_it_goes_on_where_it_stood() -> None:
-    whole = numbers(PairLoader(Source(), 4, seed=3), 9)
-    loader = PairLoader(Source(), 4, seed=3)
+    whole = numbers(PairLoader([Source()], 4, seed=3), 9)
+    loader = PairLoader([Source()], 4, seed=3)
     first = numbers(loader, 5)
     assert loader.position == 20
-    assert first + numbers(PairLoader(Source(), 4, seed=3, position=loader.position), 4) == whole
+    assert first + numbers(PairLoader([Source()], 4, seed=3, position=loader.position), 4) == whole
 
 
 def test_two_processes_share_the_batches_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = numbers(PairLoader(Source(), 4, seed=3), 5)
+    whole = numbers(PairLoader([Source()], 4, seed=3), 5)
     parts = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for process in range(2):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        parts.append(numbers(PairLoader(Source(), 4, seed=3), 5))
+        parts.append(numbers(PairLoader([Source()], 4, seed=3), 5))
     together = [sorted(a + b) for a, b in zip(*parts, strict=True)]
     assert together == [sorted(batch) for batch in whole]
 
 
 def test_latents_become_float32_and_other_fields_stay_behind() -> None:
-    batch = next(PairLoader(Source(), 2, seed=0))
+    batch = next(PairLoader([Source()], 2, seed=0))
     assert set(batch) == {"winner", "loser", "input_ids"}
     assert batch["winner"].dtype == np.float32 and batch["winner"].shape == (2, 1, 1, 1)
     assert batch["input_ids"].dtype == np.int32

@@ -18,7 +18,7 @@ def workdir(tmp_path: Path) -> Path:
 
 
 def test_tfds_opens_what_was_written(workdir: Path) -> None:
-    source = tfds.builder_from_directory(str(workdir / "stage1" / "pairs")).as_data_source(split="train")
+    source = tfds.builder_from_directory(str(workdir / "stage1" / "pairs")).as_data_source(split="train_32x32")
     rng = np.random.default_rng(0)
     expected = [tiny.record("", rng) for _ in range(6)]
     assert len(source) == 6
@@ -26,24 +26,25 @@ def test_tfds_opens_what_was_written(workdir: Path) -> None:
         for name in ("winner", "loser", "input_ids"):
             assert np.array_equal(source[i][name], record[name])
             assert source[i][name].dtype == record[name].dtype
-    found = shards.open_stage(workdir, "stage1", tiny.LATENT)
+    found = shards.open_stage(workdir, "stage1")
     by_id = found.by_id("train")
     assert list(by_id)[0] == "train0-0" and np.array_equal(by_id["train1-2"]["winner"], expected[5]["winner"])
-    assert found.manifest["splits"]["train"]["records"] == 6
+    assert found.manifest["splits"]["train_32x32"]["records"] == 6
 
 
 def test_a_split_may_have_empty_shards_but_not_only_empty_ones(tmp_path: Path) -> None:
-    folder, schema = tmp_path / "stage2" / "pairs", shards.features(tiny.LATENT, 77, loser=True)
+    folder, schema = tmp_path / "stage2" / "pairs", shards.features(8, 77, loser=True)
     shards.begin(folder, {})
-    paths = {"train": [shards.shard_path(folder, "train", i, 2) for i in range(2)]}
-    shards.write_shard(paths["train"][0], schema, [])
-    shards.write_shard(paths["train"][1], schema, [])
+    name, latents = "train_32x32", {"32x32": tiny.LATENT}
+    paths = {name: [shards.shard_path(folder, name, i, 2) for i in range(2)]}
+    shards.write_shard(paths[name][0], schema, [])
+    shards.write_shard(paths[name][1], schema, [])
     with pytest.raises(UserError, match="split train has no pair"):
-        shards.finish(folder, schema, paths)
-    paths["train"][1].unlink()
-    shards.write_shard(paths["train"][1], schema, [tiny.record("a", np.random.default_rng(0))])
-    shards.finish(folder, schema, paths)
-    source = shards.open_stage(tmp_path, "stage2").sources["train"]
+        shards.finish(folder, schema, paths, latents)
+    paths[name][1].unlink()
+    shards.write_shard(paths[name][1], schema, [tiny.record("a", np.random.default_rng(0))])
+    shards.finish(folder, schema, paths, latents)
+    (source,) = shards.open_stage(tmp_path, "stage2").sources["train"]
     assert len(source) == 1 and source[0]["id"] == b"a"
 
 
@@ -57,7 +58,7 @@ def test_missing_shards_name_the_command_that_builds_them(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "altered"])
 def test_a_damaged_shard_is_named(workdir: Path, damage: str) -> None:
-    path = workdir / "stage1" / "pairs" / "pairs-train.array_record-00001-of-00002"
+    path = workdir / "stage1" / "pairs" / "pairs-train_32x32.array_record-00001-of-00002"
     data = bytearray(path.read_bytes())
     if damage == "missing":
         path.unlink()
@@ -71,8 +72,12 @@ def test_a_damaged_shard_is_named(workdir: Path, damage: str) -> None:
 
 
 def test_another_latent_shape_is_refused(workdir: Path) -> None:
-    with pytest.raises(UserError, match=r"latents are \(4, 4, 8\), this model .* need \(8, 8, 8\)"):
-        shards.open_stage(workdir, "stage1", (8, 8, 8))
+    found = shards.open_stage(workdir, "stage1")
+    found.require({"32x32": tiny.LATENT, "64x32": (8, 4, 8)})
+    with pytest.raises(UserError, match=r"latents of 32x32 are \(4, 4, 8\), this model's are \(8, 8, 8\)"):
+        found.require({"32x32": (8, 8, 8)})
+    with pytest.raises(UserError, match=r"were built for 32x32, data.resolutions of this config are 64x64"):
+        found.require({"64x64": (8, 8, 8)})
 
 
 def test_shards_of_another_config_are_not_overwritten(tmp_path: Path) -> None:
@@ -88,7 +93,7 @@ def test_a_latent_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
     record["winner"][0, 0, 0] = value
     path = shards.shard_path(tmp_path, "train", 0, 1)
     with pytest.raises(UserError, match="winner of photographs/7.jpg: NaN or infinite"):
-        shards.write_shard(path, shards.features(tiny.LATENT, 77, loser=True), [record])
+        shards.write_shard(path, shards.features(8, 77, loser=True), [record])
     assert not list(tmp_path.iterdir())
 
 
