@@ -7,10 +7,12 @@ from hgdpo_jax.errors import UserError
 
 
 def base(variant: str) -> ConfigDict:
-    """`sd15`: the paper's settings, for a checkpoint and photographs of your own. `portraits`: the embedded default."""
+    """`sd15`: the paper's settings, for a checkpoint and photographs of your own. `sdxl`: the same for SDXL.
+    `portraits`: the embedded default."""
     config = default()
-    if variant == "sd15":
+    if variant in ("sd15", "sdxl"):
         config.data.resolutions = ("1024x704",)
+        config.train.checkpointing = "none" if variant == "sd15" else "blocks"
     elif variant == "portraits":
         config.model.base = str(ASSETS / "portraits" / "base")
         config.model.dtype = "float32"
@@ -36,5 +38,5 @@ def base(variant: str) -> ConfigDict:
         config.evaluate.guidance = 1.0
         config.evaluate.batch = 32
     else:
-        raise UserError(f"config variant {variant}: unknown; choose sd15 or portraits")
+        raise UserError(f"config variant {variant}: unknown; choose sd15, sdxl or portraits")
     return config

@@ -11,7 +11,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 STAGES = ["stage0_sft", "stage1", "stage2", "stage3"]
 
 
-@pytest.mark.parametrize("variant", ["sd15", "portraits"])
+@pytest.mark.parametrize("variant", ["sd15", "sdxl", "portraits"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_shipped_config_is_valid(stage: str, variant: str) -> None:
     config.load(f"{CONFIGS / stage}.py:{variant}")

@@ -59,3 +59,35 @@ def test_latents_become_float32_and_other_fields_stay_behind() -> None:
 def test_held_out_batches_are_the_first_records_and_full(batch: int, limit: int, expected: int) -> None:
     found = first_batches(Source(), batch, limit)
     assert np.concatenate([b["input_ids"].ravel() for b in found]).tolist() == [i % 10 for i in range(expected)]
+
+
+class Wide(Source):
+    """Thirty records of another shape, numbered from 100."""
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, i: int) -> dict:
+        record = super().__getitem__(i)
+        return record | {"winner": np.zeros((1, 2, 1), np.float16), "input_ids": np.array([100 + i])}
+
+
+def test_a_batch_has_one_shape_and_nothing_is_left_out() -> None:
+    loader = PairLoader([Source(), Wide()], 4, seed=0)
+    batches = [next(loader) for _ in range(40)]
+    for batch in batches:
+        wide = batch["winner"].shape == (4, 1, 2, 1)
+        assert ((batch["input_ids"] >= 100) == wide).all()
+    seen = np.concatenate([batch["input_ids"].ravel() for batch in batches])
+    assert set(seen) == {*range(10), *range(100, 130)}
+    assert (np.unique(seen, return_counts=True)[1] == 4).all()  # 160 draws of 40 records: four passes
+
+
+def test_processes_take_the_same_shape_at_a_step_and_resume_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    parts = []
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        parts.append(numbers(PairLoader([Source(), Wide()], 4, seed=3), 20))
+    assert all((a[0] >= 100) == (b[0] >= 100) for a, b in zip(*parts, strict=True))
+    assert numbers(PairLoader([Source(), Wide()], 4, seed=3, position=4 * 7), 13) == parts[1][7:]

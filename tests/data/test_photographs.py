@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hgdpo_jax.config import ASSETS
-from hgdpo_jax.data.photographs import SPLITS, Photograph, list_photographs, load_images
+from hgdpo_jax.data.photographs import SPLITS, Photograph, by_shape, list_photographs, load_images
 from hgdpo_jax.errors import UserError
 from tests import tiny
 
@@ -58,3 +58,17 @@ def test_what_is_wrong_with_the_list_is_named(tmp_path: Path) -> None:
     (tmp_path / "captions.jsonl").write_text('{"file": "a.jpg", "caption": "x"}\n')
     with pytest.raises(UserError, match='mark some lines with "split": "heldout"'):
         list_photographs(tmp_path, "heldout")
+
+
+def test_a_photograph_goes_to_the_resolution_nearest_in_shape(tmp_path: Path) -> None:
+    sizes = {"tall": (20, 30), "wide": (40, 20), "square": (30, 29), "turned": (40, 20)}
+    photographs = []
+    for name, size in sizes.items():
+        exif = Image.Exif()
+        exif[0x0112] = 6 if name == "turned" else 1  # a camera held upright
+        Image.new("RGB", size).save(tmp_path / f"{name}.jpg", exif=exif)
+        photographs.append(Photograph(name, tmp_path / f"{name}.jpg", ""))
+    photographs.append(Photograph("missing", tmp_path / "missing.jpg", ""))
+    resolutions = {"64x64": (64, 64), "128x64": (128, 64), "64x128": (64, 128)}
+    found = {name: [p.id for p in bucket] for name, bucket in by_shape(photographs, resolutions).items()}
+    assert found == {"64x64": ["square", "missing"], "128x64": ["tall", "turned"], "64x128": ["wide"]}

@@ -1,5 +1,6 @@
 """The step: gradients against PyTorch, devices against each other, what it starts with, what it must not change."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,30 @@ def test_gradient_through_the_unet_equals_pytorch(base: Path) -> None:
     assert found.keys() == grads.keys()
     worst = max(np.abs(found[key] - grads[key]).max() for key in grads) / largest
     assert worst <= 1e-4
+
+
+def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(base: Path) -> None:
+    data = batch() | {"key": jax.random.split(jax.random.key(0), 8)}
+    kept, gradients = [], []
+    for checkpointing in ("none", "blocks", "everything"):
+        config = tiny.config(base, checkpointing=checkpointing)
+        pipeline = policies.load(config, tiny.mesh())
+        denoiser, policy, frozen = steps.split(pipeline, "lora")
+        whole = steps.dpo_loss(denoiser, pipeline.schedule, 100.0, 0.1)
+        loss = functools.partial(lambda whole, reference, frozen, p: whole(p, reference, frozen, data)[0], whole)
+        shifted = jax.tree.map(lambda x: x + 0.01, policy)
+        bound = functools.partial(loss, policy, frozen)
+        backward = jax.eval_shape(lambda p, bound=bound: jax.vjp(bound, p)[1], shifted)
+        kept.append(sum(x.size for x in jax.tree.leaves(backward)))
+        gradients.append(jax.tree.leaves(jax.jit(jax.grad(bound))(shifted)))
+    assert kept[0] > kept[1] > kept[2]
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            np.testing.assert_allclose(b, a, atol=1e-5 * float(jnp.abs(a).max()))
+
+
+def test_adafactor_trains_with_a_smaller_state(base: Path) -> None:
+    state, metrics, *_ = run(base, tiny.mesh(), 6, optimizer="adafactor", params="all", lr=1e-4)
+    assert metrics[-1]["loss/total"] < metrics[0]["loss/total"]
+    adamw, *_ = run(base, tiny.mesh(), 0, params="all")
+    assert sum(x.size for x in jax.tree.leaves(state.optimizer)) < sum(x.size for x in jax.tree.leaves(adamw.optimizer))

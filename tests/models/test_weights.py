@@ -1,0 +1,109 @@
+"""Checkpoints as people have them: in shards, in half precision, and what is refused in one line."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.models.architectures import SD15
+from hgdpo_jax.models.weights import Weights, open_folder
+from tests import tiny
+from tests.full.components import shrunken, torch_model
+
+CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+
+
+@pytest.mark.parametrize("settings", [{}, {"variant": "fp16"}, {"max_shard_size": "20KB"}])
+def test_a_folder_is_read_however_diffusers_wrote_it(tmp_path: Path, settings: dict) -> None:
+    model = torch_model("vae", shrunken(SD15)["vae"], 0)
+    model.save_pretrained(tmp_path, **settings)
+    found = open_folder(tmp_path)
+    assert (len(found.files) > 1) == ("max_shard_size" in settings)
+    expected = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[key], value.numpy()) for key, value in expected.items())
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    torch_model("vae", shrunken(SD15)["vae"], 0).save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("*-00002-of-*.safetensors"))[0]
+    shard.unlink()
+    with pytest.raises(UserError, match=rf"{shard}: no such file; .*index.json names it"):
+        open_folder(tmp_path)
+
+
+def test_the_command_that_converts_a_pickle_works(tmp_path: Path) -> None:
+    path = tmp_path / "my model.ckpt"
+    torch.save({"state_dict": {"a.weight": torch.arange(3.0)}}, path)
+    with pytest.raises(UserError) as error:
+        pipelines.find(str(path))
+    assert "\n" not in str(error.value)
+    command = shlex.split(str(error.value).partition("installed: ")[2])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    assert np.array_equal(Weights(path.with_suffix(".safetensors"))["a.weight"], [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"lora_unet_mid_block_attentions_0.lora_down.weight": (4, 8)}, "is a LoRA, not a checkpoint"),
+        ({"something.weight": (4, 8)}, "expected a Stable Diffusion 1.x or XL checkpoint"),
+        ({CONV_IN: (320, 9, 3, 3)}, "its UNet takes 9 channels, as inpainting models do"),
+        ({CONV_IN: (320, 4, 3, 3), "first_stage_model.a": (1,), "cond_stage_model.model.a": (1,)}, "is of 2.x"),
+        ({CONV_IN: (320, 4, 3, 3)}, "is incomplete, it has no first_stage_model"),
+    ],
+)
+def test_another_file_taken_for_a_checkpoint_is_refused(tmp_path: Path, keys: dict, message: str) -> None:
+    path = tmp_path / "file.safetensors"
+    save_file({key: np.zeros(shape, np.float32) for key, shape in keys.items()}, path)
+    with pytest.raises(UserError, match=message) as error:
+        pipelines.find(str(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("", "config key model.base: is empty"),
+        ("nowhere/at/all", "no such folder or file; from the hub write owner/name@revision"),
+        ("owner/name@main", "give the 40 characters of a commit"),
+    ],
+)
+def test_what_is_not_there_is_named(base: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipelines.find(base)
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "cut.safetensors"
+    save_file({CONV_IN: np.zeros((320, 4, 3, 3), np.float32)}, path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=rf"{path}: not a whole safetensors file"):
+        pipelines.find(str(path))
+
+
+def test_parts_of_different_models_are_refused(tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    config = (base / "unet" / "config.json").read_text()
+    (base / "unet" / "config.json").write_text(config.replace('"cross_attention_dim": 8', '"cross_attention_dim": 24'))
+    with pytest.raises(UserError, match="text encoders give embeddings of width 8, its UNet reads 24"):
+        pipelines.find(str(base))
+    (base / "unet" / "config.json").write_text(config.replace('"in_channels": 8', '"in_channels": 9'))
+    with pytest.raises(UserError, match="its UNet takes 9 channels, as inpainting models do"):
+        pipelines.find(str(base))
+
+
+def test_another_vae_takes_the_place_of_the_checkpoints(tmp_path: Path) -> None:
+    base, other = tiny.write_base(tmp_path / "base"), tmp_path / "vae"
+    tiny.save_model(tiny.random_model(tiny.AutoencoderKL, tiny.TINY_VAE, 9), other)
+    found, own = pipelines.load(base, vae=other).vae, pipelines.load(base).vae
+    expected = Weights(other / "diffusion_pytorch_model.safetensors")["decoder.conv_in.weight"].transpose(2, 3, 1, 0)
+    assert np.array_equal(found.decoder.conv_in.kernel[...], expected)
+    assert not np.array_equal(own.decoder.conv_in.kernel[...], expected)
