@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -263,7 +264,7 @@ def load(
     *,
     vae: str | Path = "",
     param_dtype: Mapping[str, str] | str = "float32",
-    place: Place = lambda name, value: jnp.asarray(value),
+    place: Place = lambda name, value: jax.device_put(value),
 ) -> Pipeline:
     """Reads a checkpoint, tensor by tensor, onto its devices; see :func:`find` for what it may be.
 

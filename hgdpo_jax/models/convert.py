@@ -25,7 +25,7 @@ from hgdpo_jax.models.weights import STEMS, open_folder
 Model = TypeVar("Model", bound=nnx.Module)
 # (state path joined by dots, array) → the array on its devices.
 Place = Callable[[str, np.ndarray], jax.Array]
-READERS = 4  # tensors in flight: reading and transposing release the GIL
+_ALIGNMENT, _BLOCK = 64, 64
 # Buffers that older transformers releases saved and newer ones compute.
 _BUFFERS = ("position_ids",)
 
@@ -51,6 +51,20 @@ def from_torch_layout(leaf: str, value: np.ndarray) -> np.ndarray:
     return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
 
 
+def _copy(value: np.ndarray, dtype: Any) -> np.ndarray:
+    """A C-ordered copy, aligned so that JAX on CPU takes it over instead of copying it once more."""
+    size = value.size * jnp.dtype(dtype).itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    begin = -raw.ctypes.data % _ALIGNMENT
+    copy = raw[begin : begin + size].view(dtype).reshape(value.shape)
+    if value.flags.c_contiguous:
+        copy[...] = value
+    else:  # a transposed one: some rows of the file at a time, which the cache holds
+        for i in range(0, value.shape[-1], _BLOCK):
+            copy[..., i : i + _BLOCK] = value[..., i : i + _BLOCK]
+    return copy
+
+
 def parameters(model: nnx.Module) -> dict[tuple[Any, ...], nnx.Param]:
     """Path → parameter, LoRA left out: what a checkpoint of the model holds."""
     return {
@@ -70,7 +84,7 @@ def from_torch(
     model: nnx.Module,
     source: str = "checkpoint",
     dtype: Any = jnp.float32,
-    place: Place = lambda name, value: jnp.asarray(value),
+    place: Place = lambda name, value: jax.device_put(value),
 ) -> None:
     """Puts torch-named weights into a model (which may be abstract), in place and one by one.
 
@@ -110,10 +124,10 @@ def from_torch(
                 f"{source}: weight {key} is {to_torch_layout(kind, value).shape}, "
                 f"its config.json asks for {to_torch_layout(kind, np.empty(leaf.shape)).shape}"
             )
-        value = np.ascontiguousarray(value.astype(dtype, order="C", copy=False))
-        return path, leaf.replace(place(".".join(map(str, path)), value))
+        return path, leaf.replace(place(".".join(map(str, path)), _copy(value, dtype)))
 
-    with ThreadPoolExecutor(READERS) as pool:
+    # Transposing releases the GIL.
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         nnx.update(model, nnx.from_flat_state(list(pool.map(read, expected))))
 
 
@@ -144,7 +158,14 @@ def abstract(cls: Callable[..., Model], config: Mapping[str, Any], dtype: Any = 
 
 @functools.cache
 def _abstract(cls: Callable[..., Model], config: ModelConfig, dtype: jnp.dtype) -> Model:
-    return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=dtype))
+    return nnx.eval_shape(lambda: cls(config, rngs=_OneKey(), dtype=dtype))
+
+
+class _OneKey:
+    """Stands in for nnx.Rngs where no initial value is computed: counting the keys would take most of the tracing."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
 
 
 def load_model(
@@ -152,7 +173,7 @@ def load_model(
     folder: str | Path,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
-    place: Place = lambda name, value: jnp.asarray(value),
+    place: Place = lambda name, value: jax.device_put(value),
 ) -> Model:
     """A model from its folder: config.json and safetensors.
 

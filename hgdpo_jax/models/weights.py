@@ -1,11 +1,13 @@
 """Weights on disk: safetensors files, whole or in shards, read tensor by tensor."""
 
 import json
+import math
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -13,10 +15,20 @@ from hgdpo_jax.errors import UserError
 
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+
+
+class _Place(NamedTuple):
+    """Where a tensor is."""
+
+    file: Path
+    begin: int  # byte in the file
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name
 
 
 class Weights(Mapping[str, np.ndarray]):
-    """Key → array of some safetensors files. Every look-up reads that one tensor; nothing is mapped or kept.
+    """Key → array of some safetensors files. A look-up maps that one tensor, read-only, until the array is dropped.
 
     Args:
         files: whole files, or the shards of one.
@@ -28,34 +40,44 @@ class Weights(Mapping[str, np.ndarray]):
     def __init__(self, *files: Path) -> None:
         self.files = files
         self.metadata: dict[str, str] = {}
-        self._handles: dict[str, Any] = {}
+        self._places: dict[str, _Place] = {}
         for path in files:
             refuse_pickle(path)
             if not path.is_file():
                 raise UserError(f"{path}: no such file")
             try:
-                # Memory-mapped pages would count as ours until the last tensor is read.
-                handle = safe_open(path, "numpy", backend="pread")
+                with safe_open(path, "numpy"):
+                    pass  # it has checked that the header is sound and the file as long as it says
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
-            self.metadata |= handle.metadata() or {}
-            self._handles |= dict.fromkeys(handle.keys(), handle)
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            self.metadata |= header.pop("__metadata__", {})
+            for key, entry in header.items():
+                begin = 8 + length + entry["data_offsets"][0]
+                self._places[key] = _Place(path, begin, tuple(entry["shape"]), entry["dtype"])
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
-        return tuple(self._handles[key].get_slice(key).get_shape())
+        return self._places[key].shape
 
     def __getitem__(self, key: str) -> np.ndarray:
-        return self._handles[key].get_tensor(key)
+        path, begin, shape, dtype = self._places[key]
+        if dtype not in _DTYPES:
+            raise UserError(f"{path}: weight {key} has dtype {dtype}; expected one of {', '.join(_DTYPES)}")
+        # One mapping a tensor: the pages of a mapped whole file would count as ours until its last tensor is read.
+        values = np.memmap(path, jnp.dtype(_DTYPES[dtype]), "r", begin, (math.prod(shape),))
+        return np.asarray(values).reshape(shape)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._handles
+        return key in self._places
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._handles)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._handles)
+        return len(self._places)
 
 
 def open_folder(folder: Path) -> Weights:
