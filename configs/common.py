@@ -12,7 +12,7 @@ def base(variant: str) -> ConfigDict:
     config = default()
     if variant in ("sd15", "sdxl"):
         config.data.resolutions = ("1024x704",)
-        config.train.checkpointing = "none" if variant == "sd15" else "blocks"
+        config.train.checkpointing = "blocks"
     elif variant == "portraits":
         config.model.base = str(ASSETS / "portraits" / "base")
         config.model.dtype = "float32"

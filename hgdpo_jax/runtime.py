@@ -17,8 +17,9 @@ from hgdpo_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
-# First match decides. A Linear kernel is [in, out], a Conv kernel [height, width, in, out]. Projections into heads
-# or hidden units are split over `tensor` by output, projections back by input, so that a block needs one all-reduce.
+# First match decides. A Linear kernel is [in, out], a Conv kernel [height, width, in, out]; a 1x1 one is split like a
+# Linear. Projections into heads or hidden units are split over `tensor` by output, projections back by input, so that
+# a block needs one all-reduce.
 SHARDING_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(lora_A|lora_B)$", PartitionSpec()),
     (r"(to_q|to_k|to_v|q_proj|k_proj|v_proj|proj|fc1|linear_1)\.kernel$", PartitionSpec("fsdp", "tensor")),
@@ -73,15 +74,12 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The table's answer for one parameter; an axis that does not divide its dimension is left out."""
+    """The table's answer for one parameter, for its last dimensions; an axis that does not divide one is left out."""
     for pattern, spec in SHARDING_TABLE:
         if re.search(pattern, name) and len(spec) <= len(shape):
-            return PartitionSpec(
-                *(
-                    axis if axis and size % mesh.shape[axis] == 0 else None
-                    for axis, size in zip(spec, shape, strict=False)
-                )
-            )
+            last = shape[len(shape) - len(spec) :]
+            axes = [axis if axis and n % mesh.shape[axis] == 0 else None for axis, n in zip(spec, last, strict=True)]
+            return PartitionSpec(*[None] * (len(shape) - len(spec)), *axes) if axes else PartitionSpec()
     raise AssertionError("the last pattern matches everything")
 
 

@@ -30,6 +30,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused() -> None:
         ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.kernel", (8, 8), P("tensor", "fsdp")),
         ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A", (8, 4), P()),
         ("unet.down_blocks.0.resnets.0.conv1.kernel", (3, 3, 8, 8), P(None, None, None, "fsdp")),
+        ("unet.down_blocks.0.attentions.0.proj_in.kernel", (1, 1, 8, 8), P(None, None, "tensor", "fsdp")),
         ("unet.down_blocks.0.resnets.0.norm1.scale", (8,), P()),
         ("unet.conv_out.kernel", (3, 3, 8, 3), P(None, None, None, None)),
     ],

@@ -24,6 +24,9 @@ def arrays(record: dict[str, Any]) -> Batch:
     }
 
 
+_PASSES = 2**32  # without end; a length that Grain cannot count with is not taken
+
+
 class PairLoader:
     """An endless stream of batches: this process's rows of each.
 
@@ -43,7 +46,7 @@ class PairLoader:
             grain.MapDataset.source(source)
             .seed(seed)
             .shuffle()
-            .repeat(None)
+            .repeat(_PASSES)
             .map(arrays)[jax.process_index() :: jax.process_count()]
             .batch(here)
             for source in sources

@@ -7,6 +7,25 @@ from jaxtyping import Array, Float
 
 from hgdpo_jax.models.resnet import checkpointed, conv, group_norm
 
+_PROBABILITIES = 2**26  # held at once on a device: 256 MB in float32
+
+
+def attend(
+    q: Float[Array, "b n heads d"], k: Float[Array, "b m heads d"], v: Float[Array, "b m heads d"]
+) -> Float[Array, "b n heads d"]:
+    """softmax(q kᵀ / √d) v for each head, some queries at a time where the probabilities of all are too many.
+
+    The gradient then computes them again, chunk by chunk, instead of keeping them.
+    """
+    (b, n, heads, d), m = q.shape, k.shape[1]
+    allowed = _PROBABILITIES * jax.device_count()  # the shapes are those of all devices together
+    chunks = next(c for c in range(1, n + 1) if n % c == 0 and (b * heads * (n // c) * m <= allowed or c == n))
+    if chunks == 1:
+        return jax.nn.dot_product_attention(q, k, v)
+    parts = q.reshape(b, chunks, n // chunks, heads, d).swapaxes(0, 1)
+    out = jax.lax.map(jax.checkpoint(lambda part: jax.nn.dot_product_attention(part, k, v)), parts)
+    return out.swapaxes(0, 1).reshape(q.shape)
+
 
 class Identity(nnx.Module):
     """Holds the place of a Dropout in a list, so that indices stay upstream's."""
@@ -32,7 +51,7 @@ class Attention(nnx.Module):
         """softmax(q kᵀ / √(d/heads)) v, projected."""
         context = x if context is None else context
         split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # noqa: E731
-        out = jax.nn.dot_product_attention(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
+        out = attend(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
         return self.to_out[0](out.reshape(x.shape))
 
 

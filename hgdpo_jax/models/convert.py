@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.model_config import ModelConfig
-from hgdpo_jax.models.weights import STEMS, open_folder
+from hgdpo_jax.models.weights import STEMS, open_folder, write_weights
 
 Model = TypeVar("Model", bound=nnx.Module)
 # (state path joined by dots, array) → the array on its devices.
@@ -38,14 +37,18 @@ def torch_key(path: tuple[Any, ...]) -> str:
 
 
 def to_torch_layout(leaf: str, value: np.ndarray) -> np.ndarray:
-    """Linear [in, out] → [out, in]; Conv [H, W, in, out] → [out, in, H, W]; all else unchanged."""
+    """Linear [in, out] → [out, in]; Conv [H, W, in, out] → [out, in, H, W]; all else unchanged. A view."""
     if leaf != "kernel":
         return value
-    return np.ascontiguousarray(value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1))
+    return value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1)
+
+
+def _torch_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return to_torch_layout(leaf, np.broadcast_to(np.float32(0), shape)).shape
 
 
 def from_torch_layout(leaf: str, value: np.ndarray) -> np.ndarray:
-    """The inverse of :func:`to_torch_layout`, as a view."""
+    """The inverse of :func:`to_torch_layout`."""
     if leaf != "kernel":
         return value
     return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
@@ -122,7 +125,7 @@ def from_torch(
         if value.shape != leaf.shape:
             raise UserError(
                 f"{source}: weight {key} is {to_torch_layout(kind, value).shape}, "
-                f"its config.json asks for {to_torch_layout(kind, np.empty(leaf.shape)).shape}"
+                f"its config.json asks for {_torch_shape(kind, leaf.shape)}"
             )
         return path, leaf.replace(place(".".join(map(str, path)), _copy(value, dtype)))
 
@@ -132,7 +135,7 @@ def from_torch(
 
 
 def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Torch key → array in torch's layout, float32; LoRA weights are left out."""
+    """Torch key → array in torch's layout, a view where the parameter is on CPU; LoRA weights are left out."""
     return {
         torch_key(path): to_torch_layout(str(path[-1]), np.asarray(leaf[...]))
         for path, leaf in parameters(model).items()
@@ -199,10 +202,7 @@ def save_model(model: nnx.Module, folder: str | Path, dtype: type[np.floating] =
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(model.config)  # type: ignore[attr-defined]
     name = f"{STEMS[0] if '_diffusers_version' in config else STEMS[1]}.safetensors"
-    temporary = folder / f"{name}.partial"
-    weights = {key: value.astype(dtype, copy=False) for key, value in to_torch(model).items()}
-    save_file(weights, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / name)
+    write_weights(folder / name, to_torch(model), dtype)
     temporary = folder / "config.json.partial"
     temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     os.replace(temporary, folder / "config.json")

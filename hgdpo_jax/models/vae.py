@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from hgdpo_jax.models.attention import Attention
+from hgdpo_jax.models.attention import Attention, attend
 from hgdpo_jax.models.model_config import ModelConfig, check_only
 from hgdpo_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv, group_norm
 
@@ -36,7 +36,7 @@ class VAEAttention(nnx.Module):
         """Pixels are the tokens."""
         tokens = self.group_norm(x).reshape(x.shape[0], -1, 1, x.shape[-1])
         q, k, v = (project(tokens) for project in (self.to_q, self.to_k, self.to_v))
-        return x + self.to_out[0](jax.nn.dot_product_attention(q, k, v)).reshape(x.shape)
+        return x + self.to_out[0](attend(q, k, v)).reshape(x.shape)
 
 
 class VAEMidBlock(nnx.Module):

@@ -1,11 +1,12 @@
-"""Weights on disk: safetensors files, whole or in shards, read tensor by tensor."""
+"""Weights on disk: safetensors files, whole or in shards, read and written tensor by tensor."""
 
 import json
 import math
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +102,30 @@ def open_folder(folder: Path) -> Weights:
     for path in sorted(folder.glob("*")):
         refuse_pickle(path)
     raise UserError(f"{folder}: no weights; expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}")
+
+
+def write_weights(path: Path, tensors: Mapping[str, np.ndarray], dtype: Any) -> None:
+    """Writes a safetensors file, under a temporary name first. Only one tensor at a time is copied.
+
+    Args:
+        path: of the file.
+        tensors: key → array, of whatever strides.
+        dtype: to write them all in.
+    """
+    name = next(name for name, known in _DTYPES.items() if jnp.dtype(known) == jnp.dtype(dtype))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, tensor in sorted(tensors.items()):
+        begin, end = end, end + tensor.size * jnp.dtype(dtype).itemsize
+        header[key] = {"dtype": name, "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(f"{path.name}.partial")
+    with temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in sorted(tensors.items()):
+            file.write(np.ascontiguousarray(tensor, jnp.dtype(dtype)).tobytes())
+    os.replace(temporary, path)
 
 
 def refuse_pickle(path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from hgdpo_jax import pairs
 from hgdpo_jax.curriculum.candidates import Painter
@@ -14,6 +15,8 @@ from hgdpo_jax.data.photographs import list_photographs, load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.scoring.preference import Scorer
+from hgdpo_jax.training import policy as policies
+from hgdpo_jax.training.loop import train
 from tests import tiny
 
 Make = Callable[..., ConfigDict]
@@ -107,6 +110,28 @@ def test_a_stopped_build_goes_on_and_ends_with_the_same_files(workdir: Path, mak
     pairs.build(make("stage1"), workdir)
     assert {path.name: file_hash(path) for path in folder.iterdir()} == before
     assert (folder / "pairs-train_32x32.array_record-00000-of-00003").stat().st_mtime_ns == kept
+
+
+def test_photographs_of_two_shapes_become_pairs_of_two_shapes_in_every_stage(
+    make: Make, inputs: Path, tmp_path: Path
+) -> None:
+    folder = tiny.write_photographs(tmp_path / "photographs", train=4, heldout=2)
+    tall = [p for split in ("train", "heldout") for p in list_photographs(folder, split)][1::2]
+    for photograph in tall:
+        Image.open(photograph.path).resize((40, 80)).save(photograph.path)
+    settings: dict = {"pool_size": 2, "steps": 1, "guidance": 1.0}
+    for stage, how in (("stage1", {}), ("stage2", {"winner": "sdrecon", "strengths": (5,), "loser": "stage1"})):
+        config = make(stage, **settings, **how)
+        config.data.photographs, config.data.resolutions = str(folder), ("32x32", "64x32")
+        pairs.build(config, tmp_path)
+        for role, names in (("train", 2), ("heldout", 1)):
+            square, high = open_stage(tmp_path, stage).sources[role]
+            assert [record["winner"].shape for record in square] == [(4, 4, 8)] * names
+            assert [record["loser"].shape for record in high] == [(8, 4, 8)] * names
+            assert {record["id"].decode() for record in high} <= {p.id for p in tall}
+    config.stage, config.train.steps, config.train.batch = "stage1", 2, 8
+    train(config, tmp_path)
+    assert policies.stage_config(tmp_path, "stage1").data.resolutions == ["32x32", "64x32"]
 
 
 def test_another_config_does_not_touch_finished_pairs(workdir: Path, make: Make) -> None:

@@ -29,6 +29,10 @@ def test_every_record_comes_once_in_each_pass_in_another_order() -> None:
     assert numbers(PairLoader([Source()], 5, seed=1), 4) != drawn.reshape(4, 5).tolist()
 
 
+def test_batches_of_one_have_no_end_either() -> None:
+    assert sorted(numbers(PairLoader([Source()], 1, seed=0), 10)) == [[i] for i in range(10)]
+
+
 def test_it_goes_on_where_it_stood() -> None:
     whole = numbers(PairLoader([Source()], 4, seed=3), 9)
     loader = PairLoader([Source()], 4, seed=3)

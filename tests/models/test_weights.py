@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file as load_torch
 
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.architectures import SD15
-from hgdpo_jax.models.weights import Weights, open_folder
+from hgdpo_jax.models.weights import Weights, open_folder, write_weights
 from tests import tiny
-from tests.full.components import shrunken, torch_model
+from tests.full.components import shrunken, torch_model, write_folder
+from tests.full.original import single_file
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+TO_K = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+SD15_KEYS = ("first_stage_model.a", "cond_stage_model.transformer.a")
 
 
 @pytest.mark.parametrize("settings", [{}, {"variant": "fp16"}, {"max_shard_size": "20KB"}])
@@ -57,6 +61,8 @@ def test_the_command_that_converts_a_pickle_works(tmp_path: Path) -> None:
         ({"something.weight": (4, 8)}, "expected a Stable Diffusion 1.x or XL checkpoint"),
         ({CONV_IN: (320, 9, 3, 3)}, "its UNet takes 9 channels, as inpainting models do"),
         ({CONV_IN: (320, 4, 3, 3), "first_stage_model.a": (1,), "cond_stage_model.model.a": (1,)}, "is of 2.x"),
+        ({**dict.fromkeys(SD15_KEYS, (1,)), CONV_IN: (320, 4, 3, 3), TO_K: (320, 1024)}, "reads text of width 1024"),
+        ({**dict.fromkeys([*SD15_KEYS, "v_pred"], (1,)), CONV_IN: (320, 4, 3, 3), TO_K: (320, 768)}, "predicts v;"),
         ({CONV_IN: (320, 4, 3, 3)}, "is incomplete, it has no first_stage_model"),
     ],
 )
@@ -107,3 +113,43 @@ def test_another_vae_takes_the_place_of_the_checkpoints(tmp_path: Path) -> None:
     expected = Weights(other / "diffusion_pytorch_model.safetensors")["decoder.conv_in.weight"].transpose(2, 3, 1, 0)
     assert np.array_equal(found.decoder.conv_in.kernel[...], expected)
     assert not np.array_equal(own.decoder.conv_in.kernel[...], expected)
+
+
+def test_a_vae_file_in_the_original_layout_is_one_too(tmp_path: Path) -> None:
+    configs = shrunken(SD15)
+    write_folder(SD15, configs, tmp_path / "base")
+    prefix = "first_stage_model."
+    weights = {key.removeprefix(prefix): x for key, x in single_file(configs).items() if key.startswith(prefix)}
+    save_file(weights | {"loss.logvar": np.zeros(())}, tmp_path / "vae.safetensors")
+    found = pipelines.load(tmp_path / "base", vae=tmp_path / "vae.safetensors").vae
+    expected = weights["decoder.mid.attn_1.q.weight"][:, :, 0, 0].T
+    assert np.array_equal(found.decoder.mid_block.attentions[0].to_q.kernel[...], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [("more", "weight extra.weight is superfluous"), ("less", "is missing")]
+)
+def test_weights_that_do_not_fit_the_config_are_named(tmp_path: Path, change: str, message: str) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    path = base / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = {key: np.array(value) for key, value in Weights(path).items()}
+    if change == "more":
+        weights["extra.weight"] = np.zeros(3, np.float32)
+    else:
+        del weights["conv_in.bias"]
+    save_file(weights, path)
+    with pytest.raises(UserError, match=message) as error:
+        pipelines.load(base)
+    assert f"{base}, unet" in str(error.value)
+
+
+def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {"b": rng.standard_normal((3, 5)).T, "a.weight": rng.standard_normal(7), "scalar": np.asarray(2.5)}
+    write_weights(tmp_path / "x.safetensors", tensors, "bfloat16")
+    found = Weights(tmp_path / "x.safetensors")
+    theirs = load_torch(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys() == theirs.keys()
+    for key, value in tensors.items():
+        assert found[key].shape == value.shape and np.array_equal(found[key], value.astype(found[key].dtype))
+        assert np.array_equal(theirs[key].float().numpy(), found[key].astype(np.float32))

@@ -89,6 +89,18 @@ def test_eight_devices_train_as_one_does_and_restore_on_two_and_on_one(base: Pat
         assert all(x.sharding.device_set <= set(mesh.devices.flat) for x in jax.tree.leaves(found))
 
 
+def test_fully_sharded_training_keeps_an_eighth_of_everything_on_each_of_eight_devices(base: Path) -> None:
+    mesh = tiny.mesh(1, 8, 1)
+    state, *_ = run(base, mesh, 1, params="all", ema=0.9)
+    reference = policies.load(tiny.config(base, params="all"), mesh)
+    for tree in (state.policy, state.ema, state.optimizer, nnx.state(reference.unet)):
+        leaves = [x for x in jax.tree.leaves(tree) if x.ndim > 1]  # norms and biases are on all of them
+        total = sum(x.nbytes for x in leaves)
+        for device in jax.devices():
+            here = sum(s.data.nbytes for x in leaves for s in x.addressable_shards if s.device == device)
+            assert here * 8 == total
+
+
 def test_microbatches_give_the_gradient_of_the_whole_batch(base: Path) -> None:
     whole, metrics, *_ = run(base, tiny.mesh(), 3)
     parts, metrics_parts, *_ = run(base, tiny.mesh(), 3, accumulate=4)
