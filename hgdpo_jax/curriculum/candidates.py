@@ -24,6 +24,9 @@ from hgdpo_jax.diffusion.sdrecon import sdrecon
 Arrays = dict[str, np.ndarray]
 
 
+TEXT_POLICY_FROM = 900  # a text encoder's policy acts while t is at least this (HG-DPO's inference recipe)
+
+
 class Painter:
     """Text → latents and photograph → reconstructions with one pipeline, and latents → images.
 
@@ -33,10 +36,21 @@ class Painter:
         sampler, steps, guidance: as in the config; guidance 1 means none.
         batch: images per call, a multiple of data x fsdp.
         seed: of all that is drawn.
+        normalise: latent adaptive normalisation: what :meth:`generate` draws keeps, step by step, the channel
+            statistics of what the pipeline draws as it was given. Takes twice the time.
     """
 
     def __init__(
-        self, pipeline: Pipeline, mesh: Mesh, *, sampler: str, steps: int, guidance: float, batch: int, seed: int
+        self,
+        pipeline: Pipeline,
+        mesh: Mesh,
+        *,
+        sampler: str,
+        steps: int,
+        guidance: float,
+        batch: int,
+        seed: int,
+        normalise: bool = False,
     ) -> None:
         runtime.check_batch(batch, mesh, "batch")
         self.batch, self.mesh, self.seed = batch, mesh, seed
@@ -47,22 +61,41 @@ class Painter:
         vae, vae_state = nnx.split(pipeline.vae)
         weights = {"unet": unet_state, "text": text_state, "vae": vae_state}
         self._weights = jax.device_put(weights, runtime.shardings(weights, mesh))
+        self._given = self._weights
         factor = pipeline.vae.pixels_per_latent
 
         def denoiser(weights: Any, input_ids: jax.Array, shape: tuple[int, ...]) -> Callable:
-            network, conditioner = nnx.merge(unet, weights["unet"]), nnx.merge(text, weights["text"])
+            """The prediction for these captions; what does not depend on the step is computed here."""
+            network = nnx.merge(unet, weights["unet"])
             size = (shape[0] * factor, shape[1] * factor)
-            condition = conditioner(input_ids, size)
-            if guidance == 1.0:
-                return lambda x, t: network(x, t, *condition)
-            empty = conditioner.empty(input_ids.shape[0], size)
-            both = jax.tree.map(lambda *parts: jnp.concatenate(parts), empty, condition)
-            return guided(lambda x, t: network(x, t, *both), guidance)
 
-        def generate(weights: Any, input_ids: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            def look_up(text_weights: Any) -> tuple[Any, Any]:
+                conditioner = nnx.merge(text, text_weights)
+                condition = conditioner(input_ids, size)
+                if guidance != 1.0:
+                    empty = conditioner.empty(input_ids.shape[0], size)
+                    condition = jax.tree.map(lambda *parts: jnp.concatenate(parts), empty, condition)
+                return network.keys_values(condition.encoder_hidden_states), condition.added_cond
+
+            late = look_up(weights["text"])
+            early = look_up(weights["early text"]) if "early text" in weights else None
+
+            def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+                condition = late
+                if early is not None:
+                    condition = jax.tree.map(lambda a, b: jnp.where(t[0] >= TEXT_POLICY_FROM, a, b), early, late)
+                return network(x, t, *condition)
+
+            return predict if guidance == 1.0 else guided(predict, guidance)
+
+        def generate(
+            weights: Any, given: Any, input_ids: jax.Array, key: jax.Array, shape: tuple[int, ...]
+        ) -> jax.Array:
             keys = jax.vmap(jax.random.split)(key)
             start = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
-            return sample(denoiser(weights, input_ids, shape), self._schedule, start, keys[:, 1], sampler, steps)
+            denoise = denoiser(weights, input_ids, shape)
+            anchor = denoiser(given, input_ids, shape) if normalise else None
+            return sample(denoise, self._schedule, start, keys[:, 1], sampler, steps, anchor=anchor)
 
         def reconstruct(
             weights: Any, input_ids: jax.Array, key: jax.Array, latent: jax.Array, strength: int
@@ -75,9 +108,17 @@ class Painter:
         self._decode = jax.jit(lambda weights, latent: nnx.merge(vae, weights["vae"]).to_images(latent))
         self._encode = jax.jit(lambda weights, image: nnx.merge(vae, weights["vae"]).to_latents(image))
 
-    def use(self, policy: Any) -> None:
-        """Draws with a policy's parameters from now on; nothing is compiled again."""
-        self._weights = self._weights | {"unet": nnx.merge_state(self._weights["unet"], policy)}
+    def use(self, *policies: Any) -> None:
+        """Draws with these policies' parameters, and otherwise with what the pipeline was given, from now on.
+
+        A policy of the text encoders is used while t ≥ 900 only. Nothing is compiled again for another policy of the
+        same kind.
+        """
+        self._weights = self._given
+        for policy in policies:
+            for name, state in policy.items():
+                place = "early text" if name == "text" else name
+                self._weights = self._weights | {place: nnx.merge_state(self._given[name], state)}
 
     def keys(self, stream: str, example_ids: Sequence[str], numbers: Sequence[int]) -> jax.Array:
         """A key for each (example, number in its pool)."""
@@ -89,7 +130,7 @@ class Painter:
         """Latents drawn for each row of token ids."""
         shape = self._latent_shape(resolution)
         return self._run(
-            lambda part: self._generate(self._weights, part["ids"], part["key"], shape=shape),
+            lambda part: self._generate(self._weights, self._given, part["ids"], part["key"], shape=shape),
             {"ids": input_ids, "key": keys},
             note,
         )

@@ -69,6 +69,11 @@ class Pipeline:
         second = {"text_encoder_2": self.text.text_encoder_2} if hasattr(self.text, "text_encoder_2") else {}
         return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text.text_encoder, **second}
 
+    @property
+    def networks(self) -> dict[str, nnx.Module]:
+        """What predicts the noise of a latent and a caption: UNet and text conditioner."""
+        return {"unet": self.unet, "text": self.text}
+
     def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
         """(h, w, c) of the latents of images of a resolution (height, width).
 

@@ -18,6 +18,7 @@ from hgdpo_jax.errors import UserError
 
 Latent = Float[Array, "b h w c"]
 Denoise = Callable[[Latent, Int[Array, "b"]], Latent]
+State = tuple[Latent, Latent]  # x_t, and the last x̂_0
 
 
 class Steps(NamedTuple):
@@ -111,6 +112,7 @@ def sample(
     sampler: str,
     steps: int,
     last: int | None = None,
+    anchor: Denoise | None = None,
 ) -> Latent:
     """Denoises latents in one `lax.scan`.
 
@@ -121,6 +123,8 @@ def sample(
         sampler: ddpm, ddim or dpmpp_2m.
         steps: of the whole trajectory.
         last: run only the last so many of them.
+        anchor: ε_base for latent adaptive normalisation: a second trajectory from the same latents and noise, to whose
+            channel means and standard deviations each step's latents are brought.
 
     Returns:
         Scaled latents of the images, float32.
@@ -128,17 +132,32 @@ def sample(
     table = make_steps(schedule, sampler, steps, last)
     noisy = bool(table.noise.any())
 
-    def step(carry: tuple[Latent, Latent], row: tuple[Steps, Array]) -> tuple[tuple[Latent, Latent], None]:
-        x, previous = carry
+    def step(carry: tuple[State, ...], row: tuple[Steps, Array]) -> tuple[tuple[State, ...], None]:
         now, index = row
-        t = jnp.full(x.shape[0], now.t)
-        x_0 = schedule.to_x_0(denoise(x, t), x, t)
-        x = now.x * x + now.x_0 * x_0 + now.previous_x_0 * previous
-        if noisy:
-            draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), x.shape[1:]))
-            x = x + now.noise * draw(keys)
-        return (x, x_0), None
 
+        def advance(denoise: Denoise, state: State) -> State:
+            x, previous = state
+            t = jnp.full(x.shape[0], now.t)
+            x_0 = schedule.to_x_0(denoise(x, t), x, t)
+            x = now.x * x + now.x_0 * x_0 + now.previous_x_0 * previous
+            if noisy:
+                draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), x.shape[1:]))
+                x = x + now.noise * draw(keys)
+            return x, x_0
+
+        states = [advance(one, state) for one, state in zip(denoisers, carry, strict=True)]
+        if anchor is not None:
+            (x, x_0), (x_anchor, _) = states
+            states[0] = (match_statistics(x, x_anchor), x_0)
+        return tuple(states), None
+
+    denoisers = [denoise] if anchor is None else [denoise, anchor]
     rows = (jax.tree.map(jnp.asarray, table), jnp.arange(len(table.t)))
-    (x, _), _ = jax.lax.scan(step, (latents, jnp.zeros_like(latents)), rows)
+    ((x, _), *_), _ = jax.lax.scan(step, ((latents, jnp.zeros_like(latents)),) * len(denoisers), rows)
     return x
+
+
+def match_statistics(x: Latent, like: Latent) -> Latent:
+    """x with the mean and the standard deviation of `like` in each channel of each example."""
+    mean, deviation = x.mean((1, 2), keepdims=True), x.std((1, 2), keepdims=True)
+    return (x - mean) / deviation * like.std((1, 2), keepdims=True) + like.mean((1, 2), keepdims=True)

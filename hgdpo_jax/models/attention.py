@@ -1,5 +1,7 @@
 """Attention blocks of the UNet and the VAE, named as in diffusers. `b n d` are batch, tokens, width."""
 
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +9,9 @@ from jaxtyping import Array, Float
 
 from hgdpo_jax.models.resnet import checkpointed, conv, group_norm
 
+# What cross-attention looks up: for each of the UNet's, by name, its keys and values. More than one pair, [b m heads d]
+# each, is attended to one by one and the results are added.
+Memory = Mapping[str, Sequence[tuple[Array, Array]]]
 _PROBABILITIES = 2**26  # held at once on a device: 256 MB in float32
 
 
@@ -36,7 +41,7 @@ class Identity(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of `x` over `context` (over itself without one); the softmax is float32."""
+    """Multi-head attention over the tokens themselves, or over the keys and values of a context."""
 
     def __init__(
         self, width: int, context_width: int, heads: int, *, bias: bool, rngs: nnx.Rngs, dtype: jnp.dtype
@@ -47,11 +52,20 @@ class Attention(nnx.Module):
         self.to_v = nnx.Linear(context_width, width, use_bias=bias, dtype=dtype, rngs=rngs)
         self.to_out = nnx.List([nnx.Linear(width, width, dtype=dtype, rngs=rngs), Identity()])
 
-    def __call__(self, x: Float[Array, "b n d"], context: Float[Array, "b m e"] | None = None) -> Float[Array, "b n d"]:
-        """softmax(q kᵀ / √(d/heads)) v, projected."""
-        context = x if context is None else context
-        split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # noqa: E731
-        out = attend(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
+    def split_heads(self, x: Float[Array, "b n d"]) -> Float[Array, "b n heads d_head"]:
+        """The width as heads."""
+        return x.reshape(*x.shape[:2], self.heads, -1)
+
+    def keys_values(self, context: Float[Array, "b m e"]) -> tuple[Array, Array]:
+        """Keys and values of a context, [b m heads d_head] each."""
+        return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
+
+    def __call__(
+        self, x: Float[Array, "b n d"], pairs: Sequence[tuple[Array, Array]] | None = None
+    ) -> Float[Array, "b n d"]:
+        """Attention over x, or the sum of attention over each (keys, values); projected."""
+        q = self.split_heads(self.to_q(x))
+        out = sum(attend(q, k, v) for k, v in pairs or [self.keys_values(x)])
         return self.to_out[0](out.reshape(x.shape))
 
 
@@ -85,12 +99,16 @@ class FeedForward(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, cross-attention, feed-forward, each after a LayerNorm and added to its input."""
+    """Self-attention, cross-attention, feed-forward, each after a LayerNorm and added to its input.
+
+    `name` is where it is in its UNet, and in a :data:`Memory`.
+    """
 
     def __init__(self, width: int, context_width: int, heads: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         def norm() -> nnx.LayerNorm:
             return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
+        self.name = ""
         self.norm1 = norm()
         self.attn1 = Attention(width, width, heads, bias=False, rngs=rngs, dtype=dtype)
         self.norm2 = norm()
@@ -98,10 +116,10 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = norm()
         self.ff = FeedForward(width, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "b n d"], context: Float[Array, "b s e"]) -> Float[Array, "b n d"]:
-        """`context` holds the text embeddings."""
+    def __call__(self, x: Float[Array, "b n d"], memory: Memory) -> Float[Array, "b n d"]:
+        """`memory` holds the text's keys and values."""
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn2(self.norm2(x), memory[self.name])
         return x + self.ff(self.norm3(x))
 
 
@@ -133,9 +151,9 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_out = project()
 
-    def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b s e"]) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Float[Array, "b h w c"], memory: Memory) -> Float[Array, "b h w c"]:
         """A 1x1 convolution and a Linear are the same on [b, h, w, c], so the order of reshaping does not matter."""
         tokens = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
         for block in self.transformer_blocks:
-            tokens = checkpointed(block, self.checkpointing != "none")(tokens, context)
+            tokens = checkpointed(block, self.checkpointing != "none")(tokens, memory)
         return self.proj_out(tokens.reshape(x.shape)) + x

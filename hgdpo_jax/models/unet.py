@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.models.attention import Transformer2DModel
+from hgdpo_jax.models.attention import BasicTransformerBlock, Memory, Transformer2DModel
 from hgdpo_jax.models.model_config import ModelConfig, check_only
 from hgdpo_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, checkpointed, conv, group_norm
 
@@ -100,14 +100,14 @@ class Block(nnx.Module):
         if up:
             self.upsamplers = nnx.List([Upsample2D(outputs, rngs=rngs, dtype=dtype)])
 
-    def layer(self, i: int, x: Array, temb: Array, context: Array) -> Array:
+    def layer(self, i: int, x: Array, temb: Array, memory: Memory) -> Array:
         """Residual block i and its attention."""
 
-        def run(x: Array, temb: Array, context: Array) -> Array:
+        def run(x: Array, temb: Array, memory: Memory) -> Array:
             x = checkpointed(self.resnets[i], self.checkpointing != "none")(x, temb)
-            return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+            return self.attentions[i](x, memory) if hasattr(self, "attentions") else x
 
-        return checkpointed(run, self.checkpointing == "everything")(x, temb, context)
+        return checkpointed(run, self.checkpointing == "everything")(x, temb, memory)
 
 
 class MidBlock(nnx.Module):
@@ -130,14 +130,14 @@ class MidBlock(nnx.Module):
             [Transformer2DModel(channels, **transformer, groups=settings["groups"], rngs=rngs, dtype=dtype)]
         )
 
-    def __call__(self, x: Array, temb: Array, context: Array) -> Array:
+    def __call__(self, x: Array, temb: Array, memory: Memory) -> Array:
         """The lowest level."""
 
-        def run(x: Array, temb: Array, context: Array) -> Array:
+        def run(x: Array, temb: Array, memory: Memory) -> Array:
             first, second = (checkpointed(resnet, self.checkpointing != "none") for resnet in self.resnets)
-            return second(self.attentions[0](first(x, temb), context), temb)
+            return second(self.attentions[0](first(x, temb), memory), temb)
 
-        return checkpointed(run, self.checkpointing == "everything")(x, temb, context)
+        return checkpointed(run, self.checkpointing == "everything")(x, temb, memory)
 
 
 class UNet2DConditionModel(nnx.Module):
@@ -214,6 +214,18 @@ class UNet2DConditionModel(nnx.Module):
         self.up_blocks = nnx.List(up)
         self.conv_norm_out = group_norm(widths[0], groups, settings["eps"], rngs=rngs, dtype=dtype)
         self.conv_out = conv(widths[0], config.get("out_channels", 4), 3, rngs=rngs, dtype=dtype)
+        for name, block in self.transformer_blocks().items():
+            block.name = name
+
+    def transformer_blocks(self) -> dict[str, BasicTransformerBlock]:
+        """All of them by name, such as `down_blocks.0.attentions.1.transformer_blocks.0`."""
+        modules = nnx.iter_modules(self)
+        return {".".join(map(str, path)): m for path, m in modules if isinstance(m, BasicTransformerBlock)}
+
+    def keys_values(self, encoder_hidden_states: Float[Array, "b s d"]) -> Memory:
+        """What cross-attention makes of text embeddings. It does not depend on the step: sampling computes it once."""
+        context = encoder_hidden_states.astype(self.dtype)
+        return {name: [block.attn2.keys_values(context)] for name, block in self.transformer_blocks().items()}
 
     def checkpoint(self, policy: str) -> None:
         """Gradient checkpointing from now on; it changes memory and time, not the result.
@@ -231,7 +243,7 @@ class UNet2DConditionModel(nnx.Module):
         self,
         sample: Float[Array, "b h w c"],
         timesteps: Int[Array, "b"],
-        encoder_hidden_states: Float[Array, "b s d"],
+        encoder_hidden_states: Float[Array, "b s d"] | Memory,
         added_cond: Mapping[str, Array] | None = None,
     ) -> Float[Array, "b h w c"]:
         """The prediction in float32.
@@ -239,10 +251,12 @@ class UNet2DConditionModel(nnx.Module):
         Args:
             sample: noisy latents; h and w are multiples of 2 to the number of downsamplings.
             timesteps: 0…999.
-            encoder_hidden_states: text embeddings.
+            encoder_hidden_states: text embeddings, or what :meth:`keys_values` made of them.
             added_cond: SDXL only: `text_embeds` [b, p] (pooled) and `time_ids` [b, 6] (sizes and crop in pixels).
         """
-        dtype, context = self.dtype, encoder_hidden_states.astype(self.dtype)
+        dtype, memory = self.dtype, encoder_hidden_states
+        if not isinstance(memory, Mapping):
+            memory = self.keys_values(memory)
         temb = self.time_embedding(sinusoidal(timesteps, self.conv_in.out_features).astype(dtype))
         if self.addition == "text_time":
             if added_cond is None:
@@ -256,15 +270,15 @@ class UNet2DConditionModel(nnx.Module):
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                x = block.layer(i, x, temb, context)
+                x = block.layer(i, x, temb, memory)
                 skips.append(x)
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)
                 skips.append(x)
-        x = self.mid_block(x, temb, context)
+        x = self.mid_block(x, temb, memory)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x = block.layer(i, jnp.concatenate([x, skips.pop()], axis=-1), temb, context)
+                x = block.layer(i, jnp.concatenate([x, skips.pop()], axis=-1), temb, memory)
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x)
         x = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

@@ -1,4 +1,4 @@
-"""The policy: which part of ε_base's UNet is trained, and where a stage's result is found again."""
+"""The policy: which part of ε_base is trained, and where a stage's result is found again."""
 
 import json
 from pathlib import Path
@@ -13,39 +13,50 @@ from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.lora import add_lora
 from hgdpo_jax.training.checkpoints import Checkpoints
-from hgdpo_jax.training.step import Params, policy_filter
+from hgdpo_jax.training.step import Params, split
 
 STAGES = ("stage0", "stage1", "stage2", "stage3")
 
 
 def load(config: ConfigDict, mesh: Mesh) -> pipelines.Pipeline:
-    """ε_base on the mesh; with `train.params=lora` its UNet carries a fresh LoRA, which changes nothing yet.
+    """ε_base on the mesh, with a fresh LoRA where `train.params` asks for one, which changes nothing yet.
 
     What is trained is float32; what is frozen is kept in the dtype it is used in.
     """
     frozen = config.model.dtype
-    stored = {"unet": frozen if config.train.params == "lora" else "float32"}
+    stored = {"unet": "float32" if config.train.params == "all" else frozen}
     stored |= {"text_encoder": frozen, "text_encoder_2": frozen}
     pipeline = pipelines.load(
         config.model.base, config.model.dtype, vae=config.model.vae, param_dtype=stored, place=runtime.placer(mesh)
     )
     pipeline.unet.checkpoint(config.train.checkpointing)
-    if config.train.params == "lora":
-        key = runtime.stream_key(config.seed, "lora")
-        add_lora(pipeline.unet, config.train.lora_rank, config.train.lora_alpha, nnx.Rngs(key))
-        lora = nnx.state(pipeline.unet, nnx.LoRAParam)
-        nnx.update(pipeline.unet, jax.device_put(lora, runtime.shardings(lora, mesh)))
+    add_fresh_lora(pipeline, config, mesh)
     return pipeline
+
+
+def add_fresh_lora(pipeline: pipelines.Pipeline, config: ConfigDict, mesh: Mesh) -> None:
+    """Gives the UNet (`train.params=lora`), or every text encoder (`text_lora`), the LoRA that a stage trains."""
+    random_streams = {
+        "lora": {"unet": "lora"},
+        "text_lora": {"text_encoder": "text lora", "text_encoder_2": "text lora 2"},
+        "all": {},
+    }[config.train.params]
+    for name, model in pipeline.models.items():
+        if name in random_streams:
+            key = runtime.stream_key(config.seed, random_streams[name])
+            add_lora(model, config.train.lora_rank, config.train.lora_alpha, nnx.Rngs(key))
+            lora = nnx.state(model, nnx.LoRAParam)
+            nnx.update(model, jax.device_put(lora, runtime.shardings(lora, mesh)))
 
 
 def of(pipeline: pipelines.Pipeline, config: ConfigDict) -> Params:
     """The policy's parameters in a loaded pipeline, in containers of their own."""
-    return jax.tree.map(lambda x: x, nnx.state(pipeline.unet, policy_filter(config.train.params)))
+    return split(pipeline, config.train.params)[1]
 
 
 def put(pipeline: pipelines.Pipeline, policy: Params) -> None:
     """Puts a policy into a loaded pipeline, in place."""
-    nnx.update(pipeline.unet, policy)
+    nnx.update(pipeline.networks, policy)
 
 
 def _train_command(stage: str, workdir: Path) -> str:

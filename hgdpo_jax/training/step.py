@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
-from hgdpo_jax.models.text import Conditioning
 from hgdpo_jax.training import objectives
 
 Params = PyTree[Array]
@@ -24,41 +23,44 @@ TIMESTEP_BINS = 10
 
 
 class Denoiser(NamedTuple):
-    """UNet and text encoders as pure functions of their weights.
+    """UNet and text encoders as one pure function of their weights.
 
-    `frozen` = {"text": ..., "unet": what of the UNet is not trained}; the policy is the rest of the UNet.
+    The weights are {"unet": ..., "text": ...} in two parts: the policy is what is trained, `frozen` the rest.
     """
 
-    unet: nnx.GraphDef
-    text: nnx.GraphDef
+    networks: nnx.GraphDef
     pixels_per_latent: int
-
-    def condition(self, frozen: Params, input_ids: Int[Array, "b s"], latent: Float[Array, "b h w c"]) -> Conditioning:
-        """Conditioning from the frozen text encoders, for images of the latents' size."""
-        return nnx.merge(self.text, frozen["text"])(input_ids, self._size(latent))
-
-    def no_condition(self, frozen: Params, latent: Float[Array, "b h w c"]) -> Conditioning:
-        """Conditioning of the empty caption."""
-        return nnx.merge(self.text, frozen["text"]).empty(latent.shape[0], self._size(latent))
-
-    def _size(self, latent: Float[Array, "b h w c"]) -> tuple[int, int]:
-        return latent.shape[1] * self.pixels_per_latent, latent.shape[2] * self.pixels_per_latent
 
     def __call__(
         self,
         policy: Params,
         frozen: Params,
-        x_t: Float[Array, "b h w c"],
-        t: Int[Array, "b"],
-        condition: Conditioning,
-    ) -> Float[Array, "b h w c"]:
-        """The UNet's prediction, float32."""
-        return nnx.merge(self.unet, policy, frozen["unet"])(x_t, t, *condition)
+        x_t: Float[Array, "n h w c"],
+        t: Int[Array, "n"],
+        input_ids: Int[Array, "b s"],
+        drop: Bool[Array, "b"] | None = None,
+    ) -> Float[Array, "n h w c"]:
+        """The UNet's prediction, float32.
+
+        n is a multiple of b: the captions are repeated, for winners and losers. `drop` replaces some by the empty one.
+        """
+        networks = nnx.merge(self.networks, policy, frozen)
+        size = (x_t.shape[1] * self.pixels_per_latent, x_t.shape[2] * self.pixels_per_latent)
+        condition = networks["text"](input_ids, size)
+        if drop is not None:
+            condition = jax.tree.map(
+                lambda given, empty: jnp.where(drop.reshape(-1, *[1] * (given.ndim - 1)), empty, given),
+                condition,
+                networks["text"].empty(input_ids.shape[0], size),
+            )
+        repeats = x_t.shape[0] // input_ids.shape[0]
+        condition = jax.tree.map(lambda x: jnp.concatenate([x] * repeats), condition)
+        return networks["unet"](x_t, t, *condition)
 
 
-def policy_filter(params: str) -> type[nnx.Param]:
-    """Which variables of the UNet are the policy: its LoRA (`lora`) or all its parameters (`all`)."""
-    return nnx.LoRAParam if params == "lora" else nnx.Param
+def policy_filter(params: str) -> nnx.filterlib.Filter:
+    """Which weights are the policy: all LoRA there is (`lora`, `text_lora`) or all parameters of the UNet (`all`)."""
+    return nnx.All(nnx.Param, nnx.PathContains("unet")) if params == "all" else nnx.LoRAParam
 
 
 def split(pipeline: Pipeline, params: str) -> tuple[Denoiser, Params, Params]:
@@ -66,10 +68,9 @@ def split(pipeline: Pipeline, params: str) -> tuple[Denoiser, Params, Params]:
 
     The states are copies of the containers, not of the arrays: a later write into the pipeline does not show in them.
     """
-    unet, *states = nnx.split(pipeline.unet, policy_filter(params), ...)
-    text, text_state = nnx.split(pipeline.text)
-    policy, rest, text_state = jax.tree.map(lambda x: x, (*states, text_state))
-    return Denoiser(unet, text, pipeline.vae.pixels_per_latent), policy, {"unet": rest, "text": text_state}
+    networks, *states = nnx.split(pipeline.networks, policy_filter(params), ...)
+    policy, frozen = jax.tree.map(lambda x: x, states)
+    return Denoiser(networks, pipeline.vae.pixels_per_latent), policy, frozen
 
 
 Loss = Callable[[Params, Params, Params, Batch], tuple[Float[Array, ""], Metrics]]
@@ -92,10 +93,9 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, beta: float, lambda_st
         t_pair, noise_pair = jnp.tile(t, 2), jnp.tile(noise, (2, 1, 1, 1))
         x_t = schedule.add_noise(pair, noise_pair, t_pair)
         target = schedule.target(pair, noise_pair, t_pair)
-        condition = denoiser.condition(frozen, batch["input_ids"], batch["winner"])
-        condition = jax.tree.map(lambda x: jnp.concatenate([x, x]), condition)
-        pred = denoiser(policy, frozen, x_t, t_pair, condition)
-        ref = jax.lax.stop_gradient(denoiser(reference, frozen, x_t, t_pair, condition))
+        # Where the text encoder is frozen both are given the same embeddings, which XLA computes once.
+        pred = denoiser(policy, frozen, x_t, t_pair, batch["input_ids"])
+        ref = jax.lax.stop_gradient(denoiser(reference, frozen, x_t, t_pair, batch["input_ids"]))
         dpo = objectives.diffusion_dpo(pred[:b], pred[b:], ref[:b], ref[b:], target[:b], target[b:], beta)
         stat = objectives.statistics_loss(pred[:b], ref[:b], schedule.mean_shift(t))
         bins = jax.nn.one_hot(t * TIMESTEP_BINS // schedule.num_train_timesteps, TIMESTEP_BINS)
@@ -130,12 +130,7 @@ def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule, caption_dropout: float
         t, noise = _noise(batch["key"], latent.shape[1:], schedule.num_train_timesteps)
         x_t = schedule.add_noise(latent, noise, t)
         drop = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), caption_dropout))(batch["key"])
-        condition = jax.tree.map(
-            lambda with_, without: jnp.where(drop.reshape(-1, *[1] * (with_.ndim - 1)), without, with_),
-            denoiser.condition(frozen, batch["input_ids"], latent),
-            denoiser.no_condition(frozen, latent),
-        )
-        pred = denoiser(policy, frozen, x_t, t, condition)
+        pred = denoiser(policy, frozen, x_t, t, batch["input_ids"], drop)
         error = objectives.mean_squared_error(pred, schedule.target(latent, noise, t)).mean()
         return error, {"loss/total": error}
 

@@ -131,8 +131,7 @@ def test_gradient_through_the_unet_equals_pytorch(base: Path) -> None:
     (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(policy, reference, frozen, data)
 
     t, noise = steps._noise(data["key"], tiny.LATENT, 1000)
-    condition = denoiser.condition(frozen, data["input_ids"], data["winner"])
-    context = torch.tensor(np.asarray(condition.encoder_hidden_states))
+    context = torch.tensor(np.asarray(pipeline.text(data["input_ids"], (32, 32)).encoder_hidden_states))
     alpha = torch.tensor(pipeline.schedule.alphas_cumprod[np.asarray(t)], dtype=torch.float64)[:, None, None, None]
 
     def torch_unet(state: Any) -> TorchUNet:
