@@ -53,9 +53,10 @@ def default() -> ConfigDict:
                 shard_size=256,  # prompts per shard
             ),
             train=dict(
+                pairs="",  # the stage whose pairs are learnt from; empty: this one
                 start="base",  # base, or the stage whose policy this one starts from
                 reference="start",  # start: the policy it started from; base: ε_base
-                params="lora",  # lora, or all
+                params="lora",  # lora and all: of the UNet; text_lora: of the text encoders
                 lora_rank=8,
                 lora_alpha=8.0,
                 beta=5000.0,  # κ = β/2 multiplies the difference of errors
@@ -97,7 +98,7 @@ _CHOICES = {
     "pairs.sampler": ("ddpm", "ddim", "dpmpp_2m"),
     "evaluate.sampler": ("ddpm", "ddim", "dpmpp_2m"),
     "train.reference": ("start", "base"),
-    "train.params": ("lora", "all"),
+    "train.params": ("lora", "text_lora", "all"),
     "train.optimizer": ("adamw", "adafactor"),
     "train.checkpointing": ("none", "blocks", "everything"),
     "train.schedule": ("constant", "cosine"),

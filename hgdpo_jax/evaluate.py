@@ -6,6 +6,7 @@ Every model draws the same prompts from the same seeds. What a model drew is kep
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from rich.table import Table
 
 from hgdpo_jax import command, runtime
 from hgdpo_jax import config as configuration
-from hgdpo_jax.curriculum.candidates import Painter
 from hgdpo_jax.data.pairs import write_json
 from hgdpo_jax.data.photographs import SPLITS, list_photographs, load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.scoring import report
 from hgdpo_jax.scoring.appearance import hue_distance, hue_vector, sharpness
 from hgdpo_jax.scoring.distance import frechet_distance, kernel_distance
@@ -28,7 +29,12 @@ from hgdpo_jax.scoring.preference import Scorer
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.checkpoints import tree_hash
 
-STAGE_OF = {"base": None, "easy": "stage1", "normal": "stage2", "hard": "stage3"}
+# Model → the stages whose policies draw together.
+MODELS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    **{name: (stage,) for name, stage in policies.CURRICULUM.items()},
+    "hard + text encoder": (policies.CURRICULUM["hard"], policies.TEXT_ENCODER),
+}
 METRICS = {
     "preference_score": "preference score ↑",
     "win_rate": "win rate over base ↑",
@@ -63,6 +69,15 @@ def compare(drawn: dict[str, Drawn], photographs: Drawn, heldout: np.ndarray) ->
     }
 
 
+def _asked(config: ConfigDict, workdir: Path, stages: Sequence[str]) -> bool:
+    """Whether a model is to be measured: no stage of the curriculum beyond the config's, the text encoder where it was
+    trained."""
+    return all(
+        (workdir / stage / "config.json").is_file() if stage == policies.TEXT_ENCODER else stage <= config.stage
+        for stage in stages
+    )
+
+
 def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Draws, measures and writes results.json and report.html; returns what results.json holds.
 
@@ -71,7 +86,9 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """
     settings, resolution = config.evaluate, next(iter(configuration.resolutions(config).values()))
     mesh = runtime.local_mesh()
-    pipeline = policies.load(config, mesh)
+    models = {name: stages for name, stages in MODELS.items() if _asked(config, workdir, stages)}
+    configs = {stage: policies.stage_config(workdir, stage) for stages in models.values() for stage in stages}
+    pipeline = policies.load(config, mesh, *(c for stage, c in configs.items() if stage == policies.TEXT_ENCODER))
     painter = Painter(
         pipeline,
         mesh,
@@ -82,9 +99,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         seed=config.seed,
     )
     scorer = Scorer(config.pairs.scorer, mesh)
-    like = policies.of(pipeline, config)
-    names = [name for name, stage in STAGE_OF.items() if stage is None or stage <= config.stage]
-    stages = {name: STAGE_OF[name] for name in names}
+    trained = {stage: policies.finished(workdir, stage, policies.of(pipeline, c)) for stage, c in configs.items()}
 
     def look(images: jax.Array, input_ids: jax.Array) -> Drawn:
         judgement = scorer(images, input_ids)
@@ -106,13 +121,12 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 pipelines.weights_hash(config.pairs.scorer), config.seed, config.data.resolutions[0],
                 configuration.to_json(config)["evaluate"], [p.id for p in held]]  # fmt: skip
     drawn: dict[str, Drawn] = {}
-    for name, stage in stages.items():
-        policy = like if stage is None else policies.finished(workdir, stage, like)
-        mark = repr([tree_hash(policy), *identity])
+    for name, stages in models.items():
+        mark = repr([*(tree_hash(trained[stage]) for stage in stages), *identity])
         path = workdir / "evaluation" / f"{name}.npz"
         found = dict(np.load(path)) if path.is_file() else {}
         if str(found.get("mark")) != mark:
-            painter.use(policy)
+            painter.use(*(trained[stage] for stage in stages))
             latents = painter.generate(ids, keys, resolution, f"draw {name}")
             found = painter.measure(latents, {"input_ids": ids}, look, f"measure {name}")
             found |= {"pictures": painter.decode(latents[shown], "decode"), "mark": np.array(mark)}
@@ -122,9 +136,9 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         drawn[name] = found
 
     photographs, heldout = _photographs(config, resolution, painter, look, pipeline)
-    models = compare(drawn, photographs, heldout)
+    measured = compare(drawn, photographs, heldout)
     results = {
-        "models": models,
+        "models": measured,
         "photographs": {
             "preference_score": float(photographs["score"][heldout].mean(dtype=np.float64)),
             "sharpness": float(photographs["sharpness"].mean(dtype=np.float64)),
@@ -135,12 +149,16 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     }
     write_json(workdir / "results.json", results)
     page = report.page(
-        models=models,
+        models=measured,
         titles=METRICS,
         pictures={name: model["pictures"] for name, model in drawn.items()},
         captions=[prompts[i].caption for i in shown],
         photographs=load_images([prompts[i] for i in shown], resolution)[1],
-        stages=[(name, report.stage(workdir, stage, painter)) for name, stage in stages.items() if stage],
+        stages=[
+            (name, report.stage(workdir, stage, painter))
+            for name, stage in policies.CURRICULUM.items()
+            if stage in trained
+        ],
     )
     (workdir / ".report.partial").write_text(page)
     os.replace(workdir / ".report.partial", workdir / "report.html")

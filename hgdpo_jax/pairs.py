@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from hgdpo_jax import command, runtime
 from hgdpo_jax import config as configuration
-from hgdpo_jax.curriculum.candidates import Painter
 from hgdpo_jax.curriculum.selection import make_records
 from hgdpo_jax.data import pairs as shards
 from hgdpo_jax.data.photographs import by_shape, list_photographs
 from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.scoring.preference import Scorer
 
@@ -30,6 +30,8 @@ def build(config: ConfigDict, workdir: Path) -> None:
     Raises:
         UserError: an input is missing or broken, or the folder holds shards of another config.
     """
+    if config.train.pairs:
+        raise UserError(f"{config.stage} learns from the pairs of {config.train.pairs}: build those")
     settings, folder = config.pairs, workdir / config.stage / "pairs"
     earlier_stage = settings.loser.partition("/")[0] if settings.loser.startswith("stage") else None
     earlier = shards.open_stage(workdir, earlier_stage) if earlier_stage else None

@@ -14,8 +14,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax.curriculum.candidates import Painter
 from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.export import KOHYA_FILE, PEFT_FILE, export, lora_weights
 from hgdpo_jax.models.lora import add_lora

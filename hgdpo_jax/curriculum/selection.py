@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
-from hgdpo_jax.curriculum.candidates import Painter
 from hgdpo_jax.data.pairs import Record
 from hgdpo_jax.data.photographs import Photograph, load_images
+from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.scoring.preference import Scorer
 
 

@@ -28,6 +28,7 @@ from hgdpo_jax.models import ldm
 from hgdpo_jax.models.architectures import recognise
 from hgdpo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from hgdpo_jax.models.convert import Place, abstract, from_torch, keys, read_config
+from hgdpo_jax.models.ip_adapter import IPAdapter
 from hgdpo_jax.models.text import TextConditioner
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
@@ -52,6 +53,7 @@ class Pipeline:
         scheduler: scheduler_config.json, from which `schedule` is made.
         index: model_index.json.
         licence: of the checkpoint, where it states one.
+        adapter: for concept images; no checkpoint brings one.
     """
 
     unet: UNet2DConditionModel
@@ -62,6 +64,7 @@ class Pipeline:
     scheduler: Mapping[str, Any]
     index: Mapping[str, Any]
     licence: str | None
+    adapter: IPAdapter | None = None
 
     @property
     def models(self) -> dict[str, Any]:
@@ -71,8 +74,9 @@ class Pipeline:
 
     @property
     def networks(self) -> dict[str, nnx.Module]:
-        """What predicts the noise of a latent and a caption: UNet and text conditioner."""
-        return {"unet": self.unet, "text": self.text}
+        """What predicts the noise of a latent and a caption, and perhaps of a concept image."""
+        adapter = {} if self.adapter is None else {"adapter": self.adapter}
+        return {"unet": self.unet, "text": self.text, **adapter}
 
     def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
         """(h, w, c) of the latents of images of a resolution (height, width).
@@ -85,7 +89,7 @@ class Pipeline:
         height, width = resolution
         if height % multiple or width % multiple:
             raise UserError(
-                f"config key data.resolutions: {height}x{width}: this model needs multiples of {multiple} pixels"
+                f"resolution {height}x{width}: this model needs height and width in multiples of {multiple} pixels"
             )
         return height // factor, width // factor, int(self.unet.config["in_channels"])
 

@@ -26,6 +26,14 @@ class TextOutput(NamedTuple):
     hidden_states: tuple[Float[Array, "b s d"], ...]
 
 
+class VisionOutput(NamedTuple):
+    """What the vision tower gives. `hidden_states[-2]` is the penultimate layer that IP-Adapter-Plus reads."""
+
+    last_hidden_state: Float[Array, "b n d"]
+    pooled: Float[Array, "b d"]
+    hidden_states: tuple[Float[Array, "b n d"], ...]
+
+
 class CLIPAttention(nnx.Module):
     """Multi-head self-attention with biases."""
 
@@ -175,10 +183,25 @@ class CLIPVisionModel(nnx.Module):
         self.encoder = CLIPEncoder(config, rngs=rngs, dtype=dtype)
         self.post_layernorm = _norm(config, rngs, dtype)
 
-    def __call__(self, pixels: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:
-        """(last hidden states, pooled) of CLIP-normalised pixels at the config's image_size."""
-        last = self.encoder(self.pre_layrnorm(self.embeddings(pixels)), causal=False)[-1]
-        return last, self.post_layernorm(last[:, 0])
+    def __call__(self, pixels: Float[Array, "b H W 3"]) -> VisionOutput:
+        """CLIP-normalised pixels at the config's image_size. Only `pooled` is after the last LayerNorm."""
+        states = self.encoder(self.pre_layrnorm(self.embeddings(pixels)), causal=False)
+        return VisionOutput(states[-1], self.post_layernorm(states[-1][:, 0]), states)
+
+
+class CLIPVisionModelWithProjection(nnx.Module):
+    """The image encoder with a projection of the pooled state: what IP-Adapters read images with."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+        self.config = ModelConfig(config)
+        self.vision_model = CLIPVisionModel(config, rngs=rngs, dtype=dtype)
+        width, out = config["hidden_size"], config["projection_dim"]
+        self.visual_projection = nnx.Linear(width, out, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, pixels: Float[Array, "b H W 3"]) -> VisionOutput:
+        """As CLIPVisionModel, with `pooled` projected to [b, projection_dim]."""
+        output = self.vision_model(pixels)
+        return output._replace(pooled=self.visual_projection(output.pooled))
 
 
 class CLIPModel(nnx.Module):
@@ -195,7 +218,7 @@ class CLIPModel(nnx.Module):
 
     def image_embeds(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b p"]:
         """Projected image embeddings, not normalised, float32; pixels are CLIP-normalised."""
-        return self.visual_projection(self.vision_model(pixels)[1]).astype(jnp.float32)
+        return self.visual_projection(self.vision_model(pixels).pooled).astype(jnp.float32)
 
     def text_embeds(self, input_ids: Int[Array, "b s"]) -> Float[Array, "b p"]:
         """Projected text embeddings, not normalised, float32."""

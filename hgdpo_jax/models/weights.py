@@ -135,6 +135,7 @@ def refuse_pickle(path: Path) -> None:
         code = (
             "import sys, torch; from safetensors.torch import save_file; a, b = sys.argv[1:]; "
             "d = torch.load(a, map_location='cpu', weights_only=True); d = d.get('state_dict', d); "
+            "d |= {f'{k}.{j}': v for k, n in list(d.items()) if isinstance(n, dict) for j, v in n.items()}; "
             "save_file({k: v.clone().contiguous() for k, v in d.items() if isinstance(v, torch.Tensor)}, b)"
         )
         raise UserError(

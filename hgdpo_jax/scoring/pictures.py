@@ -1,10 +1,16 @@
 """Images as pictures: uint8, side by side, PNG."""
 
 import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 
 def to_uint8(images: Float[np.ndarray, "*n H W 3"]) -> UInt8[np.ndarray, "*n H W 3"]:
@@ -27,3 +33,37 @@ def png(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
+
+
+def write_png(path: Path, image: UInt8[np.ndarray, "H W 3"], settings: Mapping[str, Any]) -> None:
+    """A PNG file, under a temporary name first, that says how it was made.
+
+    Args:
+        path: of the file.
+        image: its pixels.
+        settings: with `prompt` and the rest; written as JSON under `hgdpo_jax`, and in the form that most tools show
+            under `parameters`.
+    """
+    info = PngInfo()
+    if settings:
+        rest = ", ".join(f"{name.capitalize()}: {value}" for name, value in settings.items() if name != "prompt")
+        info.add_itxt("parameters", f"{settings['prompt']}\n{rest}")
+        info.add_itxt("hgdpo_jax", json.dumps(settings))
+    temporary = path.with_name(f".{path.name}.partial")
+    Image.fromarray(image).save(temporary, "PNG", pnginfo=info)
+    os.replace(temporary, path)
+
+
+def contact_sheet(files: Sequence[Path], columns: int, side: int = 256) -> UInt8[np.ndarray, "H W 3"]:
+    """Pictures on disk in rows, each reduced to fit a square of `side` pixels, on white."""
+    rows = -(-len(files) // columns)
+    pictures = []
+    for path in files:
+        with Image.open(path) as opened:
+            pictures.append(opened.convert("RGB"))
+            pictures[-1].thumbnail((side, side), Image.Resampling.LANCZOS)
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    sheet = Image.new("RGB", (width * min(columns, len(files)), height * rows), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
+    return np.asarray(sheet)

@@ -11,8 +11,8 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float
 
-from hgdpo_jax.curriculum.candidates import Painter
 from hgdpo_jax.data.pairs import open_stage
+from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.scoring.pictures import png, to_uint8
 from hgdpo_jax.training import metrics
 

@@ -10,10 +10,10 @@ from tqdm import tqdm
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax import runtime
-from hgdpo_jax.curriculum.candidates import Painter
 from hgdpo_jax.data.loader import PairLoader, first_batches
 from hgdpo_jax.data.pairs import Pairs, open_stage, write_json
 from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.scoring.pictures import grid
 from hgdpo_jax.training import policy as policies
@@ -65,7 +65,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     )
     resolutions = configuration.resolutions(config)
     shapes = {name: pipeline.latent_shape(resolution) for name, resolution in resolutions.items()}
-    pairs = open_stage(workdir, config.stage)
+    pairs = open_stage(workdir, settings.pairs or config.stage)
     pairs.require(shapes)
 
     if config.objective == "dpo":

@@ -15,13 +15,20 @@ from hgdpo_jax.models.lora import add_lora
 from hgdpo_jax.training.checkpoints import Checkpoints
 from hgdpo_jax.training.step import Params, split
 
-STAGES = ("stage0", "stage1", "stage2", "stage3")
+CURRICULUM = {"easy": "stage1", "normal": "stage2", "hard": "stage3"}  # the paper's name → our folder
+STAGES = ("stage0", *CURRICULUM.values())
+TEXT_ENCODER = "text_encoder"  # a stage beside the curriculum
 
 
-def load(config: ConfigDict, mesh: Mesh) -> pipelines.Pipeline:
+def load(config: ConfigDict, mesh: Mesh, *others: ConfigDict) -> pipelines.Pipeline:
     """ε_base on the mesh, with a fresh LoRA where `train.params` asks for one, which changes nothing yet.
 
     What is trained is float32; what is frozen is kept in the dtype it is used in.
+
+    Args:
+        config: of a stage.
+        mesh: to put the weights on.
+        others: configs of further stages, for which fresh LoRA is added too.
     """
     frozen = config.model.dtype
     stored = {"unet": "float32" if config.train.params == "all" else frozen}
@@ -30,11 +37,12 @@ def load(config: ConfigDict, mesh: Mesh) -> pipelines.Pipeline:
         config.model.base, config.model.dtype, vae=config.model.vae, param_dtype=stored, place=runtime.placer(mesh)
     )
     pipeline.unet.checkpoint(config.train.checkpointing)
-    add_fresh_lora(pipeline, config, mesh)
+    for stage in (config, *others):
+        _add_fresh_lora(pipeline, stage, mesh)
     return pipeline
 
 
-def add_fresh_lora(pipeline: pipelines.Pipeline, config: ConfigDict, mesh: Mesh) -> None:
+def _add_fresh_lora(pipeline: pipelines.Pipeline, config: ConfigDict, mesh: Mesh) -> None:
     """Gives the UNet (`train.params=lora`), or every text encoder (`text_lora`), the LoRA that a stage trains."""
     random_streams = {
         "lora": {"unet": "lora"},

@@ -59,8 +59,13 @@ class Denoiser(NamedTuple):
 
 
 def policy_filter(params: str) -> nnx.filterlib.Filter:
-    """Which weights are the policy: all LoRA there is (`lora`, `text_lora`) or all parameters of the UNet (`all`)."""
-    return nnx.All(nnx.Param, nnx.PathContains("unet")) if params == "all" else nnx.LoRAParam
+    """Which weights are the policy, as `train.params` says."""
+    part, kind = {
+        "lora": ("unet", nnx.LoRAParam),
+        "all": ("unet", nnx.Param),
+        "text_lora": ("text", nnx.LoRAParam),
+    }[params]
+    return nnx.All(nnx.PathContains(part), kind)
 
 
 def split(pipeline: Pipeline, params: str) -> tuple[Denoiser, Params, Params]:

@@ -9,10 +9,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from hgdpo_jax import pairs
-from hgdpo_jax.curriculum.candidates import Painter
 from hgdpo_jax.data.pairs import file_hash, open_stage
 from hgdpo_jax.data.photographs import list_photographs, load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.scoring.preference import Scorer
 from hgdpo_jax.training import policy as policies

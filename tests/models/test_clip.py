@@ -6,7 +6,12 @@ import torch
 import transformers
 from flax import nnx
 
-from hgdpo_jax.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+from hgdpo_jax.models.clip import (
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+)
 from hgdpo_jax.models.convert import from_torch, to_torch
 from tests.models.parity import numpy_weights, ported, randomise, relative_error
 
@@ -49,6 +54,21 @@ def test_the_projected_text_model_is_transformers() -> None:
     with torch.no_grad():
         expected = theirs(torch.tensor(IDS)).text_embeds
     assert relative_error(ours(IDS).pooled, expected) <= 2e-5
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_the_projected_vision_model_is_transformers(act: str) -> None:
+    config = transformers.CLIPVisionConfig(**VISION, projection_dim=20, hidden_act=act)
+    theirs = randomise(transformers.CLIPVisionModelWithProjection(config))
+    ours = ported(CLIPVisionModelWithProjection, theirs.config.to_dict(), theirs)
+    pixels = np.random.default_rng(0).standard_normal((2, 16, 16, 3), np.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True)
+    found = ours(pixels)
+    assert relative_error(found.pooled, expected.image_embeds) <= 2e-5
+    assert relative_error(found.last_hidden_state, expected.last_hidden_state) <= 2e-5
+    assert len(found.hidden_states) == len(expected.hidden_states) == 3
+    assert relative_error(found.hidden_states[-2], expected.hidden_states[-2]) <= 2e-5
 
 
 def test_both_towers_are_transformers() -> None:

@@ -58,8 +58,11 @@ def run(
     return state, metrics, before, tree_hash(policy)
 
 
-def test_it_starts_at_ln_2_exactly_and_the_reference_stays_bit_for_bit(base: Path) -> None:
-    state, metrics, before, after = run(base, tiny.mesh(), 50)
+@pytest.mark.parametrize("params", ["lora", "text_lora"])
+def test_it_starts_at_ln_2_exactly_and_the_reference_stays_bit_for_bit(base: Path, params: str) -> None:
+    state, metrics, before, after = run(base, tiny.mesh(), 50, params=params)
+    assert set(state.policy) == {"unet" if params == "lora" else "text"}
+    assert metrics[-1]["loss/dpo"] != metrics[0]["loss/dpo"]
     assert metrics[0]["loss/dpo"] == np.float32(np.log(2.0))
     assert metrics[0]["dpo/margin"] == 0.0
     assert metrics[0]["dpo/accuracy"] == 0.5
@@ -135,7 +138,7 @@ def test_gradient_through_the_unet_equals_pytorch(base: Path) -> None:
     alpha = torch.tensor(pipeline.schedule.alphas_cumprod[np.asarray(t)], dtype=torch.float64)[:, None, None, None]
 
     def torch_unet(state: Any) -> TorchUNet:
-        nnx.update(pipeline.unet, state)
+        policies.put(pipeline, state)
         unet = TorchUNet(**{k: v for k, v in tiny.TINY_UNET.items() if not k.startswith("_")})
         unet.load_state_dict({key: torch.tensor(value) for key, value in to_torch(pipeline.unet).items()})
         return unet.double()
@@ -154,7 +157,7 @@ def test_gradient_through_the_unet_equals_pytorch(base: Path) -> None:
     grads = {key: p.grad.numpy() for key, p in theirs.named_parameters()}
     largest = max(np.abs(g).max() for g in grads.values())
     found = {torch_key(path): to_torch_layout(str(path[-1]), np.asarray(leaf[...]))
-             for path, leaf in nnx.to_flat_state(gradient)}  # fmt: skip
+             for path, leaf in nnx.to_flat_state(gradient["unet"])}  # fmt: skip
     assert found.keys() == grads.keys()
     worst = max(np.abs(found[key] - grads[key]).max() for key in grads) / largest
     assert worst <= 1e-4

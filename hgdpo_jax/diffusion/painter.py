@@ -1,7 +1,7 @@
-"""Draws the images among which winners and losers are chosen: pools, reconstructions, and their scores.
+"""Draws: text → latents → images, and photograph → reconstruction, with any policies of one pipeline.
 
-Everything drawn is a function of (seed, stream, example id, number in the pool), so any single candidate can be made
-again. Work is cut into batches of one fixed size, so that each program is compiled once.
+Everything drawn is a function of its captions and of a key made from (seed, stream, example id, number), so any single
+image can be made again. Work is cut into batches of one fixed size, so that each program is compiled once.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,13 +18,14 @@ from tqdm import tqdm
 from hgdpo_jax import runtime
 from hgdpo_jax.diffusion.guidance import guided
 from hgdpo_jax.diffusion.pipeline import Pipeline
+from hgdpo_jax.diffusion.recipe import text_policy_acts
 from hgdpo_jax.diffusion.samplers import sample
 from hgdpo_jax.diffusion.sdrecon import sdrecon
+from hgdpo_jax.models.attention import Memory
+from hgdpo_jax.models.ip_adapter import join
 
 Arrays = dict[str, np.ndarray]
-
-
-TEXT_POLICY_FROM = 900  # a text encoder's policy acts while t is at least this (HG-DPO's inference recipe)
+Concepts = dict[str, np.ndarray]  # `concept` and `no concept`, float32 [n m f]: features of images, and of no image
 
 
 class Painter:
@@ -38,6 +39,7 @@ class Painter:
         seed: of all that is drawn.
         normalise: latent adaptive normalisation: what :meth:`generate` draws keeps, step by step, the channel
             statistics of what the pipeline draws as it was given. Takes twice the time.
+        concept_scale: strength of the pipeline's adapter, where it has one.
     """
 
     def __init__(
@@ -51,68 +53,72 @@ class Painter:
         batch: int,
         seed: int,
         normalise: bool = False,
+        concept_scale: float = 1.0,
     ) -> None:
         runtime.check_batch(batch, mesh, "batch")
         self.batch, self.mesh, self.seed = batch, mesh, seed
         self._schedule = pipeline.schedule
         self._latent_shape = pipeline.latent_shape
-        unet, unet_state = nnx.split(pipeline.unet)
-        text, text_state = nnx.split(pipeline.text)
-        vae, vae_state = nnx.split(pipeline.vae)
-        weights = {"unet": unet_state, "text": text_state, "vae": vae_state}
-        self._weights = jax.device_put(weights, runtime.shardings(weights, mesh))
-        self._given = self._weights
+        self._given: dict[str, Any] = {}
+        graphs = {}
+        for name, network in {**pipeline.networks, "vae": pipeline.vae}.items():
+            graphs[name], self._given[name] = nnx.split(network)
+        self._given = jax.device_put(self._given, runtime.shardings(self._given, mesh))
+        self._weights = self._given
         factor = pipeline.vae.pixels_per_latent
 
-        def denoiser(weights: Any, input_ids: jax.Array, shape: tuple[int, ...]) -> Callable:
-            """The prediction for these captions; what does not depend on the step is computed here."""
-            network = nnx.merge(unet, weights["unet"])
+        def denoiser(weights: Any, inputs: dict[str, jax.Array], shape: tuple[int, ...]) -> Callable:
+            """The prediction for these captions and concepts; what does not depend on the step is computed here."""
+            unet = nnx.merge(graphs["unet"], weights["unet"])
             size = (shape[0] * factor, shape[1] * factor)
 
-            def look_up(text_weights: Any) -> tuple[Any, Any]:
-                conditioner = nnx.merge(text, text_weights)
-                condition = conditioner(input_ids, size)
-                if guidance != 1.0:
-                    empty = conditioner.empty(input_ids.shape[0], size)
-                    condition = jax.tree.map(lambda *parts: jnp.concatenate(parts), empty, condition)
-                return network.keys_values(condition.encoder_hidden_states), condition.added_cond
+            def beside_empty(empty: Any, given: Any) -> Any:
+                return given if guidance == 1.0 else jax.tree.map(lambda *x: jnp.concatenate(x), empty, given)
 
-            late = look_up(weights["text"])
-            early = look_up(weights["early text"]) if "early text" in weights else None
+            def text(text_weights: Any) -> tuple[Memory, Any]:
+                encode = nnx.merge(graphs["text"], text_weights)
+                condition = beside_empty(encode.empty(len(inputs["ids"]), size), encode(inputs["ids"], size))
+                return unet.keys_values(condition.encoder_hidden_states), condition.added_cond
+
+            late = text(weights["text"])
+            early = text(weights["early text"]) if "early text" in weights else None
+            if "concept" in inputs:
+                adapter = nnx.merge(graphs["adapter"], weights["adapter"])
+                concept = adapter(beside_empty(inputs["no concept"], inputs["concept"]))
 
             def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-                condition = late
+                memory, added = late
                 if early is not None:
-                    condition = jax.tree.map(lambda a, b: jnp.where(t[0] >= TEXT_POLICY_FROM, a, b), early, late)
-                return network(x, t, *condition)
+                    acts = text_policy_acts(t)[0]
+                    memory, added = jax.tree.map(lambda a, b: jnp.where(acts, a, b), early, late)
+                if "concept" in inputs:
+                    memory = join(memory, concept, concept_scale)
+                return unet(x, t, memory, added)
 
             return predict if guidance == 1.0 else guided(predict, guidance)
 
-        def generate(
-            weights: Any, given: Any, input_ids: jax.Array, key: jax.Array, shape: tuple[int, ...]
-        ) -> jax.Array:
-            keys = jax.vmap(jax.random.split)(key)
+        def generate(weights: Any, given: Any, inputs: dict[str, jax.Array], shape: tuple[int, ...]) -> jax.Array:
+            keys = jax.vmap(jax.random.split)(inputs["key"])
             start = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
-            denoise = denoiser(weights, input_ids, shape)
-            anchor = denoiser(given, input_ids, shape) if normalise else None
+            denoise = denoiser(weights, inputs, shape)
+            anchor = denoiser(given, inputs, shape) if normalise else None
             return sample(denoise, self._schedule, start, keys[:, 1], sampler, steps, anchor=anchor)
 
-        def reconstruct(
-            weights: Any, input_ids: jax.Array, key: jax.Array, latent: jax.Array, strength: int
-        ) -> jax.Array:
-            denoise = denoiser(weights, input_ids, latent.shape[1:])
-            return sdrecon(denoise, self._schedule, latent, key, strength, sampler, steps)
+        def reconstruct(weights: Any, inputs: dict[str, jax.Array], strength: int) -> jax.Array:
+            latent = inputs["latent"]
+            denoise = denoiser(weights, inputs, latent.shape[1:])
+            return sdrecon(denoise, self._schedule, latent, inputs["key"], strength, sampler, steps)
 
         self._generate = jax.jit(generate, static_argnames="shape")
         self._reconstruct = jax.jit(reconstruct, static_argnames="strength")
-        self._decode = jax.jit(lambda weights, latent: nnx.merge(vae, weights["vae"]).to_images(latent))
-        self._encode = jax.jit(lambda weights, image: nnx.merge(vae, weights["vae"]).to_latents(image))
+        self._decode = jax.jit(lambda weights, latent: nnx.merge(graphs["vae"], weights["vae"]).to_images(latent))
+        self._encode = jax.jit(lambda weights, image: nnx.merge(graphs["vae"], weights["vae"]).to_latents(image))
 
     def use(self, *policies: Any) -> None:
         """Draws with these policies' parameters, and otherwise with what the pipeline was given, from now on.
 
-        A policy of the text encoders is used while t ≥ 900 only. Nothing is compiled again for another policy of the
-        same kind.
+        A policy of the text encoders is used as the recipe says, at early timesteps only. Nothing is compiled again
+        for other policies of the same kinds.
         """
         self._weights = self._given
         for policy in policies:
@@ -125,15 +131,17 @@ class Painter:
         return runtime.stream_keys(self.seed, stream, example_ids, numbers)
 
     def generate(
-        self, input_ids: Int[np.ndarray, "n s"], keys: jax.Array, resolution: tuple[int, int], note: str
+        self,
+        input_ids: Int[np.ndarray, "n s"],
+        keys: jax.Array,
+        resolution: tuple[int, int],
+        note: str,
+        concepts: Concepts | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
-        """Latents drawn for each row of token ids."""
+        """Latents drawn for each row of token ids, and of concepts where the pipeline has an adapter for them."""
         shape = self._latent_shape(resolution)
-        return self._run(
-            lambda part: self._generate(self._weights, self._given, part["ids"], part["key"], shape=shape),
-            {"ids": input_ids, "key": keys},
-            note,
-        )
+        inputs = {"ids": input_ids, "key": keys, **(concepts or {})}
+        return self._run(lambda part: self._generate(self._weights, self._given, part, shape=shape), inputs, note)
 
     def reconstruct(
         self,
@@ -144,11 +152,8 @@ class Painter:
         note: str,
     ) -> Float[np.ndarray, "n h w c"]:
         """SDRecon of each latent: noised to timestep 100 * strength and denoised from there."""
-        return self._run(
-            lambda part: self._reconstruct(self._weights, part["ids"], part["key"], part["latent"], strength=strength),
-            {"ids": input_ids, "key": keys, "latent": latents},
-            note,
-        )
+        inputs = {"ids": input_ids, "key": keys, "latent": latents}
+        return self._run(lambda part: self._reconstruct(self._weights, part, strength=strength), inputs, note)
 
     def decode(self, latents: Float[np.ndarray, "n h w c"], note: str) -> Float[np.ndarray, "n H W 3"]:
         """Images in [-1, 1]."""
@@ -179,7 +184,8 @@ class Painter:
         count = len(next(iter(arrays.values())))
         sharding = runtime.batch_sharding(self.mesh)
         parts = []
-        for begin in tqdm(range(0, count, self.batch), desc=note, unit="batch", leave=False):
+        begins = range(0, count, self.batch)
+        for begin in tqdm(begins, desc=note, unit="batch", leave=False, disable=len(begins) == 1 or None):
             index = np.minimum(np.arange(begin, begin + self.batch), count - 1)
             part = {name: jax.device_put(value[index], sharding) for name, value in arrays.items()}
             parts.append(jax.tree.map(runtime.to_host, program(part)))

@@ -1,0 +1,92 @@
+"""Converts the face networks of the npm package @vladmandic/face-api.
+
+python -m hgdpo_jax.assets.face MODEL_FOLDER OUT      package/model → OUT/recognition, OUT/detector
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from hgdpo_jax import command
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.models.convert import abstract, from_torch, save_model, to_torch_layout
+from hgdpo_jax.models.face import FaceRecognition, TinyFaceDetector
+
+RECOGNITION = {"architectures": ["FaceRecognition"], "image_size": 150}
+DETECTOR = {"architectures": ["TinyFaceDetector"]}
+
+
+def read_manifest(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """Name → float32 array of a TensorFlow.js model: float32 as it is, 8-bit weights as scale · byte + min.
+
+    Raises:
+        UserError: a file is missing, or is not such a model.
+    """
+    path = folder / f"{name}-weights_manifest.json"
+    found: dict[str, np.ndarray] = {}
+    try:
+        for group in json.loads(path.read_text()):
+            data = b"".join((folder / file).read_bytes() for file in group["paths"])
+            begin = 0
+            for entry in group["weights"]:
+                step = entry.get("quantization")
+                values = np.frombuffer(data, np.uint8 if step else "<f4", math.prod(entry["shape"]), begin)
+                begin += values.nbytes
+                if step:  # in double precision as JavaScript has it, rounded once
+                    values = (values * np.float64(step["scale"]) + step["min"]).astype(np.float32)
+                found[entry["name"]] = values.reshape(entry["shape"])
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: no such file; expected the folder model of @vladmandic/face-api") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a manifest of TensorFlow.js, or its data are short ({error})") from error
+    return found
+
+
+def recognition_weights(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Torch key → array in torch's layout, the scale layers folded: (x * k + b) s + t = x * (k s) + (b s + t)."""
+    weights = {"fc.weight": to_torch_layout("kernel", stored["fc"])}
+    for name in stored:
+        layer = name.removesuffix("/conv/filters")
+        if layer != name:
+            scale, shift = stored[f"{layer}/scale/weights"], stored[f"{layer}/scale/biases"]
+            key = layer.replace("/", ".")
+            weights[f"{key}.weight"] = to_torch_layout("kernel", stored[name] * scale)
+            weights[f"{key}.bias"] = stored[f"{layer}/conv/bias"] * scale + shift
+    return weights
+
+
+def detector_weights(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Torch key → array in torch's layout."""
+    weights = {}
+    for name, value in stored.items():
+        layer, kind = name.split("/")
+        separable = f"{layer}/pointwise_filter" in stored
+        if kind == "depthwise_filter":  # [h, w, c, 1], where a convolution in groups has [h, w, 1, c]
+            weights[f"{layer}.depthwise.weight"] = to_torch_layout("kernel", value.swapaxes(2, 3))
+        elif kind == "bias":
+            weights[f"{layer}.pointwise.bias" if separable else f"{layer}.bias"] = value
+        else:
+            weights[f"{layer}.pointwise.weight" if separable else f"{layer}.weight"] = to_torch_layout("kernel", value)
+    return weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, metavar="MODEL_FOLDER", help="package/model")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    arguments = parser.parse_args()
+    for out, cls, config, name, convert in (
+        ("recognition", FaceRecognition, RECOGNITION, "face_recognition_model", recognition_weights),
+        ("detector", TinyFaceDetector, DETECTOR, "tiny_face_detector_model", detector_weights),
+    ):
+        model = abstract(cls, config)
+        from_torch(convert(read_manifest(arguments.models, name)), model, name)
+        save_model(model, arguments.out / out, np.float16)
+    print(f"face networks in {arguments.out}")
+
+
+if __name__ == "__main__":
+    command.run(main)

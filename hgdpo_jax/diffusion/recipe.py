@@ -1,0 +1,49 @@
+"""HG-DPO's inference recipe: how strongly a stage's LoRA acts, in which blocks, and while which timesteps.
+
+The paper draws with the hard stage's LoRA at weight 0.5 in the UNet's up blocks only, to keep the base's diversity, and
+with the text encoder's LoRA at weight 0.5 while t is in [900, 1000], where the layout of an image is decided.
+"""
+
+from collections.abc import Callable
+
+from flax import nnx
+from jaxtyping import Array, Bool, Int, PyTree
+
+Params = PyTree[Array]
+WEIGHT = 0.5
+TEXT_FROM = 900
+
+
+def text_policy_acts(t: Int[Array, "b"]) -> Bool[Array, "b"]:
+    """Whether a text encoder's policy is used at these timesteps."""
+    return t >= TEXT_FROM
+
+
+def weighted(policy: Params, weight: float | Callable[[tuple], float]) -> Params:
+    """A LoRA policy of another strength: B is multiplied.
+
+    Args:
+        policy: LoRA parameters, by path.
+        weight: a number, or a function of a parameter's path.
+    """
+    of = weight if callable(weight) else lambda path: weight
+    pairs = nnx.to_flat_state(policy)
+    return nnx.from_flat_state(
+        [(path, x.replace(of(path) * x[...]) if path[-1] == "lora_B" else x) for path, x in pairs]
+    )
+
+
+def in_up_blocks(policy: Params, elsewhere: Params | None = None) -> Params:
+    """A LoRA policy of the UNet in its up blocks only.
+
+    Args:
+        policy: of the hard stage.
+        elsewhere: the LoRA that the down and middle blocks keep, such as the stage before's; the base's, none, unless
+            given. "Applied to the up blocks only" allows both: the stage before is what the hard stage started from.
+    """
+    if elsewhere is None:
+        return weighted(policy, lambda path: float("up_blocks" in path))
+    mine = dict(nnx.to_flat_state(policy))
+    return nnx.from_flat_state(
+        [(path, mine[path] if "up_blocks" in path else x) for path, x in nnx.to_flat_state(elsewhere)]
+    )

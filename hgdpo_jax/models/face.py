@@ -1,0 +1,149 @@
+"""The face networks of @vladmandic/face-api 1.7.15: dlib's recognition ResNet and a small YOLOv2 detector.
+
+Images are [b, H, W, 3] in [-1, 1]; names are those of face-api, whose affine layers are folded into the convolutions.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from hgdpo_jax.models.model_config import ModelConfig
+from hgdpo_jax.models.resnet import conv
+
+# (width, blocks after the one that halves the size); the first width follows the stem, which halves it twice.
+_STAGES = ((32, 3), (64, 3), (128, 2), (256, 2))
+_EMBEDDING = 128
+_RECOGNITION_MEAN = (122.782, 117.001, 104.298)
+_DETECTION_MEAN = (117.001, 114.697, 97.404)
+_DETECTION_WIDTHS = (16, 32, 64, 128, 256, 512)
+# Width and height of the anchors, in cells.
+_ANCHORS = (
+    (1.603231, 2.094468),
+    (6.041143, 7.080126),
+    (2.882459, 3.518061),
+    (4.266906, 5.178857),
+    (9.041765, 10.66308),
+)
+
+
+def _pixels(images: Float[Array, "b H W 3"], size: int, mean: tuple[float, ...]) -> Float[Array, "b size size 3"]:
+    """Resized to size x size, then [0, 255] less the mean, over 255."""
+    if images.shape[1:3] != (size, size):
+        images = jax.image.resize(images, (images.shape[0], size, size, 3), "linear")
+    return ((images + 1.0) * 127.5 - jnp.asarray(mean)) / 255.0
+
+
+class Residual(nnx.Module):
+    """Two 3x3 convolutions added to their input. `down` halves the size; new channels of the shortcut are zero."""
+
+    def __init__(self, inputs: int, outputs: int, *, down: bool, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.down = down
+        stride, padding = (2, "VALID") if down else (1, 1)
+        self.conv1 = nnx.Conv(inputs, outputs, (3, 3), strides=stride, padding=padding, dtype=dtype, rngs=rngs)
+        self.conv2 = conv(outputs, outputs, 3, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """The pooled shortcut may be one row and column larger: zeros fill them up."""
+        h = self.conv2(jax.nn.relu(self.conv1(x)))
+        if self.down:
+            x = nnx.avg_pool(x, (2, 2), (2, 2))
+            h = jnp.pad(h, ((0, 0), (0, x.shape[1] - h.shape[1]), (0, x.shape[2] - h.shape[2]), (0, 0)))
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, h.shape[3] - x.shape[3])))
+        return jax.nn.relu(x + h)
+
+
+class FaceRecognition(nnx.Module):
+    """dlib's face recognition ResNet (dlib_face_recognition_resnet_model_v1). Arguments as for every model."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+        self.config = ModelConfig(config)
+        width = _STAGES[0][0]
+        self.conv32_down = nnx.Conv(3, width, (7, 7), strides=2, padding="VALID", dtype=dtype, rngs=rngs)
+        self._blocks: list[str] = []
+        for outputs, count in _STAGES:
+            if outputs != width:
+                self._add(f"conv{outputs}_down", Residual(width, outputs, down=True, rngs=rngs, dtype=dtype))
+            for i in range(1, count + 1):
+                self._add(f"conv{outputs}_{i}", Residual(outputs, outputs, down=False, rngs=rngs, dtype=dtype))
+            width = outputs
+        self._add(f"conv{width}_down_out", Residual(width, width, down=True, rngs=rngs, dtype=dtype))
+        self.fc = nnx.Linear(width, _EMBEDDING, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def _add(self, name: str, block: Residual) -> None:
+        self._blocks.append(name)
+        setattr(self, name, block)
+
+    def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b 128"]:
+        """Embeddings of square pictures of one face each, float32: the same person's are less than 0.6 apart."""
+        x = _pixels(images, self.config["image_size"], _RECOGNITION_MEAN)
+        x = nnx.max_pool(jax.nn.relu(self.conv32_down(x)), (3, 3), (2, 2))
+        for name in self._blocks:
+            x = getattr(self, name)(x)
+        return self.fc(x.mean((1, 2))).astype(jnp.float32)
+
+
+class DepthwiseConv(nnx.Module):
+    """A 3x3 convolution of each channel, as nine products: on CPU much faster than a convolution in groups."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.dtype = dtype
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (3, 3, 1, channels)) / 3.0)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """The size stays."""
+        _, height, width, _ = x.shape
+        kernel, x = self.kernel[...].astype(self.dtype), jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        return sum(x[:, i : i + height, j : j + width] * kernel[i, j, 0] for i in range(3) for j in range(3))
+
+
+class SeparableConv(nnx.Module):
+    """A convolution of each channel, then a 1x1 one across them."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.depthwise = DepthwiseConv(inputs, rngs=rngs, dtype=dtype)
+        self.pointwise = conv(inputs, outputs, 1, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
+        """The size stays."""
+        return self.pointwise(self.depthwise(x))
+
+
+class TinyFaceDetector(nnx.Module):
+    """A YOLOv2 (Redmon and Farhadi 2016) of separable convolutions. Arguments as for every model."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+        self.config = ModelConfig(config)
+        first, *widths = _DETECTION_WIDTHS
+        self.conv0 = nnx.Conv(3, first, (3, 3), padding="VALID", dtype=dtype, rngs=rngs)
+        for i, (inputs, outputs) in enumerate(zip(_DETECTION_WIDTHS, widths, strict=False), start=1):
+            setattr(self, f"conv{i}", SeparableConv(inputs, outputs, rngs=rngs, dtype=dtype))
+        self.conv8 = conv(widths[-1], 5 * len(_ANCHORS), 1, rngs=rngs, dtype=dtype)
+
+    def __call__(self, images: Float[Array, "b H W 3"], size: int) -> tuple[Float[Array, "b n 4"], Float[Array, "b n"]]:
+        """(left, top, right, bottom) in pixels of the image, and scores in [0, 1], of every anchor in every cell.
+
+        Pictures are seen at size x size, filled up with black below or on the right where they are not square. There
+        are size / 32 cells a side, and the smallest anchor is 1.6 cells wide: the smaller the faces, the larger `size`.
+        """
+        b, height, width, _ = images.shape
+        side = max(height, width)
+        images = jnp.pad(images, ((0, 0), (0, side - height), (0, side - width), (0, 0)), constant_values=-1.0)
+        x = self.conv0(_pixels(images, size, _DETECTION_MEAN))
+        last = len(_DETECTION_WIDTHS) - 1
+        for i in range(1, last + 1):
+            x = nnx.max_pool(jax.nn.leaky_relu(x, 0.1), (2, 2), (2, 2), "SAME")
+            x = getattr(self, f"conv{i}")(x)
+        x = self.conv8(nnx.max_pool(jax.nn.leaky_relu(x, 0.1), (2, 2), (1, 1), "SAME")).astype(jnp.float32)
+
+        cells = x.shape[1]
+        x = x.reshape(b, cells, cells, len(_ANCHORS), 5)
+        rows, columns = jnp.meshgrid(jnp.arange(cells), jnp.arange(cells), indexing="ij")
+        corner = jnp.stack([columns, rows], axis=-1)[:, :, None]
+        centre = corner + jax.nn.sigmoid(x[..., :2])
+        half = 0.5 * jnp.exp(x[..., 2:4]) * jnp.asarray(_ANCHORS)
+        boxes = jnp.concatenate([centre - half, centre + half], axis=-1) * (side / cells)
+        return boxes.reshape(b, -1, 4), jax.nn.sigmoid(x[..., 4]).reshape(b, -1)

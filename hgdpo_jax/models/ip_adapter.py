@@ -1,0 +1,372 @@
+"""IP-Adapter (Ye et al. 2023): image prompts by attention of its own beside that to the text, and its file format.
+
+Three kinds: `ip_adapter` reads CLIP's projected image embedding, `ip_adapter_plus` the penultimate hidden states of
+CLIP's vision tower, `face_id` the embedding of a face recogniser. Module names are the keys of the published files.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.models.attention import Identity, Memory
+from hgdpo_jax.models.clip import CLIPVisionModelWithProjection
+from hgdpo_jax.models.convert import Place, abstract, from_torch, read_config, to_torch
+from hgdpo_jax.models.model_config import ModelConfig
+from hgdpo_jax.models.unet import UNet2DConditionModel
+from hgdpo_jax.models.weights import Weights, open_folder, write_weights
+
+_HEAD_WIDTH = 64  # of the Resampler; no file tells it, all have it
+_LARGEST_RESAMPLER = 1280  # SDXL's is narrower than its text
+
+
+def _norm(width: int, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.LayerNorm:
+    return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+class ImageProjection(nnx.Module):
+    """`ip_adapter`: each embedding to a few tokens by one linear layer."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        width = config["cross_attention_dim"]
+        self.proj = nnx.Linear(config["features"], config["tokens"] * width, dtype=dtype, rngs=rngs)
+        self.norm = _norm(width, rngs, dtype)
+
+    def __call__(self, features: Float[Array, "b m f"]) -> Float[Array, "b t e"]:
+        """t is m times the config's tokens."""
+        return self.norm(self.proj(features).reshape(features.shape[0], -1, self.norm.num_features))
+
+
+class FaceProjection(nnx.Module):
+    """`face_id`: each embedding to a few tokens by a hidden layer of twice its width."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        inputs, width = config["features"], config["cross_attention_dim"]
+        self.proj = nnx.List(
+            [
+                nnx.Linear(inputs, 2 * inputs, dtype=dtype, rngs=rngs),
+                Identity(),
+                nnx.Linear(2 * inputs, config["tokens"] * width, dtype=dtype, rngs=rngs),
+            ]
+        )
+        self.norm = _norm(width, rngs, dtype)
+
+    def __call__(self, features: Float[Array, "b m f"]) -> Float[Array, "b t e"]:
+        """t is m times the config's tokens."""
+        tokens = self.proj[2](jax.nn.gelu(self.proj[0](features), approximate=False))
+        return self.norm(tokens.reshape(features.shape[0], -1, self.norm.num_features))
+
+
+class PerceiverAttention(nnx.Module):
+    """Attention of latents over the image's tokens and the latents themselves."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        inner = heads * _HEAD_WIDTH
+        self.norm1 = _norm(width, rngs, dtype)
+        self.norm2 = _norm(width, rngs, dtype)
+        self.to_q = nnx.Linear(width, inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_kv = nnx.Linear(width, 2 * inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_out = nnx.Linear(inner, width, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b m d"], latents: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """What is added to the latents."""
+        latents = self.norm2(latents)
+        context = jnp.concatenate([self.norm1(x), latents], axis=1)
+        projected = (self.to_q(latents), *jnp.split(self.to_kv(context), 2, axis=-1))
+        q, k, v = (part.reshape(*part.shape[:2], -1, _HEAD_WIDTH) for part in projected)
+        return self.to_out(jax.nn.dot_product_attention(q, k, v).reshape(*latents.shape[:2], -1))
+
+
+class Resampler(nnx.Module):
+    """`ip_adapter_plus`: learned latents that look at the image's tokens layer after layer."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        width = config["width"]
+        self.latents = nnx.Param(jax.random.normal(rngs.params(), (1, config["tokens"], width)) * width**-0.5)
+        self.proj_in = nnx.Linear(config["features"], width, dtype=dtype, rngs=rngs)
+        self.proj_out = nnx.Linear(width, config["cross_attention_dim"], dtype=dtype, rngs=rngs)
+        self.norm_out = _norm(config["cross_attention_dim"], rngs, dtype)
+
+        def feed_forward() -> nnx.List:
+            wide = nnx.Linear(width, 4 * width, use_bias=False, dtype=dtype, rngs=rngs)
+            back = nnx.Linear(4 * width, width, use_bias=False, dtype=dtype, rngs=rngs)
+            return nnx.List([_norm(width, rngs, dtype), wide, Identity(), back])
+
+        def layer() -> nnx.List:
+            return nnx.List([PerceiverAttention(width, config["heads"], rngs=rngs, dtype=dtype), feed_forward()])
+
+        self.layers = nnx.List([layer() for _ in range(config["depth"])])
+
+    def __call__(self, features: Float[Array, "b m f"]) -> Float[Array, "b t e"]:
+        """t is the config's tokens, whatever m is."""
+        x = self.proj_in(features)
+        latents = jnp.broadcast_to(self.latents[...].astype(x.dtype), (x.shape[0], *self.latents.shape[1:]))
+        for attention, (norm, wide, _, back) in self.layers:
+            latents = latents + attention(x, latents)
+            latents = latents + back(jax.nn.gelu(wide(norm(latents)), approximate=False))
+        return self.norm_out(self.proj_out(latents))
+
+
+_PROJECTIONS = {"ip_adapter": ImageProjection, "ip_adapter_plus": Resampler, "face_id": FaceProjection}
+KINDS = tuple(_PROJECTIONS)
+
+
+class KeysValues(nnx.Module):
+    """The keys and values that one cross-attention of the UNet looks up in the image's tokens."""
+
+    def __init__(self, context_width: int, width: int, heads: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.heads = heads
+        self.to_k_ip = nnx.Linear(context_width, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_v_ip = nnx.Linear(context_width, width, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, tokens: Float[Array, "b t e"]) -> tuple[Array, Array]:
+        """[b t heads d_head] each."""
+        k, v = (project(tokens).reshape(*tokens.shape[:2], self.heads, -1) for project in (self.to_k_ip, self.to_v_ip))
+        return k, v
+
+
+class IPAdapter(nnx.Module):
+    """Image features → what the UNet's cross-attentions look up in the image.
+
+    Args:
+        config: `kind` (one of KINDS); `features`, the width of what it reads; `tokens`, how many it makes;
+            `cross_attention_dim`, their width; `cross_attentions`, a list of [name, width, heads] in the order of the
+            file; of `ip_adapter_plus` also `width`, `heads` and `depth` of the Resampler.
+        rngs: for the initial weights.
+        dtype: compute dtype, that of the UNet; parameters are float32.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+        if config["kind"] not in KINDS:
+            raise UserError(f"IP-Adapter kind {config['kind']!r}: expects one of {', '.join(KINDS)}")
+        self.config = ModelConfig(config)
+        self.dtype = dtype
+        self.image_proj = _PROJECTIONS[config["kind"]](config, rngs=rngs, dtype=dtype)
+        layers: list[nnx.Module] = []
+        for _, width, heads in config["cross_attentions"]:  # the file counts the self-attentions too
+            layers += [Identity(), KeysValues(config["cross_attention_dim"], width, heads, rngs=rngs, dtype=dtype)]
+        self.ip_adapter = nnx.List(layers)
+
+    def by_name(self) -> dict[str, KeysValues]:
+        """All of them by the name of their transformer block in the UNet."""
+        names = [name for name, _, _ in self.config["cross_attentions"]]
+        return dict(zip(names, self.ip_adapter[1::2], strict=True))
+
+    def __call__(self, features: Float[Array, "b m f"]) -> Memory:
+        """One pair for each cross-attention, to be put beside the text's by :func:`join`.
+
+        Args:
+            features: as of :func:`image_features`; of `face_id` m identity embeddings.
+
+        Raises:
+            UserError: features of another width.
+        """
+        if features.shape[-1] != self.config["features"]:
+            raise UserError(
+                f"IP-Adapter: reads image features of width {self.config['features']}, not {features.shape[-1]}; "
+                "take the image encoder that it was trained with"
+            )
+        tokens = self.image_proj(features.astype(self.dtype))
+        return {name: [layer(tokens)] for name, layer in self.by_name().items()}
+
+
+def join(text: Memory, image: Memory, scale: float | Float[Array, ""]) -> Memory:
+    """What the UNet is called with: attention to the text plus `scale` times attention to the image."""
+    return {name: [*pairs, *((k, (scale * v).astype(v.dtype)) for k, v in image[name])] for name, pairs in text.items()}
+
+
+def load_image_encoder(
+    folder: str | Path,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    place: Place = lambda name, value: jax.device_put(value),
+) -> CLIPVisionModelWithProjection:
+    """The image encoder of a CLIPVisionModelWithProjection's folder or of a CLIPModel's; see `convert.load_model`.
+
+    Raises:
+        UserError: it is neither, a file is missing or damaged, or the weights do not fit the config.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    weights: Mapping[str, np.ndarray] = open_folder(folder)
+    if "vision_config" in config:
+        config = config["vision_config"] | {"projection_dim": config.get("projection_dim", 512)}
+        weights = {key: weights[key] for key in weights if key.startswith(("vision_model.", "visual_projection."))}
+    if not {"patch_size", "projection_dim"} <= config.keys():
+        raise UserError(
+            f"{folder}: is not an image encoder; expected a folder of CLIPVisionModelWithProjection or CLIPModel"
+        )
+    model = abstract(CLIPVisionModelWithProjection, config, dtype)
+    from_torch(weights, model, str(folder), param_dtype, place)
+    return model
+
+
+def image_features(
+    encoder: CLIPVisionModelWithProjection, kind: str, pixels: Float[Array, "b H W 3"]
+) -> Float[Array, "b m f"]:
+    """What an adapter of a kind other than `face_id` reads of CLIP-normalised pixels, float32; `ip_adapter`: m = 1."""
+    output = encoder(pixels)
+    features = output.hidden_states[-2] if kind == "ip_adapter_plus" else output.pooled[:, None]
+    return features.astype(jnp.float32)
+
+
+def empty(
+    kind: str, features: Float[Array, "b m f"], encoder: CLIPVisionModelWithProjection | None = None
+) -> Float[Array, "b m f"]:
+    """The features of no image, which the unconditional half of guidance gets and training drops images to.
+
+    Zeros; of `ip_adapter_plus`, which needs the encoder, those of an image that is zero once normalised.
+    """
+    if kind != "ip_adapter_plus":
+        return jnp.zeros_like(features)
+    size = encoder.config["image_size"]
+    return jnp.broadcast_to(image_features(encoder, kind, jnp.zeros((1, size, size, 3))), features.shape)
+
+
+def default_config(unet: UNet2DConditionModel, kind: str, features: int) -> dict[str, Any]:
+    """An adapter's config in the sizes of the published ones, for a UNet (of which only the shapes matter).
+
+    Args:
+        unet: that it is for.
+        kind: one of KINDS.
+        features: width of what it reads.
+
+    Raises:
+        UserError: the UNet's cross-attentions read contexts of several widths.
+    """
+    attentions, context_width = _cross_attentions(unet)
+    config = {
+        "kind": kind,
+        "features": features,
+        "tokens": 16 if kind == "ip_adapter_plus" else 4,
+        "cross_attention_dim": context_width,
+        "cross_attentions": attentions,
+    }
+    if kind == "ip_adapter_plus":
+        width = min(context_width, _LARGEST_RESAMPLER)
+        config |= {"width": width, "heads": max(1, width // _HEAD_WIDTH), "depth": 4}
+    return config
+
+
+def fresh(unet: UNet2DConditionModel, kind: str, features: int, rngs: nnx.Rngs) -> IPAdapter:
+    """An adapter to train, with :func:`default_config`, float32 parameters and the UNet's compute dtype.
+
+    The projection is random; keys and values start as copies of the text's.
+
+    Raises:
+        UserError: there is no such kind, or the UNet's cross-attentions read contexts of several widths.
+    """
+    config = default_config(unet, kind, features)
+    adapter = abstract(IPAdapter, config, unet.dtype)
+    adapter.image_proj = _PROJECTIONS[kind](config, rngs=rngs, dtype=unet.dtype)
+    blocks = unet.transformer_blocks()
+    for name, layer in adapter.by_name().items():  # copies: a training step may give its buffers away
+        layer.to_k_ip.kernel.set_value(jnp.array(blocks[name].attn2.to_k.kernel[...], jnp.float32))
+        layer.to_v_ip.kernel.set_value(jnp.array(blocks[name].attn2.to_v.kernel[...], jnp.float32))
+    return adapter
+
+
+def load(
+    path: str | Path,
+    unet: UNet2DConditionModel,
+    param_dtype: Any = jnp.float32,
+    place: Place = lambda name, value: jax.device_put(value),
+) -> IPAdapter:
+    """An adapter from its published .safetensors file, which tells its kind and sizes. It computes in the UNet's dtype.
+
+    Args:
+        path: of the file.
+        unet: that it is used with; only its shapes matter.
+        param_dtype: of the parameters.
+        place: puts a parameter on its devices.
+
+    Raises:
+        UserError: the file is missing, damaged, a pickle, no IP-Adapter, one of a kind that is not implemented, or one
+            for another UNet.
+    """
+    weights = Weights(Path(path))
+    model = abstract(IPAdapter, _recognise(weights, str(path), unet), unet.dtype)
+    from_torch(weights, model, str(path), param_dtype, place)
+    return model
+
+
+def save(adapter: IPAdapter, path: str | Path) -> None:
+    """Writes a .safetensors file in float32, with the names of the published ones: diffusers' loader reads it."""
+    write_weights(Path(path), to_torch(adapter), np.float32)
+
+
+def _cross_attentions(unet: UNet2DConditionModel) -> tuple[list[list[Any]], int]:
+    """[name, width, heads] of each in the file's order (the middle block comes last), and the width they read."""
+
+    def order(name: str) -> tuple[int, list[int]]:
+        parts = name.split(".")
+        return ("down_blocks", "up_blocks", "mid_block").index(parts[0]), [int(p) for p in parts if p.isdigit()]
+
+    blocks = unet.transformer_blocks()
+    layers = {name: blocks[name].attn2 for name in sorted(blocks, key=order)}
+    widths = {layer.to_k.in_features for layer in layers.values()}
+    if len(widths) != 1:
+        raise UserError(f"IP-Adapter: needs cross-attentions that read one width, this UNet's read {sorted(widths)}")
+    return [[name, layer.to_k.out_features, layer.heads] for name, layer in layers.items()], widths.pop()
+
+
+def _recognise(weights: Weights, source: str, unet: UNet2DConditionModel) -> dict[str, Any]:
+    """The config of an adapter from the keys and shapes of its file."""
+
+    def size(key: str, axis: int = 0) -> int:
+        if key not in weights:
+            raise UserError(f"{source}: weight {key} is missing; the file is not whole")
+        return weights.shape(key)[axis]
+
+    loras = sorted(key for key in weights if "_lora." in key)
+    if loras:
+        raise UserError(
+            f"{source}: has a LoRA inside ({loras[0]}, {len(loras)} weights in all), which is not supported; "
+            "write the file without them and merge that LoRA into the checkpoint"
+        )
+    if "image_proj.proj.3.weight" in weights or any(key.startswith("image_proj.perceiver") for key in weights):
+        raise UserError(f"{source}: is a Full-Face or FaceID-Plus adapter, not supported; only {', '.join(KINDS)} are")
+    config: dict[str, Any] = {}
+    if "image_proj.latents" in weights:
+        inner = size("image_proj.layers.0.0.to_q.weight")
+        config |= {"kind": "ip_adapter_plus", "features": size("image_proj.proj_in.weight", 1)}
+        config |= {"tokens": size("image_proj.latents", 1), "width": size("image_proj.latents", 2)}
+        config |= {"heads": inner // _HEAD_WIDTH, "cross_attention_dim": size("image_proj.norm_out.weight")}
+        config["depth"] = sum(f"image_proj.layers.{i}.0.to_q.weight" in weights for i in range(len(weights)))
+    elif "image_proj.proj.weight" in weights or "image_proj.proj.0.weight" in weights:
+        plain = "image_proj.proj.weight" in weights
+        first, last = ("image_proj.proj.weight",) * 2 if plain else [f"image_proj.proj.{i}.weight" for i in (0, 2)]
+        width = size("image_proj.norm.weight")
+        config |= {"kind": "ip_adapter" if plain else "face_id", "features": size(first, 1)}
+        config |= {"tokens": size(last) // width, "cross_attention_dim": width}
+    else:
+        raise UserError(f"{source}: is not an IP-Adapter; expected weights named image_proj.… and ip_adapter.…")
+    attentions, context_width = _cross_attentions(unet)
+    found = _widths(weights)
+    expected = [width for _, width, _ in attentions]
+    if (found, config["cross_attention_dim"]) != (expected, context_width):
+        raise UserError(
+            f"{source}: is for another UNet: it has {_described(found)} for tokens of width "
+            f"{config['cross_attention_dim']}, this UNet has {_described(expected)} for text of width {context_width}"
+        )
+    return config | {"cross_attentions": attentions}
+
+
+def _widths(weights: Weights) -> list[int]:
+    """Of the file's cross-attentions, in its order."""
+    keys = [key for key in weights if re.fullmatch(r"ip_adapter\.\d+\.to_k_ip\.weight", key)]
+    return [weights.shape(key)[0] for key in sorted(keys, key=lambda key: int(key.split(".")[1]))]
+
+
+def _described(widths: Sequence[int]) -> str:
+    return f"{len(widths)} cross-attentions ({', '.join(map(str, sorted(set(widths))))} wide)"

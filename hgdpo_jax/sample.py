@@ -1,0 +1,272 @@
+"""Text → images, from a run or from any Stable Diffusion checkpoint.
+
+python -m hgdpo_jax.sample --workdir W --prompts FILE --out DIR     HG-DPO's recipe with the run's last stage
+python -m hgdpo_jax.sample --model DIR_OR_FILE --prompt "…" --out DIR
+
+DIR gets a PNG for each prompt and seed, its settings inside, and contact sheets. A command that was stopped goes on
+where it was when it is run again.
+"""
+
+import argparse
+import json
+import logging
+import math
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+from transformers import CLIPTokenizer
+
+from hgdpo_jax import command, runtime
+from hgdpo_jax import config as configuration
+from hgdpo_jax.data.pairs import write_json
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion import recipe
+from hgdpo_jax.diffusion.painter import Painter
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.scoring.pictures import contact_sheet, to_uint8, write_png
+from hgdpo_jax.training import policy as policies
+from hgdpo_jax.training.checkpoints import tree_hash
+
+SAMPLER, SHEET = "dpmpp_2m", 100  # images on a contact sheet
+STAGES = {"base": None, **policies.CURRICULUM}
+BLOCKS = ("all", "up", "up+normal")
+
+
+class Source(NamedTuple):
+    """What draws: a pipeline, the policies it draws with, height and width, and the same in words."""
+
+    pipeline: pipelines.Pipeline
+    policies: Sequence[Any]
+    resolution: tuple[int, int]
+    settings: dict[str, Any]
+
+
+def from_run(workdir: Path, stage: str | None, weight: float, blocks: str | None, text_encoder: bool) -> Source:
+    """A run's stage under HG-DPO's recipe.
+
+    Args:
+        workdir: of the run.
+        stage: base, easy, normal or hard; the last one that was started unless given.
+        weight: of all LoRA.
+        blocks: where the stage's LoRA acts: `all`; `up`, the other blocks being the base's; `up+normal`, the others
+            keeping the normal stage's. Unless given, `up` for hard and `all` for others.
+        text_encoder: also use the text encoder's LoRA, where it was trained.
+
+    Raises:
+        UserError: the stage is not finished, or trained all parameters where LoRA is asked for.
+    """
+    folder = policies.last_stage(workdir) if stage is None else STAGES[stage]
+    config = policies.stage_config(workdir, folder or policies.last_stage(workdir))
+    settings: dict[str, Any] = {"model": config.model.base, "stage": folder or "base"}
+    text = policies.TEXT_ENCODER
+    with_text = text_encoder and folder is not None and (workdir / text / "config.json").is_file()
+    text_config = [policies.stage_config(workdir, text)] if with_text else []
+    mesh = runtime.local_mesh()
+    pipeline = policies.load(config, mesh, *text_config)
+    used = []
+    if folder is not None:
+        like = policies.of(pipeline, config)
+        policy = policies.finished(workdir, folder, like)
+        if config.train.params == "lora":
+            blocks = blocks or ("up" if folder == policies.CURRICULUM["hard"] else "all")
+            normal = policies.finished(workdir, policies.CURRICULUM["normal"], like) if blocks == "up+normal" else None
+            policy = policy if blocks == "all" else recipe.in_up_blocks(policy, normal)
+            policy = recipe.weighted(policy, weight)
+            settings |= {"LoRA weight": weight, "LoRA blocks": blocks}
+        elif blocks:
+            raise UserError(f"--blocks {blocks}: {folder} trained all parameters, it has no LoRA")
+        used.append(policy)
+    for found in text_config:
+        used.append(recipe.weighted(policies.finished(workdir, text, policies.of(pipeline, found)), weight))
+        settings["text encoder"] = f"LoRA weight {weight} while t >= {recipe.TEXT_FROM}"
+    settings["policy"] = [tree_hash(policy) for policy in used]
+    return Source(pipeline, used, next(iter(configuration.resolutions(config).values())), settings)
+
+
+def from_checkpoint(model: str) -> Source:
+    """A checkpoint as it is, in bfloat16 on accelerators; see `pipeline.find` for what it may be."""
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    pipeline = pipelines.load(model, dtype, param_dtype=dtype, place=runtime.placer(runtime.local_mesh()))
+    side = pipeline.unet.config.get("sample_size", 64) * pipeline.vae.pixels_per_latent
+    return Source(pipeline, [], (side, side), {"model": model})
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; empty lines are passed over.
+
+    Raises:
+        UserError: no such file, no prompt in it, or one that stands there twice: the same seeds would draw it twice.
+    """
+    if not path.is_file():
+        raise UserError(f"--prompts {path}: no such file")
+    seen: dict[str, int] = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        prompt = line.strip()
+        if prompt in seen:
+            raise UserError(f"{path} line {number}: repeats line {seen[prompt]}, the same seeds would draw it twice; "
+                            "remove it, or draw more with --samples")  # fmt: skip
+        if prompt:
+            seen[prompt] = number
+    if not seen:
+        raise UserError(f"--prompts {path}: is empty; expects one prompt a line")
+    return list(seen)
+
+
+def all_seeds(first: Sequence[int], samples: int) -> list[int]:
+    """S, S + 1, …, `samples` of them for each S.
+
+    Raises:
+        UserError: they overlap, or are no 32-bit numbers.
+    """
+    if samples < 1:
+        raise UserError(f"--samples {samples}: must be positive")
+    seeds = [seed + k for seed in first for k in range(samples)]
+    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+    if twice:
+        raise UserError(f"--seed {' '.join(map(str, first))}: with --samples {samples} the seeds overlap, {twice[0]} "
+                        f"comes twice; leave {samples} between them")  # fmt: skip
+    if min(seeds) < 0 or max(seeds) >= 2**32:
+        raise UserError(f"--seed {' '.join(map(str, first))}: expects numbers from 0 to {2**32 - samples}")
+    return seeds
+
+
+def warn_of_long(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> None:
+    """Says which prompts have more tokens than CLIP reads; the first of them are used, as in diffusers."""
+    limit = tokenizer.model_max_length
+    for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
+        if len(ids) > limit:
+            logging.warning("prompt %r has %d tokens: the first %d are used", prompt, len(ids), limit)
+
+
+def claim(out: Path, settings: dict[str, Any]) -> None:
+    """Makes the folder of a run's images, or finds it again.
+
+    Raises:
+        UserError: it holds anything else.
+    """
+    mark = out / "settings.json"
+    if mark.is_file():
+        found, wanted = json.loads(mark.read_text()), json.loads(json.dumps(settings))
+        if found != wanted:
+            other = next(key for key in {**found, **wanted} if found.get(key) != wanted.get(key))
+            raise UserError(f"--out {out}: holds images of another run (other {other}); choose another folder")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: holds something else; choose another folder")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(mark, settings)
+
+
+def draw(
+    source: Source,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    steps: int,
+    guidance: float,
+    per_device: int,
+    normalise: bool,
+) -> Painter:
+    """Draws each prompt with each seed into `out`, what is not there yet; returns what drew.
+
+    An image is a function of its prompt, its seed and the settings alone. Each process draws a part of them.
+    """
+    settings = {"sampler": SAMPLER, "steps": steps, "guidance": guidance, "LAN": normalise,
+                "size": "{}x{}".format(*source.resolution), **source.settings}  # fmt: skip
+    if jax.process_index() == 0:
+        claim(out, {**settings, "prompts": list(prompts), "seeds": list(seeds)})
+    multihost_utils.sync_global_devices("sample begins")
+    warn_of_long(prompts, source.pipeline.tokenizers["tokenizer"])
+    work = [(i, seed, out / f"{i:05d}_{seed}.png") for i in range(len(prompts)) for seed in seeds]
+    files = [path for _, _, path in work]
+    mine = [item for item in work[jax.process_index() :: jax.process_count()] if not item[2].is_file()]
+    mesh = runtime.local_mesh()
+    batch = mesh.size * min(per_device, math.ceil(max(len(mine), 1) / mesh.size))
+    painter = Painter(
+        source.pipeline, mesh, sampler=SAMPLER, steps=steps, guidance=guidance, batch=batch, seed=0, normalise=normalise
+    )
+    painter.use(*source.policies)
+    ids = source.pipeline.tokenize(prompts)
+
+    def write(images: np.ndarray, part: Sequence[tuple[int, int, Path]]) -> None:
+        for image, (i, seed, path) in zip(to_uint8(images), part, strict=True):
+            write_png(path, image, {**settings, "prompt": prompts[i], "seed": seed})
+
+    with ThreadPoolExecutor(1) as writer, tqdm(total=len(mine), desc="images", unit="image") as bar:
+        written = None
+        for begin in range(0, len(mine), batch):
+            part = mine[begin : begin + batch]
+            keys = jnp.stack([runtime.stream_key(seed, "sample") for _, seed, _ in part])
+            latents = painter.generate(ids[[i for i, _, _ in part]], keys, source.resolution, "draw")
+            images = painter.decode(latents, "decode")
+            if written is not None:
+                written.result()  # raises what went wrong there
+            written = writer.submit(write, images, part)
+            bar.update(len(part))
+        if written is not None:
+            written.result()
+    multihost_utils.sync_global_devices("sample ends")
+    if jax.process_index() == 0:
+        for number, begin in enumerate(range(0, len(files), SHEET)):
+            columns = len(seeds) if 1 < len(seeds) <= 10 else 10
+            write_png(out / f"sheet_{number:03d}.png", contact_sheet(files[begin : begin + SHEET], columns), {})
+    return painter
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise UserError(f"--size {text}: expects HEIGHTxWIDTH in pixels, like 1024x704")
+    return int(match[1]), int(match[2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draws images; the recipe of HG-DPO is the default for a run.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--workdir", type=Path, help="folder of a run")
+    what.add_argument("--model", help="a diffusers folder, a .safetensors checkpoint, or owner/name@revision")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", help="what to draw")
+    text.add_argument("--prompts", type=Path, help="file with one prompt a line")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the images")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of a prompt's first image, the next has S+1")
+    parser.add_argument("--samples", type=int, default=1, help="images for each prompt and --seed")
+    parser.add_argument("--steps", type=int, default=50, help="of DPM-Solver++")
+    parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free; 1 is none")
+    parser.add_argument("--size", help="HEIGHTxWIDTH in pixels; the run's or the checkpoint's unless given")
+    parser.add_argument("--batch", type=int, default=4, help="images that a device draws at once")
+    parser.add_argument(
+        "--lan", action="store_true", help="latent adaptive normalisation: the base's channel statistics"
+    )
+    run = parser.add_argument_group("with --workdir")
+    run.add_argument("--stage", choices=STAGES, help="the last one that was trained unless given")
+    run.add_argument("--lora-weight", type=float, default=recipe.WEIGHT, help="of all LoRA (%(default)s)")
+    run.add_argument("--blocks", choices=BLOCKS, help="where the stage's LoRA acts: up (default for hard; the other "
+                     "blocks are the base's), up+normal (they keep the normal stage's), all")  # fmt: skip
+    run.add_argument("--no-text-encoder", action="store_true", help="leave out the text encoder's LoRA")
+    given = parser.parse_args()
+    prompts = [given.prompt] if given.prompt is not None else read_prompts(given.prompts)
+    seeds = all_seeds(given.seed, given.samples)
+    if given.workdir:
+        source = from_run(given.workdir, given.stage, given.lora_weight, given.blocks, not given.no_text_encoder)
+    else:
+        source = from_checkpoint(given.model)
+    source = source._replace(resolution=_size(given.size) if given.size else source.resolution)
+    if given.batch < 1:
+        raise UserError(f"--batch {given.batch}: must be positive")
+    draw(source, prompts, seeds, given.out, steps=given.steps, guidance=given.guidance, per_device=given.batch,
+         normalise=given.lan)  # fmt: skip
+    print(f"{given.out}: {len(prompts) * len(seeds)} images")
+
+
+if __name__ == "__main__":
+    command.run(main)
