@@ -28,6 +28,7 @@ def base(variant: str) -> ConfigDict:
         config.pairs.guidance = 1.0  # the base has seen 64 people: guidance narrows it further
         config.pairs.batch = 32
         config.pairs.shard_size = 32
+        config.adapter.image_encoder = str(ASSETS / "portraits" / "scorer")
         config.train.lr = 3e-4
         config.train.warmup = 10
         config.train.checkpoint_every = 20
@@ -37,6 +38,8 @@ def base(variant: str) -> ConfigDict:
         config.evaluate.steps = 12
         config.evaluate.guidance = 1.0
         config.evaluate.batch = 32
+        scenes = ("blue background, soft light", "brown background, dark light", "white background, bright light")
+        config.evaluate.concept_prompts = tuple(f"{{subject}}, {scene}" for scene in scenes)
     else:
         raise UserError(f"config variant {variant}: unknown; choose sd15, sdxl or portraits")
     return config

@@ -38,6 +38,7 @@ def default() -> ConfigDict:
                 resolutions=("512x512",),  # height x width; a photograph goes to the one nearest to it in shape
                 mirror=False,  # each photograph's mirror image is a further example
                 caption_dropout=0.0,  # sft: share of captions replaced by the empty one, for guidance
+                concept_dropout=0.0,  # sft of an adapter: share of concept images replaced by none
             ),
             pairs=dict(
                 winner="pool",  # pool: best of it; sdrecon: best of the reconstructions; photograph: itself (sft)
@@ -52,11 +53,17 @@ def default() -> ConfigDict:
                 batch=16,  # images per sampling call
                 shard_size=256,  # prompts per shard
             ),
+            adapter=dict(
+                kind="ip_adapter_plus",  # ip_adapter, ip_adapter_plus, face_id
+                image_encoder="",  # folder of the CLIP vision tower that the first two read images with
+                identity="",  # ArcFace ONNX file for face_id and identity distances; the embedded network unless given
+                weights="",  # .safetensors file of a trained one; that of the run unless given
+            ),
             train=dict(
                 pairs="",  # the stage whose pairs are learnt from; empty: this one
                 start="base",  # base, or the stage whose policy this one starts from
                 reference="start",  # start: the policy it started from; base: ε_base
-                params="lora",  # lora and all: of the UNet; text_lora: of the text encoders
+                params="lora",  # lora and all: of the UNet; text_lora: of the text encoders; adapter: an IP-Adapter
                 lora_rank=8,
                 lora_alpha=8.0,
                 beta=5000.0,  # κ = β/2 multiplies the difference of errors
@@ -83,6 +90,8 @@ def default() -> ConfigDict:
                 steps=50,
                 guidance=5.0,
                 batch=16,
+                # For each held-out photograph as concept image; {subject} is its caption up to the first comma.
+                concept_prompts=("{subject}", "{subject} in a park", "{subject}, black and white"),
             ),
             mesh=dict(data=-1, fsdp=1, tensor=1),  # devices per axis; one -1 takes what is left
         )
@@ -97,8 +106,9 @@ _CHOICES = {
     "pairs.loser": ("pool", "stage1", "stage1/loser", "stage2", "none"),
     "pairs.sampler": ("ddpm", "ddim", "dpmpp_2m"),
     "evaluate.sampler": ("ddpm", "ddim", "dpmpp_2m"),
+    "adapter.kind": ("ip_adapter", "ip_adapter_plus", "face_id"),
     "train.reference": ("start", "base"),
-    "train.params": ("lora", "text_lora", "all"),
+    "train.params": ("lora", "text_lora", "all", "adapter"),
     "train.optimizer": ("adamw", "adafactor"),
     "train.checkpointing": ("none", "blocks", "everything"),
     "train.schedule": ("constant", "cosine"),
@@ -197,6 +207,8 @@ def validate(config: ConfigDict) -> None:
         )
     if (config.pairs.winner == "photograph") != (config.pairs.loser == "none"):
         raise UserError("config keys pairs.winner=photograph and pairs.loser=none: go together")
+    if config.train.params == "adapter" and config.objective != "sft":
+        raise UserError("config key train.params=adapter: goes with objective=sft")
     resolutions(config)
     if not set(config.pairs.strengths) <= set(range(1, 11)):
         raise UserError(f"config key pairs.strengths={config.pairs.strengths}: expects numbers from 1 to 10")

@@ -1,4 +1,4 @@
-"""A run's last stage → what other programs load: a diffusers folder (LoRA merged), its LoRA in two forms.
+"""A run's last stage → what other programs load: a diffusers folder (LoRA merged), its LoRA in two forms, the recipe.
 
 python -m hgdpo_jax.export --workdir W --out DIR [--stage stage3] [--format diffusers,peft,kohya]
 """
@@ -7,14 +7,15 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from hgdpo_jax import command, model_card, runtime
+from hgdpo_jax import config as configuration
 from hgdpo_jax.data.pairs import file_hash, write_json
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.errors import UserError
@@ -25,8 +26,11 @@ from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.checkpoints import tree_hash
 
 FORMATS = ("diffusers", "peft", "kohya")
-PEFT_FILE = "pytorch_lora_weights.safetensors"
-KOHYA_FILE = "kohya_lora.safetensors"
+PEFT_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
+# The text encoders' LoRA, and for the recipe that of the stage before the hard one.
+PEFT_TEXT_FILE, KOHYA_TEXT_FILE = "text_encoder_lora.safetensors", "kohya_text_encoder_lora.safetensors"
+PEFT_NORMAL_FILE = "normal_lora.safetensors"
+RECIPE, RECIPE_FILE = configuration.ASSETS / "diffusers_recipe.py", "hgdpo_recipe.py"
 
 
 def export(workdir: Path, out: Path, stage: str | None = None, formats: Sequence[str] = FORMATS) -> None:
@@ -39,17 +43,21 @@ def export(workdir: Path, out: Path, stage: str | None = None, formats: Sequence
         if name not in FORMATS:
             raise UserError(f"--format {name}: unknown; choose from {','.join(FORMATS)}")
     stage = stage or policies.last_stage(workdir)
-    config = policies.stage_config(workdir, stage)
-    lora = config.train.params == "lora"
-    if not lora and "diffusers" not in formats:
+    config, text = policies.stage_config(workdir, stage), policies.TEXT_ENCODER
+    configs = {stage: config}
+    normal = policies.CURRICULUM["normal"]
+    if config.train.params == "lora" and config.train.start == normal:
+        configs[normal] = policies.stage_config(workdir, normal)
+    if (workdir / text / "config.json").is_file():
+        configs[text] = policies.stage_config(workdir, text)
+    if config.train.params == "all" and "diffusers" not in formats:
         raise UserError(f"--format {','.join(formats)}: {stage} trained all parameters and has no LoRA; add diffusers")
     config.model.dtype = "float32"  # what is merged into is kept in full precision
-    pipeline = policies.load(config, runtime.local_mesh())
-    trained = policies.finished(workdir, stage, policies.of(pipeline, config))
-    policies.put(pipeline, trained)
+    pipeline = policies.load(config, runtime.local_mesh(), *(c for name, c in configs.items() if name == text))
+    trained = {name: policies.finished(workdir, name, policies.of(pipeline, c)) for name, c in configs.items()}
     origin = {
         "stage": stage,
-        "policy": tree_hash(trained),
+        "policies": {name: tree_hash(policy) for name, policy in trained.items()},
         "base": str(config.model.base),
         "formats": [name for name in FORMATS if name in formats],
     }
@@ -63,14 +71,30 @@ def export(workdir: Path, out: Path, stage: str | None = None, formats: Sequence
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     written = []
-    if lora:
-        written += _write_lora(pipeline, config, partial, formats)
-        merge_lora(pipeline.unet)
+    lora_files = {name: {"peft": PEFT_NORMAL_FILE} for name in trained} | {
+        stage: {"peft": PEFT_FILE, "kohya": KOHYA_FILE},
+        text: {"peft": PEFT_TEXT_FILE, "kohya": KOHYA_TEXT_FILE},
+    }
+    for name in reversed(trained):  # the stage's own last: that is what the folder gets
+        policies.put(pipeline, trained[name])
+        if configs[name].train.params != "all":
+            part, train = ("text" if name == text else "unet"), configs[name].train
+            for kind, file in lora_files[name].items():
+                if kind in formats:
+                    metadata = _metadata(pipeline, kind, train.lora_rank, train.lora_alpha)
+                    save_file(lora_weights(pipeline.models, kind, part), partial / file, metadata)
+                    written.insert(0, file)
+    if PEFT_FILE in written:
+        shutil.copyfile(RECIPE, partial / RECIPE_FILE)
+        written.append(RECIPE_FILE)
+    for name, model in pipeline.models.items():
+        if name == "unet" or stage == text:
+            merge_lora(model)
     if "diffusers" in formats:
         _write_folder(pipeline, partial)
         written.append("a diffusers folder")
     manifest = workdir / stage / "pairs" / "manifest.json"
-    card = model_card.text(pipeline, config, policy=origin["policy"], pairs=file_hash(manifest), files=written)
+    card = model_card.text(pipeline, config, policy=origin["policies"][stage], pairs=file_hash(manifest), files=written)
     (partial / "README.md").write_text(card)
     write_json(partial / "hgdpo.json", origin)
     if out.exists():
@@ -79,44 +103,42 @@ def export(workdir: Path, out: Path, stage: str | None = None, formats: Sequence
     print(f"{out}: {stage} as {', '.join(written)}")
 
 
-def lora_weights(models: dict[str, nnx.Module], kind: str) -> dict:
+def lora_weights(models: Mapping[str, nnx.Module], kind: str, part: str) -> dict[str, np.ndarray]:
     """The LoRA of a pipeline's models in one dictionary, keyed as the loaders of a format expect it.
 
     Args:
-        models: `unet`, `text_encoder`, and XL's `text_encoder_2`; those without LoRA add nothing.
+        models: `unet`, `text_encoder`, and XL's `text_encoder_2`.
         kind: peft or kohya.
+        part: `unet`, or `text` for all text encoders.
     """
-    unet, xl = models["unet"], "text_encoder_2" in models
+    unet, xl, found = models["unet"], "text_encoder_2" in models, {}
+    if part == "unet":
+        # kohya's scripts train SD 1.5 under diffusers' names and XL under those of the original code.
+        rename = (lambda name: unet_name(name, unet.config)) if xl else lambda name: name
+        return to_peft(unet, "unet") if kind == "peft" else to_kohya(unet, "lora_unet", rename)
+    for number, name in enumerate(("text_encoder", "text_encoder_2")[: 1 + xl], start=1):
+        inside = "" if name == "text_encoder_2" else "text_model."
+        if kind == "peft":
+            found |= to_peft(models[name], f"{name}.{inside}".rstrip("."))
+        else:
+            prefix = f"lora_te{number}" if xl else "lora_te"
+            found |= to_kohya(models[name], prefix, lambda path, inside=inside: inside + path)
+    return found
+
+
+def _metadata(pipeline: pipelines.Pipeline, kind: str, rank: int, alpha: float) -> dict[str, str]:
+    """What programs that read kohya's files look for in their header."""
     if kind == "peft":
-        found = to_peft(unet, "unet")
-        for name, model in models.items():
-            if name != "unet":
-                found |= to_peft(model, name if name == "text_encoder_2" else f"{name}.text_model")
-        return found
-    # kohya's scripts train SD 1.5 under diffusers' names and XL under those of the original code.
-    found = to_kohya(unet, "lora_unet", (lambda name: unet_name(name, unet.config)) if xl else lambda name: name)
-    found |= to_kohya(models["text_encoder"], "lora_te1" if xl else "lora_te", lambda name: f"text_model.{name}")
-    return found | (to_kohya(models["text_encoder_2"], "lora_te2") if xl else {})
-
-
-def _write_lora(pipeline: pipelines.Pipeline, config: ConfigDict, folder: Path, formats: Sequence[str]) -> list[str]:
-    metadata = {"format": "pt"}
-    written = []
-    if "peft" in formats:
-        save_file(lora_weights(pipeline.models, "peft"), folder / PEFT_FILE, metadata)
-        written.append(PEFT_FILE)
-    if "kohya" in formats:
-        xl = "text_encoder_2" in pipeline.models
-        metadata |= {
-            "modelspec.architecture": f"stable-diffusion-{'xl-v1-base' if xl else 'v1'}/lora",
-            "ss_base_model_version": "sdxl_base_v1-0" if xl else "sd_v1",
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": str(config.train.lora_rank),
-            "ss_network_alpha": str(config.train.lora_alpha),
-        }
-        save_file(lora_weights(pipeline.models, "kohya"), folder / KOHYA_FILE, metadata)
-        written.append(KOHYA_FILE)
-    return written
+        return {"format": "pt"}
+    xl = "text_encoder_2" in pipeline.models
+    return {
+        "format": "pt",
+        "modelspec.architecture": f"stable-diffusion-{'xl-v1-base' if xl else 'v1'}/lora",
+        "ss_base_model_version": "sdxl_base_v1-0" if xl else "sd_v1",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(alpha),
+    }
 
 
 def _write_folder(pipeline: pipelines.Pipeline, folder: Path) -> None:

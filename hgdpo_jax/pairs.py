@@ -17,6 +17,7 @@ from hgdpo_jax import command, runtime
 from hgdpo_jax import config as configuration
 from hgdpo_jax.curriculum.selection import make_records
 from hgdpo_jax.data import pairs as shards
+from hgdpo_jax.data.concepts import encoder_of
 from hgdpo_jax.data.photographs import by_shape, list_photographs
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.painter import Painter
@@ -49,6 +50,12 @@ def build(config: ConfigDict, workdir: Path) -> None:
         "scorer": pipelines.weights_hash(settings.scorer) if settings.loser != "none" else "",
         "earlier stage": earlier.hash if earlier else "",
     }
+    if config.train.params == "adapter":
+        face_id = config.adapter.kind == "face_id"
+        made_from["adapter kind"] = config.adapter.kind
+        made_from["image encoder"] = (
+            config.adapter.identity if face_id else pipelines.weights_hash(config.adapter.image_encoder)
+        )
     if shards.begin(folder, made_from):
         print(f"{folder}: already built")
         return
@@ -66,11 +73,13 @@ def build(config: ConfigDict, workdir: Path) -> None:
         seed=config.seed,
     )
     scorer = Scorer(settings.scorer, mesh) if settings.loser != "none" else None
+    concepts = encoder_of(config) if config.train.params == "adapter" else None
     tokens = pipeline.tokenize([""]).shape[1]
     latents = {name: pipeline.latent_shape(resolution) for name, resolution in resolutions.items()}
     if earlier:
         earlier.require(latents)
-    schema = shards.features(next(iter(latents.values()))[2], tokens, settings.loser != "none")
+    concept = concepts.nothing.shape[1:] if concepts else None
+    schema = shards.features(next(iter(latents.values()))[2], tokens, settings.loser != "none", concept)
     paths: dict[str, list[Path]] = {}
     for role, listed in photographs.items():
         records = earlier.by_id(role) if earlier else {}
@@ -84,7 +93,9 @@ def build(config: ConfigDict, workdir: Path) -> None:
                 if paths[split][i].is_file():
                     continue
                 part = bucket[i * settings.shard_size : (i + 1) * settings.shard_size]
-                made = make_records(config, painter, scorer, part, resolutions[name], pipeline.tokenize, records)
+                made = make_records(
+                    config, painter, scorer, part, resolutions[name], pipeline.tokenize, records, concepts
+                )
                 shards.write_shard(paths[split][i], schema, made)
     multihost_utils.sync_global_devices("pairs")
     if jax.process_index() == 0:

@@ -22,7 +22,10 @@ AXES = ("data", "fsdp", "tensor")
 # a block needs one all-reduce.
 SHARDING_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(lora_A|lora_B)$", PartitionSpec()),
-    (r"(to_q|to_k|to_v|q_proj|k_proj|v_proj|proj|fc1|linear_1)\.kernel$", PartitionSpec("fsdp", "tensor")),
+    (
+        r"(to_q|to_kv?|to_v|to_k_ip|to_v_ip|[qkv]_proj|proj|fc1|linear_1)\.kernel$",
+        PartitionSpec("fsdp", "tensor"),
+    ),
     (r"(to_out\.0|out_proj|net\.2|fc2|linear_2|proj_in|proj_out)\.kernel$", PartitionSpec("tensor", "fsdp")),
     (r"conv\w*\.kernel$", PartitionSpec(None, None, None, "fsdp")),
     (r"\.embedding$", PartitionSpec("fsdp", None)),

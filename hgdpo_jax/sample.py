@@ -2,6 +2,7 @@
 
 python -m hgdpo_jax.sample --workdir W --prompts FILE --out DIR     HG-DPO's recipe with the run's last stage
 python -m hgdpo_jax.sample --model DIR_OR_FILE --prompt "…" --out DIR
+python -m hgdpo_jax.sample … --concept PHOTOGRAPH                   a person, with an IP-Adapter
 
 DIR gets a PNG for each prompt and seed, its settings inside, and contact sheets. A command that was stopped goes on
 where it was when it is run again.
@@ -14,23 +15,29 @@ import math
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
+from jaxtyping import Float
+from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from hgdpo_jax import command, runtime
 from hgdpo_jax import config as configuration
+from hgdpo_jax.data.concepts import ConceptEncoder, encoder_of
 from hgdpo_jax.data.pairs import write_json
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.scoring.pictures import contact_sheet, to_uint8, write_png
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.checkpoints import tree_hash
@@ -41,12 +48,14 @@ BLOCKS = ("all", "up", "up+normal")
 
 
 class Source(NamedTuple):
-    """What draws: a pipeline, the policies it draws with, height and width, and the same in words."""
+    """What draws: a pipeline, the policies it draws with, height and width, the features [1 m f] of a concept image if
+    there is one, and all of it in words."""
 
     pipeline: pipelines.Pipeline
     policies: Sequence[Any]
     resolution: tuple[int, int]
     settings: dict[str, Any]
+    concept: np.ndarray | None = None
 
 
 def from_run(workdir: Path, stage: str | None, weight: float, blocks: str | None, text_encoder: bool) -> Source:
@@ -97,6 +106,58 @@ def from_checkpoint(model: str) -> Source:
     pipeline = pipelines.load(model, dtype, param_dtype=dtype, place=runtime.placer(runtime.local_mesh()))
     side = pipeline.unet.config.get("sample_size", 64) * pipeline.vae.pixels_per_latent
     return Source(pipeline, [], (side, side), {"model": model})
+
+
+def with_concept(
+    source: Source, concept: Path, adapter: str, image_encoder: str, identity: str, workdir: Path | None
+) -> Source:
+    """The source with an IP-Adapter and a concept image.
+
+    Args:
+        source: without.
+        concept: a photograph of a person.
+        adapter: .safetensors file of an IP-Adapter; empty for that of the run's stage personalise.
+        image_encoder, identity: see `data.concepts.ConceptEncoder`; empty for those of that stage.
+        workdir: of the run, if there is one.
+
+    Raises:
+        UserError: the photograph cannot be read, or shows no face where `face_id` needs one; no adapter, or one for
+            another model.
+    """
+    settings = {"concept": str(concept), "adapter": adapter or f"{workdir}/{policies.PERSONALISE}"}
+    if adapter:
+        network = ip_adapter.load(adapter, source.pipeline.unet)
+        encoder = ConceptEncoder(network.config["kind"], image_encoder, identity)
+        if encoder.nothing.shape[-1] != network.config["features"]:
+            reader, width = image_encoder or identity or "the embedded face network", encoder.nothing.shape[-1]
+            raise UserError(f"{adapter}: reads features of width {network.config['features']}, {reader} makes {width}; "
+                            "give what it was trained with")  # fmt: skip
+        pipeline = replace(source.pipeline, adapter=network, no_concept=encoder.nothing)
+    elif workdir is not None:
+        config = policies.stage_config(workdir, policies.PERSONALISE)
+        encoder = encoder_of(config)
+        pipeline = policies.with_fresh_adapter(source.pipeline, config, encoder, runtime.local_mesh())
+        policies.put(pipeline, policies.finished(workdir, policies.PERSONALISE, policies.of(pipeline, config)))
+    else:
+        raise UserError("--concept: needs an IP-Adapter; give its .safetensors file with --adapter")
+    features, found = encoder(load_whole(concept)[None])
+    if not found[0]:
+        if pipeline.adapter.config["kind"] == "face_id":
+            raise UserError(f"--concept {concept}: no face found; give a photograph that shows one")
+        logging.warning("--concept %s: no face found; its centre is used", concept)
+    settings["policy"] = [*source.settings.get("policy", []), tree_hash(nnx.state(pipeline.adapter, nnx.Param))]
+    return source._replace(pipeline=pipeline, concept=features, settings={**source.settings, **settings})
+
+
+def load_whole(path: Path, side: int = 1024) -> Float[np.ndarray, "H W 3"]:
+    """A photograph in [-1, 1], uncut, no larger than `side`. Raises UserError where it cannot be read."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--concept {path}: cannot be read as an image ({error})") from error
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(image, np.float32) / 127.5 - 1.0
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -175,6 +236,7 @@ def draw(
     guidance: float,
     per_device: int,
     normalise: bool,
+    concept_scale: float = 1.0,
 ) -> Painter:
     """Draws each prompt with each seed into `out`, what is not there yet; returns what drew.
 
@@ -182,6 +244,8 @@ def draw(
     """
     settings = {"sampler": SAMPLER, "steps": steps, "guidance": guidance, "LAN": normalise,
                 "size": "{}x{}".format(*source.resolution), **source.settings}  # fmt: skip
+    if source.concept is not None:
+        settings["concept scale"] = concept_scale
     if jax.process_index() == 0:
         claim(out, {**settings, "prompts": list(prompts), "seeds": list(seeds)})
     multihost_utils.sync_global_devices("sample begins")
@@ -192,7 +256,15 @@ def draw(
     mesh = runtime.local_mesh()
     batch = mesh.size * min(per_device, math.ceil(max(len(mine), 1) / mesh.size))
     painter = Painter(
-        source.pipeline, mesh, sampler=SAMPLER, steps=steps, guidance=guidance, batch=batch, seed=0, normalise=normalise
+        source.pipeline,
+        mesh,
+        sampler=SAMPLER,
+        steps=steps,
+        guidance=guidance,
+        batch=batch,
+        seed=0,
+        normalise=normalise,
+        concept_scale=concept_scale,
     )
     painter.use(*source.policies)
     ids = source.pipeline.tokenize(prompts)
@@ -206,7 +278,8 @@ def draw(
         for begin in range(0, len(mine), batch):
             part = mine[begin : begin + batch]
             keys = jnp.stack([runtime.stream_key(seed, "sample") for _, seed, _ in part])
-            latents = painter.generate(ids[[i for i, _, _ in part]], keys, source.resolution, "draw")
+            concept = None if source.concept is None else np.repeat(source.concept, len(part), axis=0)
+            latents = painter.generate(ids[[i for i, _, _ in part]], keys, source.resolution, "draw", concept)
             images = painter.decode(latents, "decode")
             if written is not None:
                 written.result()  # raises what went wrong there
@@ -253,6 +326,12 @@ def main() -> None:
     run.add_argument("--blocks", choices=BLOCKS, help="where the stage's LoRA acts: up (default for hard; the other "
                      "blocks are the base's), up+normal (they keep the normal stage's), all")  # fmt: skip
     run.add_argument("--no-text-encoder", action="store_true", help="leave out the text encoder's LoRA")
+    person = parser.add_argument_group("a person")
+    person.add_argument("--concept", type=Path, help="photograph of a person who is to be drawn")
+    person.add_argument("--adapter", default="", help="IP-Adapter, .safetensors; that of the run unless given")
+    person.add_argument("--image-encoder", default="", help="folder of the CLIP vision tower that --adapter reads with")
+    person.add_argument("--identity", default="", help="ArcFace ONNX file that a FaceID --adapter reads with")
+    person.add_argument("--concept-scale", type=float, default=1.0, help="strength of the adapter (%(default)s)")
     given = parser.parse_args()
     prompts = [given.prompt] if given.prompt is not None else read_prompts(given.prompts)
     seeds = all_seeds(given.seed, given.samples)
@@ -261,10 +340,12 @@ def main() -> None:
     else:
         source = from_checkpoint(given.model)
     source = source._replace(resolution=_size(given.size) if given.size else source.resolution)
+    if given.concept:
+        source = with_concept(source, given.concept, given.adapter, given.image_encoder, given.identity, given.workdir)
     if given.batch < 1:
         raise UserError(f"--batch {given.batch}: must be positive")
     draw(source, prompts, seeds, given.out, steps=given.steps, guidance=given.guidance, per_device=given.batch,
-         normalise=given.lan)  # fmt: skip
+         normalise=given.lan, concept_scale=given.concept_scale)  # fmt: skip
     print(f"{given.out}: {len(prompts) * len(seeds)} images")
 
 

@@ -8,7 +8,7 @@ from hgdpo_jax import config
 from hgdpo_jax.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-STAGES = ["stage0_sft", "stage1", "stage2", "stage3", "text_encoder"]
+STAGES = ["stage0_sft", "stage1", "stage2", "stage3", "text_encoder", "personalise"]
 
 
 @pytest.mark.parametrize("variant", ["sd15", "sdxl", "portraits"])

@@ -102,8 +102,9 @@ def test_a_lora_of_the_text_encoders_too_gives_our_images_in_diffusers(base: Pat
         add_lora(model, 4, 2.0, nnx.Rngs(i))
         lora = nnx.state(model, nnx.LoRAParam)
         nnx.update(model, jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), lora))
-    start, (images,) = draw(pipeline, nnx.state(pipeline.unet, nnx.LoRAParam))
-    save_file(lora_weights(pipeline.models, kind), tmp_path / "lora.safetensors")
+    start, (images,) = draw(pipeline, {"unet": nnx.state(pipeline.unet, nnx.LoRAParam)})
+    both = lora_weights(pipeline.models, kind, "unet") | lora_weights(pipeline.models, kind, "text")
+    save_file(both, tmp_path / "lora.safetensors")
     reference = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
     assert np.abs(theirs(reference, start) - images).max() > 20 / 255
     reference.load_lora_weights(tmp_path, weight_name="lora.safetensors")
@@ -120,7 +121,8 @@ def test_the_card_says_where_the_model_comes_from(base: Path, workdir: Path) -> 
     card = (workdir / "export" / "README.md").read_text()
     origin = json.loads((workdir / "export" / "hgdpo.json").read_text())
     config = policies.stage_config(workdir, "stage1")
-    for part in (str(base), "stage1", origin["policy"], configuration.content_hash(config), PEFT_FILE, KOHYA_FILE):
+    hashes = (origin["policies"]["stage1"], configuration.content_hash(config))
+    for part in (str(base), "stage1", *hashes, PEFT_FILE, KOHYA_FILE):
         assert part in card
 
 

@@ -5,6 +5,7 @@ normal   winner = best of t4…t7             loser = easy winner         kept w
 hard     winner = t1                        loser = normal winner       on K, the ids of the normal stage's shards
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
+from hgdpo_jax.data.concepts import ConceptEncoder
 from hgdpo_jax.data.pairs import Record
 from hgdpo_jax.data.photographs import Photograph, load_images
 from hgdpo_jax.diffusion.painter import Painter
@@ -72,6 +74,7 @@ def make_records(
     resolution: tuple[int, int],
     tokenize: Any,
     earlier: Mapping[str, Record],
+    concepts: ConceptEncoder | None = None,
 ) -> list[Record]:
     """The records of some photographs.
 
@@ -83,6 +86,7 @@ def make_records(
         resolution: height and width of its images.
         tokenize: captions → token ids.
         earlier: id → record of the stage that losers come from; empty where they come from the pool.
+        concepts: reads the photograph as a concept image, where an adapter is to be trained.
     """
     settings = config.pairs
     images: np.ndarray | None = None
@@ -97,8 +101,17 @@ def make_records(
     if settings.winner == "photograph":
         assert images is not None
         latents = painter.encode(images, "encode")
-        nothing = {"winner_number": 0, "winner_score": np.float32(0)}
-        return [c | nothing | {"winner": _stored(x)} for c, x in zip(common, latents, strict=True)]
+        records = [
+            c | {"winner_number": 0, "winner_score": np.float32(0), "winner": _stored(x)}
+            for c, x in zip(common, latents, strict=True)
+        ]
+        if concepts:
+            features, found = concepts(images)
+            for name, has_face in zip(names, found, strict=True):
+                if not has_face:
+                    logging.warning("photograph %s: no face found; left out", name)
+            records = [r | {"concept": _stored(x)} for r, x, f in zip(records, features, found, strict=True) if f]
+        return records
 
     assert scorer is not None
     pooled = None

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 Batch = dict[str, np.ndarray]
-_FIELDS = ("winner", "loser", "input_ids")
+_FIELDS = ("winner", "loser", "input_ids", "concept")
 
 
 def arrays(record: dict[str, Any]) -> Batch:
-    """What a step needs of a record: latents float32 and token ids int32."""
+    """What a step needs of a record: latents and concept features float32, token ids int32."""
     return {
         name: np.asarray(record[name], np.int32 if name == "input_ids" else np.float32)
         for name in _FIELDS

@@ -28,8 +28,11 @@ Record = dict[str, Any]
 LATENT = np.float16
 
 
-def features(channels: int, tokens: int, loser: bool) -> tfds.features.FeaturesDict:
-    """The schema: ids, caption, token ids int32, latents float16 [h, w, c], and who won by how much."""
+def features(
+    channels: int, tokens: int, loser: bool, concept: tuple[int, int] | None = None
+) -> tfds.features.FeaturesDict:
+    """The schema: ids, caption, token ids int32, latents float16 [h, w, c], and who won by how much; or, for an
+    adapter, the features float16 [m, f] of the concept image."""
     latent = tfds.features.Tensor(shape=(None, None, channels), dtype=LATENT, encoding="bytes")
     fields: dict[str, Any] = {
         "id": tfds.features.Text(),
@@ -41,6 +44,8 @@ def features(channels: int, tokens: int, loser: bool) -> tfds.features.FeaturesD
     }
     if loser:
         fields |= {"loser": latent, "loser_score": tfds.features.Scalar(np.float32)}
+    if concept:
+        fields["concept"] = tfds.features.Tensor(shape=concept, dtype=LATENT, encoding="bytes")
     return tfds.features.FeaturesDict(fields)
 
 
@@ -89,7 +94,7 @@ def write_shard(path: Path, schema: tfds.features.FeaturesDict, records: Iterabl
     temporary = path.with_name(f".{path.name}.partial")
     encoded = []
     for record in records:
-        for name in ("winner", "loser"):
+        for name in ("winner", "loser", "concept"):
             if name in record and not np.isfinite(record[name]).all():
                 raise UserError(
                     f"{name} of {record['id']}: NaN or infinite; its photograph or the base model is broken"

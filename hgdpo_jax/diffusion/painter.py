@@ -25,7 +25,6 @@ from hgdpo_jax.models.attention import Memory
 from hgdpo_jax.models.ip_adapter import join
 
 Arrays = dict[str, np.ndarray]
-Concepts = dict[str, np.ndarray]  # `concept` and `no concept`, float32 [n m f]: features of images, and of no image
 
 
 class Painter:
@@ -84,7 +83,8 @@ class Painter:
             early = text(weights["early text"]) if "early text" in weights else None
             if "concept" in inputs:
                 adapter = nnx.merge(graphs["adapter"], weights["adapter"])
-                concept = adapter(beside_empty(inputs["no concept"], inputs["concept"]))
+                no_concept = jnp.repeat(pipeline.no_concept, len(inputs["concept"]), axis=0)
+                concept = adapter(beside_empty(no_concept, inputs["concept"]))
 
             def predict(x: jax.Array, t: jax.Array) -> jax.Array:
                 memory, added = late
@@ -136,11 +136,11 @@ class Painter:
         keys: jax.Array,
         resolution: tuple[int, int],
         note: str,
-        concepts: Concepts | None = None,
+        concept: Float[np.ndarray, "n m f"] | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
-        """Latents drawn for each row of token ids, and of concepts where the pipeline has an adapter for them."""
+        """Latents drawn for each row of token ids, and of concept features where the pipeline has an adapter."""
         shape = self._latent_shape(resolution)
-        inputs = {"ids": input_ids, "key": keys, **(concepts or {})}
+        inputs = {"ids": input_ids, "key": keys} | ({} if concept is None else {"concept": concept})
         return self._run(lambda part: self._generate(self._weights, self._given, part, shape=shape), inputs, note)
 
     def reconstruct(

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from transformers import CLIPTokenizer
 
 from hgdpo_jax.config import ASSETS
@@ -53,7 +53,7 @@ class Pipeline:
         scheduler: scheduler_config.json, from which `schedule` is made.
         index: model_index.json.
         licence: of the checkpoint, where it states one.
-        adapter: for concept images; no checkpoint brings one.
+        adapter: for concept images, and what it reads where there is none, [1 m f]; no checkpoint brings one.
     """
 
     unet: UNet2DConditionModel
@@ -65,6 +65,7 @@ class Pipeline:
     index: Mapping[str, Any]
     licence: str | None
     adapter: IPAdapter | None = None
+    no_concept: Float[np.ndarray, "1 m f"] | None = None
 
     @property
     def models(self) -> dict[str, Any]:

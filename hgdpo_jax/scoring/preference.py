@@ -32,7 +32,11 @@ def clip_pixels(images: Float[Array, "b H W 3"], size: int) -> Float[Array, "b s
     if new != (height, width):
         images = jnp.clip(jax.image.resize(images, (b, *new, 3), "cubic"), -1.0, 1.0)
     top, left = (new[0] - size) // 2, (new[1] - size) // 2
-    images = images[:, top : top + size, left : left + size]
+    return clip_normalised(images[:, top : top + size, left : left + size])
+
+
+def clip_normalised(images: Float[Array, "*b 3"]) -> Float[Array, "*b 3"]:
+    """Images in [-1, 1] in the units that CLIP's vision towers were trained on."""
     return (0.5 * (images + 1.0) - jnp.asarray(_MEAN)) / jnp.asarray(_STD)
 
 

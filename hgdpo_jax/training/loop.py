@@ -71,7 +71,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     if config.objective == "dpo":
         loss = steps.dpo_loss(denoiser, pipeline.schedule, settings.beta, settings.lambda_stat)
     else:
-        loss = steps.sft_loss(denoiser, pipeline.schedule, config.data.caption_dropout)
+        loss = steps.sft_loss(denoiser, pipeline.schedule, config.data.caption_dropout, config.data.concept_dropout)
     tx = make_optimizer(settings)
 
     start = base_policy if settings.start == "base" else policies.finished(workdir, settings.start, base_policy)
@@ -115,7 +115,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         for batch in first_batches(source, settings.batch, HELDOUT_PAIRS // len(pairs.sources["heldout"]))
     ]
     evaluate = jax.jit(lambda *arguments: loss(*arguments)[1])
-    ids, keys, grid_rows = _samples(pairs, painter, pipeline)
+    ids, keys, concept = _samples(pairs, painter)
 
     def look(now: int) -> None:
         """Held-out pairs at fixed noise and timesteps, and pictures from fixed seeds."""
@@ -125,8 +125,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
             found.append(evaluate(state.policy, reference, frozen, batch | {"key": noise}))
         log.write({f"heldout/{name}": value for name, value in average(jax.device_get(found)).items()}, now)
         painter.use(state.result)
-        images = painter.decode(painter.generate(ids, keys, next(iter(resolutions.values())), "samples"), "decode")
-        log.images("samples", grid(images[:grid_rows], 4), now)
+        latents = painter.generate(ids, keys, next(iter(resolutions.values())), "samples", concept)
+        log.images("samples", grid(painter.decode(latents, "decode"), 4), now)
 
     if done == 0:
         look(0)
@@ -163,8 +163,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
     print(f"{folder}: trained to step {settings.steps}")
 
 
-def _samples(pairs: Pairs, painter: Painter, pipeline: pipelines.Pipeline) -> tuple[np.ndarray, jax.Array, int]:
-    """Token ids and keys of the pictures in the log: the first held-out captions, one fixed seed each."""
+def _samples(pairs: Pairs, painter: Painter) -> tuple[np.ndarray, jax.Array, np.ndarray | None]:
+    """Token ids, keys and concepts of the pictures in the log: the first held-out captions, one fixed seed each."""
     rows = [source[i] for source in pairs.sources["heldout"] for i in range(min(SAMPLES, len(source)))][:SAMPLES]
     ids = np.stack([row["input_ids"] for row in rows])
-    return ids, painter.keys("samples", [row["id"].decode() for row in rows], [0] * len(rows)), len(rows)
+    concept = np.stack([row["concept"] for row in rows]).astype(np.float32) if "concept" in rows[0] else None
+    return ids, painter.keys("samples", [row["id"].decode() for row in rows], [0] * len(rows)), concept

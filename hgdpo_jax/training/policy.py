@@ -1,6 +1,7 @@
 """The policy: which part of ε_base is trained, and where a stage's result is found again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,15 +10,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hgdpo_jax import runtime
+from hgdpo_jax.data.concepts import ConceptEncoder, encoder_of
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.lora import add_lora
 from hgdpo_jax.training.checkpoints import Checkpoints
 from hgdpo_jax.training.step import Params, split
 
 CURRICULUM = {"easy": "stage1", "normal": "stage2", "hard": "stage3"}  # the paper's name → our folder
 STAGES = ("stage0", *CURRICULUM.values())
-TEXT_ENCODER = "text_encoder"  # a stage beside the curriculum
+TEXT_ENCODER, PERSONALISE = "text_encoder", "personalise"  # stages beside the curriculum
 
 
 def load(config: ConfigDict, mesh: Mesh, *others: ConfigDict) -> pipelines.Pipeline:
@@ -39,7 +42,20 @@ def load(config: ConfigDict, mesh: Mesh, *others: ConfigDict) -> pipelines.Pipel
     pipeline.unet.checkpoint(config.train.checkpointing)
     for stage in (config, *others):
         _add_fresh_lora(pipeline, stage, mesh)
+        if stage.train.params == "adapter":
+            pipeline = with_fresh_adapter(pipeline, stage, encoder_of(stage), mesh)
     return pipeline
+
+
+def with_fresh_adapter(
+    pipeline: pipelines.Pipeline, config: ConfigDict, encoder: ConceptEncoder, mesh: Mesh
+) -> pipelines.Pipeline:
+    """The pipeline with an adapter that has learnt nothing yet, for what `encoder` makes of concept images."""
+    key = runtime.stream_key(config.seed, "adapter")
+    adapter = ip_adapter.fresh(pipeline.unet, config.adapter.kind, encoder.nothing.shape[-1], nnx.Rngs(key))
+    state = nnx.state(adapter)
+    nnx.update(adapter, jax.device_put(state, runtime.shardings(state, mesh)))
+    return replace(pipeline, adapter=adapter, no_concept=encoder.nothing)
 
 
 def _add_fresh_lora(pipeline: pipelines.Pipeline, config: ConfigDict, mesh: Mesh) -> None:
@@ -48,6 +64,7 @@ def _add_fresh_lora(pipeline: pipelines.Pipeline, config: ConfigDict, mesh: Mesh
         "lora": {"unet": "lora"},
         "text_lora": {"text_encoder": "text lora", "text_encoder_2": "text lora 2"},
         "all": {},
+        "adapter": {},
     }[config.train.params]
     for name, model in pipeline.models.items():
         if name in random_streams:

@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.models.ip_adapter import join
 from hgdpo_jax.training import objectives
 
 Params = PyTree[Array]
@@ -23,13 +25,15 @@ TIMESTEP_BINS = 10
 
 
 class Denoiser(NamedTuple):
-    """UNet and text encoders as one pure function of their weights.
+    """UNet, text encoders and perhaps an adapter as one pure function of their weights.
 
-    The weights are {"unet": ..., "text": ...} in two parts: the policy is what is trained, `frozen` the rest.
+    The weights are {"unet": ..., "text": ..., "adapter": ...} in two parts: the policy is what is trained, `frozen` the
+    rest.
     """
 
     networks: nnx.GraphDef
     pixels_per_latent: int
+    no_concept: Float[np.ndarray, "1 m f"] | None
 
     def __call__(
         self,
@@ -38,24 +42,34 @@ class Denoiser(NamedTuple):
         x_t: Float[Array, "n h w c"],
         t: Int[Array, "n"],
         input_ids: Int[Array, "b s"],
-        drop: Bool[Array, "b"] | None = None,
+        concept: Float[Array, "b m f"] | None = None,
+        drop: tuple[Bool[Array, "b"], Bool[Array, "b"]] | None = None,
     ) -> Float[Array, "n h w c"]:
         """The UNet's prediction, float32.
 
-        n is a multiple of b: the captions are repeated, for winners and losers. `drop` replaces some by the empty one.
+        Args:
+            policy, frozen: the weights.
+            x_t, t: noisy latents and their timesteps; n is a multiple of b: captions are repeated, for winners and
+                losers.
+            input_ids: of the captions.
+            concept: what an adapter reads.
+            drop: which captions are replaced by the empty one, and which concepts by none.
         """
         networks = nnx.merge(self.networks, policy, frozen)
         size = (x_t.shape[1] * self.pixels_per_latent, x_t.shape[2] * self.pixels_per_latent)
-        condition = networks["text"](input_ids, size)
+        given = (networks["text"](input_ids, size), concept)
         if drop is not None:
-            condition = jax.tree.map(
-                lambda given, empty: jnp.where(drop.reshape(-1, *[1] * (given.ndim - 1)), empty, given),
-                condition,
-                networks["text"].empty(input_ids.shape[0], size),
+            empty = (networks["text"].empty(input_ids.shape[0], size), None if concept is None else self.no_concept)
+            given = tuple(
+                jax.tree.map(lambda x, e, d=d: jnp.where(d.reshape(-1, *[1] * (x.ndim - 1)), e, x), *both)
+                for d, both in zip(drop, zip(given, empty, strict=True), strict=True)
             )
         repeats = x_t.shape[0] // input_ids.shape[0]
-        condition = jax.tree.map(lambda x: jnp.concatenate([x] * repeats), condition)
-        return networks["unet"](x_t, t, *condition)
+        condition, concept = jax.tree.map(lambda x: jnp.concatenate([x] * repeats), given)
+        memory = networks["unet"].keys_values(condition.encoder_hidden_states)
+        if concept is not None:
+            memory = join(memory, networks["adapter"](concept), 1.0)
+        return networks["unet"](x_t, t, memory, condition.added_cond)
 
 
 def policy_filter(params: str) -> nnx.filterlib.Filter:
@@ -64,6 +78,7 @@ def policy_filter(params: str) -> nnx.filterlib.Filter:
         "lora": ("unet", nnx.LoRAParam),
         "all": ("unet", nnx.Param),
         "text_lora": ("text", nnx.LoRAParam),
+        "adapter": ("adapter", nnx.Param),
     }[params]
     return nnx.All(nnx.PathContains(part), kind)
 
@@ -75,7 +90,7 @@ def split(pipeline: Pipeline, params: str) -> tuple[Denoiser, Params, Params]:
     """
     networks, *states = nnx.split(pipeline.networks, policy_filter(params), ...)
     policy, frozen = jax.tree.map(lambda x: x, states)
-    return Denoiser(networks, pipeline.vae.pixels_per_latent), policy, frozen
+    return Denoiser(networks, pipeline.vae.pixels_per_latent, pipeline.no_concept), policy, frozen
 
 
 Loss = Callable[[Params, Params, Params, Batch], tuple[Float[Array, ""], Metrics]]
@@ -123,10 +138,13 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, beta: float, lambda_st
     return loss
 
 
-def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule, caption_dropout: float) -> Loss:
-    """Noise prediction on the winners of batches {winner [b h w c], input_ids [b s], key [b]}, without a reference.
+def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule, caption_dropout: float, concept_dropout: float) -> Loss:
+    """Noise prediction on the winners of batches {winner [b h w c], input_ids [b s], key [b]}, without a reference;
+    with an adapter they hold concept [b m f] too.
 
-    Every caption is replaced by the empty one with probability `caption_dropout`.
+    Every caption is replaced by the empty one with probability `caption_dropout`, every concept image by none with
+    probability `concept_dropout`; of the concepts that are replaced, half have their caption replaced too if the two
+    probabilities are the same, as guidance needs.
     """
 
     def loss(policy: Params, reference: Params, frozen: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
@@ -134,8 +152,10 @@ def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule, caption_dropout: float
         latent = batch["winner"]
         t, noise = _noise(batch["key"], latent.shape[1:], schedule.num_train_timesteps)
         x_t = schedule.add_noise(latent, noise, t)
-        drop = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 2), caption_dropout))(batch["key"])
-        pred = denoiser(policy, frozen, x_t, t, batch["input_ids"], drop)
+        u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 2)))(batch["key"])
+        begin = 0.5 * caption_dropout
+        drop = (u < caption_dropout, (u >= begin) & (u < begin + concept_dropout))
+        pred = denoiser(policy, frozen, x_t, t, batch["input_ids"], batch.get("concept"), drop)
         error = objectives.mean_squared_error(pred, schedule.target(latent, noise, t)).mean()
         return error, {"loss/total": error}
 

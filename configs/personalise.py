@@ -1,0 +1,39 @@
+"""Personalisation: an IP-Adapter on ε_base, with the face of each photograph as its concept image.
+
+The paper trains InstantBooth, whose code is not public; an IP-Adapter is what people use. It learns beside the frozen
+base by noise prediction on the photographs, and is then used with HG-DPO's LoRA without further training:
+`python -m hgdpo_jax.sample --workdir W --concept PHOTO …`. The image encoder of the published adapters for SD 1.5 is
+CLIP ViT-H/14 (`--config.adapter.image_encoder=DIR`).
+
+    python -m hgdpo_jax.pairs --config configs/personalise.py --workdir W
+    python -m hgdpo_jax.main  --config configs/personalise.py --workdir W
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(variant: str = "sd15") -> ConfigDict:
+    config = common.base(variant)
+    config.stage = "personalise"
+    config.objective = "sft"
+    config.data.caption_dropout = 0.1
+    config.data.concept_dropout = 0.1
+    config.pairs.winner = "photograph"
+    config.pairs.loser = "none"
+    config.train.params = "adapter"
+    config.train.lr = 1e-4
+    config.train.weight_decay = 0.01
+    config.train.steps = 100_000
+    if variant == "portraits":
+        config.data.split = "base"
+        config.train.steps = 1500
+        config.train.batch = 32
+        config.train.lr = 1e-3
+        config.train.warmup = 100
+        config.train.schedule = "cosine"
+        config.train.ema = 0.99
+        config.train.checkpoint_every = 500
+        config.train.eval_every = 250
+    return config
