@@ -22,9 +22,10 @@ from hgdpo_jax.data.pairs import write_json
 from hgdpo_jax.data.photographs import SPLITS, list_photographs, load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.painter import Painter
-from hgdpo_jax.scoring import report
+from hgdpo_jax.scoring import personalised, report
 from hgdpo_jax.scoring.appearance import hue_distance, hue_vector, sharpness
 from hgdpo_jax.scoring.distance import frechet_distance, kernel_distance
+from hgdpo_jax.scoring.identity import Identity
 from hgdpo_jax.scoring.preference import Scorer
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.checkpoints import tree_hash
@@ -89,6 +90,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     models = {name: stages for name, stages in MODELS.items() if _asked(config, workdir, stages)}
     configs = {stage: policies.stage_config(workdir, stage) for stages in models.values() for stage in stages}
     pipeline = policies.load(config, mesh, *(c for stage, c in configs.items() if stage == policies.TEXT_ENCODER))
+    pipeline, encoder = policies.with_trained_adapter(pipeline, config.adapter, workdir, mesh)
     painter = Painter(
         pipeline,
         mesh,
@@ -117,12 +119,12 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     keys = painter.keys("evaluate", [p.id for p in prompts], numbers)
     shown = np.arange(0, len(prompts), settings.images_per_prompt)[: report.COLUMNS]
     (workdir / "evaluation").mkdir(parents=True, exist_ok=True)
-    identity = [pipelines.weights_hash(config.model.base, config.model.vae),
-                pipelines.weights_hash(config.pairs.scorer), config.seed, config.data.resolutions[0],
-                configuration.to_json(config)["evaluate"], [p.id for p in held]]  # fmt: skip
+    inputs = [pipelines.weights_hash(config.model.base, config.model.vae),
+              pipelines.weights_hash(config.pairs.scorer), config.seed, config.data.resolutions[0],
+              configuration.to_json(config)["evaluate"], [p.id for p in held]]  # fmt: skip
     drawn: dict[str, Drawn] = {}
     for name, stages in models.items():
-        mark = repr([*(tree_hash(trained[stage]) for stage in stages), *identity])
+        mark = repr([*(tree_hash(trained[stage]) for stage in stages), *inputs])
         path = workdir / "evaluation" / f"{name}.npz"
         found = dict(np.load(path)) if path.is_file() else {}
         if str(found.get("mark")) != mark:
@@ -147,6 +149,26 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "seed": config.seed,
         "config": configuration.to_json(config)["evaluate"],
     }
+    shown_people: list[report.Person] = []
+    if encoder:
+        faces, images = load_images(held, resolution)
+        chosen = {name: [trained[s] for s in models[name]] for name in ("base", list(models)[-1])}
+        people = personalised.draw(
+            pipeline,
+            painter,
+            encoder,
+            Identity(config.adapter.identity),
+            faces,
+            images,
+            settings.concept_prompts,
+            chosen,
+        )
+        results["personalised"] = {name: found.measures() for name, found in people.items()}
+        for i, person in enumerate(faces[: personalised.SHOWN]):
+            heads = personalised.prompts_of(person, templates)
+            row = slice(i * len(heads), (i + 1) * len(heads))
+            drawn_of = {f"{name} + adapter": found.pictures[row] for name, found in people.items()}
+            shown_people.append(report.Person(images[i], heads, drawn_of))
     write_json(workdir / "results.json", results)
     page = report.page(
         models=measured,
@@ -159,6 +181,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             for name, stage in policies.CURRICULUM.items()
             if stage in trained
         ],
+        people=shown_people,
+        distances=results.get("personalised", {}),
     )
     (workdir / ".report.partial").write_text(page)
     os.replace(workdir / ".report.partial", workdir / "report.html")
@@ -192,7 +216,12 @@ def show(results: dict[str, Any]) -> None:
         table.add_column(title, justify="right")
     for name, row in results["models"].items():
         table.add_row(name, *(f"{row[key]:.3f}" for key in METRICS))
-    Console(width=140).print(table)
+    console = Console(width=140)
+    console.print(table)
+    for name, row in results.get("personalised", {}).items():
+        distance = f"{row['identity_distance']:.3f} ± {row['identity_standard_error']:.3f}"
+        other, faces = f"{row['distance_to_another_person']:.3f}", f"{row['faces_found']:.0%}"
+        console.print(f"{name} + adapter: identity distance {distance}, to another person {other}; faces in {faces}")
 
 
 def main() -> None:

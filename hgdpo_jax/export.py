@@ -19,6 +19,7 @@ from hgdpo_jax import config as configuration
 from hgdpo_jax.data.pairs import file_hash, write_json
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.convert import save_model
 from hgdpo_jax.models.ldm import unet_name
 from hgdpo_jax.models.lora import merge_lora, to_kohya, to_peft
@@ -30,6 +31,7 @@ PEFT_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora.safetens
 # The text encoders' LoRA, and for the recipe that of the stage before the hard one.
 PEFT_TEXT_FILE, KOHYA_TEXT_FILE = "text_encoder_lora.safetensors", "kohya_text_encoder_lora.safetensors"
 PEFT_NORMAL_FILE = "normal_lora.safetensors"
+ADAPTER_FILE = "ip_adapter.safetensors"
 RECIPE, RECIPE_FILE = configuration.ASSETS / "diffusers_recipe.py", "hgdpo_recipe.py"
 
 
@@ -44,16 +46,16 @@ def export(workdir: Path, out: Path, stage: str | None = None, formats: Sequence
             raise UserError(f"--format {name}: unknown; choose from {','.join(FORMATS)}")
     stage = stage or policies.last_stage(workdir)
     config, text = policies.stage_config(workdir, stage), policies.TEXT_ENCODER
-    configs = {stage: config}
+    configs = {stage: config}  # of what is written; the stage's own last: its policy is what the folder gets
     normal = policies.CURRICULUM["normal"]
     if config.train.params == "lora" and config.train.start == normal:
-        configs[normal] = policies.stage_config(workdir, normal)
-    if (workdir / text / "config.json").is_file():
-        configs[text] = policies.stage_config(workdir, text)
+        configs = {normal: policies.stage_config(workdir, normal)} | configs
+    beside = [name for name in (text, policies.PERSONALISE) if (workdir / name / "config.json").is_file()]
+    configs = {name: policies.stage_config(workdir, name) for name in beside} | configs
     if config.train.params == "all" and "diffusers" not in formats:
         raise UserError(f"--format {','.join(formats)}: {stage} trained all parameters and has no LoRA; add diffusers")
     config.model.dtype = "float32"  # what is merged into is kept in full precision
-    pipeline = policies.load(config, runtime.local_mesh(), *(c for name, c in configs.items() if name == text))
+    pipeline = policies.load(config, runtime.local_mesh(), *(configs[name] for name in beside if name != stage))
     trained = {name: policies.finished(workdir, name, policies.of(pipeline, c)) for name, c in configs.items()}
     origin = {
         "stage": stage,
@@ -75,15 +77,18 @@ def export(workdir: Path, out: Path, stage: str | None = None, formats: Sequence
         stage: {"peft": PEFT_FILE, "kohya": KOHYA_FILE},
         text: {"peft": PEFT_TEXT_FILE, "kohya": KOHYA_TEXT_FILE},
     }
-    for name in reversed(trained):  # the stage's own last: that is what the folder gets
-        policies.put(pipeline, trained[name])
-        if configs[name].train.params != "all":
+    for name, policy in trained.items():
+        policies.put(pipeline, policy)
+        if configs[name].train.params == "adapter":
+            ip_adapter.save(pipeline.adapter, partial / ADAPTER_FILE)
+            written.append(ADAPTER_FILE)
+        elif configs[name].train.params != "all":
             part, train = ("text" if name == text else "unet"), configs[name].train
             for kind, file in lora_files[name].items():
                 if kind in formats:
                     metadata = _metadata(pipeline, kind, train.lora_rank, train.lora_alpha)
                     save_file(lora_weights(pipeline.models, kind, part), partial / file, metadata)
-                    written.insert(0, file)
+                    written.append(file)
     if PEFT_FILE in written:
         shutil.copyfile(RECIPE, partial / RECIPE_FILE)
         written.append(RECIPE_FILE)

@@ -9,6 +9,26 @@ from ml_collections import ConfigDict
 from hgdpo_jax import config as configuration
 from hgdpo_jax.diffusion.pipeline import Pipeline
 
+_ABOUT = {
+    "hgdpo_recipe.py": (
+        "The paper draws otherwise: LoRA at weight 0.5, in the UNet's up blocks only, the text encoder's LoRA while",
+        "the timestep is at least 900. `hgdpo_recipe.py` does that in diffusers, on the base model:",
+        "",
+        "    from hgdpo_recipe import draw, load",
+        "",
+        '    draw(load(pipeline, "THIS_FOLDER"), "a portrait photograph of a woman").images[0]',
+    ),
+    "text_encoder_lora.safetensors": (
+        "`text_encoder_lora.safetensors` (and `kohya_text_encoder_lora.safetensors`) is the text encoder's LoRA. It",
+        "restores the alignment with the prompt.",
+    ),
+    "ip_adapter.safetensors": (
+        "`ip_adapter.safetensors` is an IP-Adapter for people, for the image encoder that it was trained with:",
+        "",
+        '    pipeline.load_ip_adapter("THIS_FOLDER", "", "ip_adapter.safetensors", image_encoder_folder=None)',
+    ),
+}
+
 
 def text(pipeline: Pipeline, config: ConfigDict, *, policy: str, pairs: str, files: Sequence[str]) -> str:
     """The card, with the front matter that the Hugging Face hub reads.
@@ -52,6 +72,7 @@ def text(pipeline: Pipeline, config: ConfigDict, *, policy: str, pairs: str, fil
             '    pipeline.load_lora_weights("THIS_FOLDER", weight_name="pytorch_lora_weights.safetensors")',
             "",
             "`kohya_lora.safetensors` is the same LoRA for ComfyUI and A1111.",
+            *(line for file, lines in _ABOUT.items() if file in files for line in ("", *lines)),
             "",
         ]
     )

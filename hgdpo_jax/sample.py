@@ -15,7 +15,6 @@ import math
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,19 +24,18 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jaxtyping import Float
+from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from hgdpo_jax import command, runtime
 from hgdpo_jax import config as configuration
-from hgdpo_jax.data.concepts import ConceptEncoder, encoder_of
-from hgdpo_jax.data.pairs import write_json
+from hgdpo_jax.data.pairs import file_hash, write_json
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.scoring.pictures import contact_sheet, to_uint8, write_png
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.checkpoints import tree_hash
@@ -108,45 +106,30 @@ def from_checkpoint(model: str) -> Source:
     return Source(pipeline, [], (side, side), {"model": model})
 
 
-def with_concept(
-    source: Source, concept: Path, adapter: str, image_encoder: str, identity: str, workdir: Path | None
-) -> Source:
+def with_concept(source: Source, concept: Path, adapter: ConfigDict, workdir: Path | None) -> Source:
     """The source with an IP-Adapter and a concept image.
 
     Args:
         source: without.
         concept: a photograph of a person.
-        adapter: .safetensors file of an IP-Adapter; empty for that of the run's stage personalise.
-        image_encoder, identity: see `data.concepts.ConceptEncoder`; empty for those of that stage.
-        workdir: of the run, if there is one.
+        adapter, workdir: see `training.policy.with_trained_adapter`.
 
     Raises:
         UserError: the photograph cannot be read, or shows no face where `face_id` needs one; no adapter, or one for
             another model.
     """
-    settings = {"concept": str(concept), "adapter": adapter or f"{workdir}/{policies.PERSONALISE}"}
-    if adapter:
-        network = ip_adapter.load(adapter, source.pipeline.unet)
-        encoder = ConceptEncoder(network.config["kind"], image_encoder, identity)
-        if encoder.nothing.shape[-1] != network.config["features"]:
-            reader, width = image_encoder or identity or "the embedded face network", encoder.nothing.shape[-1]
-            raise UserError(f"{adapter}: reads features of width {network.config['features']}, {reader} makes {width}; "
-                            "give what it was trained with")  # fmt: skip
-        pipeline = replace(source.pipeline, adapter=network, no_concept=encoder.nothing)
-    elif workdir is not None:
-        config = policies.stage_config(workdir, policies.PERSONALISE)
-        encoder = encoder_of(config)
-        pipeline = policies.with_fresh_adapter(source.pipeline, config, encoder, runtime.local_mesh())
-        policies.put(pipeline, policies.finished(workdir, policies.PERSONALISE, policies.of(pipeline, config)))
-    else:
-        raise UserError("--concept: needs an IP-Adapter; give its .safetensors file with --adapter")
-    features, found = encoder(load_whole(concept)[None])
+    image = load_whole(concept)
+    pipeline, encoder = policies.with_trained_adapter(source.pipeline, adapter, workdir, runtime.local_mesh())
+    if encoder is None:
+        raise UserError("--concept: needs an IP-Adapter; give its .safetensors file with --adapter, or train "
+                        "configs/personalise.py in the --workdir")  # fmt: skip
+    features, found = encoder(image[None])
     if not found[0]:
         if pipeline.adapter.config["kind"] == "face_id":
             raise UserError(f"--concept {concept}: no face found; give a photograph that shows one")
         logging.warning("--concept %s: no face found; its centre is used", concept)
-    settings["policy"] = [*source.settings.get("policy", []), tree_hash(nnx.state(pipeline.adapter, nnx.Param))]
-    return source._replace(pipeline=pipeline, concept=features, settings={**source.settings, **settings})
+    settings = {"concept": file_hash(concept), "adapter": tree_hash(nnx.state(pipeline.adapter, nnx.Param))}
+    return source._replace(pipeline=pipeline, concept=features, settings=source.settings | settings)
 
 
 def load_whole(path: Path, side: int = 1024) -> Float[np.ndarray, "H W 3"]:
@@ -341,7 +324,9 @@ def main() -> None:
         source = from_checkpoint(given.model)
     source = source._replace(resolution=_size(given.size) if given.size else source.resolution)
     if given.concept:
-        source = with_concept(source, given.concept, given.adapter, given.image_encoder, given.identity, given.workdir)
+        adapter = configuration.default().adapter
+        adapter.update(weights=given.adapter, image_encoder=given.image_encoder, identity=given.identity)
+        source = with_concept(source, given.concept, adapter, given.workdir)
     if given.batch < 1:
         raise UserError(f"--batch {given.batch}: must be positive")
     draw(source, prompts, seeds, given.out, steps=given.steps, guidance=given.guidance, per_device=given.batch,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All three stages: pairs, then training. bash launch/curriculum.sh VARIANT WORKDIR [--config.key=value ...]
+# All three stages and the text encoder: pairs, then training. bash launch/curriculum.sh VARIANT WORKDIR [--config.key=value ...]
 # Run again after a stop: finished shards and checkpoints are kept.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 variant=${1:?which variant, sd15 or portraits} workdir=${2:?folder of the run}
@@ -8,3 +8,4 @@ for stage in stage1 stage2 stage3; do
   python -m hgdpo_jax.pairs --config "configs/$stage.py:$variant" --workdir "$workdir" "$@"
   python -m hgdpo_jax.main --config "configs/$stage.py:$variant" --workdir "$workdir" "$@"
 done
+python -m hgdpo_jax.main --config "configs/text_encoder.py:$variant" --workdir "$workdir" "$@"

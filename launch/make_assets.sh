@@ -5,9 +5,12 @@ work=${1:-runs/assets}
 portraits=$PWD/hgdpo_jax/assets/portraits
 mkdir -p "$work/npm" "$work/wheel"
 (cd "$work/npm" && npm pack --silent @tabler/preview@1.2.0 && tar xzf tabler-preview-1.2.0.tgz)
+(cd "$work/npm" && npm pack --silent @vladmandic/face-api@1.7.15 && mkdir -p face-api &&
+  tar xzf vladmandic-face-api-1.7.15.tgz -C face-api)
 python -m pip download --quiet --no-deps --dest "$work/wheel" open_clip_torch==3.3.0
 unzip -o -q -j "$work"/wheel/open_clip_torch-3.3.0-*.whl open_clip/bpe_simple_vocab_16e6.txt.gz -d "$work/wheel"
 avatars=$work/npm/package/dist/static/avatars
+python -m hgdpo_jax.assets.face "$work/npm/face-api/package/model" hgdpo_jax/assets/face
 python -m hgdpo_jax.assets.photographs "$avatars" "$portraits"
 python -m hgdpo_jax.assets.photographs "$avatars" "$portraits" --views "$work/views"
 python -m hgdpo_jax.assets.base "$portraits" --vocabulary "$work/wheel/bpe_simple_vocab_16e6.txt.gz"
@@ -17,3 +20,8 @@ python -m hgdpo_jax.main --config configs/stage0_sft.py:portraits --workdir "$wo
 python -m hgdpo_jax.export --workdir "$work/run" --out "$work/export"
 python -m hgdpo_jax.assets.base "$portraits" --unet "$work/export/unet"
 python -m hgdpo_jax.assets.scorer "$portraits"
+for command in pairs main; do
+  python -m hgdpo_jax.$command --config configs/personalise.py:portraits --workdir "$work/run" --config.data.photographs="$work/views"
+done
+python -m hgdpo_jax.export --workdir "$work/run" --stage personalise --format peft --out "$work/adapter"
+cp "$work/adapter/ip_adapter.safetensors" "$portraits"

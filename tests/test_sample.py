@@ -18,7 +18,10 @@ from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.export import PEFT_FILE, PEFT_NORMAL_FILE, PEFT_TEXT_FILE, RECIPE, lora_weights
+from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.lora import add_lora
+from hgdpo_jax.models.unet import UNet2DConditionModel
+from hgdpo_jax.training import policy as policies_of_runs
 from hgdpo_jax.training.step import split
 from tests import tiny
 
@@ -66,10 +69,11 @@ def painter(trained: tuple) -> Painter:
     return painter_of(trained[0])
 
 
-def ours(painter: Painter, pipeline: pipelines.Pipeline, *policies: Any) -> np.ndarray:
+def ours(painter: Painter, pipeline: pipelines.Pipeline, *policies: Any, concept: Any = None) -> np.ndarray:
     """Images in [0, 1]."""
     painter.use(*policies)
-    latents = painter.generate(pipeline.tokenize(PROMPTS), painter.keys("test", PROMPTS, [0, 1]), (32, 32), "")
+    keys = painter.keys("test", PROMPTS, [0, 1])
+    latents = painter.generate(pipeline.tokenize(PROMPTS), keys, (32, 32), "", concept)
     return (painter.decode(latents, "") + 1) / 2
 
 
@@ -88,10 +92,10 @@ def script() -> ModuleType:
     return module
 
 
-def theirs(script: ModuleType, pipeline: Any, painter: Painter) -> np.ndarray:
+def theirs(script: ModuleType, pipeline: Any, painter: Painter, **more: Any) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": 32, "width": 32}
-    return script.draw(pipeline, PROMPTS, latents=start(painter), output_type="np", **settings).images
+    return script.draw(pipeline, PROMPTS, latents=start(painter), output_type="np", **settings, **more).images
 
 
 def chosen(policies: dict[str, Any], blocks: str, text: bool) -> list[Any]:
@@ -122,3 +126,157 @@ def test_without_policies_the_images_are_those_of_the_base(
 ) -> None:
     reference = script.load(DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32), tmp_path)
     assert np.abs(theirs(script, reference, painter) - ours(painter, trained[0])).max() <= 2 / 255
+
+
+@pytest.mark.parametrize("kind", ["ip_adapter", "ip_adapter_plus"])
+def test_a_concept_image_gives_the_images_of_diffusers_with_and_without_lora(
+    base: Path, trained: tuple, script: ModuleType, tmp_path: Path, kind: str
+) -> None:
+    pipeline, policies, folder = trained
+    encoder = ConceptEncoder(kind, str(tiny.write_scorer(tmp_path / "clip")))
+    adapter = ip_adapter.fresh(pipeline.unet, kind, encoder.nothing.shape[-1], nnx.Rngs(5))
+    ip_adapter.save(adapter, tmp_path / "adapter.safetensors")
+    settings = configuration.default().adapter
+    settings.update(weights=str(tmp_path / "adapter.safetensors"), image_encoder=str(tmp_path / "clip"))
+    with_adapter, encoder = policies_of_runs.with_trained_adapter(pipeline, settings, None, tiny.mesh())
+    photographs = list_photographs(configuration.ASSETS / "portraits", "heldout")[:2]
+    concept = encoder(load_images(photographs, (64, 64))[1]).features
+    painter = painter_of(with_adapter, concept_scale=0.7)
+    embeds = torch.tensor(np.concatenate([np.repeat(encoder.nothing, 2, 0), concept]))
+    hard = chosen(policies, "up", False)
+    without_concept = [ours(painter, pipeline), ours(painter, pipeline, *hard)]
+    for number, used in enumerate(([], hard)):
+        reference = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+        script.load(reference, folder if used else tmp_path)
+        reference.hgdpo_text = {}
+        if used:
+            reference.delete_adapters("text")
+        reference.load_ip_adapter(str(tmp_path), "", "adapter.safetensors", image_encoder_folder=None)
+        reference.set_ip_adapter_scale(0.7)
+        expected = theirs(script, reference, painter, ip_adapter_image_embeds=[embeds])
+        found = ours(painter, pipeline, *used, concept=concept)
+        assert np.abs(expected - found).max() <= 2 / 255
+        assert np.abs(without_concept[number] - found).max() > 4 / 255
+
+
+def test_lan_with_the_base_as_policy_changes_nothing(trained: tuple, painter: Painter) -> None:
+    normalised = painter_of(trained[0], normalise=True)
+    assert np.abs(ours(normalised, trained[0]) - ours(painter, trained[0])).max() <= 1e-5
+
+
+def test_lan_restores_the_statistics_of_a_policy_that_shifts_channels() -> None:
+    schedule = NoiseSchedule.from_config(SCHEDULER)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(jax.random.key(1), (3, 8, 8, 4))
+
+    def base(x: jax.Array, t: jax.Array) -> jax.Array:
+        return 0.8 * x + 0.1 * jnp.sin(3 * x)
+
+    def shifted(x: jax.Array, t: jax.Array) -> jax.Array:
+        return 1.1 * base(x, t) + jnp.asarray([0.5, -0.4, 0.3, 0.0])
+
+    def draw(denoise: Any, anchor: Any = None) -> np.ndarray:
+        return np.asarray(draw_latents(denoise, schedule, x, keys, "dpmpp_2m", 10, anchor=anchor))
+
+    wanted, drifted, restored = draw(base), draw(shifted), draw(shifted, base)
+    for statistic in (np.mean, np.std):
+        of = [statistic(latents, axis=(1, 2)) for latents in (wanted, drifted, restored)]
+        assert np.abs(of[1] - of[0]).max() > 0.1
+        np.testing.assert_allclose(of[2], of[0], atol=1e-4)
+    assert np.abs(restored - wanted).max() > 0.01
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> sample.Source:
+    base = tiny.write_base(tmp_path_factory.mktemp("base"))
+    return sample.from_checkpoint(str(base))._replace(resolution=(32, 32))
+
+
+def draw(source: sample.Source, prompts: list[str], seeds: list[int], out: Path, **settings: Any) -> Painter:
+    chosen = {"steps": 2, "guidance": 2.0, "per_device": 2, "normalise": False} | settings
+    return sample.draw(source, prompts, seeds, out, **chosen)
+
+
+def test_a_file_of_prompts_is_drawn_with_one_compilation(source: sample.Source, tmp_path: Path) -> None:
+    prompts = [f"prompt {i}" for i in range(5)]
+    painter = draw(source, prompts, [3, 4], tmp_path / "out")
+    assert painter._generate._cache_size() == painter._decode._cache_size() == 1
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 10 and (tmp_path / "out" / "sheet_000.png").is_file()
+
+
+def test_an_image_is_a_function_of_prompt_seed_and_settings_and_says_so(source: sample.Source, tmp_path: Path) -> None:
+    draw(source, ["a woman", "a man"], [7, 8], tmp_path / "many")
+    draw(source, ["a man"], [8], tmp_path / "one")
+    with Image.open(tmp_path / "many" / "00001_8.png") as many, Image.open(tmp_path / "one" / "00000_8.png") as one:
+        np.testing.assert_array_equal(np.asarray(many), np.asarray(one))
+        said = json.loads(many.text["hgdpo_jax"])
+        assert many.text["parameters"].startswith("a man\n")
+    assert (said["prompt"], said["seed"], said["steps"], said["guidance"]) == ("a man", 8, 2, 2.0)
+
+
+def test_what_is_there_is_kept_and_another_runs_folder_is_refused(source: sample.Source, tmp_path: Path) -> None:
+    draw(source, ["a man"], [0, 1], tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "00000_1.png").unlink()
+    kept = (tmp_path / "out" / "00000_0.png").stat().st_mtime_ns
+    draw(source, ["a man"], [0, 1], tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert (tmp_path / "out" / "00000_0.png").stat().st_mtime_ns == kept
+    with pytest.raises(UserError, match=r"holds images of another run \(other guidance\); choose another folder"):
+        draw(source, ["a man"], [0, 1], tmp_path / "out", guidance=3.0)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    with pytest.raises(UserError, match="holds something else; choose another folder"):
+        draw(source, ["a man"], [0, 1], tmp_path / "mine")
+
+
+def test_long_prompts_are_said_and_cut_as_diffusers_does(
+    source: sample.Source, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = " ".join(["portrait"] * 90)
+    draw(source, [long, "a man"], [0], tmp_path / "out")
+    assert [r.message for r in caplog.records if "tokens" in r.message] == [
+        f"prompt {long!r} has 92 tokens: the first 77 are used"
+    ]
+    ids = source.pipeline.tokenize([long, " ".join(["portrait"] * 75)])
+    np.testing.assert_array_equal(ids[0], ids[1])
+
+
+def test_seeds_that_overlap_and_prompts_that_repeat_are_named(tmp_path: Path) -> None:
+    assert sample.all_seeds([0, 10], 3) == [0, 1, 2, 10, 11, 12]
+    with pytest.raises(UserError, match="--seed 0 2: with --samples 3 the seeds overlap, 2 comes twice"):
+        sample.all_seeds([0, 2], 3)
+    with pytest.raises(UserError, match="--seed -1: expects numbers from 0"):
+        sample.all_seeds([-1], 1)
+    (tmp_path / "prompts.txt").write_text("a man\n\na woman\na man\n")
+    with pytest.raises(UserError, match="prompts.txt line 4: repeats line 1"):
+        sample.read_prompts(tmp_path / "prompts.txt")
+    (tmp_path / "prompts.txt").write_text("\n")
+    with pytest.raises(UserError, match="is empty; expects one prompt a line"):
+        sample.read_prompts(tmp_path / "prompts.txt")
+
+
+def test_concept_images_and_adapters_that_do_not_fit_are_named(source: sample.Source, tmp_path: Path) -> None:
+    settings = configuration.default().adapter
+    photograph = configuration.ASSETS / "portraits" / "photographs" / "000f.jpg"
+    with pytest.raises(UserError, match="--concept: needs an IP-Adapter"):
+        sample.with_concept(source, photograph, settings, None)
+    with pytest.raises(UserError, match=r"notes.txt: cannot be read as an image"):
+        (tmp_path / "notes.txt").write_text("no image")
+        sample.with_concept(source, tmp_path / "notes.txt", settings, None)
+    other = tiny.random_model(UNet2DConditionModel, tiny.TINY_XL, 0)
+    ip_adapter.save(ip_adapter.fresh(other, "face_id", 128, nnx.Rngs(0)), tmp_path / "other.safetensors")
+    settings.weights = str(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"other.safetensors: is for another UNet: it has"):
+        sample.with_concept(source, photograph, settings, None)
+    ip_adapter.save(ip_adapter.fresh(source.pipeline.unet, "face_id", 128, nnx.Rngs(0)), tmp_path / "face.safetensors")
+    settings.weights = str(tmp_path / "face.safetensors")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    with pytest.raises(UserError, match=r"noise.png: no face found; give a photograph that shows one"):
+        sample.with_concept(source, tmp_path / "noise.png", settings, None)
+    found = sample.with_concept(source, photograph, settings, None)
+    draw(found, ["a man"], [0], tmp_path / "out")
+    draw(source, ["a man"], [0], tmp_path / "plain")
+    with Image.open(tmp_path / "out" / "00000_0.png") as one, Image.open(tmp_path / "plain" / "00000_0.png") as two:
+        assert not np.array_equal(np.asarray(one), np.asarray(two))

@@ -42,6 +42,18 @@ class Stage(NamedTuple):
     scores: list[tuple[float, float]]
 
 
+class Person(NamedTuple):
+    """A concept photograph, and what each model drew of the person for some prompts."""
+
+    photograph: Float[np.ndarray, "H W 3"]
+    prompts: Sequence[str]
+    drawn: Mapping[str, Pictures]
+
+    def rows(self) -> dict[str, Pictures]:
+        """The photograph stands at the head of each model's row."""
+        return {name: np.concatenate([self.photograph[None], pictures]) for name, pictures in self.drawn.items()}
+
+
 def stage(workdir: Path, name: str, painter: Painter) -> Stage:
     """Reads a finished stage."""
     source = open_stage(workdir, name).sources["heldout"][0]
@@ -100,6 +112,8 @@ def page(
     captions: Sequence[str],
     photographs: Pictures,
     stages: Sequence[tuple[str, Stage]],
+    people: Sequence[Person] = (),
+    distances: Mapping[str, Mapping[str, float]] | None = None,
 ) -> str:
     """The HTML of a report.
 
@@ -107,6 +121,7 @@ def page(
         models: model → metric → value; `titles` names the metrics.
         pictures: model → images of the same prompts and seeds; `captions` are theirs, `photographs` the originals.
         stages: stages in order.
+        people: what models with an adapter drew of some people; `distances` are the measures of each model.
     """
     head = "".join(f"<th>{html.escape(title)}</th>" for title in titles.values())
     body = "".join(
@@ -122,6 +137,14 @@ def page(
         f"<figure>{_curves(stages)}<figcaption>Training pairs (line) and held-out pairs at fixed noise and timesteps "
         "(points).</figcaption></figure>" if stages else "",
     ]  # fmt: skip
+    if people:
+        sections.append("<h2>People: a photograph, and the same person drawn with an adapter</h2>")
+        for name, row in (distances or {}).items():
+            sections.append(
+                f"<p>{name}: identity distance {row['identity_distance']:.3f} ± {row['identity_standard_error']:.3f}, "
+                f"to another person {row['distance_to_another_person']:.3f}</p>"
+            )
+        sections += [_rows(person.rows(), ["photograph", *person.prompts]) for person in people]
     for name, found in stages:
         heads = [f"{w:.1f} against {v:.1f}" for w, v in found.scores]
         sections.append(f"<h2>Held-out pairs of the {name} stage</h2><p>Preference scores of winner and loser.</p>")

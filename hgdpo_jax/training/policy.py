@@ -43,11 +43,11 @@ def load(config: ConfigDict, mesh: Mesh, *others: ConfigDict) -> pipelines.Pipel
     for stage in (config, *others):
         _add_fresh_lora(pipeline, stage, mesh)
         if stage.train.params == "adapter":
-            pipeline = with_fresh_adapter(pipeline, stage, encoder_of(stage), mesh)
+            pipeline = _with_fresh_adapter(pipeline, stage, encoder_of(stage), mesh)
     return pipeline
 
 
-def with_fresh_adapter(
+def _with_fresh_adapter(
     pipeline: pipelines.Pipeline, config: ConfigDict, encoder: ConceptEncoder, mesh: Mesh
 ) -> pipelines.Pipeline:
     """The pipeline with an adapter that has learnt nothing yet, for what `encoder` makes of concept images."""
@@ -56,6 +56,39 @@ def with_fresh_adapter(
     state = nnx.state(adapter)
     nnx.update(adapter, jax.device_put(state, runtime.shardings(state, mesh)))
     return replace(pipeline, adapter=adapter, no_concept=encoder.nothing)
+
+
+def with_trained_adapter(
+    pipeline: pipelines.Pipeline, settings: ConfigDict, workdir: Path | None, mesh: Mesh
+) -> tuple[pipelines.Pipeline, ConceptEncoder | None]:
+    """The pipeline with an adapter, and the encoder of what that reads; as it is, and None, where there is none.
+
+    Args:
+        pipeline: without.
+        settings: a config's `adapter` group. `weights` is a file of any kind; without, the adapter is the one that the
+            run's own stage trained, with the settings of that stage.
+        workdir: of the run, if there is one.
+        mesh: to put the weights on.
+
+    Raises:
+        UserError: the file is not an IP-Adapter for this UNet, the stage is not finished, or an encoder is missing or
+            makes features of another width.
+    """
+    if settings.weights:
+        adapter = ip_adapter.load(settings.weights, pipeline.unet, place=runtime.placer(mesh))
+        encoder = ConceptEncoder(adapter.config["kind"], settings.image_encoder, settings.identity)
+        width, wanted = encoder.nothing.shape[-1], adapter.config["features"]
+        if width != wanted:
+            raise UserError(f"adapter {settings.weights}: reads features of width {wanted}, its encoder makes {width}; "
+                            "give what it was trained with")  # fmt: skip
+        return replace(pipeline, adapter=adapter, no_concept=encoder.nothing), encoder
+    if workdir is None or not (workdir / PERSONALISE / "config.json").is_file():
+        return pipeline, None
+    trained = stage_config(workdir, PERSONALISE)
+    encoder = ConceptEncoder(trained.adapter.kind, trained.adapter.image_encoder, trained.adapter.identity)
+    pipeline = _with_fresh_adapter(pipeline, trained, encoder, mesh)
+    put(pipeline, finished(workdir, PERSONALISE, of(pipeline, trained)))
+    return pipeline, encoder
 
 
 def _add_fresh_lora(pipeline: pipelines.Pipeline, config: ConfigDict, mesh: Mesh) -> None:
