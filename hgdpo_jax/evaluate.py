@@ -153,16 +153,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if encoder:
         faces, images = load_images(held, resolution)
         chosen = {name: [trained[s] for s in models[name]] for name in ("base", list(models)[-1])}
-        people = personalised.draw(
-            pipeline,
-            painter,
-            encoder,
-            Identity(config.adapter.identity),
-            faces,
-            images,
-            settings.concept_prompts,
-            chosen,
-        )
+        identity, templates = Identity(config.adapter.identity), settings.concept_prompts
+        people = personalised.draw(pipeline, painter, encoder, identity, faces, images, templates, chosen)
         results["personalised"] = {name: found.measures() for name, found in people.items()}
         for i, person in enumerate(faces[: personalised.SHOWN]):
             heads = personalised.prompts_of(person, templates)

@@ -98,7 +98,7 @@ def export(workdir: Path, out: Path, stage: str | None = None, formats: Sequence
     if "diffusers" in formats:
         _write_folder(pipeline, partial)
         written.append("a diffusers folder")
-    manifest = workdir / stage / "pairs" / "manifest.json"
+    manifest = workdir / (config.train.pairs or stage) / "pairs" / "manifest.json"
     card = model_card.text(pipeline, config, policy=origin["policies"][stage], pairs=file_hash(manifest), files=written)
     (partial / "README.md").write_text(card)
     write_json(partial / "hgdpo.json", origin)

@@ -10,6 +10,17 @@ from hgdpo_jax import config as configuration
 from hgdpo_jax.diffusion.pipeline import Pipeline
 
 _ABOUT = {
+    "a diffusers folder": (
+        "    from diffusers import DiffusionPipeline",
+        "",
+        '    pipeline = DiffusionPipeline.from_pretrained("THIS_FOLDER")',
+    ),
+    "pytorch_lora_weights.safetensors": (
+        "On the base model:",
+        "",
+        '    pipeline.load_lora_weights("THIS_FOLDER", weight_name="pytorch_lora_weights.safetensors")',
+    ),
+    "kohya_lora.safetensors": ("`kohya_lora.safetensors` is the LoRA for ComfyUI and A1111.",),
     "hgdpo_recipe.py": (
         "The paper draws otherwise: LoRA at weight 0.5, in the UNet's up blocks only, the text encoder's LoRA while",
         "the timestep is at least 900. `hgdpo_recipe.py` does that in diffusers, on the base model:",
@@ -62,16 +73,6 @@ def text(pipeline: Pipeline, config: ConfigDict, *, policy: str, pairs: str, fil
             f"- Policy: sha256 `{policy}`",
             f"- Manifest of the preference pairs: sha256 `{pairs}`",
             f"- Here: {', '.join(files)}",
-            "",
-            "    from diffusers import DiffusionPipeline",
-            "",
-            '    pipeline = DiffusionPipeline.from_pretrained("THIS_FOLDER")',
-            "",
-            "or, on the base model,",
-            "",
-            '    pipeline.load_lora_weights("THIS_FOLDER", weight_name="pytorch_lora_weights.safetensors")',
-            "",
-            "`kohya_lora.safetensors` is the same LoRA for ComfyUI and A1111.",
             *(line for file, lines in _ABOUT.items() if file in files for line in ("", *lines)),
             "",
         ]

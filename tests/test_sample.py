@@ -1,6 +1,7 @@
 """What the sampling command draws is what diffusers draws, with every part of the recipe; and what it refuses."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,11 +13,20 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from flax import nnx
+from PIL import Image
 from safetensors.numpy import save_file
 
+from hgdpo_jax import config as configuration
+from hgdpo_jax import sample
+from hgdpo_jax.assets.base import SCHEDULER
+from hgdpo_jax.data.concepts import ConceptEncoder
+from hgdpo_jax.data.photographs import list_photographs, load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.painter import Painter
+from hgdpo_jax.diffusion.samplers import sample as draw_latents
+from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.errors import UserError
 from hgdpo_jax.export import PEFT_FILE, PEFT_NORMAL_FILE, PEFT_TEXT_FILE, RECIPE, lora_weights
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.lora import add_lora
@@ -119,6 +129,7 @@ def test_the_recipe_gives_the_images_of_diffusers(
     assert np.abs(theirs(script, reference, painter) - found).max() <= 2 / 255
     others = [ours(painter, pipeline), ours(painter, pipeline, *chosen(policies, blocks, not text))]
     assert all(np.abs(other - found).max() > 4 / 255 for other in others)
+    assert painter._generate._cache_size() <= 2  # with and without the text encoder's policy
 
 
 def test_without_policies_the_images_are_those_of_the_base(

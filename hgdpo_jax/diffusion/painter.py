@@ -62,7 +62,8 @@ class Painter:
         graphs = {}
         for name, network in {**pipeline.networks, "vae": pipeline.vae}.items():
             graphs[name], self._given[name] = nnx.split(network)
-        self._given = jax.device_put(self._given, runtime.shardings(self._given, mesh))
+        self._shardings = runtime.shardings(self._given, mesh)
+        self._given = jax.device_put(self._given, self._shardings)
         self._weights = self._given
         factor = pipeline.vae.pixels_per_latent
 
@@ -124,7 +125,8 @@ class Painter:
         for policy in policies:
             for name, state in policy.items():
                 place = "early text" if name == "text" else name
-                self._weights = self._weights | {place: nnx.merge_state(self._given[name], state)}
+                merged = nnx.merge_state(self._given[name], state)
+                self._weights = self._weights | {place: jax.device_put(merged, self._shardings[name])}
 
     def keys(self, stream: str, example_ids: Sequence[str], numbers: Sequence[int]) -> jax.Array:
         """A key for each (example, number in its pool)."""

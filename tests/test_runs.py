@@ -1,0 +1,114 @@
+"""The stages beside the curriculum, from their commands to what is drawn with them."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+
+from hgdpo_jax import config as configuration
+from hgdpo_jax import pairs, sample
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.export import ADAPTER_FILE, KOHYA_FILE, KOHYA_TEXT_FILE, PEFT_FILE, PEFT_TEXT_FILE, RECIPE_FILE, export
+from hgdpo_jax.models import ip_adapter
+from hgdpo_jax.training import policy as policies
+from hgdpo_jax.training.loop import train
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def workdir(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Easy stage and text encoder, trained for two steps each on the same pairs."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny.write_pairs(folder / "stage1" / "pairs")
+    train(tiny.config(base, steps=2), folder)
+    text = tiny.config(base, "text_encoder", steps=2, params="text_lora", pairs="stage1", lora_rank=4)
+    with pytest.raises(UserError, match="text_encoder learns from the pairs of stage1: build those"):
+        pairs.build(text, folder)
+    train(text, folder)
+    return folder
+
+
+def norms(policy: dict) -> list[float]:
+    flat = nnx.to_flat_state(policy)
+    return [float(abs(x[...]).sum()) for path, x in flat if path[-1] == "lora_B"]
+
+
+def test_a_run_is_drawn_with_its_text_encoder_and_half_its_lora(workdir: Path) -> None:
+    source = sample.from_run(workdir, None, 0.5, None, True)
+    unet, text = source.policies
+    assert (set(unet), set(text)) == ({"unet"}, {"text"})
+    whole = sample.from_run(workdir, "easy", 1.0, "all", False).policies
+    assert len(whole) == 1 and sum(norms(whole[0])) > 0
+    np.testing.assert_allclose(norms(unet), [0.5 * x for x in norms(whole[0])], rtol=1e-6)
+    assert source.settings["stage"] == "stage1" and source.settings["LoRA blocks"] == "all"
+    assert sample.from_run(workdir, "base", 0.5, None, True).policies == []
+    with pytest.raises(UserError, match="stage3 was not trained"):
+        sample.from_run(workdir, "hard", 0.5, None, True)
+    with pytest.raises(UserError, match="stage2 was not trained"):
+        sample.from_run(workdir, "easy", 0.5, "up+normal", True)
+
+
+def test_only_the_up_blocks_act_for_the_blocks_up(workdir: Path) -> None:
+    (policy,) = sample.from_run(workdir, "easy", 1.0, "up", False).policies
+    flat = [(path, float(abs(x[...]).sum())) for path, x in nnx.to_flat_state(policy) if path[-1] == "lora_B"]
+    assert {("up_blocks" in path) == (size > 0) for path, size in flat} == {True}
+
+
+def test_export_writes_the_text_encoder_and_the_recipe_too(workdir: Path, tmp_path: Path) -> None:
+    export(workdir, tmp_path / "out", formats=["peft", "kohya"])
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    lora = {PEFT_FILE, KOHYA_FILE, PEFT_TEXT_FILE, KOHYA_TEXT_FILE, RECIPE_FILE}
+    assert written == lora | {"README.md", "hgdpo.json"}
+    export(workdir, tmp_path / "text", stage="text_encoder")
+    assert (tmp_path / "text" / "text_encoder" / "model.safetensors").is_file()
+    merged = pipelines.load(tmp_path / "text").text.text_encoder
+    untouched = pipelines.load(policies.stage_config(workdir, "stage1").model.base).text.text_encoder
+    ids = np.array([[49406, 320, 49407]], np.int32)
+    assert abs(merged(ids).last_hidden_state - untouched(ids).last_hidden_state).max() > 1e-4
+
+
+def adapter_config(base: Path, folder: Path) -> ConfigDict:
+    config = tiny.config(base, "personalise", steps=2, params="adapter", lambda_stat=0.0, ema=0.5)
+    config.objective = "sft"
+    config.data.resolutions = ("64x64",)
+    config.data.photographs = str(tiny.write_photographs(folder / "photographs", train=9, heldout=3))
+    config.data.update(caption_dropout=0.2, concept_dropout=0.2)
+    config.pairs.update(winner="photograph", loser="none", batch=8, shard_size=9)
+    config.adapter.image_encoder = str(tiny.write_scorer(folder / "clip"))
+    configuration.validate(config)
+    return config
+
+
+def test_an_adapter_is_trained_and_used_and_exported(base: Path, tmp_path: Path) -> None:
+    config, workdir = adapter_config(base, tmp_path), tmp_path / "run"
+    before = pipelines.weights_hash(base)
+    pairs.build(config, workdir)
+    with pytest.raises(UserError, match="personalise was not trained|personalise stands at step 0"):
+        sample.with_concept(sample.from_checkpoint(str(base)), photograph(tmp_path), config.adapter, workdir)
+    train(config, workdir)
+    assert pipelines.weights_hash(base) == before
+
+    source = sample.with_concept(sample.from_checkpoint(str(base)), photograph(tmp_path), config.adapter, workdir)
+    assert source.concept.shape == (1, 5, 8)  # 2 x 2 patches and the class token
+    fresh = policies.load(config, tiny.mesh())
+    trained, start = (nnx.state(p.adapter, nnx.Param) for p in (source.pipeline, fresh))
+    changed = [float(abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (trained, start)), strict=True)]
+    assert min(changed) > 0
+
+    export(workdir, tmp_path / "out", stage="personalise", formats=["peft"])
+    read = ip_adapter.load(tmp_path / "out" / ADAPTER_FILE, source.pipeline.unet)
+    for a, b in zip(jax.tree.leaves(nnx.state(read, nnx.Param)), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def photograph(folder: Path) -> Path:
+    return next((folder / "photographs" / "photographs").iterdir())
