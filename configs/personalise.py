@@ -27,7 +27,6 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.weight_decay = 0.01
     config.train.steps = 100_000
     if variant == "portraits":
-        config.data.split = "base"
         config.train.steps = 1500
         config.train.batch = 32
         config.train.lr = 1e-3

@@ -1,7 +1,8 @@
 """Portraits of the npm package @tabler/preview → 64×64 photographs with captions, split into base, train and held-out.
 
 python -m hgdpo_jax.assets.photographs AVATARS PORTRAITS                   the embedded photographs
-python -m hgdpo_jax.assets.photographs AVATARS PORTRAITS --views FOLDER    those that the base is trained on
+python -m hgdpo_jax.assets.photographs AVATARS PORTRAITS --views base FOLDER     those that the base is trained on
+python -m hgdpo_jax.assets.photographs AVATARS PORTRAITS --views train FOLDER    those that the adapter is trained on
 """
 
 import argparse
@@ -88,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("avatars", type=Path, help="package/dist/static/avatars")
     parser.add_argument("portraits", type=Path)
-    parser.add_argument("--views", type=Path, help="write here views of the base's photographs, and the held-out ones")
+    parser.add_argument("--views", nargs=2, help="write views of a split's photographs, and the held-out ones, here")
     arguments = parser.parse_args()
     files = {file.name: Image.open(file) for file in sorted(arguments.avatars.glob("*.jpg"))}
     pixels = {name: square(image) for name, image in files.items()}
@@ -101,13 +102,14 @@ def main() -> None:
     # Cut anew from the originals, so that no view is more blurred than a photograph.
     random = np.random.default_rng(0)
     entries = [(name, pixels[name], texts[name], "heldout") for name in pixels if places[name] == "heldout"]
-    for name in (name for name in pixels if places[name] == "base"):
+    split, out = arguments.views
+    for name in (name for name in pixels if places[name] == split):
         for number in range(VIEWS):
             size, aspect = random.uniform(0.76, 1.0), random.uniform(0.95, 1.0, 2)
             view = square(files[name], *(size * aspect), *random.uniform(0.0, 1.0, 2))
-            entries.append((f"{number}-{name}", view, texts[name], "base"))
-    write_folder(arguments.views, entries)
-    print(f"{len(entries)} photographs in {arguments.views}")
+            entries.append((f"{number}-{name}", view, texts[name], split))
+    write_folder(Path(out), entries)
+    print(f"{len(entries)} photographs in {out}")
 
 
 if __name__ == "__main__":
