@@ -29,6 +29,7 @@ def base(variant: str) -> ConfigDict:
         config.pairs.batch = 32
         config.pairs.shard_size = 32
         config.adapter.image_encoder = str(ASSETS / "portraits" / "scorer")
+        config.adapter.weights = str(ASSETS / "portraits" / "ip_adapter.safetensors")
         config.train.lr = 3e-4
         config.train.warmup = 10
         config.train.checkpoint_every = 20

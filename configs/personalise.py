@@ -27,9 +27,9 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.weight_decay = 0.01
     config.train.steps = 100_000
     if variant == "portraits":
-        config.train.steps = 1500
+        config.train.steps = 1000
         config.train.batch = 32
-        config.train.lr = 1e-3
+        config.train.lr = 2e-3
         config.train.warmup = 100
         config.train.schedule = "cosine"
         config.train.ema = 0.99
