@@ -3,8 +3,16 @@
 SDRecon noises a photograph's latent to t4…t7 (400…700 of 1000) and denoises it with ε_base; the best-scoring one
 wins over the easy stage's winner where it scores at least as high (the index set K). Diffusion-DPO alone.
 
-    python -m hgdpo_jax.pairs --config configs/stage2.py --workdir W
-    python -m hgdpo_jax.main  --config configs/stage2.py --workdir W
+    python -m hgdpo_jax.pairs --config configs/stage2.py:sd15 --workdir W
+    python -m hgdpo_jax.main  --config configs/stage2.py:sd15 --workdir W
+
+Hardware, memory of one device in a step, time of training, time of pairs:
+
+    :sd15       GPU of 24 GB            17 GiB    H100 5.3 h, A100 17 h     H100 2 s a photograph
+    :sdxl       GPU of 40 GB            21 GiB    H100 7.7 h, A100 24 h     H100 3 s a photograph
+    :portraits  two processor cores     1.8 GiB   1 to 3 minutes, measured  1 to 3 minutes
+
+sd15 and sdxl are computed, not run, as `configs/stage1.py` says: 20,000 steps of 375 and 550 TFLOP.
 """
 
 from ml_collections import ConfigDict

@@ -1,0 +1,111 @@
+"""What an optimizer step costs by the compiler's own count, without running it: memory of a device, and operations.
+
+    python -m benchmarks.step_cost CONFIG:VARIANT [--topology v5e:2x2] [--config.train.batch=8 …]
+
+VARIANT is sd15 or sdxl, whose architecture is taken; `model.base` is not read. With `pip install libtpu` one chip of a
+described TPU is compiled for; without `--topology`, the processor.
+"""
+
+import argparse
+import math
+import os
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict
+
+from hgdpo_jax import config as configuration
+from hgdpo_jax.diffusion.pipeline import MODELS, Pipeline
+from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.models.architectures import SD15, SDXL, Architecture
+from hgdpo_jax.models.convert import abstract
+from hgdpo_jax.models.lora import add_lora
+from hgdpo_jax.models.text import TextConditioner
+from hgdpo_jax.training import step as steps
+from hgdpo_jax.training.optimizer import make_optimizer
+
+
+def shapes_only(architecture: Architecture, dtype: str) -> Pipeline:
+    """The pipeline that :func:`hgdpo_jax.diffusion.pipeline.load` would give, without weights and tokenizers."""
+    models = {part: abstract(MODELS[part], config, jnp.dtype(dtype)) for part, config in architecture.configs.items()}
+    text = TextConditioner(
+        models["text_encoder"],
+        models.get("text_encoder_2"),
+        empty_ids=(49406,) + 76 * (49407,),
+        zero_empty=bool(architecture.index.get("force_zeros_for_empty_prompt", False)),
+    )
+    schedule = NoiseSchedule.from_config(architecture.scheduler)
+    return Pipeline(models["unet"], models["vae"], text, {}, schedule, architecture.scheduler, architecture.index, None)
+
+
+def operations(jaxpr: Any) -> float:
+    """Floating-point operations of all products and convolutions, recomputed ones included; the compiler's own count
+    takes the body of a loop once."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        out = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
+        if name == "dot_general":
+            shape = equation.invars[0].aval.shape
+            total += 2.0 * out * math.prod(shape[i] for i in params["dimension_numbers"][0][0])
+        elif name == "conv_general_dilated":
+            shape, outputs = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
+            total += 2.0 * out * math.prod(shape) / shape[outputs] / math.prod(params["lhs_dilation"])
+        inner = sum(operations(sub) for sub in jax.extend.core.jaxprs_in_params(params))
+        total += inner * (params["length"] if name == "scan" else 1)
+    return total
+
+
+def trace_step(config: ConfigDict, architecture: Architecture, device: Any) -> jax.stages.Traced:
+    """The jitted step of a config (LoRA of the UNet, or the whole UNet), for one device."""
+    settings, pipeline = config.train, shapes_only(architecture, config.model.dtype)
+    pipeline.unet.checkpoint(settings.checkpointing)
+    if settings.params == "lora":
+        add_lora(pipeline.unet, settings.lora_rank, settings.lora_alpha, nnx.Rngs(0))
+    denoiser, policy, frozen = steps.split(pipeline, settings.params)
+    if config.objective == "dpo":
+        loss = steps.dpo_loss(denoiser, pipeline.schedule, settings.beta, settings.lambda_stat)
+    else:
+        loss = steps.sft_loss(denoiser, pipeline.schedule, config.data.caption_dropout, config.data.concept_dropout)
+    tx = make_optimizer(settings)
+    step = steps.make_step(loss, tx, settings.accumulate, settings.ema, jax.random.key(0))
+
+    def shapes(tree: Any, dtype: Any = None) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=device), tree)
+
+    resolution = next(iter(configuration.resolutions(config).values()))
+    latent = jax.ShapeDtypeStruct((settings.batch, *pipeline.latent_shape(resolution)), jnp.float16)
+    batch = {"winner": latent, "input_ids": jax.ShapeDtypeStruct((settings.batch, 77), jnp.int32)}
+    reference: Any = {}
+    if config.objective == "dpo":
+        batch, reference = batch | {"loser": latent}, shapes(policy)
+    state = shapes(jax.eval_shape(lambda p: steps.init_state(p, tx, settings.ema), policy))
+    return step.trace(state, reference, shapes(frozen, jnp.dtype(config.model.dtype)), shapes(batch))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Memory and operations of a step, counted by the compiler.")
+    parser.add_argument("config")
+    parser.add_argument("--topology", default="", help="of a TPU, such as v5e:2x2; the processor if left out")
+    given, overrides = parser.parse_known_args()
+    config = configuration.load(given.config, [value.removeprefix("--config.") for value in overrides])
+    architecture = {"sd15": SD15, "sdxl": SDXL}[given.config.partition(":")[2]]
+    device = jax.devices("cpu")[0]
+    if given.topology:
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        device = topologies.get_topology_desc(platform="tpu", topology_name=given.topology).devices[0]
+    traced = trace_step(config, architecture, SingleDeviceSharding(device))
+    print(f"{given.config} {' '.join(overrides)}: {operations(traced.jaxpr) / 1e12:.1f} TFLOP a step", flush=True)
+    memory = traced.lower().compile().memory_analysis()
+    arguments, temporary = memory.argument_size_in_bytes / 2**30, memory.temp_size_in_bytes / 2**30
+    print(f"{given.topology or 'processor'}: {arguments:.2f} GiB of weights and state, {temporary:.2f} GiB of "
+          "temporary values", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
