@@ -1,22 +1,18 @@
-"""What an optimizer step costs by the compiler's own count, without running it: memory of a device, and operations.
+"""Floating-point operations of an optimizer step, counted on the traced step without running it.
 
-    python -m benchmarks.step_cost CONFIG:VARIANT [--topology v5e:2x2] [--config.train.batch=8 …]
+python -m benchmarks.step_cost CONFIG:VARIANT [--config.train.batch=8 …]
 
-VARIANT is sd15 or sdxl, whose architecture is taken; `model.base` is not read. With `pip install libtpu` one chip of a
-described TPU is compiled for; without `--topology`, the processor.
+VARIANT is sd15 or sdxl, whose architecture is taken; `model.base` is not read.
 """
 
 import argparse
 import math
-import os
 from typing import Any
 
 import jax
 import jax.extend
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
@@ -61,8 +57,8 @@ def operations(jaxpr: Any) -> float:
     return total
 
 
-def trace_step(config: ConfigDict, architecture: Architecture, device: Any) -> jax.stages.Traced:
-    """The jitted step of a config (LoRA of the UNet, or the whole UNet), for one device."""
+def trace_step(config: ConfigDict, architecture: Architecture) -> jax.stages.Traced:
+    """The jitted step of a config (LoRA of the UNet, or the whole UNet)."""
     settings, pipeline = config.train, shapes_only(architecture, config.model.dtype)
     pipeline.unet.checkpoint(settings.checkpointing)
     if settings.params == "lora":
@@ -76,7 +72,7 @@ def trace_step(config: ConfigDict, architecture: Architecture, device: Any) -> j
     step = steps.make_step(loss, tx, settings.accumulate, settings.ema, jax.random.key(0))
 
     def shapes(tree: Any, dtype: Any = None) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=device), tree)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), tree)
 
     resolution = next(iter(configuration.resolutions(config).values()))
     latent = jax.ShapeDtypeStruct((settings.batch, *pipeline.latent_shape(resolution)), jnp.float16)
@@ -89,22 +85,13 @@ def trace_step(config: ConfigDict, architecture: Architecture, device: Any) -> j
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory and operations of a step, counted by the compiler.")
+    parser = argparse.ArgumentParser(description="Floating-point operations of a step.")
     parser.add_argument("config")
-    parser.add_argument("--topology", default="", help="of a TPU, such as v5e:2x2; the processor if left out")
     given, overrides = parser.parse_known_args()
     config = configuration.load(given.config, [value.removeprefix("--config.") for value in overrides])
     architecture = {"sd15": SD15, "sdxl": SDXL}[given.config.partition(":")[2]]
-    device = jax.devices("cpu")[0]
-    if given.topology:
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        device = topologies.get_topology_desc(platform="tpu", topology_name=given.topology).devices[0]
-    traced = trace_step(config, architecture, SingleDeviceSharding(device))
-    print(f"{given.config} {' '.join(overrides)}: {operations(traced.jaxpr) / 1e12:.1f} TFLOP a step", flush=True)
-    memory = traced.lower().compile().memory_analysis()
-    arguments, temporary = memory.argument_size_in_bytes / 2**30, memory.temp_size_in_bytes / 2**30
-    print(f"{given.topology or 'processor'}: {arguments:.2f} GiB of weights and state, {temporary:.2f} GiB of "
-          "temporary values", flush=True)  # fmt: skip
+    count = operations(trace_step(config, architecture).jaxpr)
+    print(f"{given.config} {' '.join(overrides)}: {count / 1e12:.1f} TFLOP a step")
 
 
 if __name__ == "__main__":

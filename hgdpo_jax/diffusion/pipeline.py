@@ -5,7 +5,6 @@ repository of the Hugging Face hub at a pinned revision.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from hgdpo_jax.errors import UserError
 from hgdpo_jax.models import ldm
 from hgdpo_jax.models.architectures import recognise
 from hgdpo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
-from hgdpo_jax.models.convert import Place, abstract, from_torch, keys, read_config
+from hgdpo_jax.models.convert import Place, abstract, from_torch, keys, read_config, read_json
 from hgdpo_jax.models.ip_adapter import IPAdapter
 from hgdpo_jax.models.text import TextConditioner
 from hgdpo_jax.models.unet import UNet2DConditionModel
@@ -166,7 +165,7 @@ def _folder(folder: Path) -> Source:
     index_path = folder / "model_index.json"
     if not index_path.is_file():
         raise UserError(f"model {folder}: has no model_index.json; give a folder as diffusers writes it")
-    index = json.loads(index_path.read_text())
+    index = read_json(index_path)
     for part, kind in index.items():
         if part in (*MODELS, "tokenizer", "tokenizer_2", "scheduler") and kind[0] and not (folder / part).is_dir():
             raise UserError(f"model {folder}: has no folder {part}; its model_index.json names one")
@@ -181,14 +180,18 @@ def _folder(folder: Path) -> Source:
         open=lambda part, keys: weights[part],
         files=[file for part in parts for file in weights[part].files],
         tokenizers={
-            name: CLIPTokenizer.from_pretrained(folder / name)
-            for name in ("tokenizer", "tokenizer_2")
-            if (folder / name).is_dir()
+            name: _tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2") if (folder / name).is_dir()
         },
-        scheduler=json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
+        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
         index=index,
         licence=_licence(folder / "README.md"),
     )
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"{folder}: has neither tokenizer.json nor vocab.json; copy the folder again")
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def _licence(card: Path) -> str | None:

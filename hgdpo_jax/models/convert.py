@@ -142,15 +142,19 @@ def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
     }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises UserError when there is none or it is not JSON."""
-    path = folder / "config.json"
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a model folder. Raises UserError when there is none or it is not JSON."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; expected a model folder as diffusers writes it") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises UserError when there is none or it is not JSON."""
+    return read_json(folder / "config.json")
 
 
 def abstract(cls: Callable[..., Model], config: Mapping[str, Any], dtype: Any = jnp.float32) -> Model:
