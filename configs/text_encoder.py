@@ -5,6 +5,9 @@ It restores the alignment with the prompt that the hard stage costs, and is used
 paper does not say how long: as long as the normal and the hard stage.
 
     python -m hgdpo_jax.main --config configs/text_encoder.py --workdir W
+
+Hardware, memory and time of a step are those of configs/stage2.py: the gradient goes through the same UNet, and the
+text encoder is small beside it.
 """
 
 from ml_collections import ConfigDict
