@@ -11,9 +11,10 @@ from hgdpo_jax.diffusion.pipeline import Pipeline
 
 _ABOUT = {
     "a diffusers folder": (
+        "    import torch",
         "    from diffusers import DiffusionPipeline",
         "",
-        '    pipeline = DiffusionPipeline.from_pretrained("THIS_FOLDER")',
+        '    pipeline = DiffusionPipeline.from_pretrained("THIS_FOLDER", torch_dtype=torch.float32)',
     ),
     "pytorch_lora_weights.safetensors": (
         "On the base model:",

@@ -1,9 +1,10 @@
 """HG-DPO's inference recipe in diffusers, for the files beside this one. Needs PyTorch, diffusers and peft only.
 
+    import torch
     from diffusers import DiffusionPipeline
     from hgdpo_recipe import draw, load
 
-    pipeline = DiffusionPipeline.from_pretrained("THE_BASE_MODEL")
+    pipeline = DiffusionPipeline.from_pretrained("THE_BASE_MODEL", torch_dtype=torch.float32)
     load(pipeline, "THIS_FOLDER")
     draw(pipeline, "a portrait photograph of a woman").images[0].save("woman.png")
 
