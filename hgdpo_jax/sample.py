@@ -324,8 +324,10 @@ def main() -> None:
         source = from_checkpoint(given.model)
     source = source._replace(resolution=_size(given.size) if given.size else source.resolution)
     if given.concept:
-        adapter = configuration.default().adapter
-        adapter.update(weights=given.adapter, image_encoder=given.image_encoder, identity=given.identity)
+        config = policies.stage_config(given.workdir, policies.last_stage(given.workdir)) if given.workdir else None
+        adapter = (config or configuration.default()).adapter
+        chosen = {"weights": given.adapter, "image_encoder": given.image_encoder, "identity": given.identity}
+        adapter.update({name: value for name, value in chosen.items() if value})
         source = with_concept(source, given.concept, adapter, given.workdir)
     if given.batch < 1:
         raise UserError(f"--batch {given.batch}: must be positive")
