@@ -8,4 +8,5 @@ for stage in stage1 stage2 stage3; do
   python -m hgdpo_jax.pairs --config "configs/$stage.py:$variant" --workdir "$workdir" "$@"
   python -m hgdpo_jax.main --config "configs/$stage.py:$variant" --workdir "$workdir" "$@"
 done
-python -m hgdpo_jax.main --config "configs/text_encoder.py:$variant" --workdir "$workdir" "$@"
+python -m hgdpo_jax.main --config "configs/text_encoder.py:$variant" --workdir "$workdir" "$@" \
+  --config.train.params=text_lora  # whatever the stages train
