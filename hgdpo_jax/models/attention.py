@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from hgdpo_jax.models.resnet import checkpointed, conv, group_norm
+from hgdpo_jax.models.layers import conv, group_norm, layer_norm, linear
+from hgdpo_jax.models.resnet import checkpointed
 
 # What cross-attention looks up: for each of the UNet's, by name, its keys and values. More than one pair, [b m heads d]
 # each, is attended to one by one and the results are added.
@@ -47,10 +48,10 @@ class Attention(nnx.Module):
         self, width: int, context_width: int, heads: int, *, bias: bool, rngs: nnx.Rngs, dtype: jnp.dtype
     ) -> None:
         self.heads = heads
-        self.to_q = nnx.Linear(width, width, use_bias=bias, dtype=dtype, rngs=rngs)
-        self.to_k = nnx.Linear(context_width, width, use_bias=bias, dtype=dtype, rngs=rngs)
-        self.to_v = nnx.Linear(context_width, width, use_bias=bias, dtype=dtype, rngs=rngs)
-        self.to_out = nnx.List([nnx.Linear(width, width, dtype=dtype, rngs=rngs), Identity()])
+        self.to_q = linear(width, width, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_k = linear(context_width, width, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_v = linear(context_width, width, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.to_out = nnx.List([linear(width, width, dtype=dtype, rngs=rngs), Identity()])
 
     def split_heads(self, x: Float[Array, "b n d"]) -> Float[Array, "b n heads d_head"]:
         """The width as heads."""
@@ -73,7 +74,7 @@ class GEGLU(nnx.Module):
     """a · gelu(b) of one projection, with the exact (erf) GELU."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.proj = nnx.Linear(width, 2 * hidden, dtype=dtype, rngs=rngs)
+        self.proj = linear(width, 2 * hidden, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n f"]:
         """The first half of the projection is gated by the second."""
@@ -89,7 +90,7 @@ class FeedForward(nnx.Module):
             [
                 GEGLU(width, 4 * width, rngs=rngs, dtype=dtype),
                 Identity(),
-                nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs),
+                linear(4 * width, width, dtype=dtype, rngs=rngs),
             ]
         )
 
@@ -105,15 +106,12 @@ class BasicTransformerBlock(nnx.Module):
     """
 
     def __init__(self, width: int, context_width: int, heads: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        def norm() -> nnx.LayerNorm:
-            return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
-
         self.name = ""
-        self.norm1 = norm()
+        self.norm1 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.attn1 = Attention(width, width, heads, bias=False, rngs=rngs, dtype=dtype)
-        self.norm2 = norm()
+        self.norm2 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.attn2 = Attention(width, context_width, heads, bias=False, rngs=rngs, dtype=dtype)
-        self.norm3 = norm()
+        self.norm3 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.ff = FeedForward(width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b n d"], memory: Memory) -> Float[Array, "b n d"]:
@@ -133,14 +131,14 @@ class Transformer2DModel(nnx.Module):
         heads: int,
         layers: int,
         *,
-        linear: bool,
+        use_linear: bool,
         groups: int,
         rngs: nnx.Rngs,
         dtype: jnp.dtype,
     ) -> None:
         def project() -> nnx.Module:
-            if linear:
-                return nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+            if use_linear:
+                return linear(channels, channels, dtype=dtype, rngs=rngs)
             return conv(channels, channels, 1, rngs=rngs, dtype=dtype)
 
         self.checkpointing = "none"

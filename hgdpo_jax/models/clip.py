@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.models.layers import conv, embed, layer_norm, linear, normal
 from hgdpo_jax.models.model_config import ModelConfig, check_only
 
 _ONLY: dict[str, tuple[Any, ...]] = {"attention_dropout": (0.0, 0), "dropout": (0.0, 0), "num_channels": (3,)}
@@ -39,10 +40,10 @@ class CLIPAttention(nnx.Module):
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         self.heads = heads
-        self.k_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-        self.v_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-        self.q_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-        self.out_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.k_proj = linear(width, width, dtype=dtype, rngs=rngs)
+        self.v_proj = linear(width, width, dtype=dtype, rngs=rngs)
+        self.q_proj = linear(width, width, dtype=dtype, rngs=rngs)
+        self.out_proj = linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"], causal: bool) -> Float[Array, "b n d"]:
         """Each token sees all, or with `causal` those up to itself."""
@@ -60,8 +61,8 @@ class CLIPMLP(nnx.Module):
         self.activation = config.get("hidden_act", "quick_gelu")
         if self.activation not in _ACTIVATIONS:
             raise UserError(f"CLIP config hidden_act={self.activation!r}: expects one of {', '.join(_ACTIVATIONS)}")
-        self.fc1 = nnx.Linear(width, hidden, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden, width, dtype=dtype, rngs=rngs)
+        self.fc1 = linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = linear(hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """Applied to each token."""
@@ -69,8 +70,7 @@ class CLIPMLP(nnx.Module):
 
 
 def _norm(config: Mapping[str, Any], rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.LayerNorm:
-    eps = config.get("layer_norm_eps", 1e-5)
-    return nnx.LayerNorm(config["hidden_size"], epsilon=eps, use_fast_variance=False, dtype=dtype, rngs=rngs)
+    return layer_norm(config["hidden_size"], config.get("layer_norm_eps", 1e-5), rngs=rngs, dtype=dtype)
 
 
 class CLIPEncoderLayer(nnx.Module):
@@ -108,8 +108,8 @@ class CLIPTextEmbeddings(nnx.Module):
 
     def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         width = config["hidden_size"]
-        self.token_embedding = nnx.Embed(config["vocab_size"], width, dtype=dtype, rngs=rngs)
-        self.position_embedding = nnx.Embed(config["max_position_embeddings"], width, dtype=dtype, rngs=rngs)
+        self.token_embedding = embed(config["vocab_size"], width, dtype=dtype, rngs=rngs)
+        self.position_embedding = embed(config["max_position_embeddings"], width, dtype=dtype, rngs=rngs)
 
     def __call__(self, ids: Int[Array, "b s"]) -> Float[Array, "b s d"]:
         """Embeddings of token ids."""
@@ -143,7 +143,7 @@ class CLIPTextModelWithProjection(nnx.Module):
         self.config = ModelConfig(config)
         self.text_model = CLIPTextModel(config, rngs=rngs, dtype=dtype)
         width, out = config["hidden_size"], config["projection_dim"]
-        self.text_projection = nnx.Linear(width, out, use_bias=False, dtype=dtype, rngs=rngs)
+        self.text_projection = linear(width, out, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, input_ids: Int[Array, "b s"]) -> TextOutput:
         """As CLIPTextModel, with `pooled` projected to [b, projection_dim]."""
@@ -157,11 +157,9 @@ class CLIPVisionEmbeddings(nnx.Module):
     def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         width, patch = config["hidden_size"], config["patch_size"]
         count = (config["image_size"] // patch) ** 2 + 1
-        self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (width,)) * width**-0.5)
-        self.patch_embedding = nnx.Conv(
-            3, width, (patch, patch), strides=patch, padding="VALID", use_bias=False, dtype=dtype, rngs=rngs
-        )
-        self.position_embedding = nnx.Embed(count, width, dtype=dtype, rngs=rngs)
+        self.class_embedding = normal(rngs, (width,), width**-0.5)
+        self.patch_embedding = conv(3, width, patch, stride=patch, padding="VALID", bias=False, rngs=rngs, dtype=dtype)
+        self.position_embedding = embed(count, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b n d"]:
         """The class token comes first."""
@@ -196,7 +194,7 @@ class CLIPVisionModelWithProjection(nnx.Module):
         self.config = ModelConfig(config)
         self.vision_model = CLIPVisionModel(config, rngs=rngs, dtype=dtype)
         width, out = config["hidden_size"], config["projection_dim"]
-        self.visual_projection = nnx.Linear(width, out, use_bias=False, dtype=dtype, rngs=rngs)
+        self.visual_projection = linear(width, out, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, pixels: Float[Array, "b H W 3"]) -> VisionOutput:
         """As CLIPVisionModel, with `pooled` projected to [b, projection_dim]."""
@@ -212,8 +210,8 @@ class CLIPModel(nnx.Module):
         text, vision, out = config["text_config"], config["vision_config"], config["projection_dim"]
         self.text_model = CLIPTextModel(text, rngs=rngs, dtype=dtype)
         self.vision_model = CLIPVisionModel(vision, rngs=rngs, dtype=dtype)
-        self.visual_projection = nnx.Linear(vision["hidden_size"], out, use_bias=False, dtype=dtype, rngs=rngs)
-        self.text_projection = nnx.Linear(text["hidden_size"], out, use_bias=False, dtype=dtype, rngs=rngs)
+        self.visual_projection = linear(vision["hidden_size"], out, use_bias=False, dtype=dtype, rngs=rngs)
+        self.text_projection = linear(text["hidden_size"], out, use_bias=False, dtype=dtype, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(config.get("logit_scale_init_value", 2.6592), jnp.float32))
 
     def image_embeds(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b p"]:

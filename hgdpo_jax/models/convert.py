@@ -4,7 +4,6 @@ Modules carry upstream's names, so a state path *is* the torch key. What is left
 transposition. Conversion is total (every key is used once, every parameter is found) and bijective, bit for bit.
 """
 
-import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -18,13 +17,12 @@ import numpy as np
 from flax import nnx
 
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.models.model_config import ModelConfig
+from hgdpo_jax.models.layers import SHAPES
 from hgdpo_jax.models.weights import STEMS, open_folder, write_weights
 
 Model = TypeVar("Model", bound=nnx.Module)
 # (state path joined by dots, array) → the array on its devices.
 Place = Callable[[str, np.ndarray], jax.Array]
-_ALIGNMENT, _BLOCK = 64, 64
 # Buffers that older transformers releases saved and newer ones compute.
 _BUFFERS = ("position_ids",)
 
@@ -52,20 +50,6 @@ def from_torch_layout(leaf: str, value: np.ndarray) -> np.ndarray:
     if leaf != "kernel":
         return value
     return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
-
-
-def _copy(value: np.ndarray, dtype: Any) -> np.ndarray:
-    """A C-ordered copy, aligned so that JAX on CPU takes it over instead of copying it once more."""
-    size = value.size * jnp.dtype(dtype).itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    begin = -raw.ctypes.data % _ALIGNMENT
-    copy = raw[begin : begin + size].view(dtype).reshape(value.shape)
-    if value.flags.c_contiguous:
-        copy[...] = value
-    else:  # a transposed one: some rows of the file at a time, which the cache holds
-        for i in range(0, value.shape[-1], _BLOCK):
-            copy[..., i : i + _BLOCK] = value[..., i : i + _BLOCK]
-    return copy
 
 
 def parameters(model: nnx.Module) -> dict[tuple[Any, ...], nnx.Param]:
@@ -127,9 +111,12 @@ def from_torch(
                 f"{source}: weight {key} is {to_torch_layout(kind, value).shape}, "
                 f"its config.json asks for {_torch_shape(kind, leaf.shape)}"
             )
-        return path, leaf.replace(place(".".join(map(str, path)), _copy(value, dtype)))
+        # What is transposed, the device's client copies as it reads it. The rest it might take over as it is, and the
+        # model would then change with the file.
+        value = value.astype(dtype, copy=value.flags.c_contiguous)
+        return path, leaf.replace(place(".".join(map(str, path)), value))
 
-    # Transposing releases the GIL.
+    # Reading and transposing release the GIL.
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         nnx.update(model, nnx.from_flat_state(list(pool.map(read, expected))))
 
@@ -159,20 +146,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def abstract(cls: Callable[..., Model], config: Mapping[str, Any], dtype: Any = jnp.float32) -> Model:
     """A model without weights: shapes only, to be filled by :func:`from_torch`."""
-    # Tracing every initialiser takes seconds, and a process may load a model more than once.
-    return nnx.clone(_abstract(cls, ModelConfig(config), jnp.dtype(dtype)))
-
-
-@functools.cache
-def _abstract(cls: Callable[..., Model], config: ModelConfig, dtype: jnp.dtype) -> Model:
-    return nnx.eval_shape(lambda: cls(config, rngs=_OneKey(), dtype=dtype))
-
-
-class _OneKey:
-    """Stands in for nnx.Rngs where no initial value is computed: counting the keys would take most of the tracing."""
-
-    def params(self) -> jax.Array:
-        return jax.random.key(0)
+    return cls(config, rngs=SHAPES, dtype=jnp.dtype(dtype))
 
 
 def load_model(

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from hgdpo_jax.models.layers import conv, linear, normal
 from hgdpo_jax.models.model_config import ModelConfig
-from hgdpo_jax.models.resnet import conv
 
 # (width, blocks after the one that halves the size); the first width follows the stem, which halves it twice.
 _STAGES = ((32, 3), (64, 3), (128, 2), (256, 2))
@@ -43,7 +43,7 @@ class Residual(nnx.Module):
     def __init__(self, inputs: int, outputs: int, *, down: bool, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         self.down = down
         stride, padding = (2, "VALID") if down else (1, 1)
-        self.conv1 = nnx.Conv(inputs, outputs, (3, 3), strides=stride, padding=padding, dtype=dtype, rngs=rngs)
+        self.conv1 = conv(inputs, outputs, 3, stride=stride, padding=padding, rngs=rngs, dtype=dtype)
         self.conv2 = conv(outputs, outputs, 3, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
@@ -62,7 +62,7 @@ class FaceRecognition(nnx.Module):
     def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
         self.config = ModelConfig(config)
         width = _STAGES[0][0]
-        self.conv32_down = nnx.Conv(3, width, (7, 7), strides=2, padding="VALID", dtype=dtype, rngs=rngs)
+        self.conv32_down = conv(3, width, 7, stride=2, padding="VALID", rngs=rngs, dtype=dtype)
         self._blocks: list[str] = []
         for outputs, count in _STAGES:
             if outputs != width:
@@ -71,7 +71,7 @@ class FaceRecognition(nnx.Module):
                 self._add(f"conv{outputs}_{i}", Residual(outputs, outputs, down=False, rngs=rngs, dtype=dtype))
             width = outputs
         self._add(f"conv{width}_down_out", Residual(width, width, down=True, rngs=rngs, dtype=dtype))
-        self.fc = nnx.Linear(width, _EMBEDDING, use_bias=False, dtype=dtype, rngs=rngs)
+        self.fc = linear(width, _EMBEDDING, use_bias=False, dtype=dtype, rngs=rngs)
 
     def _add(self, name: str, block: Residual) -> None:
         self._blocks.append(name)
@@ -91,7 +91,7 @@ class DepthwiseConv(nnx.Module):
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         self.dtype = dtype
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (3, 3, 1, channels)) / 3.0)
+        self.kernel = normal(rngs, (3, 3, 1, channels), 1.0 / 3.0)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """The size stays."""
@@ -118,7 +118,7 @@ class TinyFaceDetector(nnx.Module):
     def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
         self.config = ModelConfig(config)
         first, *widths = _DETECTION_WIDTHS
-        self.conv0 = nnx.Conv(3, first, (3, 3), padding="VALID", dtype=dtype, rngs=rngs)
+        self.conv0 = conv(3, first, 3, padding="VALID", rngs=rngs, dtype=dtype)
         for i, (inputs, outputs) in enumerate(zip(_DETECTION_WIDTHS, widths, strict=False), start=1):
             setattr(self, f"conv{i}", SeparableConv(inputs, outputs, rngs=rngs, dtype=dtype))
         self.conv8 = conv(widths[-1], 5 * len(_ANCHORS), 1, rngs=rngs, dtype=dtype)

@@ -19,6 +19,7 @@ from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.attention import Identity, Memory
 from hgdpo_jax.models.clip import CLIPVisionModelWithProjection
 from hgdpo_jax.models.convert import Place, abstract, from_torch, read_config, to_torch
+from hgdpo_jax.models.layers import layer_norm, linear, normal
 from hgdpo_jax.models.model_config import ModelConfig
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.weights import Weights, open_folder, write_weights
@@ -27,17 +28,13 @@ _HEAD_WIDTH = 64  # of the Resampler; no file tells it, all have it
 _LARGEST_RESAMPLER = 1280  # SDXL's is narrower than its text
 
 
-def _norm(width: int, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.LayerNorm:
-    return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
-
-
 class ImageProjection(nnx.Module):
     """`ip_adapter`: each embedding to a few tokens by one linear layer."""
 
     def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         width = config["cross_attention_dim"]
-        self.proj = nnx.Linear(config["features"], config["tokens"] * width, dtype=dtype, rngs=rngs)
-        self.norm = _norm(width, rngs, dtype)
+        self.proj = linear(config["features"], config["tokens"] * width, dtype=dtype, rngs=rngs)
+        self.norm = layer_norm(width, rngs=rngs, dtype=dtype)
 
     def __call__(self, features: Float[Array, "b m f"]) -> Float[Array, "b t e"]:
         """t is m times the config's tokens."""
@@ -51,12 +48,12 @@ class FaceProjection(nnx.Module):
         inputs, width = config["features"], config["cross_attention_dim"]
         self.proj = nnx.List(
             [
-                nnx.Linear(inputs, 2 * inputs, dtype=dtype, rngs=rngs),
+                linear(inputs, 2 * inputs, dtype=dtype, rngs=rngs),
                 Identity(),
-                nnx.Linear(2 * inputs, config["tokens"] * width, dtype=dtype, rngs=rngs),
+                linear(2 * inputs, config["tokens"] * width, dtype=dtype, rngs=rngs),
             ]
         )
-        self.norm = _norm(width, rngs, dtype)
+        self.norm = layer_norm(width, rngs=rngs, dtype=dtype)
 
     def __call__(self, features: Float[Array, "b m f"]) -> Float[Array, "b t e"]:
         """t is m times the config's tokens."""
@@ -69,11 +66,11 @@ class PerceiverAttention(nnx.Module):
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         inner = heads * _HEAD_WIDTH
-        self.norm1 = _norm(width, rngs, dtype)
-        self.norm2 = _norm(width, rngs, dtype)
-        self.to_q = nnx.Linear(width, inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_kv = nnx.Linear(width, 2 * inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_out = nnx.Linear(inner, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm1 = layer_norm(width, rngs=rngs, dtype=dtype)
+        self.norm2 = layer_norm(width, rngs=rngs, dtype=dtype)
+        self.to_q = linear(width, inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_kv = linear(width, 2 * inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_out = linear(inner, width, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b m d"], latents: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """What is added to the latents."""
@@ -89,15 +86,15 @@ class Resampler(nnx.Module):
 
     def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         width = config["width"]
-        self.latents = nnx.Param(jax.random.normal(rngs.params(), (1, config["tokens"], width)) * width**-0.5)
-        self.proj_in = nnx.Linear(config["features"], width, dtype=dtype, rngs=rngs)
-        self.proj_out = nnx.Linear(width, config["cross_attention_dim"], dtype=dtype, rngs=rngs)
-        self.norm_out = _norm(config["cross_attention_dim"], rngs, dtype)
+        self.latents = normal(rngs, (1, config["tokens"], width), width**-0.5)
+        self.proj_in = linear(config["features"], width, dtype=dtype, rngs=rngs)
+        self.proj_out = linear(width, config["cross_attention_dim"], dtype=dtype, rngs=rngs)
+        self.norm_out = layer_norm(config["cross_attention_dim"], rngs=rngs, dtype=dtype)
 
         def feed_forward() -> nnx.List:
-            wide = nnx.Linear(width, 4 * width, use_bias=False, dtype=dtype, rngs=rngs)
-            back = nnx.Linear(4 * width, width, use_bias=False, dtype=dtype, rngs=rngs)
-            return nnx.List([_norm(width, rngs, dtype), wide, Identity(), back])
+            wide = linear(width, 4 * width, use_bias=False, dtype=dtype, rngs=rngs)
+            back = linear(4 * width, width, use_bias=False, dtype=dtype, rngs=rngs)
+            return nnx.List([layer_norm(width, rngs=rngs, dtype=dtype), wide, Identity(), back])
 
         def layer() -> nnx.List:
             return nnx.List([PerceiverAttention(width, config["heads"], rngs=rngs, dtype=dtype), feed_forward()])
@@ -123,8 +120,8 @@ class KeysValues(nnx.Module):
 
     def __init__(self, context_width: int, width: int, heads: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         self.heads = heads
-        self.to_k_ip = nnx.Linear(context_width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_v_ip = nnx.Linear(context_width, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_k_ip = linear(context_width, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_v_ip = linear(context_width, width, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "b t e"]) -> tuple[Array, Array]:
         """[b t heads d_head] each."""

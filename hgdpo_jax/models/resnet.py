@@ -7,15 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-
-def conv(inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, stride: int = 1) -> nnx.Conv:
-    """A square convolution that keeps the size at stride 1."""
-    return nnx.Conv(inputs, outputs, (size, size), strides=stride, padding=(size - 1) // 2, dtype=dtype, rngs=rngs)
-
-
-def group_norm(channels: int, groups: int, eps: float, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.GroupNorm:
-    """GroupNorm whose statistics are float32 and two-pass, like PyTorch's."""
-    return nnx.GroupNorm(channels, groups, epsilon=eps, use_fast_variance=False, dtype=dtype, rngs=rngs)
+from hgdpo_jax.models.layers import conv, group_norm, linear
 
 
 def checkpointed(function: Callable[..., Array], active: bool) -> Callable[..., Array]:
@@ -42,7 +34,7 @@ class ResnetBlock2D(nnx.Module):
         self.norm1 = group_norm(inputs, groups, eps, rngs=rngs, dtype=dtype)
         self.conv1 = conv(inputs, outputs, 3, rngs=rngs, dtype=dtype)
         if time_channels is not None:
-            self.time_emb_proj = nnx.Linear(time_channels, outputs, dtype=dtype, rngs=rngs)
+            self.time_emb_proj = linear(time_channels, outputs, dtype=dtype, rngs=rngs)
         self.norm2 = group_norm(outputs, groups, eps, rngs=rngs, dtype=dtype)
         self.conv2 = conv(outputs, outputs, 3, rngs=rngs, dtype=dtype)
         if inputs != outputs:
@@ -62,7 +54,7 @@ class Downsample2D(nnx.Module):
 
     def __init__(self, channels: int, *, asymmetric: bool = False, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         padding = ((0, 1), (0, 1)) if asymmetric else 1
-        self.conv = nnx.Conv(channels, channels, (3, 3), strides=2, padding=padding, dtype=dtype, rngs=rngs)
+        self.conv = conv(channels, channels, 3, stride=2, padding=padding, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         """Strided convolution."""

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.attention import BasicTransformerBlock, Memory, Transformer2DModel
+from hgdpo_jax.models.layers import conv, group_norm, linear
 from hgdpo_jax.models.model_config import ModelConfig, check_only
-from hgdpo_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, checkpointed, conv, group_norm
+from hgdpo_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, checkpointed
 
 # What changes the computation and is implemented in one way only; an absent key means the first value.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -60,8 +61,8 @@ class TimestepEmbedding(nnx.Module):
     """Two linear layers around a SiLU."""
 
     def __init__(self, inputs: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.linear_1 = nnx.Linear(inputs, width, dtype=dtype, rngs=rngs)
-        self.linear_2 = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.linear_1 = linear(inputs, width, dtype=dtype, rngs=rngs)
+        self.linear_2 = linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b d"]:
         """The embedding that every ResnetBlock2D adds."""
@@ -178,7 +179,7 @@ class UNet2DConditionModel(nnx.Module):
                 "context_width": context_width[level],
                 "heads": heads[level],
                 "layers": depths[level],
-                "linear": config.get("use_linear_projection", False),
+                "use_linear": config.get("use_linear_projection", False),
             }
 
         self.conv_in = conv(config.get("in_channels", 4), widths[0], 3, rngs=rngs, dtype=dtype)

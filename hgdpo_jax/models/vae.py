@@ -9,8 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from hgdpo_jax.models.attention import Attention, attend
+from hgdpo_jax.models.layers import conv, group_norm
 from hgdpo_jax.models.model_config import ModelConfig, check_only
-from hgdpo_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv, group_norm
+from hgdpo_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 
 _ONLY: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),

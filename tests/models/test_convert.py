@@ -9,8 +9,12 @@ from diffusers import UNet2DConditionModel as TorchUNet
 from flax import nnx
 
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.models.clip import CLIPModel
 from hgdpo_jax.models.convert import abstract, from_torch, load_model, save_model, to_torch
 from hgdpo_jax.models.unet import UNet2DConditionModel
+from hgdpo_jax.models.vae import AutoencoderKL
+from tests import tiny
+from tests.models import test_clip
 from tests.models.parity import numpy_weights, randomise
 from tests.models.test_unet import SD15, SDXL
 
@@ -23,6 +27,35 @@ def test_there_and_back_is_bit_for_bit(config: dict) -> None:
     back = to_torch(model)
     assert back.keys() == weights.keys()
     assert all(back[key].shape == w.shape and np.array_equal(back[key], w) for key, w in weights.items())
+
+
+CLIP = {"text_config": test_clip.TEXT, "vision_config": test_clip.VISION, "projection_dim": 6}
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [(UNet2DConditionModel, SD15), (UNet2DConditionModel, SDXL), (AutoencoderKL, tiny.TINY_VAE), (CLIPModel, CLIP)],
+    ids=["sd15", "sdxl", "vae", "clip"],
+)
+def test_an_abstract_model_has_the_shapes_of_one_with_values(cls: type[nnx.Module], config: dict) -> None:
+    real = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
+    expected, found = (nnx.to_flat_state(nnx.state(model)) for model in (real, abstract(cls, config)))
+    assert [path for path, _ in found] == [path for path, _ in expected]
+    assert all(a.shape == b.shape and a.dtype == b.dtype for (_, a), (_, b) in zip(found, expected, strict=True))
+
+
+def test_a_model_does_not_change_with_what_it_was_read_from() -> None:
+    model, weights = abstract(UNet2DConditionModel, SD15), {}
+    for key, value in numpy_weights(randomise(TorchUNet(**SD15))).items():
+        raw = np.empty(value.nbytes + 64, np.uint8)
+        aligned = raw[-raw.ctypes.data % 64 :][: value.nbytes].view(np.float32).reshape(value.shape)
+        aligned[...] = value  # where JAX could take it over
+        weights[key] = aligned
+    from_torch(weights, model)
+    before = {key: value.copy() for key, value in to_torch(model).items()}
+    for value in weights.values():
+        value[...] = 0.0
+    assert all(np.array_equal(value, before[key]) for key, value in to_torch(model).items())
 
 
 @pytest.mark.parametrize("damage", ["missing", "superfluous", "shape"])

@@ -184,7 +184,8 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(base: Path) -
 
 
 def test_adafactor_trains_with_a_smaller_state(base: Path) -> None:
-    state, metrics, *_ = run(base, tiny.mesh(), 6, optimizer="adafactor", params="all", lr=1e-4)
-    assert metrics[-1]["loss/total"] < metrics[0]["loss/total"]
+    state, metrics, *_ = run(base, tiny.mesh(), 20, optimizer="adafactor", params="all", lr=1e-4)
+    losses = [m["loss/total"] for m in metrics]  # each step draws its own noise
+    assert np.mean(losses[-6:]) < 0.95 * losses[0]
     adamw, *_ = run(base, tiny.mesh(), 0, params="all")
     assert sum(x.size for x in jax.tree.leaves(state.optimizer)) < sum(x.size for x in jax.tree.leaves(adamw.optimizer))

@@ -1,0 +1,82 @@
+"""The layers that all models are made of: Flax's, with the settings of diffusers and transformers.
+
+A model made with `rngs=SHAPES` has the shapes of its parameters instead of values: it is to be filled from a file.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class _Shapes:
+    """Stands in for nnx.Rngs. With jax.eval_shape instead, tracing all the initialisers would take over a second."""
+
+    def params(self) -> None:
+        """No key: no value."""
+
+
+SHAPES = _Shapes()
+
+
+def _initialiser(values: nnx.Initializer) -> nnx.Initializer:
+    def initial(key: jax.Array | None, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        return jax.ShapeDtypeStruct(shape, dtype) if key is None else values(key, shape, dtype)
+
+    return initial
+
+
+_fan_in = _initialiser(nnx.initializers.lecun_normal())
+_embedding = _initialiser(nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0))
+_zeros, _ones = _initialiser(nnx.initializers.zeros), _initialiser(nnx.initializers.ones)
+
+linear = partial(nnx.Linear, kernel_init=_fan_in, bias_init=_zeros)
+embed = partial(nnx.Embed, embedding_init=_embedding)
+
+
+def normal(rngs: nnx.Rngs, shape: Sequence[int], deviation: float) -> nnx.Param:
+    """A float32 parameter, normally distributed."""
+    return nnx.Param(_initialiser(nnx.initializers.normal(deviation))(rngs.params(), shape))
+
+
+def conv(
+    inputs: int,
+    outputs: int,
+    size: int,
+    *,
+    stride: int = 1,
+    padding: int | str | Sequence[tuple[int, int]] | None = None,
+    bias: bool = True,
+    rngs: nnx.Rngs,
+    dtype: jnp.dtype,
+) -> nnx.Conv:
+    """A square convolution. Unless `padding` says otherwise, one of stride 1 keeps height and width."""
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (size, size),
+        strides=stride,
+        padding=(size - 1) // 2 if padding is None else padding,
+        use_bias=bias,
+        kernel_init=_fan_in,
+        bias_init=_zeros,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def layer_norm(width: int, eps: float = 1e-5, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.LayerNorm:
+    """LayerNorm whose statistics are float32 and two-pass, like PyTorch's."""
+    return nnx.LayerNorm(
+        width, epsilon=eps, use_fast_variance=False, scale_init=_ones, bias_init=_zeros, dtype=dtype, rngs=rngs
+    )
+
+
+def group_norm(channels: int, groups: int, eps: float, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.GroupNorm:
+    """GroupNorm with the same statistics."""
+    return nnx.GroupNorm(
+        channels, groups, epsilon=eps, use_fast_variance=False, scale_init=_ones, bias_init=_zeros, dtype=dtype,
+        rngs=rngs,
+    )  # fmt: skip
