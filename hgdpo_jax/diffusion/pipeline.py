@@ -263,8 +263,9 @@ def _check_fit(source: Source) -> None:
     texts = [config for part, config in source.configs.items() if part.startswith("text_encoder")]
     channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if channels != latent:
-        raise UserError(f"model {source.name}: its UNet takes {channels} channels, as inpainting models do; the "
-                        f"latents of its VAE have {latent}")  # fmt: skip
+        kind = "as inpainting models do; " if channels == 9 else ""
+        raise UserError(f"model {source.name}: its UNet takes {channels} channels, {kind}the latents of its VAE have "
+                        f"{latent}")  # fmt: skip
     width, given = unet["cross_attention_dim"], sum(config["hidden_size"] for config in texts)
     if width != given:
         raise UserError(f"model {source.name}: its text encoders give embeddings of width {given}, its UNet reads "
@@ -315,7 +316,7 @@ def load(
             zero_empty=bool(source.index.get("force_zeros_for_empty_prompt", False)),
         ),
         tokenizers=source.tokenizers,
-        schedule=NoiseSchedule.from_config(source.scheduler),
+        schedule=NoiseSchedule.from_config(source.scheduler, f"model {source.name}: "),
         scheduler=source.scheduler,
         index=source.index,
         licence=source.licence,

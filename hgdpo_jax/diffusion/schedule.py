@@ -37,8 +37,8 @@ class NoiseSchedule:
     set_alpha_to_one: bool = True
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
-        """Reads diffusers' scheduler_config.json. Raises UserError for what is not implemented."""
+    def from_config(cls, config: Mapping[str, Any], source: str = "") -> "NoiseSchedule":
+        """Reads diffusers' scheduler_config.json. What is not implemented is a UserError that begins with `source`."""
         count = config.get("num_train_timesteps", 1000)
         start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
         shape = config.get("beta_schedule", "linear")
@@ -48,7 +48,7 @@ class NoiseSchedule:
         elif shape == "linear":
             betas = np.linspace(start, end, count, dtype=np.float64).astype(np.float32)
         else:
-            raise UserError(f"scheduler config beta_schedule={shape!r}: expects scaled_linear or linear")
+            raise UserError(f"{source}scheduler config beta_schedule={shape!r}: expects scaled_linear or linear")
         for key, values in {
             "prediction_type": ("epsilon", "v_prediction"),
             "timestep_spacing": ("leading", "trailing", "linspace"),
@@ -57,7 +57,7 @@ class NoiseSchedule:
             "thresholding": (False,),
         }.items():
             if config.get(key, values[0]) not in values:
-                raise UserError(f"scheduler config {key}={config[key]!r}: expects one of {values}")
+                raise UserError(f"{source}scheduler config {key}={config[key]!r}: expects one of {values}")
         return cls(
             alphas_cumprod=np.cumprod(1.0 - betas, dtype=np.float32),
             prediction_type=config.get("prediction_type", "epsilon"),

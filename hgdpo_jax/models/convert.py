@@ -4,6 +4,7 @@ Modules carry upstream's names, so a state path *is* the torch key. What is left
 transposition. Conversion is total (every key is used once, every parameter is found) and bijective, bit for bit.
 """
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -94,6 +95,8 @@ def from_torch(
             stored = renamed
     missing, superfluous = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
+        if any("lora" in key for key in stored):
+            raise UserError(f"{source}: holds a LoRA, not a model; give the model that it was trained on")
         raise UserError(
             f"{source}: weight {missing[0]} is missing ({len(missing)} in all); the file does not fit its config.json"
         )
@@ -129,18 +132,36 @@ def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
     }
 
 
+class _Json(dict[str, Any]):
+    """An object of a JSON file, whose missing keys are errors that name the file."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self._path}: has no {key}; copy the file again")
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a model folder. Raises UserError when there is none or it is not JSON."""
+    """A JSON file of a model folder; a key that is looked up in it and is not there is a UserError too.
+
+    Raises:
+        UserError: there is no file, or it is not a JSON object.
+    """
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text(), object_hook=functools.partial(_Json, path))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; expected a model folder as diffusers writes it") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object; expected what diffusers or transformers writes")
+    return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises UserError when there is none or it is not JSON."""
+    """config.json of a model folder; see :func:`read_json`."""
     return read_json(folder / "config.json")
 
 

@@ -1,9 +1,12 @@
 """Checkpoints as people have them: in shards, in half precision, and what is refused in one line."""
 
+import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,9 +104,10 @@ def test_parts_of_different_models_are_refused(tmp_path: Path) -> None:
     (base / "unet" / "config.json").write_text(config.replace('"cross_attention_dim": 8', '"cross_attention_dim": 24'))
     with pytest.raises(UserError, match="text encoders give embeddings of width 8, its UNet reads 24"):
         pipelines.find(str(base))
-    (base / "unet" / "config.json").write_text(config.replace('"in_channels": 8', '"in_channels": 9'))
-    with pytest.raises(UserError, match="its UNet takes 9 channels, as inpainting models do"):
-        pipelines.find(str(base))
+    for channels, message in ((9, "9 channels, as inpainting models do; the latents"), (4, "4 channels, the latents")):
+        (base / "unet" / "config.json").write_text(config.replace('"in_channels": 8', f'"in_channels": {channels}'))
+        with pytest.raises(UserError, match=f"its UNet takes {message} of its VAE have 8"):
+            pipelines.find(str(base))
 
 
 def test_another_vae_takes_the_place_of_the_checkpoints(tmp_path: Path) -> None:
@@ -127,7 +131,8 @@ def test_a_vae_file_in_the_original_layout_is_one_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [("more", "weight extra.weight is superfluous"), ("less", "is missing")]
+    ("change", "message"),
+    [("more", "weight extra.weight is superfluous"), ("less", "is missing"), ("lora", "holds a LoRA, not a model")],
 )
 def test_weights_that_do_not_fit_the_config_are_named(tmp_path: Path, change: str, message: str) -> None:
     base = tiny.write_base(tmp_path / "base")
@@ -135,12 +140,35 @@ def test_weights_that_do_not_fit_the_config_are_named(tmp_path: Path, change: st
     weights = {key: np.array(value) for key, value in Weights(path).items()}
     if change == "more":
         weights["extra.weight"] = np.zeros(3, np.float32)
-    else:
+    elif change == "less":
         del weights["conv_in.bias"]
+    else:
+        weights = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": np.zeros((4, 8), np.float32)}
     save_file(weights, path)
     with pytest.raises(UserError, match=message) as error:
         pipelines.load(base)
     assert f"{base}, unet" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("unet/config.json", lambda config: {"in_channels": 8}, "unet/config.json: has no cross_attention_dim"),
+        ("text_encoder/config.json", lambda config: {"hidden_size": 8}, "text_encoder/config.json: has no "),
+        ("vae/config.json", lambda config: {"latent_channels": 8}, "vae/config.json: has no block_out_channels"),
+        ("vae/config.json", lambda config: [config], "vae/config.json: not a JSON object"),
+        ("scheduler/scheduler_config.json", lambda config: config | {"prediction_type": "sample"},
+         "scheduler config prediction_type='sample': expects one of"),
+    ],
+)  # fmt: skip
+def test_a_config_that_does_not_tell_enough_is_named(
+    tmp_path: Path, file: str, change: Callable[[dict], Any], message: str
+) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    (base / file).write_text(json.dumps(change(json.loads((base / file).read_text()))))
+    with pytest.raises(UserError, match=message) as error:
+        pipelines.load(base)
+    assert str(base) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
