@@ -115,16 +115,26 @@ def chosen(policies: dict[str, Any], blocks: str, text: bool) -> list[Any]:
     return [recipe.weighted(policy, 0.5) for policy in (hard, *([policies["text"]] if text else []))]
 
 
-@pytest.mark.parametrize(("blocks", "text"), [("all", False), ("up", False), ("up+normal", False), ("up", True)])
+@pytest.mark.parametrize(
+    ("blocks", "given", "text"),  # None is what the stage's files ask for
+    [("all", None, False), ("up", "up", False), ("up+normal", "up+normal", False), ("up", None, True)],
+)
 def test_the_recipe_gives_the_images_of_diffusers(
-    base: Path, trained: tuple, painter: Painter, script: ModuleType, tmp_path: Path, blocks: str, text: bool
+    base: Path,
+    trained: tuple,
+    painter: Painter,
+    script: ModuleType,
+    tmp_path: Path,
+    blocks: str,
+    given: str | None,
+    text: bool,
 ) -> None:
     pipeline, policies, folder = trained
     for file in folder.iterdir():
-        if text or file.name != PEFT_TEXT_FILE:
+        if not (file.name == PEFT_TEXT_FILE and not text or file.name == PEFT_NORMAL_FILE and blocks == "all"):
             (tmp_path / file.name).symlink_to(file)
     reference = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
-    script.load(reference, tmp_path, weight=0.5, blocks=blocks)
+    script.load(reference, tmp_path, weight=0.5, blocks=given)
     found = ours(painter, pipeline, *chosen(policies, blocks, text))
     assert np.abs(theirs(script, reference, painter) - found).max() <= 2 / 255
     others = [ours(painter, pipeline), ours(painter, pipeline, *chosen(policies, blocks, not text))]

@@ -8,8 +8,8 @@
     load(pipeline, "THIS_FOLDER")
     draw(pipeline, "a portrait photograph of a woman").images[0].save("woman.png")
 
-The recipe: DPM-Solver++ with 50 steps and guidance 5; the UNet's LoRA at weight 0.5 in the up blocks only; the text
-encoder's LoRA at weight 0.5 while the timestep is at least 900.
+The recipe: DPM-Solver++ with 50 steps and guidance 5; the hard stage's LoRA of the UNet at weight 0.5 in the up blocks
+only; the text encoder's LoRA at weight 0.5 while the timestep is at least 900.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ _FILES = {
 }
 
 
-def load(pipeline, folder, weight=0.5, blocks="up"):
+def load(pipeline, folder, weight=0.5, blocks=None):
     """Gives a StableDiffusionPipeline or StableDiffusionXLPipeline of the base model the scheduler and the LoRA.
 
     Args:
@@ -33,8 +33,11 @@ def load(pipeline, folder, weight=0.5, blocks="up"):
         folder: of this file.
         weight: of all LoRA.
         blocks: where the stage's LoRA acts. `up`: in the up blocks, the others being the base's; `up+normal`: the
-            others keep the normal stage's; `all`: everywhere.
+            others keep the normal stage's; `all`: everywhere. Unless given, `up` for the hard stage, which is exported
+            with the normal stage's LoRA, and `all` for the stages before it.
     """
+    if blocks is None:
+        blocks = "up" if (Path(folder) / _FILES["normal"]).is_file() else "all"
     wanted = {"policy": {part: weight if part == "up" or blocks == "all" else 0.0 for part in ("down", "mid", "up")}}
     if blocks == "up+normal":
         wanted["normal"] = {"down": weight, "mid": weight, "up": 0.0}
