@@ -43,6 +43,7 @@ def _inputs(part: str, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _theirs(part: str, model: Any, given: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     tensors = {name: torch.from_numpy(value) for name, value in given.items()}
+    tensors = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in tensors.items()}
     channels_first = lambda x: x.permute(0, 3, 1, 2)  # noqa: E731
     with torch.no_grad():
         if part == "unet":
@@ -73,14 +74,17 @@ def _ours(part: str, model: Any, given: Mapping[str, jax.Array]) -> list[jax.Arr
 
 
 def largest_error(part: str, config: Mapping[str, Any], folder: Path) -> float:
-    """Largest error of our model's outputs relative to the standard deviation of PyTorch's, both in float32.
+    """Largest error of our model's outputs in float32 relative to the standard deviation of PyTorch's.
+
+    PyTorch computes in float32 too, the VAE in float64: its normalisations sum millions of values, and in float32
+    PyTorch itself is wrong by 2e-4 there.
 
     The weights are random and go through a folder; only one of the two models is in memory at a time.
     """
     given = _inputs(part, config)
     model = torch_model(part, config, seed=0)
-    expected = _theirs(part, model, given)
     model.save_pretrained(folder)
+    expected = _theirs(part, model.double() if part == "vae" else model, given)
     del model
     gc.collect()
     ours = load_model(pipelines.MODELS[part], folder)
