@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5 and XL at full size against diffusers, float32: `bash launch/test.sh --full`.
 
-Takes about 24 GB of memory and 40 GB of disk, and on two cores about half an hour.
+Takes about 24 GB of memory and 40 GB of disk, and on two cores about ten minutes.
 """
 
 from pathlib import Path
