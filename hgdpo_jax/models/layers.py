@@ -32,6 +32,8 @@ _fan_in = _initialiser(nnx.initializers.lecun_normal())
 _embedding = _initialiser(nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0))
 _zeros, _ones = _initialiser(nnx.initializers.zeros), _initialiser(nnx.initializers.ones)
 
+# linear(inputs, outputs): [*b inputs] → [*b outputs]; embed(count, width): ids [*b] → [*b width]. All parameters are
+# float32.
 linear = partial(nnx.Linear, kernel_init=_fan_in, bias_init=_zeros)
 embed = partial(nnx.Embed, embedding_init=_embedding)
 
@@ -52,7 +54,10 @@ def conv(
     rngs: nnx.Rngs,
     dtype: jnp.dtype,
 ) -> nnx.Conv:
-    """A square convolution. Unless `padding` says otherwise, one of stride 1 keeps height and width."""
+    """A square convolution, [b h w inputs] → [b h2 w2 outputs]; `padding` is Flax's.
+
+    Unless it is given, a convolution of stride 1 and odd size keeps height and width.
+    """
     return nnx.Conv(
         inputs,
         outputs,
@@ -68,14 +73,14 @@ def conv(
 
 
 def layer_norm(width: int, eps: float = 1e-5, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.LayerNorm:
-    """LayerNorm whose statistics are float32 and two-pass, like PyTorch's."""
+    """LayerNorm over the last axis of [*b width], whose statistics are float32 and two-pass, like PyTorch's."""
     return nnx.LayerNorm(
         width, epsilon=eps, use_fast_variance=False, scale_init=_ones, bias_init=_zeros, dtype=dtype, rngs=rngs
     )
 
 
 def group_norm(channels: int, groups: int, eps: float, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.GroupNorm:
-    """GroupNorm with the same statistics."""
+    """GroupNorm of [b h w channels] with the same statistics."""
     return nnx.GroupNorm(
         channels, groups, epsilon=eps, use_fast_variance=False, scale_init=_ones, bias_init=_zeros, dtype=dtype,
         rngs=rngs,
