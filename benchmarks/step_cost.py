@@ -6,11 +6,9 @@ VARIANT is sd15 or sdxl, whose architecture is taken; `model.base` is not read.
 """
 
 import argparse
-import math
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
@@ -23,6 +21,7 @@ from hgdpo_jax.models.convert import abstract
 from hgdpo_jax.models.lora import add_lora
 from hgdpo_jax.models.text import TextConditioner
 from hgdpo_jax.training import step as steps
+from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.optimizer import make_optimizer
 
 
@@ -37,24 +36,6 @@ def shapes_only(architecture: Architecture, dtype: str) -> Pipeline:
     )
     schedule = NoiseSchedule.from_config(architecture.scheduler)
     return Pipeline(models["unet"], models["vae"], text, {}, schedule, architecture.scheduler, architecture.index, None)
-
-
-def operations(jaxpr: Any) -> float:
-    """Floating-point operations of all products and convolutions, recomputed ones included; the compiler's own count
-    takes the body of a loop once."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        out = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
-        if name == "dot_general":
-            shape = equation.invars[0].aval.shape
-            total += 2.0 * out * math.prod(shape[i] for i in params["dimension_numbers"][0][0])
-        elif name == "conv_general_dilated":
-            shape, outputs = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
-            total += 2.0 * out * math.prod(shape) / shape[outputs] / math.prod(params["lhs_dilation"])
-        inner = sum(operations(sub) for sub in jax.extend.core.jaxprs_in_params(params))
-        total += inner * (params["length"] if name == "scan" else 1)
-    return total
 
 
 def trace_step(config: ConfigDict, architecture: Architecture) -> jax.stages.Traced:

@@ -24,10 +24,10 @@ import jax
 import numpy as np
 from transformers import CLIPTokenizer
 
-from configs import stage1
 from hgdpo_jax import config as configuration
 from hgdpo_jax import runtime
 from hgdpo_jax.config import ASSETS
+from hgdpo_jax.configs import stage1
 from hgdpo_jax.diffusion.pipeline import MODELS
 from hgdpo_jax.models.architectures import SD15, SDXL, Architecture
 from hgdpo_jax.models.convert import abstract, parameters, to_torch_layout, torch_key

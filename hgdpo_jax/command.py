@@ -1,6 +1,8 @@
 """The command line that every command shares: `--config FILE[:variant] --workdir DIR --config.key=value …`."""
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax import runtime
+from hgdpo_jax import files, runtime
 from hgdpo_jax.errors import UserError
 
 
@@ -16,14 +18,15 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[Con
     """(validated config, workdir) of a command line.
 
     Raises:
-        UserError: an argument or override that does not exist.
+        UserError: an argument or override that does not exist, or a workdir that cannot be used.
     """
     parser = argparse.ArgumentParser(
-        description=description, epilog="Any setting: --config.train.lr=1e-5 (see hgdpo_jax/config.py)."
+        description=description, epilog="Any setting: --config.train.lr=1e-5 (see docs/settings.md)."
     )
     parser.add_argument("--config", required=True, help="config file with its variant, configs/stage1.py:portraits")
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the run")
     known, rest = parser.parse_known_args(arguments)
+    files.require_plain(known.workdir)
     overrides = []
     for argument in rest:
         if not argument.startswith("--config."):
@@ -33,10 +36,30 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[Con
 
 
 def run(command: Callable[[], None]) -> None:
-    """Runs a command; what the user did wrong becomes one line on stderr and exit code 1."""
+    """Runs a command. What the user did wrong, and a full disk, become one line on stderr and exit code 1; Ctrl-C one
+    line and exit code 130."""
     try:
-        runtime.start(Path.home() / ".cache" / "hgdpo_jax" / "compiled")
+        runtime.start()
         command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end(f"error: {error}", 1)
+    except KeyboardInterrupt:
+        _end("stopped; the same command goes on from what is finished", 130)
+    except Exception as error:
+        reason = _full_disk(error)
+        if reason is None:
+            raise
+        _end(f"error: {reason}; free some disk space, the same command then goes on", 1)
+
+
+def _end(line: str, code: int) -> None:
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+def _full_disk(error: BaseException) -> str | None:
+    """What an error says of a full disk, if it is about one. Some libraries raise classes of their own."""
+    text = " ".join(str(error).split())
+    if any(os.strerror(code) in text for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        return text
+    return _full_disk(error.__cause__) if error.__cause__ else None

@@ -5,7 +5,6 @@ python -m hgdpo_jax.evaluate --config configs/stage3.py[:variant] --workdir W
 Every model draws the same prompts from the same seeds. What a model drew is kept in W/evaluation and not drawn again.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,14 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from hgdpo_jax import command, runtime
+from hgdpo_jax import command, files, provenance, runtime
 from hgdpo_jax import config as configuration
-from hgdpo_jax.data.pairs import write_json
+from hgdpo_jax.curriculum.selection import require_finite
 from hgdpo_jax.data.photographs import SPLITS, list_photographs, load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.painter import Painter
+from hgdpo_jax.files import index_of, json_hash, whole, write_json
+from hgdpo_jax.models.convert import folder_hash
 from hgdpo_jax.scoring import personalised, report
 from hgdpo_jax.scoring.appearance import hue_distance, hue_vector, sharpness
 from hgdpo_jax.scoring.distance import frechet_distance, kernel_distance
@@ -83,12 +84,22 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Draws, measures and writes results.json and report.html; returns what results.json holds.
 
     Raises:
-        UserError: a stage up to `config.stage` is not finished, or an input is missing.
+        UserError: a stage up to `config.stage` is not finished or has another base, an input is missing, a score is not
+            finite, or another command evaluates this run.
     """
+    with runtime.owned(workdir / "evaluation"):
+        return _evaluate(config, workdir)
+
+
+def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     settings, resolution = config.evaluate, next(iter(configuration.resolutions(config).values()))
-    mesh = runtime.local_mesh()
+    files.require_plain(workdir)
+    mesh, index = runtime.local_mesh(), index_of(workdir)
     models = {name: stages for name, stages in MODELS.items() if _asked(config, workdir, stages)}
     configs = {stage: policies.stage_config(workdir, stage) for stages in models.values() for stage in stages}
+    base = pipelines.content_hash(config.model.base, config.model.vae, index)
+    for stage in configs:
+        policies.require_base(workdir, stage, base)
     pipeline = policies.load(config, mesh, *(c for stage, c in configs.items() if stage == policies.TEXT_ENCODER))
     pipeline, encoder = policies.with_trained_adapter(pipeline, config.adapter, workdir, mesh)
     painter = Painter(
@@ -119,22 +130,27 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     keys = painter.keys("evaluate", [p.id for p in prompts], numbers)
     shown = np.arange(0, len(prompts), settings.images_per_prompt)[: report.COLUMNS]
     (workdir / "evaluation").mkdir(parents=True, exist_ok=True)
-    inputs = [pipelines.weights_hash(config.model.base, config.model.vae),
-              pipelines.weights_hash(config.pairs.scorer), config.seed, config.data.resolutions[0],
-              configuration.to_json(config)["evaluate"], [p.id for p in held]]  # fmt: skip
+    settings_of_drawing = ("seed", "model.dtype", "data.resolutions", "evaluate.sampler", "evaluate.steps",
+                           "evaluate.guidance", "evaluate.images_per_prompt")  # fmt: skip
+    inputs = provenance.settings(config, settings_of_drawing) | {
+        provenance.content("model.base"): base,
+        provenance.content("pairs.scorer"): folder_hash(config.pairs.scorer, index),
+        provenance.content("captions.jsonl"): [[p.id, p.caption] for p in held],
+    }
+    index.save()
     drawn: dict[str, Drawn] = {}
     for name, stages in models.items():
-        mark = repr([*(tree_hash(trained[stage]) for stage in stages), *inputs])
+        mark = json_hash([[tree_hash(trained[stage]) for stage in stages], inputs])
         path = workdir / "evaluation" / f"{name}.npz"
         found = dict(np.load(path)) if path.is_file() else {}
         if str(found.get("mark")) != mark:
             painter.use(*(trained[stage] for stage in stages))
             latents = painter.generate(ids, keys, resolution, f"draw {name}")
             found = painter.measure(latents, {"input_ids": ids}, look, f"measure {name}")
+            require_finite(found["score"], prompts, config.pairs.scorer)
             found |= {"pictures": painter.decode(latents[shown], "decode"), "mark": np.array(mark)}
-            temporary = path.with_suffix(".partial.npz")
-            np.savez(temporary, **found)
-            os.replace(temporary, path)
+            with whole(path) as temporary:
+                np.savez(temporary, **found)
         drawn[name] = found
 
     photographs, heldout = _photographs(config, resolution, painter, look, pipeline)
@@ -176,8 +192,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         people=shown_people,
         distances=results.get("personalised", {}),
     )
-    (workdir / ".report.partial").write_text(page)
-    os.replace(workdir / ".report.partial", workdir / "report.html")
+    with whole(workdir / "report.html") as temporary:
+        temporary.write_text(page)
     return results
 
 

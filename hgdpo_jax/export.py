@@ -1,28 +1,29 @@
 """A run's last stage → what other programs load: a diffusers folder (LoRA merged), its LoRA in two forms, the recipe.
 
-python -m hgdpo_jax.export --workdir W --out DIR [--stage stage3] [--format diffusers,peft,kohya]
+python -m hgdpo_jax.export --workdir W --out DIR [--stage stage3] [--format diffusers,peft,kohya] [--base DIR]
 """
 
 import argparse
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
+from ml_collections import ConfigDict
 
 from hgdpo_jax import command, model_card, runtime
 from hgdpo_jax import config as configuration
-from hgdpo_jax.data.pairs import file_hash, write_json
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import file_hash, whole, write_json
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.convert import save_model
 from hgdpo_jax.models.ldm import unet_name
 from hgdpo_jax.models.lora import merge_lora, to_kohya, to_peft
+from hgdpo_jax.models.weights import write_weights
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.checkpoints import tree_hash
 
@@ -35,11 +36,20 @@ ADAPTER_FILE = "ip_adapter.safetensors"
 RECIPE, RECIPE_FILE = configuration.ASSETS / "diffusers_recipe.py", "hgdpo_recipe.py"
 
 
-def export(workdir: Path, out: Path, stage: str | None = None, formats: Sequence[str] = FORMATS) -> None:
-    """Writes `out`, under a temporary name first. A fully fine-tuned policy has no LoRA files.
+def export(
+    workdir: Path, out: Path, stage: str | None = None, formats: Sequence[str] = FORMATS, base: str | None = None
+) -> None:
+    """Writes `out`, all of it or nothing. A fully fine-tuned policy has no LoRA files.
+
+    Args:
+        workdir: of the run.
+        out: folder to write.
+        stage: to export; the last that was started unless given.
+        formats: some of FORMATS.
+        base: where the run's base model is, if it was moved.
 
     Raises:
-        UserError: no finished stage, an unknown format, or `out` holds something else.
+        UserError: no finished stage, an unknown format, another base, or `out` holds something else.
     """
     for name in formats:
         if name not in FORMATS:
@@ -55,12 +65,13 @@ def export(workdir: Path, out: Path, stage: str | None = None, formats: Sequence
     if config.train.params == "all" and "diffusers" not in formats:
         raise UserError(f"--format {','.join(formats)}: {stage} trained all parameters and has no LoRA; add diffusers")
     config.model.dtype = "float32"  # what is merged into is kept in full precision
+    content = policies.find_base(workdir, config, base)
     pipeline = policies.load(config, runtime.local_mesh(), *(configs[name] for name in beside if name != stage))
     trained = {name: policies.finished(workdir, name, policies.of(pipeline, c)) for name, c in configs.items()}
     origin = {
         "stage": stage,
         "policies": {name: tree_hash(policy) for name, policy in trained.items()},
-        "base": str(config.model.base),
+        "base": content,
         "formats": [name for name in FORMATS if name in formats],
     }
     mark = out / "hgdpo.json"
@@ -69,10 +80,32 @@ def export(workdir: Path, out: Path, stage: str | None = None, formats: Sequence
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: holds something else; choose another --out")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    written = []
+    with runtime.owned(out), whole(out) as partial:
+        partial.mkdir()
+        written = _write(pipeline, workdir, partial, stage, configs, trained, formats, origin)
+    print(f"{out}: {stage} as {', '.join(written)}")
+
+
+def _write(
+    pipeline: pipelines.Pipeline,
+    workdir: Path,
+    folder: Path,
+    stage: str,
+    configs: Mapping[str, ConfigDict],
+    trained: Mapping[str, Any],
+    formats: Sequence[str],
+    origin: Mapping[str, Any],
+) -> list[str]:
+    """Writes policies, model, recipe, card and origin into an empty folder; returns what it wrote.
+
+    Args:
+        pipeline: with the parameters of all stages in `configs`, float32.
+        workdir, stage, formats: see :func:`export`.
+        folder: to write into.
+        configs, trained: of each stage that is written, the exported one last.
+        origin: what hgdpo.json says.
+    """
+    config, text, written = configs[stage], policies.TEXT_ENCODER, []
     lora_files = {name: {"peft": PEFT_NORMAL_FILE} for name in trained} | {
         stage: {"peft": PEFT_FILE, "kohya": KOHYA_FILE},
         text: {"peft": PEFT_TEXT_FILE, "kohya": KOHYA_TEXT_FILE},
@@ -80,32 +113,29 @@ def export(workdir: Path, out: Path, stage: str | None = None, formats: Sequence
     for name, policy in trained.items():
         policies.put(pipeline, policy)
         if configs[name].train.params == "adapter":
-            ip_adapter.save(pipeline.adapter, partial / ADAPTER_FILE)
+            ip_adapter.save(pipeline.adapter, folder / ADAPTER_FILE)
             written.append(ADAPTER_FILE)
         elif configs[name].train.params != "all":
             part, train = ("text" if name == text else "unet"), configs[name].train
             for kind, file in lora_files[name].items():
                 if kind in formats:
                     metadata = _metadata(pipeline, kind, train.lora_rank, train.lora_alpha)
-                    save_file(lora_weights(pipeline.models, kind, part), partial / file, metadata)
+                    write_weights(folder / file, lora_weights(pipeline.models, kind, part), np.float32, metadata)
                     written.append(file)
     if PEFT_FILE in written:
-        shutil.copyfile(RECIPE, partial / RECIPE_FILE)
+        shutil.copyfile(RECIPE, folder / RECIPE_FILE)
         written.append(RECIPE_FILE)
     for name, model in pipeline.models.items():
         if name == "unet" or stage == text:
             merge_lora(model)
     if "diffusers" in formats:
-        _write_folder(pipeline, partial)
+        _write_folder(pipeline, folder)
         written.append("a diffusers folder")
     manifest = workdir / (config.train.pairs or stage) / "pairs" / "manifest.json"
     card = model_card.text(pipeline, config, policy=origin["policies"][stage], pairs=file_hash(manifest), files=written)
-    (partial / "README.md").write_text(card)
-    write_json(partial / "hgdpo.json", origin)
-    if out.exists():
-        out.rmdir()
-    os.replace(partial, out)
-    print(f"{out}: {stage} as {', '.join(written)}")
+    (folder / "README.md").write_text(card)
+    write_json(folder / "hgdpo.json", origin)
+    return written
 
 
 def lora_weights(models: Mapping[str, nnx.Module], kind: str, part: str) -> dict[str, np.ndarray]:
@@ -134,10 +164,9 @@ def lora_weights(models: Mapping[str, nnx.Module], kind: str, part: str) -> dict
 def _metadata(pipeline: pipelines.Pipeline, kind: str, rank: int, alpha: float) -> dict[str, str]:
     """What programs that read kohya's files look for in their header."""
     if kind == "peft":
-        return {"format": "pt"}
+        return {}
     xl = "text_encoder_2" in pipeline.models
     return {
-        "format": "pt",
         "modelspec.architecture": f"stable-diffusion-{'xl-v1-base' if xl else 'v1'}/lora",
         "ss_base_model_version": "sdxl_base_v1-0" if xl else "sd_v1",
         "ss_network_module": "networks.lora",
@@ -162,8 +191,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--stage", help="stage to export; the last finished one unless given")
     parser.add_argument("--format", default=",".join(FORMATS), help="some of %(default)s, with commas between")
+    parser.add_argument("--base", help="where the run's base model is now, if it was moved")
     arguments = parser.parse_args()
-    export(arguments.workdir, arguments.out, arguments.stage, arguments.format.split(","))
+    export(arguments.workdir, arguments.out, arguments.stage, arguments.format.split(","), arguments.base)
 
 
 if __name__ == "__main__":

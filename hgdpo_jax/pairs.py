@@ -5,61 +5,152 @@ python -m hgdpo_jax.pairs --config configs/stage1.py[:variant] --workdir W
 Shards appear one by one in W/stageN/pairs; a run that was stopped goes on with the next one.
 """
 
+import logging
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from hgdpo_jax import command, runtime
+from hgdpo_jax import command, files, provenance, runtime
 from hgdpo_jax import config as configuration
-from hgdpo_jax.curriculum.selection import make_records
+from hgdpo_jax.curriculum.selection import make_records, uses_pixels
 from hgdpo_jax.data import pairs as shards
-from hgdpo_jax.data.concepts import encoder_of
-from hgdpo_jax.data.photographs import by_shape, list_photographs
+from hgdpo_jax.data.concepts import encoder_hash, encoder_of
+from hgdpo_jax.data.photographs import Photograph, by_shape, list_photographs, load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import Index, index_of, json_hash
+from hgdpo_jax.models.convert import folder_hash
 from hgdpo_jax.scoring.preference import Scorer
+
+
+def depends_on(config: ConfigDict) -> list[str]:
+    """The settings that decide what the pairs are. Only rounding depends on `pairs.batch`."""
+    pairs = config.pairs
+    keys = ["seed", "model.dtype", "data.split", "data.mirror", "data.resolutions", "pairs.winner", "pairs.loser"]
+    keys += ["pairs.keep_if_winner_scores_higher", "pairs.shard_size"]
+    keys += ["pairs.pool_size"] if "pool" in (pairs.winner, pairs.loser) else []
+    keys += ["pairs.strengths"] if pairs.winner == "sdrecon" else []
+    keys += ["pairs.sampler", "pairs.steps", "pairs.guidance"] if pairs.winner != "photograph" else []
+    return keys + (["adapter.kind"] if config.train.params == "adapter" else [])
+
+
+def made_from(
+    config: ConfigDict, photographs: Mapping[str, Sequence[Photograph]], earlier: shards.Pairs | None, index: Index
+) -> dict[str, Any]:
+    """What the pairs of a config are made from; see :mod:`hgdpo_jax.provenance`."""
+    inputs = {
+        "model.base": pipelines.content_hash(config.model.base, config.model.vae, index),
+        "captions.jsonl": json_hash({role: [[p.id, p.caption] for p in photographs[role]] for role in photographs}),
+    }
+    if config.pairs.loser != "none":
+        inputs["pairs.scorer"] = folder_hash(config.pairs.scorer, index)
+    if earlier:
+        inputs[f"the pairs of {config.pairs.loser.partition('/')[0]}"] = earlier.hash
+    if config.train.params == "adapter":
+        inputs["the concept encoder"] = encoder_hash(config, index)
+    return provenance.settings(config, depends_on(config)) | {provenance.content(k): v for k, v in inputs.items()}
 
 
 def build(config: ConfigDict, workdir: Path) -> None:
     """Builds all shards of `config.stage` that are not there yet.
 
     Raises:
-        UserError: an input is missing or broken, or the folder holds shards of another config.
+        UserError: an input is missing or broken, the folder holds shards of other settings or inputs, or another
+            command is building them.
     """
     if config.train.pairs:
         raise UserError(f"{config.stage} learns from the pairs of {config.train.pairs}: build those")
-    settings, folder = config.pairs, workdir / config.stage / "pairs"
-    earlier_stage = settings.loser.partition("/")[0] if settings.loser.startswith("stage") else None
-    earlier = shards.open_stage(workdir, earlier_stage) if earlier_stage else None
-    resolutions = configuration.resolutions(config)
+    files.require_plain(workdir)
+    folder, index = workdir / config.stage / "pairs", index_of(workdir)
+    loser = config.pairs.loser
+    earlier = shards.open_stage(workdir, loser.partition("/")[0], index) if loser.startswith("stage") else None
     photographs = {
-        name: list_photographs(config.data.photographs, split, mirror=config.data.mirror)
-        for name, split in (("train", config.data.split), ("heldout", "heldout"))
+        role: list_photographs(config.data.photographs, split, mirror=config.data.mirror)
+        for role, split in (("train", config.data.split), ("heldout", "heldout"))
     }
-    if settings.loser != "none" and not settings.scorer:
+    if loser != "none" and not config.pairs.scorer:
         raise UserError("config key pairs.scorer: is empty; set it to the folder of a CLIPModel such as PickScore v1")
-    made_from = {
-        "config": {key: configuration.to_json(config)[key] for key in ("pairs", "data", "seed")},
-        "base model": pipelines.weights_hash(config.model.base, config.model.vae),
-        "captions.jsonl": shards.file_hash(Path(config.data.photographs) / "captions.jsonl"),
-        "scorer": pipelines.weights_hash(settings.scorer) if settings.loser != "none" else "",
-        "earlier stage": earlier.hash if earlier else "",
-    }
-    if config.train.params == "adapter":
-        face_id = config.adapter.kind == "face_id"
-        made_from["adapter kind"] = config.adapter.kind
-        made_from["image encoder"] = (
-            config.adapter.identity if face_id else pipelines.weights_hash(config.adapter.image_encoder)
-        )
-    if shards.begin(folder, made_from):
-        print(f"{folder}: already built")
-        return
+    inputs = made_from(config, photographs, earlier, index)
+    with runtime.owned(folder):
+        finished = shards.begin(folder, inputs)
+        plan = _plan(config, folder, photographs, earlier, index)
+        todo = _todo(plan[jax.process_index() :: jax.process_count()], finished, index if uses_pixels(config) else None)
+        if finished and not todo:
+            print(f"{folder}: already built")
+        else:
+            _make(config, plan, todo, earlier, index)
+        index.save()
+    done = shards.open_stage(workdir, config.stage, index)
+    index.save()
+    for role, sources in done.sources.items():
+        found = sum(map(len, sources))
+        print(f"{folder}: {found} of {len(photographs[role])} {role} photographs have a pair")
+
+
+class Part(NamedTuple):
+    """A shard: its file, train or heldout, the name of its resolution, its photographs."""
+
+    path: Path
+    role: str
+    resolution: str
+    photographs: Sequence[Photograph]
+
+
+def _plan(
+    config: ConfigDict,
+    folder: Path,
+    photographs: Mapping[str, Sequence[Photograph]],
+    earlier: shards.Pairs | None,
+    index: Index,
+) -> list[Part]:
+    """All shards of a stage. K: where an earlier stage kept no pair, there is none."""
+    plan, size = [], config.pairs.shard_size
+    for role, listed in photographs.items():
+        kept = earlier.by_id(role) if earlier else {}
+        chosen = [p for p in listed if p.id in kept] if earlier else listed
+        for name, bucket in by_shape(chosen, configuration.resolutions(config), index).items():
+            count = math.ceil(len(bucket) / size)
+            for i in range(count):
+                path = shards.shard_path(folder, f"{role}_{name}", i, count)
+                plan.append(Part(path, role, name, bucket[i * size : (i + 1) * size]))
+    return plan
+
+
+def _todo(plan: Sequence[Part], finished: bool, index: Index | None) -> list[Part]:
+    """The shards that are to be made. Finished pairs are never made anew: somebody may have learnt from them.
+
+    Args:
+        plan: shards of this process.
+        finished: whether all were there once.
+        index: of the photographs' content, where their pixels are used.
+    """
+    todo = []
+    for part in plan:
+        if not shards.is_there(part.path):
+            todo.append(part)
+        elif not shards.is_made_of(part.path, shards.examples_of(part.photographs, index)):
+            if finished:
+                logging.warning("pair shard %s: a photograph that could not be read has changed since; remove the "
+                                "shard and run again to take it in", part.path)  # fmt: skip
+            else:
+                todo.append(part)
+    return todo
+
+
+def _make(
+    config: ConfigDict, plan: Sequence[Part], todo: Sequence[Part], earlier: shards.Pairs | None, index: Index
+) -> None:
+    """Makes shards and, once all of the plan are there, the manifest."""
+    settings, resolutions = config.pairs, configuration.resolutions(config)
     mesh, dtype = runtime.local_mesh(), config.model.dtype
+    print(f"{config.stage} pairs: {runtime.describe(mesh)}, {settings.batch} images at a time")
     pipeline = pipelines.load(
         config.model.base, dtype, vae=config.model.vae, param_dtype=dtype, place=runtime.placer(mesh)
     )
@@ -80,30 +171,33 @@ def build(config: ConfigDict, workdir: Path) -> None:
         earlier.require(latents)
     concept = concepts.nothing.shape[1:] if concepts else None
     schema = shards.features(next(iter(latents.values()))[2], tokens, settings.loser != "none", concept)
-    paths: dict[str, list[Path]] = {}
-    for role, listed in photographs.items():
-        records = earlier.by_id(role) if earlier else {}
-        if earlier:  # K: where an earlier stage kept no pair, there is none here
-            listed = [photograph for photograph in listed if photograph.id in records]
-        for name, bucket in by_shape(listed, resolutions).items():
-            split, count = f"{role}_{name}", math.ceil(len(bucket) / settings.shard_size)
-            paths[split] = [shards.shard_path(folder, split, i, count) for i in range(count)]
-            mine = range(jax.process_index(), count, jax.process_count())
-            for i in tqdm(mine, desc=f"{config.stage} pairs, {role} {name}", unit="shard"):
-                if paths[split][i].is_file():
-                    continue
-                part = bucket[i * settings.shard_size : (i + 1) * settings.shard_size]
-                made = make_records(
-                    config, painter, scorer, part, resolutions[name], pipeline.tokenize, records, concepts
-                )
-                shards.write_shard(paths[split][i], schema, made)
+    records = {role: earlier.by_id(role) if earlier else {} for role in {part.role for part in todo}}
+    for part in tqdm(todo, desc=f"{config.stage} pairs", unit="shard"):
+        readable, images, content = part.photographs, None, None
+        if uses_pixels(config):
+            readable, images = load_images(part.photographs, resolutions[part.resolution])
+            content = index
+        made = make_records(
+            config,
+            painter,
+            scorer,
+            readable,
+            images,
+            resolutions[part.resolution],
+            pipeline.tokenize,
+            records[part.role],
+            concepts,
+        )
+        ids = {photograph.id for photograph in readable}
+        examples = [e._replace(readable=e.id in ids) for e in shards.examples_of(part.photographs, content)]
+        shards.write_shard(part.path, schema, made, examples)
+        index.save()
     multihost_utils.sync_global_devices("pairs")
     if jax.process_index() == 0:
-        shards.finish(folder, schema, paths, latents)
-    done = shards.open_stage(workdir, config.stage)
-    for role, sources in done.sources.items():
-        found = sum(map(len, sources))
-        print(f"{folder}: {found} of {len(photographs[role])} {role} photographs have a pair")
+        splits: dict[str, list[Path]] = {}
+        for part in plan:
+            splits.setdefault(f"{part.role}_{part.resolution}", []).append(part.path)
+        shards.finish(plan[0].path.parent, schema, splits, latents)
 
 
 def main() -> None:

@@ -3,7 +3,10 @@
 import math
 import os
 import re
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from hgdpo_jax import files
 from hgdpo_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -33,7 +37,7 @@ SHARDING_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
-def start(compilation_cache: Path | None = None) -> None:
+def start() -> None:
     """Joins the other processes of a multi-host run and turns on the persistent compilation cache.
 
     On a Cloud TPU pod, under Slurm or in a GKE JobSet, JAX finds the coordinator by itself once told to; a single
@@ -41,12 +45,20 @@ def start(compilation_cache: Path | None = None) -> None:
     """
     if os.environ.get("HGDPO_DISTRIBUTED") == "1":
         jax.distributed.initialize()
-    if compilation_cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        try:
+            folder = Path.home() / ".cache" / "hgdpo_jax" / "compiled"
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except (OSError, RuntimeError) as error:  # the latter where there is no home
+            print(f"no compilation cache: {error}; set JAX_COMPILATION_CACHE_DIR to a folder", file=sys.stderr)
+        else:
+            jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def make_mesh(config: ConfigDict) -> Mesh:
-    """The mesh (data, fsdp, tensor) over all devices of all processes.
+    """The mesh (data, fsdp, tensor) over all devices of all processes; see `mesh` in the settings.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.
@@ -67,6 +79,18 @@ def local_mesh() -> Mesh:
     """This process's own devices along `data`: work that needs no other process, such as drawing candidates."""
     devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
     return Mesh(devices, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def owned(folder: Path) -> AbstractContextManager[None]:
+    """See :func:`hgdpo_jax.files.owned`; one process owns it for all."""
+    return files.owned(folder) if jax.process_index() == 0 else nullcontext()
+
+
+def describe(mesh: Mesh) -> str:
+    """Backend, devices and mesh in words."""
+    kinds = sorted({device.device_kind for device in mesh.devices.flat})
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return f"{jax.default_backend()}, {mesh.size} x {' and '.join(kinds)}, mesh {axes}"
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -126,9 +150,9 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
-def to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """The whole array on every process."""
-    if array.is_fully_addressable:
+    if isinstance(array, np.ndarray) or array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 

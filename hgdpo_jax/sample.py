@@ -31,11 +31,12 @@ from transformers import CLIPTokenizer
 
 from hgdpo_jax import command, runtime
 from hgdpo_jax import config as configuration
-from hgdpo_jax.data.pairs import file_hash, write_json
+from hgdpo_jax.config import Range
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import file_hash, write_json
 from hgdpo_jax.scoring.pictures import contact_sheet, to_uint8, write_png
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.checkpoints import tree_hash
@@ -56,7 +57,9 @@ class Source(NamedTuple):
     concept: np.ndarray | None = None
 
 
-def from_run(workdir: Path, stage: str | None, weight: float, blocks: str | None, text_encoder: bool) -> Source:
+def from_run(
+    workdir: Path, stage: str | None, weight: float, blocks: str | None, text_encoder: bool, base: str | None = None
+) -> Source:
     """A run's stage under HG-DPO's recipe.
 
     Args:
@@ -66,13 +69,16 @@ def from_run(workdir: Path, stage: str | None, weight: float, blocks: str | None
         blocks: where the stage's LoRA acts: `all`; `up`, the other blocks being the base's; `up+normal`, the others
             keeping the normal stage's. Unless given, `up` for hard and `all` for others.
         text_encoder: also use the text encoder's LoRA, where it was trained.
+        base: where the run's base model is, if it was moved.
 
     Raises:
-        UserError: the stage is not finished, or trained all parameters where LoRA is asked for.
+        UserError: the stage is not finished, the base is another, or the stage trained all parameters where LoRA is
+            asked for.
     """
     folder = policies.last_stage(workdir) if stage is None else STAGES[stage]
     config = policies.stage_config(workdir, folder or policies.last_stage(workdir))
-    settings: dict[str, Any] = {"model": config.model.base, "stage": folder or "base"}
+    content = policies.find_base(workdir, config, base)
+    settings: dict[str, Any] = {"model": config.model.base, "base": content, "stage": folder or "base"}
     text = policies.TEXT_ENCODER
     with_text = text_encoder and folder is not None and (workdir / text / "config.json").is_file()
     text_config = [policies.stage_config(workdir, text)] if with_text else []
@@ -103,7 +109,7 @@ def from_checkpoint(model: str) -> Source:
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     pipeline = pipelines.load(model, dtype, param_dtype=dtype, place=runtime.placer(runtime.local_mesh()))
     side = pipeline.unet.config.get("sample_size", 64) * pipeline.vae.pixels_per_latent
-    return Source(pipeline, [], (side, side), {"model": model})
+    return Source(pipeline, [], (side, side), {"model": model, "base": pipelines.content_hash(model)})
 
 
 def with_concept(source: Source, concept: Path, adapter: ConfigDict, workdir: Path | None) -> Source:
@@ -191,7 +197,7 @@ def warn_of_long(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> None:
 
 
 def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder of a run's images, or finds it again.
+    """Makes the folder of a run's images, or finds it again. The model counts by its content, not by its place.
 
     Raises:
         UserError: it holds anything else.
@@ -199,9 +205,10 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
     mark = out / "settings.json"
     if mark.is_file():
         found, wanted = json.loads(mark.read_text()), json.loads(json.dumps(settings))
-        if found != wanted:
-            other = next(key for key in {**found, **wanted} if found.get(key) != wanted.get(key))
-            raise UserError(f"--out {out}: holds images of another run (other {other}); choose another folder")
+        other = [key for key in {**found, **wanted} if key != "model" and found.get(key) != wanted.get(key)]
+        if other:
+            values = f"{other[0]} {found.get(other[0])!r}, now it is {wanted.get(other[0])!r}"
+            raise UserError(f"--out {out}: holds images of another run ({values}); choose another folder")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: holds something else; choose another folder")
     else:
@@ -285,6 +292,15 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _check(given: argparse.Namespace) -> None:
+    """Raises UserError for a number out of its range."""
+    ranges = {"steps": Range(1), "guidance": Range(0), "batch": Range(1)}
+    ranges |= {"lora_weight": Range(-math.inf), "concept_scale": Range(-math.inf)}
+    for name, allowed in ranges.items():
+        if getattr(given, name) not in allowed:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)}: expects {allowed}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draws images; the recipe of HG-DPO is the default for a run.")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -297,7 +313,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of a prompt's first image, the next has S+1")
     parser.add_argument("--samples", type=int, default=1, help="images for each prompt and --seed")
     parser.add_argument("--steps", type=int, default=50, help="of DPM-Solver++")
-    parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free; 1 is none")
+    parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free; up to 1: none")
     parser.add_argument("--size", help="HEIGHTxWIDTH in pixels; the run's or the checkpoint's unless given")
     parser.add_argument("--batch", type=int, default=4, help="images that a device draws at once")
     parser.add_argument(
@@ -308,6 +324,7 @@ def main() -> None:
     run.add_argument("--lora-weight", type=float, default=recipe.WEIGHT, help="of all LoRA (%(default)s)")
     run.add_argument("--blocks", choices=BLOCKS, help="where the stage's LoRA acts: up (default for hard; the other "
                      "blocks are the base's), up+normal (they keep the normal stage's), all")  # fmt: skip
+    run.add_argument("--base", help="where the run's base model is now, if it was moved")
     run.add_argument("--no-text-encoder", action="store_true", help="leave out the text encoder's LoRA")
     person = parser.add_argument_group("a person")
     person.add_argument("--concept", type=Path, help="photograph of a person who is to be drawn")
@@ -316,10 +333,12 @@ def main() -> None:
     person.add_argument("--identity", default="", help="ArcFace ONNX file that a FaceID --adapter reads with")
     person.add_argument("--concept-scale", type=float, default=1.0, help="strength of the adapter (%(default)s)")
     given = parser.parse_args()
+    _check(given)
     prompts = [given.prompt] if given.prompt is not None else read_prompts(given.prompts)
     seeds = all_seeds(given.seed, given.samples)
     if given.workdir:
-        source = from_run(given.workdir, given.stage, given.lora_weight, given.blocks, not given.no_text_encoder)
+        text_encoder = not given.no_text_encoder
+        source = from_run(given.workdir, given.stage, given.lora_weight, given.blocks, text_encoder, given.base)
     else:
         source = from_checkpoint(given.model)
     source = source._replace(resolution=_size(given.size) if given.size else source.resolution)
@@ -329,10 +348,9 @@ def main() -> None:
         chosen = {"weights": given.adapter, "image_encoder": given.image_encoder, "identity": given.identity}
         adapter.update({name: value for name, value in chosen.items() if value})
         source = with_concept(source, given.concept, adapter, given.workdir)
-    if given.batch < 1:
-        raise UserError(f"--batch {given.batch}: must be positive")
-    draw(source, prompts, seeds, given.out, steps=given.steps, guidance=given.guidance, per_device=given.batch,
-         normalise=given.lan, concept_scale=given.concept_scale)  # fmt: skip
+    with runtime.owned(given.out):
+        draw(source, prompts, seeds, given.out, steps=given.steps, guidance=given.guidance, per_device=given.batch,
+             normalise=given.lan, concept_scale=given.concept_scale)  # fmt: skip
     print(f"{given.out}: {len(prompts) * len(seeds)} images")
 
 

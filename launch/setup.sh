@@ -1,21 +1,34 @@
 #!/usr/bin/env bash
-# Sourced by the other scripts: makes .venv in the repository root once, installs $1 (a requirements file), activates it.
+# Sourced by the other scripts with a requirements file: takes the active environment where what is needed imports and
+# JAX finds its devices, else makes .venv in the repository root once and installs the file there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 requirements=$1
-python=$(command -v python3.11 || command -v python3 || true)
-[ -n "$python" ] || { echo "hgdpo_jax needs Python 3.11 or newer: none found on PATH" >&2; exit 1; }
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-  { echo "hgdpo_jax needs Python 3.11 or newer: $("$python" --version) found on PATH" >&2; exit 1; }
-.venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv  # also one that was half made
-stamp=.venv/$(basename "$requirements").installed
-if ! cat requirements*.txt | cmp -s - "$stamp"; then
-  echo "Installing $requirements into .venv (once; a few minutes)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
-  cat requirements*.txt > "$stamp"
+needed="hgdpo_jax.main, hgdpo_jax.evaluate, jax; jax.devices()"
+[ "$requirements" != requirements-test.txt ] || needed="pytest, xdist, torch, diffusers, peft, onnx, $needed"
+if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || python -m pip show --quiet hgdpo_jax > /dev/null 2>&1; then
+  if missing=$(python -c "import $needed" 2>&1); then
+    active=yes
+  else
+    echo "The active environment, $(command -v python), is not used: $(printf '%s' "$missing" | tail -n 1)" >&2
+  fi
 fi
-export PATH="$PWD/.venv/bin:$PATH"
+if [ -z "${active:-}" ]; then
+  python=$(command -v python3.11 || command -v python3 || true)
+  [ -n "$python" ] || { echo "hgdpo_jax needs Python 3.11 or newer: none found on PATH" >&2; exit 1; }
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "hgdpo_jax needs Python 3.11 or newer: $("$python" --version) found on PATH" >&2; exit 1; }
+  .venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv  # also one that was half made
+  stamp=.venv/$(basename "$requirements").installed
+  if ! cat requirements*.txt | cmp -s - "$stamp"; then
+    echo "Installing $requirements into .venv (once; a few minutes)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    cat requirements*.txt > "$stamp"
+  fi
+  export PATH="$PWD/.venv/bin:$PATH"
+fi
 
-# On CPU, XLA runs one device's small operations on one core: let the mesh have a few.
+# On CPU, XLA runs one device's small operations on one core: let the mesh have a few. What the user sets comes later
+# and wins.
 cores=$(nproc)
-export XLA_FLAGS=${XLA_FLAGS:---xla_force_host_platform_device_count=$((cores < 2 ? 1 : cores < 4 ? 2 : 4))}
+export XLA_FLAGS="--xla_force_host_platform_device_count=$((cores < 2 ? 1 : cores < 4 ? 2 : 4)) ${XLA_FLAGS:-}"

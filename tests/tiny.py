@@ -17,10 +17,11 @@ from transformers import CLIPTokenizer
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax import runtime
-from hgdpo_jax.assets.base import INDEX, SCHEDULER, TEXT_ENCODER, UNET, write_json
+from hgdpo_jax.assets.base import INDEX, SCHEDULER, TEXT_ENCODER, UNET
 from hgdpo_jax.assets.vae import CONFIG as VAE
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.data import pairs as shards
+from hgdpo_jax.files import write_json
 from hgdpo_jax.models.architectures import SDXL
 from hgdpo_jax.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 from hgdpo_jax.models.convert import abstract, save_model

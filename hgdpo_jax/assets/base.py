@@ -16,6 +16,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hgdpo_jax import command
 from hgdpo_jax.assets.vae import CONFIG as VAE
+from hgdpo_jax.files import write_json
 from hgdpo_jax.models.clip import CLIPTextModel
 from hgdpo_jax.models.convert import load_model, save_model
 from hgdpo_jax.models.unet import UNet2DConditionModel
@@ -98,12 +99,6 @@ def make_tokenizer(vocabulary: Path, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", config)
     ids = CLIPTokenizer.from_pretrained(folder)("a photo of a cat").input_ids
     assert ids == [49406, 320, 1125, 539, 320, 2368, 49407], ids
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Readable JSON; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def main() -> None:

@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from hgdpo_jax.data.concepts import ConceptEncoder
 from hgdpo_jax.data.pairs import Record
-from hgdpo_jax.data.photographs import Photograph, load_images
+from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.diffusion.painter import Painter
+from hgdpo_jax.errors import UserError
 from hgdpo_jax.scoring.preference import Scorer
 
 
@@ -66,11 +67,26 @@ def reconstructions(
     return _scored(painter, scorer, latents, np.repeat(ids, len(strengths), axis=0), np.array(strengths))
 
 
+def uses_pixels(config: ConfigDict) -> bool:
+    """Whether records are made of photographs, not of their captions alone."""
+    return config.pairs.winner != "pool"
+
+
+def require_finite(scores: Float[np.ndarray, "n *m"], photographs: Sequence[Photograph], scorer: str) -> None:
+    """Raises UserError that names the first of n prompts with a score that is no number."""
+    broken = ~np.isfinite(scores.reshape(len(photographs), -1)).all(1)
+    if broken.any():
+        first = photographs[int(broken.argmax())]
+        raise UserError(f"prompt {first.caption!r} of {first.id}: its score is NaN or infinite; is the scorer {scorer} "
+                        "broken, or does the base's tokenizer have tokens of its own?")  # fmt: skip
+
+
 def make_records(
     config: ConfigDict,
     painter: Painter,
     scorer: Scorer | None,
     photographs: Sequence[Photograph],
+    images: np.ndarray | None,
     resolution: tuple[int, int],
     tokenize: Any,
     earlier: Mapping[str, Record],
@@ -83,15 +99,16 @@ def make_records(
         painter: with ε_base.
         scorer: f; None where neither winner nor loser is chosen.
         photographs: of one shard.
-        resolution: height and width of its images.
+        images: their pixels float32 [n, H, W, 3] in [-1, 1], where :func:`uses_pixels`.
+        resolution: (H, W).
         tokenize: captions → token ids.
         earlier: id → record of the stage that losers come from; empty where they come from the pool.
         concepts: reads the photograph as a concept image, where an adapter is to be trained.
+
+    Raises:
+        UserError: a score is not finite; the prompt is named.
     """
     settings = config.pairs
-    images: np.ndarray | None = None
-    if settings.winner != "pool":
-        photographs, images = load_images(list(photographs), resolution)
     if not photographs:
         return []
     names = [p.id for p in photographs]
@@ -117,12 +134,14 @@ def make_records(
     pooled = None
     if "pool" in (settings.winner, settings.loser):
         pooled = pool(painter, scorer, names, ids, settings.pool_size, resolution)
+        require_finite(pooled.scores, photographs, settings.scorer)
     if settings.winner == "pool":
         assert pooled is not None
         winner = pooled.pick(pooled.scores.argmax(1))
     else:
         assert images is not None
         found = reconstructions(painter, scorer, names, ids, images, settings.strengths)
+        require_finite(found.scores, photographs, settings.scorer)
         winner = found.pick(found.scores.argmax(1))
     if settings.loser == "pool":
         assert pooled is not None

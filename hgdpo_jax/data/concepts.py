@@ -1,5 +1,6 @@
 """Concept images: a photograph of a person → what an IP-Adapter reads of the face."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,9 @@ from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import Index
 from hgdpo_jax.models import ip_adapter
+from hgdpo_jax.models.convert import folder_hash
 from hgdpo_jax.scoring.identity import Faces, Identity, crop
 from hgdpo_jax.scoring.preference import clip_normalised
 
@@ -46,9 +49,7 @@ class ConceptEncoder:
             grey = np.zeros((1, 64, 64, 3), np.float32)
             self.nothing = np.zeros_like(self._identity.embed(grey).embedding[:, None])
             return
-        if not image_encoder:
-            raise UserError(f"config key adapter.image_encoder: is empty; {kind} needs the folder of a "
-                            "CLIPVisionModelWithProjection or CLIPModel")  # fmt: skip
+        _require_encoder(kind, image_encoder)
         encoder = ip_adapter.load_image_encoder(image_encoder)
         self._identity, self._faces, self._size = None, Faces(), encoder.config["image_size"]
         graph, self._weights = nnx.split(encoder)
@@ -74,3 +75,17 @@ class ConceptEncoder:
 def encoder_of(config: ConfigDict) -> ConceptEncoder:
     """As the config's `adapter` group says."""
     return ConceptEncoder(config.adapter.kind, config.adapter.image_encoder, config.adapter.identity)
+
+
+def _require_encoder(kind: str, image_encoder: str) -> None:
+    if not image_encoder:
+        raise UserError(f"config key adapter.image_encoder: is empty; {kind} needs the folder of a "
+                        "CLIPVisionModelWithProjection or CLIPModel")  # fmt: skip
+
+
+def encoder_hash(config: ConfigDict, index: Index) -> str:
+    """sha256 of the network that :func:`encoder_of` reads concept images with."""
+    if config.adapter.kind == "face_id":
+        return index.hash(Path(config.adapter.identity)) if config.adapter.identity else "the embedded network"
+    _require_encoder(config.adapter.kind, config.adapter.image_encoder)
+    return folder_hash(config.adapter.image_encoder, index)

@@ -1,6 +1,7 @@
 """The pair record and its shards: a folder of ArrayRecord files that TensorFlow Datasets opens, with a manifest.
 
     W/stageN/pairs/pairs-train_1024x704.array_record-00000-of-00004   records, made one shard at a time
+    W/stageN/pairs/….array_record-00000-of-00004.json                 its photographs, ids and hash: it is whole
     W/stageN/pairs/dataset_info.json, features.json                   for tfds.builder_from_directory
     W/stageN/pairs/building.json                                      what the shards are made from, written first
     W/stageN/pairs/manifest.json                                      the same, counts and hashes, written last
@@ -9,20 +10,20 @@ There is a split for every resolution: its latents have one shape, and a batch c
 A record holds latents and token ids, never images or embeddings. For supervised fine-tuning there is no loser.
 """
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 
+from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import Index, file_hash, need_space, owner, whole, write_json
+from hgdpo_jax.provenance import require_same
 
 Record = dict[str, Any]
 LATENT = np.float16
@@ -49,49 +50,96 @@ def features(
     return tfds.features.FeaturesDict(fields)
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """JSON under a temporary name, then renamed: never half a file."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, path)
-
-
 def shard_path(folder: Path, split: str, index: int, count: int) -> Path:
     """The file of a shard, named as TFDS expects."""
     return folder / f"pairs-{split}.array_record-{index:05d}-of-{count:05d}"
 
 
 def begin(folder: Path, made_from: Mapping[str, Any]) -> bool:
-    """Prepares a folder for shards; True when they are all there already.
+    """Prepares a folder for shards; True when its manifest is written.
+
+    Args:
+        folder: W/stageN/pairs.
+        made_from: see :mod:`hgdpo_jax.provenance`.
 
     Raises:
         UserError: it holds shards made from something else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "building.json"
     if path.is_file():
-        found = json.loads(path.read_text())
-        if found != json.loads(json.dumps(made_from)):
-            other = next(key for key in {**found, **made_from} if found.get(key) != made_from.get(key))
-            raise UserError(f"pairs {folder}: were built with another {other}; remove the folder or choose a --workdir")
+        require_same(json.loads(path.read_text()), made_from, str(folder), "use that, or another --workdir")
     else:
         write_json(path, made_from)
     return (folder / "manifest.json").is_file()
 
 
-def write_shard(path: Path, schema: tfds.features.FeaturesDict, records: Iterable[Record]) -> None:
-    """Writes one shard under a temporary name, then renames it.
+class Example(NamedTuple):
+    """A photograph that a shard is made of: its id; sha256 of its file, where its pixels are used and there is one; and
+    whether it could be read."""
+
+    id: str
+    content: str | None = None
+    readable: bool = True
+
+
+def examples_of(photographs: Sequence[Photograph], index: Index | None) -> list[Example]:
+    """With the content of their files as it is now; without an index, their pixels are not used."""
+
+    def content(photograph: Photograph) -> str | None:
+        try:
+            return index.hash(photograph.path) if index else None
+        except OSError:
+            return None
+
+    return [Example(photograph.id, content(photograph)) for photograph in photographs]
+
+
+def _note_of(shard: Path) -> Path:
+    return shard.with_name(f"{shard.name}.json")
+
+
+def _note(shard: Path) -> dict[str, Any]:
+    return json.loads(_note_of(shard).read_text())
+
+
+def is_there(path: Path) -> bool:
+    """Whether a shard is whole: its note is written last."""
+    return path.is_file() and _note_of(path).is_file()
+
+
+def is_made_of(path: Path, examples: Sequence[Example]) -> bool:
+    """Whether a shard is made of these examples; not where a photograph that could not be read has changed since.
+
+    Raises:
+        UserError: it was made from other photographs.
+    """
+    found = [Example(*entry) for entry in _note(path)["examples"]]
+    if [example.id for example in found] != [example.id for example in examples]:
+        raise UserError(f"pair shard {path}: is of other photographs than belong there now, whose shapes have changed; "
+                        "use the former, or another --workdir")  # fmt: skip
+    changed = [(was, now) for was, now in zip(found, examples, strict=True) if was.content != now.content]
+    for was, now in changed:
+        if was.readable:
+            before, after = (f"sha256 {e.content[:12]}…" if e.content else "no file" for e in (was, now))
+            raise UserError(f"photograph {now.id}: is {after}, pair shard {path} was made from {before}; use that "
+                            "photograph, remove the shard to make it again, or choose another --workdir")  # fmt: skip
+    return not changed
+
+
+def write_shard(
+    path: Path, schema: tfds.features.FeaturesDict, records: Sequence[Record], examples: Sequence[Example] = ()
+) -> str:
+    """Writes one shard and its note; returns its sha256.
+
+    Args:
+        path: see :func:`shard_path`.
+        schema: of the records.
+        records: may be fewer than the examples.
+        examples: what the shard is made of.
 
     Raises:
         UserError: a latent is not finite (the photograph or caption is named), or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.partial")
     encoded = []
     for record in records:
         for name in ("winner", "loser", "concept"):
@@ -100,14 +148,17 @@ def write_shard(path: Path, schema: tfds.features.FeaturesDict, records: Iterabl
                     f"{name} of {record['id']}: NaN or infinite; its photograph or the base model is broken"
                 )
         encoded.append(schema.serialize_example(record))
-    needed, free = 2 * sum(map(len, encoded)), shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise UserError(f"{path.parent}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed; free some disk space")
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")
-    for data in encoded:
-        writer.write(data)
-    writer.close()
-    os.replace(temporary, path)
+    need_space(path.parent, 2 * sum(map(len, encoded)), "a shard")
+    _note_of(path).unlink(missing_ok=True)
+    with whole(path) as temporary:
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+        for data in encoded:
+            writer.write(data)
+        writer.close()
+    digest = file_hash(path)
+    note = {"sha256": digest, "records": [record["id"] for record in records], "examples": list(examples)}
+    write_json(_note_of(path), note, indent=None)
+    return digest
 
 
 def finish(
@@ -129,18 +180,23 @@ def finish(
     """
     made_from = json.loads((folder / "building.json").read_text())
     splits: dict[str, Any] = {}
+    notes = {split: [_note(path) for path in paths] for split, paths in shards.items()}
     for split, paths in shards.items():
-        entries = []
-        for path in paths:
-            reader = ArrayRecordReader(str(path))
-            entries.append({"file": path.name, "records": reader.num_records(), "sha256": file_hash(path)})
-            reader.close()
+        entries = [
+            {"file": path.name, "records": len(note["records"]), "sha256": note["sha256"]}
+            for path, note in zip(paths, notes[split], strict=True)
+        ]
         records = sum(e["records"] for e in entries)
         if records:
             shape = list(latents[split.partition("_")[2]])
             splits[split] = {"records": records, "latent": shape, "shards": entries}
     for role in sorted({split.partition("_")[0] for split in shards}):
         if not any(split.startswith(f"{role}_") for split in splits):
+            of_role = [note for split, found in notes.items() if split.startswith(f"{role}_") for note in found]
+            made_of = [Example(*entry) for note in of_role for entry in note["examples"]]
+            if made_of and not any(example.readable for example in made_of):
+                raise UserError(f"pairs {folder}: none of the {len(made_of)} photographs of split {role} can be read; "
+                                "repair them and run again")  # fmt: skip
             raise UserError(f"pairs {folder}: split {role} has no pair; no winner scored as high as its loser")
     tfds.folder_dataset.write_metadata(
         data_dir=str(folder),
@@ -196,14 +252,23 @@ class Pairs:
 
     def by_id(self, role: str) -> "RecordsById":
         """The records of all resolutions by their photograph's id, read when asked for."""
-        return RecordsById(self.sources[role])
+        splits = [split for name, split in self.manifest["splits"].items() if name.startswith(f"{role}_")]
+        ids = [[i for e in split["shards"] for i in _note(self.folder / e["file"])["records"]] for split in splits]
+        return RecordsById(self.sources[role], ids)
 
 
 class RecordsById(Mapping[str, Record]):
-    """id → record, in the order of the shards; texts are str."""
+    """id → record, in the order of the shards; texts are str.
 
-    def __init__(self, sources: Sequence[Sequence[Record]]) -> None:
-        self._rows = {source[i]["id"].decode(): (source, i) for source in sources for i in range(len(source))}
+    Args:
+        sources: of records.
+        ids: of the records of each source.
+    """
+
+    def __init__(self, sources: Sequence[Sequence[Record]], ids: Sequence[Sequence[str]]) -> None:
+        self._rows = {
+            name: (source, i) for source, names in zip(sources, ids, strict=True) for i, name in enumerate(names)
+        }
 
     def __getitem__(self, name: str) -> Record:
         source, row = self._rows[name]
@@ -217,28 +282,32 @@ class RecordsById(Mapping[str, Record]):
         return len(self._rows)
 
 
-def open_pairs(folder: Path, build_command: str) -> Pairs:
+def open_pairs(folder: Path, build_command: str, index: Index | None = None) -> Pairs:
     """Opens finished shards after checking every file against its hash.
 
     Args:
         folder: W/stageN/pairs.
         build_command: printed where the shards are missing.
+        index: spares reading shards that it knows.
 
     Raises:
         UserError: not built or not finished; a shard missing, truncated or altered.
     """
+    index = index or Index()
     if not (folder / "manifest.json").is_file():
-        state = "are not finished" if (folder / "building.json").is_file() else "are missing"
+        state, builder = "are missing", owner(folder)
+        if (folder / "building.json").is_file():
+            state = "are not finished" + (f", {builder} builds them" if builder else "")
         raise UserError(f"pairs {folder}: {state}; build them with: {build_command}")
     manifest = json.loads((folder / "manifest.json").read_text())
     for split in manifest["splits"].values():
         for entry in split["shards"]:
             path = folder / entry["file"]
-            if not path.is_file():
-                raise UserError(f"pair shard {path}: is missing; remove the folder and run: {build_command}")
-            if file_hash(path) != entry["sha256"]:
+            if not is_there(path):
+                raise UserError(f"pair shard {path}: is missing; make it again with: {build_command}")
+            if index.hash(path) != entry["sha256"]:
                 raise UserError(f"pair shard {path}: truncated or altered (its hash is not the manifest's); "
-                                f"remove the folder and run: {build_command}")  # fmt: skip
+                                f"remove it and run: {build_command}")  # fmt: skip
     builder = tfds.builder_from_directory(str(folder))
     sources: dict[str, list[Any]] = {}
     for name in manifest["splits"]:
@@ -252,6 +321,6 @@ def build_command(stage: str, workdir: Path) -> str:
     return f"python -m hgdpo_jax.pairs --config configs/{script}.py[:variant] --workdir {workdir}"
 
 
-def open_stage(workdir: Path, stage: str) -> Pairs:
+def open_stage(workdir: Path, stage: str, index: Index | None = None) -> Pairs:
     """The finished shards of a stage; see :func:`open_pairs`."""
-    return open_pairs(workdir / stage / "pairs", build_command(stage, workdir))
+    return open_pairs(workdir / stage / "pairs", build_command(stage, workdir), index)

@@ -7,6 +7,7 @@ One line per photograph: {"file": "path/in/the/folder.jpg", "caption": "…", "s
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,15 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import UNREADABLE, Index
 
 SPLITS = ("base", "train", "heldout")
-_UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)
-_ORIENTATION = 0x0112  # EXIF; from 5 on, height and width are exchanged
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """One line of captions.jsonl. The id is the file's path in its folder; `mirrored` ones end in `#mirrored`."""
+    """One line of captions.jsonl. The id is the file's path in its folder; `#2`, … follow where further lines have the
+    same file, and `#mirrored` for its mirror image."""
 
     id: str
     path: Path
@@ -36,38 +37,48 @@ class Photograph:
 def list_photographs(folder: str | Path, *splits: str, mirror: bool = False) -> list[Photograph]:
     """The photographs of some splits, in the order of the file; with `mirror` each is followed by its mirror image.
 
+    Every line is an example of its own, several captions of one file too.
+
     Raises:
         UserError: no captions.jsonl, a line that is not as described above, or none in these splits.
     """
     path = Path(folder) / "captions.jsonl"
     if not str(folder) or not path.is_file():
         raise UserError(f"photographs {path}: no such file; set --config.data.photographs to a folder that has one")
-    found = []
+    found, lines = [], Counter()
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
             entry = json.loads(line)
             name, caption, place = entry["file"], entry["caption"], entry.get("split", "train")
+            if not (isinstance(name, str) and isinstance(caption, str)):
+                raise TypeError
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f'{path} line {number}: expects {{"file": …, "caption": …, "split": …}}') from error
         if place not in SPLITS:
             raise UserError(f"{path} line {number}: split {place!r} is not one of {', '.join(SPLITS)}")
+        lines[name] += 1
         if place in splits:
-            found.append(Photograph(name, path.parent / name, caption, place))
+            example = name if lines[name] == 1 else f"{name}#{lines[name]}"
+            found.append(Photograph(example, path.parent / name, caption, place))
             if mirror:
-                found.append(Photograph(f"{name}#mirrored", path.parent / name, caption, place, mirrored=True))
+                found.append(Photograph(f"{example}#mirrored", path.parent / name, caption, place, mirrored=True))
     if not found:
         name = " or ".join(splits)
         raise UserError(f'{path}: no photograph of split {name}; mark some lines with "split": "{splits[-1]}"')
+    twice = [name for name, count in Counter(p.id for p in found).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: {twice[0]} names two examples; rename the file whose name ends in #")
     return found
 
 
 def by_shape(
-    photographs: Sequence[Photograph], resolutions: Mapping[str, tuple[int, int]]
+    photographs: Sequence[Photograph], resolutions: Mapping[str, tuple[int, int]], index: Index | None = None
 ) -> dict[str, list[Photograph]]:
     """Name of a resolution → the photographs whose height / width is nearest to its own on a logarithmic scale.
 
-    One that cannot be read goes to the first; :func:`load_images` will name it.
+    One that cannot be read goes to the first; :func:`load_images` will name it. An index spares opening those it knows.
     """
+    index = index or Index()
     found: dict[str, list[Photograph]] = {name: [] for name in resolutions}
     first = next(iter(found))
     shapes = {name: math.log(height / width) for name, (height, width) in resolutions.items()}
@@ -75,13 +86,11 @@ def by_shape(
         nearest = first
         if len(resolutions) > 1:
             try:
-                with Image.open(photograph.path) as file:
-                    width, height = file.size
-                    turned = file.getexif().get(_ORIENTATION, 1) >= 5
-            except _UNREADABLE:
+                height, width = index.shape(photograph.path)
+            except UNREADABLE:
                 pass
             else:
-                shape = math.log(width / height if turned else height / width)
+                shape = math.log(height / width)
                 nearest = min(shapes, key=lambda name: abs(shapes[name] - shape))
         found[nearest].append(photograph)
     return found
@@ -101,7 +110,7 @@ def load_images(
             with Image.open(photograph.path) as file:
                 image = ImageOps.exif_transpose(file).convert("RGB")
             image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             logging.warning("photograph %s cannot be read (%s); left out", photograph.path, error)
             continue
         if photograph.mirrored:

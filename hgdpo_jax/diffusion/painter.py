@@ -33,7 +33,7 @@ class Painter:
     Args:
         pipeline: ε_base, or any other pipeline.
         mesh: batches are split over its data and fsdp axes.
-        sampler, steps, guidance: as in the config; guidance 1 means none.
+        sampler, steps, guidance: as in the config; guidance up to 1 means none, as in diffusers.
         batch: images per call, a multiple of data x fsdp.
         seed: of all that is drawn.
         normalise: latent adaptive normalisation: what :meth:`generate` draws keeps, step by step, the channel
@@ -73,7 +73,7 @@ class Painter:
             size = (shape[0] * factor, shape[1] * factor)
 
             def beside_empty(empty: Any, given: Any) -> Any:
-                return given if guidance == 1.0 else jax.tree.map(lambda *x: jnp.concatenate(x), empty, given)
+                return given if guidance <= 1.0 else jax.tree.map(lambda *x: jnp.concatenate(x), empty, given)
 
             def text(text_weights: Any) -> tuple[Memory, Any]:
                 encode = nnx.merge(graphs["text"], text_weights)
@@ -96,7 +96,7 @@ class Painter:
                     memory = join(memory, concept, concept_scale)
                 return unet(x, t, memory, added)
 
-            return predict if guidance == 1.0 else guided(predict, guidance)
+            return predict if guidance <= 1.0 else guided(predict, guidance)
 
         def generate(weights: Any, given: Any, inputs: dict[str, jax.Array], shape: tuple[int, ...]) -> jax.Array:
             keys = jax.vmap(jax.random.split)(inputs["key"])

@@ -4,7 +4,6 @@ It is read from what people have: a folder as diffusers writes it, a single file
 repository of the Hugging Face hub at a pinned revision.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from transformers import CLIPTokenizer
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import Index, json_hash
 from hgdpo_jax.models import ldm
 from hgdpo_jax.models.architectures import recognise
 from hgdpo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
@@ -334,15 +334,27 @@ def _second_padding(source: Source) -> int:
     return int(second.pad_token_id)
 
 
-def weights_hash(base: str | Path, vae: str | Path = "") -> str:
-    """sha256 over the safetensors files of a checkpoint or a model folder, in the order of their names."""
-    path = Path(base)
-    single = path.is_dir() and not (path / "model_index.json").is_file()
-    files = open_folder(path).files if single else find(str(base), str(vae)).files
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(f"{file.parent.name}/{file.name}".encode())
-        with file.open("rb") as opened:
-            for block in iter(lambda: opened.read(1 << 20), b""):
-                digest.update(block)
-    return digest.hexdigest()
+def content_hash(base: str | Path, vae: str | Path = "", index: Index | None = None) -> str:
+    """sha256 over all that is computed with of a checkpoint: weights, configs, vocabularies, schedule. Neither the
+    names of files nor their place count.
+
+    Args:
+        base, vae: see :func:`find`.
+        index: spares reading files that it knows.
+    """
+    source, index = find(str(base), str(vae)), index or Index()
+    return json_hash(
+        {
+            "weights": [index.hash(file) for file in source.files],
+            "configs": {part: _settings(config) for part, config in source.configs.items()},
+            "vocabularies": {name: tokenizer.get_vocab() for name, tokenizer in source.tokenizers.items()},
+            "padding": {name: tokenizer.pad_token for name, tokenizer in source.tokenizers.items()},
+            "scheduler": _settings(source.scheduler),
+            "pipeline": _settings(source.index),
+        }
+    )
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the notes of who wrote it and where."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}

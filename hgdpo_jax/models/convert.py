@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import Index, json_hash, write_json
 from hgdpo_jax.models.layers import SHAPES
 from hgdpo_jax.models.weights import STEMS, open_folder, write_weights
 
@@ -195,13 +196,22 @@ def load_model(
     return model
 
 
+def folder_hash(folder: str | Path, index: Index | None = None) -> str:
+    """sha256 over the config and the weights of a model folder, wherever it is.
+
+    Args:
+        folder: see :func:`load_model`.
+        index: spares reading files that it knows.
+    """
+    folder, index = Path(folder), index or Index()
+    return json_hash({"config": read_config(folder), "weights": [index.hash(f) for f in open_folder(folder).files]})
+
+
 def save_model(model: nnx.Module, folder: str | Path, dtype: type[np.floating] = np.float32) -> None:
-    """Writes config.json and weights in `dtype`, each under a temporary name first."""
+    """Writes config.json and weights in `dtype`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(model.config)  # type: ignore[attr-defined]
     name = f"{STEMS[0] if '_diffusers_version' in config else STEMS[1]}.safetensors"
     write_weights(folder / name, to_torch(model), dtype)
-    temporary = folder / "config.json.partial"
-    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, folder / "config.json")
+    write_json(folder / "config.json", config)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import whole
 
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -104,28 +104,29 @@ def open_folder(folder: Path) -> Weights:
     raise UserError(f"{folder}: no weights; expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}")
 
 
-def write_weights(path: Path, tensors: Mapping[str, np.ndarray], dtype: Any) -> None:
-    """Writes a safetensors file, under a temporary name first. Only one tensor at a time is copied.
+def write_weights(
+    path: Path, tensors: Mapping[str, np.ndarray], dtype: Any, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file. Only one tensor at a time is copied.
 
     Args:
         path: of the file.
         tensors: key → array, of whatever strides.
         dtype: to write them all in.
+        metadata: of the header, beside the format.
     """
     name = next(name for name, known in _DTYPES.items() if jnp.dtype(known) == jnp.dtype(dtype))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for key, tensor in sorted(tensors.items()):
         begin, end = end, end + tensor.size * jnp.dtype(dtype).itemsize
         header[key] = {"dtype": name, "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f"{path.name}.partial")
-    with temporary.open("wb") as file:
+    with whole(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in sorted(tensors.items()):
             file.write(np.ascontiguousarray(tensor, jnp.dtype(dtype)).tobytes())
-    os.replace(temporary, path)
 
 
 def refuse_pickle(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from hgdpo_jax.files import whole
 
 
 def to_uint8(images: Float[np.ndarray, "*n H W 3"]) -> UInt8[np.ndarray, "*n H W 3"]:
@@ -36,7 +37,7 @@ def png(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
 
 
 def write_png(path: Path, image: UInt8[np.ndarray, "H W 3"], settings: Mapping[str, Any]) -> None:
-    """A PNG file, under a temporary name first, that says how it was made.
+    """A PNG file that says how it was made.
 
     Args:
         path: of the file.
@@ -49,9 +50,8 @@ def write_png(path: Path, image: UInt8[np.ndarray, "H W 3"], settings: Mapping[s
         rest = ", ".join(f"{name.capitalize()}: {value}" for name, value in settings.items() if name != "prompt")
         info.add_itxt("parameters", f"{settings['prompt']}\n{rest}")
         info.add_itxt("hgdpo_jax", json.dumps(settings))
-    temporary = path.with_name(f".{path.name}.partial")
-    Image.fromarray(image).save(temporary, "PNG", pnginfo=info)
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        Image.fromarray(image).save(temporary, "PNG", pnginfo=info)
 
 
 def contact_sheet(files: Sequence[Path], columns: int, side: int = 256) -> UInt8[np.ndarray, "H W 3"]:

@@ -5,27 +5,29 @@
     W/stageN/policy/STEP.sha256.json written last: the hashes of the files of that step
 
 Orbax does not notice a flipped bit and takes an empty folder for a checkpoint, hence the hashes: a step that does not
-match them is reported and passed over.
+match them is reported and passed over. What was written is read back before its hashes are.
 """
 
 import hashlib
 import json
 import logging
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from hgdpo_jax.data.pairs import file_hash, write_json
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import file_hash, need_space, require_plain, sync, write_json
 from hgdpo_jax.runtime import path_name, to_host
 
 Tree = Any
 KEEP = 2
+_READ_AT_ONCE = 1e9  # bytes
 
 
 def tree_hash(tree: Tree) -> str:
@@ -42,13 +44,6 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): file_hash(f) for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def _need_space(folder: Path, tree: Tree) -> None:
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-    free = shutil.disk_usage(folder).free
-    if free < needed * 1.1 + 1e6:
-        raise UserError(f"{folder}: {free / 1e9:.2f} GB free, a checkpoint needs {needed / 1e9:.2f}; free some disk")
-
-
 def _flat(tree: Tree) -> dict[str, Any]:
     """Dotted name → leaf: what is written does not depend on the container classes of Flax and optax."""
     return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
@@ -57,6 +52,14 @@ def _flat(tree: Tree) -> dict[str, Any]:
 def _target(tree: Tree) -> dict[str, jax.ShapeDtypeStruct]:
     """Names, shapes and shardings to restore to."""
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in _flat(tree).items()}
+
+
+def _on_host(tree: dict[str, Any]) -> dict[str, Any]:
+    return {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in tree}
+
+
+def _need_space(folder: Path, tree: Tree) -> None:
+    need_space(folder, 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + 1e6, "a checkpoint")
 
 
 def _unflat(values: dict[str, Any], like: Tree) -> Tree:
@@ -69,6 +72,38 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     multihost_utils.sync_global_devices(path.name)
 
 
+@jax.jit
+def _finite(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
+
+
+def require_finite(step: int, tree: Tree) -> None:
+    """Raises UserError that names the first array of a state with a value that is no number."""
+    for path, finite in jax.tree.leaves_with_path(_finite(tree)):
+        if not finite:
+            raise UserError(f"{path_name(path)} is NaN or infinite after step {step}: training stopped, the last good "
+                            "checkpoint is kept; lower config.train.lr and run again")  # fmt: skip
+
+
+def _read_back(tree: Tree, read: Callable[[dict[str, Any]], dict[str, Any]], path: Path) -> None:
+    """Raises UserError unless what `read` finds under some names is, bit for bit, what the tree holds.
+
+    A part at a time: a whole tree may be too large for a host.
+    """
+    parts: list[dict[str, Any]] = [{}]
+    for name, leaf in _flat(tree).items():
+        if parts[-1] and sum(x.nbytes for x in parts[-1].values()) + leaf.nbytes > _READ_AT_ONCE:
+            parts.append({})
+        parts[-1][name] = leaf
+    for part in parts:
+        try:
+            same = tree_hash(read(part)) == tree_hash(part)
+        except Exception as error:  # Orbax raises bare Exceptions for damaged files
+            raise UserError(f"checkpoint {path}: was written, but cannot be read back") from error
+        if not same:
+            raise UserError(f"checkpoint {path}: was written, but reads otherwise; is the disk in order?")
+
+
 class Checkpoints:
     """The checkpoints of one stage in `folder` = W/stageN.
 
@@ -76,6 +111,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path) -> None:
+        require_plain(folder)
         self.folder = folder.absolute()
         self._policy = self.folder / "policy"
         self._policy.mkdir(parents=True, exist_ok=True)
@@ -96,28 +132,41 @@ class Checkpoints:
         return None
 
     def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
-        """Writes a step and waits until it is whole.
+        """Writes a step, reads it back and waits until it is on the disk.
 
         Raises:
-            UserError: the disk is full, or the step is not newer than what is there.
+            UserError: the state is not finite, the disk is full, or the step is not newer than what is there.
         """
+        require_finite(step, state)
         _need_space(self.folder, state)
         # A damaged newer step would make Orbax refuse an older one.
         for damaged in [s for s in self._manager.all_steps() if s >= step]:
             self._manager.delete(damaged)
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(_flat(state)), meta=ocp.args.JsonSave(meta))
+        folder = self._policy / str(step)
         if not self._manager.save(step, args=items, force=True):
-            raise UserError(f"checkpoint {self._policy / str(step)}: Orbax did not write it")
+            raise UserError(f"checkpoint {folder}: Orbax did not write it")
         self._manager.wait_until_finished()
-        _write_json(self._policy / f"{step}.sha256.json", _hashes(self._policy / str(step)))
+        _read_back(state, lambda part: self._read(step, part, _on_host(part)), folder)
+        if jax.process_index() == 0:
+            sync(folder)
+        _write_json(self._policy / f"{step}.sha256.json", _hashes(folder))
         if jax.process_index() == 0:
             for path in self._policy.glob("*.sha256.json"):
                 if not (self._policy / path.name.partition(".")[0]).is_dir():
                     path.unlink()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Data position, config and hashes of a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        """Config, data position, hash of the reference, and what a step is made from.
+
+        Raises:
+            UserError: it was written before that was kept.
+        """
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if "made_from" not in meta:
+            raise UserError(f"checkpoint {self._policy / str(step)}: was written by an older hgdpo_jax, which did not "
+                            "say what it was made from; choose another --workdir")  # fmt: skip
+        return meta
 
     def restore(self, step: int, like: Tree) -> Tree:
         """The state of a step, with the shapes and shardings of `like`; a part of the saved tree is enough.
@@ -126,25 +175,34 @@ class Checkpoints:
             UserError: the checkpoint holds another tree.
         """
         target = _target(like)
-        arguments = ocp.args.PyTreeRestore(
-            target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
-        )
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
-            return _unflat(restored, like)
+            return _unflat(self._read(step, target, ocp.checkpoint_utils.construct_restore_args(target)), like)
         except (ValueError, KeyError) as error:
             line = str(error).strip().splitlines()[0]
             raise UserError(
                 f"checkpoint {self._policy / str(step)}: does not fit this config's model ({line})"
             ) from error
 
+    def _read(self, step: int, target: dict[str, Any], restore_args: dict[str, Any]) -> dict[str, Any]:
+        arguments = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
+        return self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+
     def save_reference(self, reference: Tree) -> str:
-        """Writes the reference once; returns its hash."""
+        """Writes the reference once and reads it back; returns its hash."""
         _need_space(self.folder, reference)
         value = tree_hash(reference)
         path = self.folder / "reference" / "weights"
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(path, _flat(reference), force=True)
+            _read_back(
+                reference,
+                lambda part: checkpointer.restore(
+                    path, args=ocp.args.PyTreeRestore(part, restore_args=_on_host(part), partial_restore=True)
+                ),
+                path,
+            )
+        if jax.process_index() == 0:
+            sync(path)
         _write_json(self.folder / "reference" / "reference.json", {"sha256": value})
         return value
 

@@ -17,28 +17,31 @@ class MetricLog:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._lines = folder / "metrics.jsonl"
+        if self._lines.is_file():  # half a line of a run that was killed
+            with self._lines.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
         self._writer = SummaryWriter(str(folder))
-        self._steps: list[Metrics] = []
+        self._steps: dict[int, Metrics] = {}
 
-    def add(self, metrics: Metrics) -> None:
+    def add(self, step: int, metrics: Metrics) -> None:
         """Remembers one step's metrics without waiting for them."""
-        self._steps.append(metrics)
+        self._steps[step] = metrics
 
     def flush(self, step: int) -> dict[str, float]:
         """Means over the remembered steps, written under `step`.
 
         Raises:
-            UserError: a loss is NaN or infinite.
+            UserError: a loss or a gradient is NaN or infinite.
         """
         steps = jax.device_get(self._steps)
-        self._steps = []
-        values = average(steps)
-        for name, value in values.items():
-            if name.startswith("loss/") and not np.isfinite(value):
-                raise UserError(
-                    f"{name} is {value} at or before step {step}: training stopped, the last good checkpoint is kept; "
-                    "lower config.train.lr or config.train.beta and run again"
-                )
+        self._steps = {}
+        for number, metrics in steps.items():
+            checked = [name for name in metrics if name.startswith("loss/")] + ["gradient_norm"]
+            for name in checked:
+                if not np.isfinite(value := metrics[name]):
+                    raise UserError(f"{name} is {value} at step {number}: training stopped, the last good checkpoint "
+                                    "is kept; lower config.train.lr or config.train.beta and run again")  # fmt: skip
+        values = average(list(steps.values()))
         self.write(values, step)
         return values
 
@@ -57,13 +60,21 @@ class MetricLog:
 
 
 def read(folder: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl in the order of their steps; where a resumed run wrote a value again, the last."""
+    """The lines of metrics.jsonl in the order of their steps; where a resumed run wrote a value again, the last.
+
+    What follows the last end of a line is half a line of a run that was killed, and not read.
+    """
     path = folder / "metrics.jsonl"
     steps: dict[int, dict[str, float]] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text().split("\n")[:-1] if path.is_file() else []:
         values = json.loads(line)
         steps.setdefault(values["step"], {}).update(values)
     return [steps[step] for step in sorted(steps)]
+
+
+def looked(folder: Path, step: int) -> bool:
+    """Whether held-out pairs were measured at a step."""
+    return any(line["step"] == step and any(name.startswith("heldout/") for name in line) for line in read(folder))
 
 
 def average(steps: list[Metrics]) -> dict[str, float]:

@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW or Adafactor under a linear warm-up and a constant or cosine rate.
 
-    Moments are float32, like the parameters: AdamW keeps two numbers for each, Adafactor (Shazeer & Stern 2018) a row
-    and a column for each large matrix. `train.warmup` is in optimizer steps.
+    `train.clip_norm` 0 is no clipping. Moments are float32, like the parameters: AdamW keeps two numbers for each,
+    Adafactor (Shazeer & Stern 2018) a row and a column for each large matrix. `train.warmup` is in optimizer steps.
     """
     warmup = optax.linear_schedule(train.lr / max(train.warmup, 1), train.lr, train.warmup)
     after = (
@@ -24,4 +24,4 @@ def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
     else:
         b1, b2 = train.adam
         chosen = optax.adamw(rate, b1=b1, b2=b2, weight_decay=train.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(train.clip_norm), chosen)
+    return optax.chain(optax.clip_by_global_norm(train.clip_norm), chosen) if train.clip_norm else chosen

@@ -13,13 +13,16 @@ from hgdpo_jax import runtime
 from hgdpo_jax.data.concepts import ConceptEncoder, encoder_of
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import index_of
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.lora import add_lora
+from hgdpo_jax.provenance import content, require_same
 from hgdpo_jax.training.checkpoints import Checkpoints
 from hgdpo_jax.training.step import Params, split
 
 CURRICULUM = {"easy": "stage1", "normal": "stage2", "hard": "stage3"}  # the paper's name → our folder
 STAGES = ("stage0", *CURRICULUM.values())
+BASE = content("model.base")  # its name in what a checkpoint is made from
 TEXT_ENCODER, PERSONALISE = "text_encoder", "personalise"  # stages beside the curriculum
 
 
@@ -136,6 +139,40 @@ def last_stage(workdir: Path) -> str:
         if (workdir / stage / "config.json").is_file():
             return stage
     raise UserError(f"no stage was trained in {workdir}; run first: {_train_command('stage1', workdir)}")
+
+
+def require_base(workdir: Path, stage: str, base: str) -> None:
+    """Raises UserError where a stage was trained on another ε_base.
+
+    Args:
+        workdir, stage: of the run.
+        base: content hash of ε_base.
+    """
+    checkpoints = Checkpoints(workdir / stage)
+    step = checkpoints.latest()
+    if step is not None:
+        found = {BASE: checkpoints.meta(step)["made_from"][BASE]}
+        require_same(found, {BASE: base}, f"{stage} in {workdir}", "use that base")
+
+
+def find_base(workdir: Path, config: ConfigDict, base: str | None) -> str:
+    """Sets a run's `model.base` to where it is now; returns its content hash.
+
+    Args:
+        workdir: of the run.
+        config: of a stage; changed.
+        base: its new place, if it has one.
+
+    Raises:
+        UserError: it is not there, or is another than the stage was trained on.
+    """
+    config.model.base = base or config.model.base
+    try:
+        found = pipelines.content_hash(config.model.base, config.model.vae, index_of(workdir))
+    except UserError as error:
+        raise error if base else UserError(f"{error}; if it was moved, say where it is with --base") from error
+    require_base(workdir, config.stage, found)
+    return found
 
 
 def finished(workdir: Path, stage: str, like: Params) -> Params:

@@ -9,11 +9,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from hgdpo_jax import pairs
-from hgdpo_jax.data.pairs import file_hash, open_stage
+from hgdpo_jax.data.pairs import open_stage
 from hgdpo_jax.data.photographs import list_photographs, load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import file_hash
 from hgdpo_jax.scoring.preference import Scorer
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.loop import train
@@ -106,7 +107,7 @@ def test_a_stopped_build_goes_on_and_ends_with_the_same_files(workdir: Path, mak
     kept = (folder / "pairs-train_32x32.array_record-00000-of-00003").stat().st_mtime_ns
     (folder / "manifest.json").unlink()
     (folder / "pairs-train_32x32.array_record-00001-of-00003").unlink()
-    (folder / ".pairs-train_32x32.array_record-00001-of-00003.partial").write_bytes(b"half a file")
+    (folder / ".partial.pairs-train_32x32.array_record-00001-of-00003").write_bytes(b"half a file")
     pairs.build(make("stage1"), workdir)
     assert {path.name: file_hash(path) for path in folder.iterdir()} == before
     assert (folder / "pairs-train_32x32.array_record-00000-of-00003").stat().st_mtime_ns == kept
@@ -136,7 +137,7 @@ def test_photographs_of_two_shapes_become_pairs_of_two_shapes_in_every_stage(
 
 def test_another_config_does_not_touch_finished_pairs(workdir: Path, make: Make) -> None:
     before = file_hash(workdir / "stage1" / "pairs" / "manifest.json")
-    with pytest.raises(UserError, match="were built with another config"):
+    with pytest.raises(UserError, match="config key pairs.guidance=3.0: .*/stage1/pairs was made with 2.0; use that"):
         pairs.build(make("stage1", guidance=3.0), workdir)
     assert file_hash(workdir / "stage1" / "pairs" / "manifest.json") == before
 

@@ -1,5 +1,6 @@
 """Shards: TFDS opens them, damage is named, nothing is overwritten."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -81,10 +82,13 @@ def test_another_latent_shape_is_refused(workdir: Path) -> None:
 
 
 def test_shards_of_another_config_are_not_overwritten(tmp_path: Path) -> None:
-    assert not shards.begin(tmp_path, {"config": 1, "base model": "a"})
-    assert not shards.begin(tmp_path, {"config": 1, "base model": "a"})
-    with pytest.raises(UserError, match="were built with another base model"):
-        shards.begin(tmp_path, {"config": 1, "base model": "b"})
+    made_from = {"seed": 1, "content of model.base": "a" * 64}
+    assert not shards.begin(tmp_path, made_from)
+    assert not shards.begin(tmp_path, made_from)
+    with pytest.raises(UserError, match=f"content of model.base=sha256 b{{12}}…: {tmp_path} was made with sha256 a"):
+        shards.begin(tmp_path, made_from | {"content of model.base": "b" * 64})
+    with pytest.raises(UserError, match="config key seed=2: .* was made with 1; use that, or another --workdir"):
+        shards.begin(tmp_path, made_from | {"seed": 2})
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -98,7 +102,7 @@ def test_a_latent_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
 
 
 def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     with pytest.raises(UserError, match="free some disk space"):
         tiny.write_pairs(tmp_path)
     assert not list(tmp_path.glob("*.array_record*"))

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from hgdpo_jax.data.loader import PairLoader
-from hgdpo_jax.data.pairs import file_hash
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import file_hash
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
@@ -131,7 +131,8 @@ def test_a_stage_before_its_predecessor_is_refused(base: Path, finished: Path, t
 
 def test_another_config_does_not_go_on(finished: Path, base: Path) -> None:
     before = file_hash(finished / "stage1" / "config.json")
-    with pytest.raises(UserError, match="config key train.lr=0.5: the checkpoint in .* was trained with 0.01"):
+    line = "config key train.lr=0.5: the checkpoint in .* was made with 0.01; use that, or another --workdir"
+    with pytest.raises(UserError, match=line):
         train(tiny.config(base, steps=8, lr=0.5), finished)
     assert file_hash(finished / "stage1" / "config.json") == before
 
@@ -144,7 +145,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(
     infinite = np.full((8, *tiny.LATENT), np.inf, np.float32)
     monkeypatch.setattr(PairLoader, "__next__", lambda loader: batch(loader) | {"winner": infinite})
     config = tiny.config(base, steps=8)
-    with pytest.raises(UserError, match=r"loss/\w+ is (nan|inf) at or before step 7"):
+    with pytest.raises(UserError, match=r"loss/\w+ is (nan|inf) at step 7: training stopped"):
         train(config, tmp_path)
     assert Checkpoints(tmp_path / "stage1").latest() == 6
     assert everything(tmp_path, base, 6) == everything(finished, base, 6)

@@ -20,7 +20,7 @@ each: below 48 GB add `--config.pairs.batch=4 --config.evaluate.batch=4`.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from . import common
 
 
 def get_config(variant: str = "sd15") -> ConfigDict:

@@ -14,7 +14,7 @@ sd15 and sdxl are computed, not run, as `configs/stage1.py` says: 20,000 steps o
 
 from ml_collections import ConfigDict
 
-from configs import common
+from . import common
 
 
 def get_config(variant: str = "sd15") -> ConfigDict:

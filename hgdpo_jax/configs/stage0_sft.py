@@ -17,7 +17,7 @@ add `--config.evaluate.batch=8`.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from . import common
 
 
 def get_config(variant: str = "sd15") -> ConfigDict:

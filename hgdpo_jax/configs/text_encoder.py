@@ -12,7 +12,7 @@ text encoder is small beside it.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from . import common
 
 
 def get_config(variant: str = "sd15") -> ConfigDict:

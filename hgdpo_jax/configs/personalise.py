@@ -15,7 +15,7 @@ cores, once; it ships trained.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from . import common
 
 
 def get_config(variant: str = "sd15") -> ConfigDict:

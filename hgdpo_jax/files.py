@@ -1,0 +1,218 @@
+"""Files: written whole or not at all, by one command at a time, and known by their content."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hgdpo_jax.errors import UserError
+
+# What reading a picture raises where it is none.
+UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)
+_ORIENTATION = 0x0112  # EXIF; from 5 on, height and width are exchanged
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".partial.{path.name}")
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder with all that is below it, is on the disk."""
+    for entry in [*path.rglob("*"), path]:  # a file has nothing below it
+        _sync_entry(entry)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Mounted buckets have no folders that could be flushed.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file or a folder under. Once the block ends without an error, what is there is on
+    the disk and takes the name `path`; after an error nothing is left of it."""
+    temporary = _partial(path)
+    _remove(temporary)
+    try:
+        yield temporary
+        sync(temporary)
+        if path.is_dir():
+            path.rmdir()  # only an empty one can be replaced
+        os.replace(temporary, path)
+    except BaseException:
+        _remove(temporary)
+        raise
+    _sync_entry(path.parent)  # the new name itself
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) -> None:
+    """Readable JSON; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=indent, sort_keys=True) + "\n")
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_hash(value: Any) -> str:
+    """sha256 of a value that JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def need_space(folder: Path, size: float, what: str) -> None:
+    """Raises UserError unless `size` bytes are free where `folder` is."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(f"{folder}: {free / 1e9:.2f} GB free, {what} needs {size / 1e9:.2f}; free some disk space")
+
+
+def require_plain(workdir: Path) -> None:
+    """Raises UserError for a folder whose path Orbax would take for a pattern: it deletes what it has just written."""
+    found = sorted(set(str(workdir.absolute())) & set("[]*?"))
+    if found:
+        raise UserError(f"--workdir {workdir}: its path holds {' '.join(found)}, which checkpoints cannot be written "
+                        "under; choose another folder")  # fmt: skip
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Until the block ends no other command may own `folder`, which need not exist.
+
+    The lock is the kernel's, which drops it with its process: a dead owner's is taken over by itself. The file beside
+    the folder says whose it is.
+
+    Raises:
+        UserError: another command owns it.
+    """
+    path = _lock_of(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = path.open("a+")
+        if not _lock(file.fileno(), path):
+            file.close()
+            raise UserError(f"{folder}: is being written by {owner(folder) or 'another command'}; wait until that has "
+                            "ended, or choose another folder")  # fmt: skip
+        if path.is_file() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # its owner ended between our opening and locking, and took the name away
+    with file:
+        file.truncate(0)
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "command": Path(sys.argv[0]).stem}
+        file.write(json.dumps(about) + "\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.absolute().parent / f".{folder.absolute().name}.lock"
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    """Whether the lock was free. Raises UserError on a file system without locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(f"{path}: cannot be locked ({error.strerror}); choose another file system") from error
+    return True
+
+
+def owner(folder: Path) -> str | None:
+    """Which command owns a folder, in words; None where none does."""
+    path = _lock_of(folder)
+    try:
+        with path.open() as file:
+            if _lock(file.fileno(), path):
+                return None
+            about = json.loads(file.read() or "{}")
+    except FileNotFoundError:
+        return None
+    if not about:
+        return "another command"
+    return f"{about['command']} (process {about['pid']} on {about['host']})"
+
+
+class Index:
+    """Content of files and shapes of pictures, kept between runs: a file is read again only once its size or its time
+    of modification has changed.
+
+    Args:
+        path: where it is kept; None keeps it in memory.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._known: dict[str, list[Any]] = {}  # path → [size, modification time in ns, sha256, [height, width]]
+        self._saved = True
+        if path is not None and path.is_file():
+            try:
+                self._known = json.loads(path.read_text())
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}: not JSON ({error}); remove it, it will be made again") from error
+
+    def _entry(self, file: Path) -> list[Any]:
+        about = file.stat()
+        entry = self._known.setdefault(os.path.abspath(file), [None, None, None, None])
+        if entry[:2] != [about.st_size, about.st_mtime_ns]:
+            entry[:] = [about.st_size, about.st_mtime_ns, None, None]
+        return entry
+
+    def hash(self, file: Path) -> str:
+        """sha256 of a file. Raises OSError where it cannot be read."""
+        entry = self._entry(file)
+        if entry[2] is None:
+            entry[2], self._saved = file_hash(file), False
+        return entry[2]
+
+    def shape(self, picture: Path) -> tuple[int, int]:
+        """(height, width) of a picture as it is to be looked at. Raises one of UNREADABLE where it is none."""
+        entry = self._entry(picture)
+        if entry[3] is None:
+            with Image.open(picture) as file:
+                width, height = file.size
+                turned = file.getexif().get(_ORIENTATION, 1) >= 5
+            entry[3], self._saved = [width, height] if turned else [height, width], False
+        return tuple(entry[3])
+
+    def save(self) -> None:
+        """Writes what was learnt since it was read."""
+        if self._path is not None and not self._saved:
+            write_json(self._path, self._known, indent=None)
+            self._saved = True
+
+
+def index_of(workdir: Path) -> Index:
+    """The index of a run."""
+    return Index(workdir / "content.json")

@@ -1,0 +1,78 @@
+"""What a stage is trained with: devices, ε_base, pairs, loss and optimizer; and what a checkpoint of it depends on."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from hgdpo_jax import config as configuration
+from hgdpo_jax import provenance, runtime
+from hgdpo_jax.data.concepts import encoder_hash
+from hgdpo_jax.data.pairs import Pairs, open_stage
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.pipeline import Pipeline
+from hgdpo_jax.files import Index
+from hgdpo_jax.training import policy as policies
+from hgdpo_jax.training import step as steps
+from hgdpo_jax.training.optimizer import make_optimizer
+
+
+class Inputs(NamedTuple):
+    """Read and checked.
+
+    Attributes:
+        pipeline: ε_base with the fresh parameters that the stage trains.
+        policy, frozen: its parameters in two parts, see :func:`hgdpo_jax.training.step.split`.
+        pairs: of the stage.
+        made_from: what a checkpoint depends on, see :mod:`hgdpo_jax.provenance`.
+    """
+
+    mesh: Mesh
+    pipeline: Pipeline
+    policy: steps.Params
+    frozen: steps.Params
+    pairs: Pairs
+    loss: steps.Loss
+    optimizer: optax.GradientTransformation
+    made_from: dict[str, Any]
+
+
+def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
+    """All that a config names.
+
+    Raises:
+        UserError: an input is missing or is not what it claims to be, or does not fit the others.
+    """
+    settings = config.train
+    mesh = runtime.make_mesh(config.mesh)
+    runtime.check_batch(settings.batch // settings.accumulate, mesh, "train.batch / train.accumulate")
+    pairs = open_stage(workdir, settings.pairs or config.stage, index)
+    pipeline = policies.load(config, mesh)
+    pairs.require({name: pipeline.latent_shape(size) for name, size in configuration.resolutions(config).items()})
+    denoiser, policy, frozen = steps.split(pipeline, settings.params)
+    if config.objective == "dpo":
+        loss = steps.dpo_loss(denoiser, pipeline.schedule, settings.beta, settings.lambda_stat)
+    else:
+        loss = steps.sft_loss(denoiser, pipeline.schedule, config.data.caption_dropout, config.data.concept_dropout)
+    inputs = {"model.base": pipelines.content_hash(config.model.base, config.model.vae, index), "the pairs": pairs.hash}
+    if settings.params == "adapter":
+        inputs["the concept encoder"] = encoder_hash(config, index)
+    made_from = provenance.settings(config, depends_on(config))
+    made_from |= {provenance.content(name): value for name, value in inputs.items()}
+    return Inputs(mesh, pipeline, policy, frozen, pairs, loss, make_optimizer(settings), made_from)
+
+
+def depends_on(config: ConfigDict) -> list[str]:
+    """The settings that decide what a stage learns. Only rounding depends on the mesh, on `train.accumulate` and on
+    `train.checkpointing`."""
+    train = config.train
+    keys = ["stage", "seed", "objective", "model.dtype", "train.start", "train.reference", "train.params"]
+    keys += ["train.lora_rank", "train.lora_alpha"] if train.params in ("lora", "text_lora") else []
+    keys += ["train.beta", "train.lambda_stat"] if config.objective == "dpo" else []
+    keys += ["data.caption_dropout", "data.concept_dropout"] if config.objective == "sft" else []
+    keys += ["train.batch", "train.lr", "train.optimizer", "train.schedule", "train.warmup", "train.weight_decay"]
+    keys += ["train.clip_norm", "train.ema"] + (["train.adam"] if train.optimizer == "adamw" else [])
+    keys += ["train.steps"] if train.schedule == "cosine" else []
+    return keys + (["adapter.kind"] if train.params == "adapter" else [])

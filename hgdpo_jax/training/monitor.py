@@ -1,0 +1,118 @@
+"""What people see of a training: a line at the start, the log, held-out pairs, pictures, and warnings."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from hgdpo_jax import config as configuration
+from hgdpo_jax import runtime
+from hgdpo_jax.data.loader import first_batches
+from hgdpo_jax.diffusion.painter import Painter
+from hgdpo_jax.scoring.pictures import grid
+from hgdpo_jax.training.cost import operations
+from hgdpo_jax.training.inputs import Inputs
+from hgdpo_jax.training.metrics import MetricLog, average
+from hgdpo_jax.training.step import Params, TrainState
+
+HELDOUT_PAIRS = 256
+SAMPLES = 8
+# A policy that learns makes the winner's error no larger than the reference's by more than a few parts in a hundred.
+UNLEARNING = 1.2
+_LARGE = 2e8  # parameters; the UNets of SD1.5 and XL have 0.9e9 and 2.6e9
+_CORE = 2e10  # operations a second that a processor's core was measured to do (benchmarks/results/full_size.md)
+
+
+class Monitor:
+    """Looks at a stage while it is trained.
+
+    Args:
+        config: of the stage.
+        folder: W/stageN.
+        inputs: of the stage.
+        reference: of the stage.
+    """
+
+    def __init__(self, config: ConfigDict, folder: Path, inputs: Inputs, reference: Params) -> None:
+        self.log = MetricLog(folder / "logs")
+        self._reference, self._frozen, self._batch = reference, inputs.frozen, config.train.batch
+        settings, held = config.evaluate, inputs.pairs.sources["heldout"]
+        self._painter = Painter(
+            inputs.pipeline,
+            inputs.mesh,
+            sampler=settings.sampler,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            batch=settings.batch,
+            seed=config.seed,
+        )
+        self._resolution = next(iter(configuration.resolutions(config).values()))
+        self._held = [
+            runtime.to_devices(batch, inputs.mesh)
+            for source in held
+            for batch in first_batches(source, config.train.batch, HELDOUT_PAIRS // len(held))
+        ]
+        self._evaluate = jax.jit(lambda *arguments: inputs.loss(*arguments)[1])
+        rows = [source[i] for source in held for i in range(min(SAMPLES, len(source)))][:SAMPLES]
+        self._ids = np.stack([row["input_ids"] for row in rows])
+        self._concept = np.stack([r["concept"] for r in rows]).astype(np.float32) if "concept" in rows[0] else None
+        self._keys = self._painter.keys("samples", [row["id"].decode() for row in rows], [0] * len(rows))
+        self._worst = UNLEARNING
+
+    def look(self, state: TrainState, step: int) -> None:
+        """Held-out pairs at fixed noise and timesteps, and pictures from fixed seeds."""
+        self._painter.use(state.result)
+        latents = self._painter.generate(self._ids, self._keys, self._resolution, "samples", self._concept)
+        self.log.images("samples", grid(self._painter.decode(latents, "decode"), 4), step)
+        found = []
+        for i, batch in enumerate(self._held):
+            noise = jax.random.split(runtime.stream_key(0, "heldout", i), self._batch)
+            found.append(self._evaluate(state.policy, self._reference, self._frozen, batch | {"key": noise}))
+        self.log.write({f"heldout/{name}": value for name, value in average(jax.device_get(found)).items()}, step)
+
+    def watch(self, values: dict[str, float], step: int) -> None:
+        """Warns of a policy that unlearns the winners: both errors grow, and the pictures turn to noise.
+
+        Args:
+            values: means since the last call.
+            step: that they end with.
+        """
+        if "error/winner_reference" not in values:
+            return
+        ratio = values["error/winner"] / max(values["error/winner_reference"], 1e-12)
+        if ratio > self._worst:
+            self._worst = 1.25 * ratio  # the next warning is of something new
+            logging.warning("step %d: the winner's error is %.2f times the reference's: the policy unlearns the "
+                            "winners and pictures will turn to noise; lower config.train.lr, raise config.train.beta, "
+                            "or stop at an earlier config.train.steps", step, ratio)  # fmt: skip
+
+
+def announce(config: ConfigDict, inputs: Inputs, state: TrainState) -> None:
+    """Prints where a stage is trained and what of it."""
+    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.policy, inputs.frozen))
+    unit = "pairs" if config.objective == "dpo" else "photographs"
+    print(f"{config.stage}: {runtime.describe(inputs.mesh)}, {config.train.batch} {unit} a step")
+    print(f"{config.stage}: trains {config.train.params}, {trained:,} of {trained + frozen:,} parameters of UNet and "
+          f"text, in float32; the others are {config.model.dtype}")  # fmt: skip
+
+
+def warn_of_hours(config: ConfigDict, inputs: Inputs, left: int, step: Callable, *arguments: Any) -> None:
+    """Says how long a processor will take for a model that is made for accelerators.
+
+    Args:
+        config, inputs: of the stage.
+        left: steps to go.
+        step: the jitted step.
+        *arguments: of the step.
+    """
+    size = sum(x.size for x in jax.tree.leaves((inputs.policy, inputs.frozen)))
+    if jax.default_backend() == "cpu" and size > _LARGE:
+        cores = os.cpu_count() or 1
+        hours = left * operations(step.trace(*arguments).jaxpr) / (cores * _CORE * jax.process_count()) / 3600
+        logging.warning("%s is trained on a processor: %d steps will take about %.0f hours on its %d cores; a GPU or a "
+                        "TPU needs jax for it, see README", config.model.base, left, hours, cores)  # fmt: skip
