@@ -1,5 +1,7 @@
 """The stages beside the curriculum, from their commands to what is drawn with them."""
 
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,10 +11,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax import pairs, sample
+from hgdpo_jax import pairs, runtime, sample
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.export import ADAPTER_FILE, KOHYA_FILE, KOHYA_TEXT_FILE, PEFT_FILE, PEFT_TEXT_FILE, RECIPE_FILE, export
+from hgdpo_jax.files import write_json
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.loop import train
@@ -74,6 +77,32 @@ def test_export_writes_the_text_encoder_and_the_recipe_too(workdir: Path, tmp_pa
     untouched = pipelines.load(policies.stage_config(workdir, "stage1").model.base).text.text_encoder
     ids = np.array([[49406, 320, 49407]], np.int32)
     assert abs(merged(ids).last_hidden_state - untouched(ids).last_hidden_state).max() > 1e-4
+
+
+def test_a_base_that_moved_is_given_to_export_and_sample(workdir: Path, base: Path, tmp_path: Path) -> None:
+    run, moved, other = (tmp_path / name for name in ("run", "moved", "other"))
+    shutil.copytree(workdir, run)
+    for folder in (moved, other):
+        shutil.copytree(base, folder)
+    for stage in ("stage1", "text_encoder"):
+        config = json.loads((run / stage / "config.json").read_text())
+        config["model"]["base"] = str(tmp_path / "gone")
+        write_json(run / stage / "config.json", config)
+    line = "gone: no such folder or file; .* if it was moved, say where it is with --base"
+    with pytest.raises(UserError, match=line):
+        export(run, tmp_path / "out")
+    with pytest.raises(UserError, match=line):
+        sample.from_run(run, None, 0.5, None, True)
+    (other / "scheduler" / "scheduler_config.json").write_text('{"beta_schedule": "linear"}')
+    with pytest.raises(UserError, match="content of model.base=sha256 .* stage1 in .* was made with sha256"):
+        export(run, tmp_path / "out", base=str(other))
+    assert not (tmp_path / "out").exists()
+    source = sample.from_run(run, None, 0.5, None, True, str(moved))
+    assert source.settings["base"] == pipelines.content_hash(base)
+    export(run, tmp_path / "out", formats=["peft"], base=str(moved))
+    export(workdir, tmp_path / "out", formats=["peft"])  # the same by its content: kept
+    with runtime.owned(tmp_path / "new"), pytest.raises(UserError, match="new: is being written by"):
+        export(workdir, tmp_path / "new", formats=["peft"])
 
 
 def adapter_config(base: Path, folder: Path) -> ConfigDict:

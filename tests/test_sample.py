@@ -245,7 +245,7 @@ def test_what_is_there_is_kept_and_another_runs_folder_is_refused(source: sample
     draw(source, ["a man"], [0, 1], tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert (tmp_path / "out" / "00000_0.png").stat().st_mtime_ns == kept
-    with pytest.raises(UserError, match=r"holds images of another run \(other guidance\); choose another folder"):
+    with pytest.raises(UserError, match=r"holds images of another run \(guidance 2.0, now it is 3.0\); choose another"):
         draw(source, ["a man"], [0, 1], tmp_path / "out", guidance=3.0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")

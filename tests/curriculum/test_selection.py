@@ -1,20 +1,24 @@
 """The three stages' pairs, built by the command on a tiny base and real photographs."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from hgdpo_jax import pairs
+from hgdpo_jax import files, pairs
 from hgdpo_jax.data.pairs import open_stage
 from hgdpo_jax.data.photographs import list_photographs, load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import file_hash
+from hgdpo_jax.models.clip import CLIPModel
+from hgdpo_jax.models.convert import load_model, save_model
 from hgdpo_jax.scoring.preference import Scorer
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.loop import train
@@ -145,3 +149,80 @@ def test_another_config_does_not_touch_finished_pairs(workdir: Path, make: Make)
 def test_a_stage_before_its_predecessor_names_the_command(make: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stage1/pairs: are missing; build them with: .*configs/stage1.py"):
         pairs.build(make("stage2", winner="sdrecon", loser="stage1"), tmp_path)
+
+
+def test_only_what_the_pairs_depend_on_must_stay(
+    workdir: Path, make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(files, "file_hash", lambda path: pytest.fail(f"{path} was read again"))
+    config = make("stage1", batch=16)  # images at a time: nothing but rounding
+    config.train.lr = 1.0
+    pairs.build(config, workdir)
+    assert "stage1/pairs: already built" in capsys.readouterr().out
+    config.model.dtype = "bfloat16"
+    with pytest.raises(UserError, match="config key model.dtype='bfloat16': .*/stage1/pairs was made with 'float32'"):
+        pairs.build(config, workdir)
+
+
+def test_one_command_at_a_time_builds_pairs(workdir: Path, make: Make) -> None:
+    with files.owned(workdir / "stage1" / "pairs"), pytest.raises(UserError, match="pairs: is being written by"):
+        pairs.build(make("stage1"), workdir)
+
+
+def test_photographs_may_move_but_not_change(workdir: Path, inputs: Path, make: Make, tmp_path: Path) -> None:
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.copytree(inputs / "photographs", tmp_path / "moved")
+    config = make("stage3", winner="sdrecon", strengths=(1,), loser="stage2")
+    config.data.photographs = str(tmp_path / "moved")
+    before = file_hash(tmp_path / "run" / "stage3" / "pairs" / "manifest.json")
+    pairs.build(config, tmp_path / "run")
+    used = open_stage(tmp_path / "run", "stage3").by_id("heldout")
+    changed = next(p for p in list_photographs(tmp_path / "moved", "heldout") if p.id in used)
+    Image.new("RGB", (64, 64)).save(changed.path)
+    line = rf"photograph {changed.id}: is sha256 \w{{12}}…, pair shard .*-00000-of-00001 was made from sha256 \w{{12}}…"
+    with pytest.raises(UserError, match=line):
+        pairs.build(config, tmp_path / "run")
+    captions = tmp_path / "moved" / "captions.jsonl"
+    captions.write_text(captions.read_text().replace("woman", "lady").replace("man", "gentleman"))
+    with pytest.raises(UserError, match="content of captions.jsonl=sha256 .* was made with sha256"):
+        pairs.build(config, tmp_path / "run")
+    assert file_hash(tmp_path / "run" / "stage3" / "pairs" / "manifest.json") == before
+
+
+def test_a_repaired_photograph_is_taken_in(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tiny.write_photographs(tmp_path / "photographs", train=3, heldout=1)
+    train_photographs = list_photographs(folder, "train")
+    whole = {photograph.path: photograph.path.read_bytes() for photograph in train_photographs}
+    config = make("stage0", winner="photograph", loser="none", shard_size=2)
+    config.data.photographs, config.objective = str(folder), "sft"
+
+    for path in whole:
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="none of the 3 photographs of split train can be read; repair them"):
+        pairs.build(config, tmp_path / "run")
+    first, second, third = whole
+    first.write_bytes(whole[first])
+    second.write_bytes(whole[second])
+    pairs.build(config, tmp_path / "run")
+    done = open_stage(tmp_path / "run", "stage0")
+    assert list(done.by_id("train")) == [p.id for p in train_photographs[:2]]
+
+    third.write_bytes(whole[third])
+    pairs.build(config, tmp_path / "run")  # finished: somebody may have learnt from them
+    assert "a photograph that could not be read has changed since; remove the shard" in caplog.text
+    assert open_stage(tmp_path / "run", "stage0").hash == done.hash
+    (tmp_path / "run" / "stage0" / "pairs" / "pairs-train_32x32.array_record-00001-of-00002").unlink()
+    pairs.build(config, tmp_path / "run")
+    assert len(open_stage(tmp_path / "run", "stage0").by_id("train")) == 3
+
+
+def test_a_score_that_is_no_number_names_the_prompt(make: Make, inputs: Path, tmp_path: Path) -> None:
+    broken = load_model(CLIPModel, inputs / "scorer")
+    broken.logit_scale[...] = jnp.nan
+    save_model(broken, tmp_path / "scorer")
+    config = make("stage1")
+    config.pairs.scorer = str(tmp_path / "scorer")
+    first = list_photographs(config.data.photographs, "train")[0]
+    with pytest.raises(UserError, match=f"prompt '{first.caption}' of {first.id}: its score is NaN or infinite"):
+        pairs.build(config, tmp_path / "run")
+    assert not list((tmp_path / "run" / "stage1" / "pairs").glob("*.array_record*"))

@@ -1,5 +1,6 @@
 """Photographs: which ones, how they are cut, and what is wrong with them."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -72,3 +73,18 @@ def test_a_photograph_goes_to_the_resolution_nearest_in_shape(tmp_path: Path) ->
     resolutions = {"64x64": (64, 64), "128x64": (128, 64), "64x128": (64, 128)}
     found = {name: [p.id for p in bucket] for name, bucket in by_shape(photographs, resolutions).items()}
     assert found == {"64x64": ["square", "missing"], "128x64": ["tall", "turned"], "64x128": ["wide"]}
+
+
+def test_every_line_is_an_example_of_its_own(tmp_path: Path) -> None:
+    folder = tiny.write_photographs(tmp_path / "p", 2)
+    line = json.loads((folder / "captions.jsonl").read_text().splitlines()[0])
+    with (folder / "captions.jsonl").open("a") as file:
+        file.write(json.dumps(line | {"caption": "another caption"}) + "\n")
+    found = list_photographs(folder, "train", mirror=True)
+    name = line["file"]
+    assert [p.id for p in found if p.path.name in name] == [name, f"{name}#mirrored", f"{name}#2", f"{name}#2#mirrored"]
+    assert [p.caption for p in found][-2:] == ["another caption"] * 2
+    with (folder / "captions.jsonl").open("a") as file:
+        file.write(json.dumps({"file": f"{name}#2", "caption": "x"}) + "\n")
+    with pytest.raises(UserError, match=f"{name}#2 names two examples"):
+        list_photographs(folder, "train")

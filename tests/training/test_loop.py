@@ -1,5 +1,6 @@
 """The training command: kill and resume, the predecessor, and what it refuses."""
 
+import gc
 import os
 import shutil
 import signal
@@ -7,18 +8,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hgdpo_jax.data.loader import PairLoader
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import file_hash
+from hgdpo_jax.files import file_hash, owned
+from hgdpo_jax.training import loop, metrics
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
+from hgdpo_jax.training.inputs import depends_on
 from hgdpo_jax.training.loop import train
+from hgdpo_jax.training.metrics import MetricLog
+from hgdpo_jax.training.monitor import UNLEARNING, Monitor
 from hgdpo_jax.training.optimizer import make_optimizer
 from tests import tiny
 
@@ -26,7 +33,10 @@ RUN = """
 import sys
 from pathlib import Path
 from tests import tiny
+from hgdpo_jax.training.inputs import depends_on
 from hgdpo_jax.training.loop import train
+from hgdpo_jax.training.metrics import MetricLog
+from hgdpo_jax.training.monitor import UNLEARNING, Monitor
 base, workdir, steps = sys.argv[1:]
 train(tiny.config(Path(base), steps=int(steps)), Path(workdir))
 """
@@ -149,3 +159,134 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(
         train(config, tmp_path)
     assert Checkpoints(tmp_path / "stage1").latest() == 6
     assert everything(tmp_path, base, 6) == everything(finished, base, 6)
+
+
+def test_a_gradient_that_is_no_number_stops_at_its_step_whatever_the_loss(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path)
+    for step, norm in ((1, 1.0), (2, np.nan), (3, 1.0)):
+        log.add(step, {"loss/total": np.float32(0.7), "gradient_norm": np.float32(norm)})
+    with pytest.raises(UserError, match="gradient_norm is nan at step 2: training stopped"):
+        log.flush(3)
+
+
+@pytest.mark.parametrize("part", ["policy", "ema", "optimizer"])
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path, part: str) -> None:
+    good = {name: {"x": jnp.ones(3)} for name in ("policy", "ema", "optimizer")}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, good, {})
+    with pytest.raises(UserError, match=f"{part}.x is NaN or infinite after step 2: training stopped, the last good"):
+        checkpoints.save(2, good | {part: {"x": jnp.array([1.0, np.inf, 1.0])}}, {})
+    assert Checkpoints(tmp_path).latest() == 1
+
+
+def test_what_reads_otherwise_than_it_was_written_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(Checkpoints, "_read", lambda *_: {"x": np.zeros(3, np.float32)})
+    with pytest.raises(UserError, match="was written, but reads otherwise"):
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    assert Checkpoints(tmp_path).latest() is None
+
+
+def test_a_policy_that_unlearns_the_winners_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    monitor = object.__new__(Monitor)
+    monitor._worst = UNLEARNING
+    for step, error in ((1, 0.105), (2, 0.13), (3, 0.131), (4, 0.4)):
+        monitor.watch({"error/winner": error, "error/winner_reference": 0.1}, step)
+    assert [record.getMessage()[:6] for record in caplog.records] == ["step 2", "step 4"]
+    assert "lower config.train.lr, raise config.train.beta" in caplog.text
+
+
+def test_steps_that_were_raised_and_lowered_again_leave_the_stage_finished(
+    finished: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _copy(finished, tmp_path)
+    with monkeypatch.context() as killed:
+        killed.setattr(loop, "_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny.config(base, steps=9), tmp_path)
+    config = tiny.config(base, steps=6)
+    like = policies.of(policies.load(config, tiny.mesh()), config)
+    with pytest.raises(UserError, match="stage1 stands at step 6 of 9"):
+        policies.finished(tmp_path, "stage1", like)
+    train(config, tmp_path)
+    policies.finished(tmp_path, "stage1", like)
+
+
+def test_a_base_may_move_but_not_change(finished: Path, base: Path, tmp_path: Path) -> None:
+    _copy(finished, tmp_path / "run")
+    _copy(base, tmp_path / "moved")
+    train(tiny.config(tmp_path / "moved", steps=6), tmp_path / "run")
+    scheduler = tmp_path / "moved" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))
+    line = r"content of model.base=sha256 \w{12}…: the checkpoint in .* was made with sha256 \w{12}…; use that, or"
+    with pytest.raises(UserError, match=line):
+        train(tiny.config(tmp_path / "moved", steps=6), tmp_path / "run")
+    with pytest.raises(UserError, match="content of model.base=.* stage1 in .* was made with .*; use that base"):
+        train(tiny.config(tmp_path / "moved", "stage2", start="stage1", steps=2), tmp_path / "run")
+
+
+def test_what_a_stage_depends_on_follows_its_settings(base: Path) -> None:
+    constant, cosine = (tiny.config(base, schedule=schedule) for schedule in ("constant", "cosine"))
+    assert set(depends_on(cosine)) - set(depends_on(constant)) == {"train.steps"}
+    assert not {"train.accumulate", "train.checkpointing", "mesh", "model.base"} & set(depends_on(constant))
+
+
+def test_one_command_at_a_time_trains_a_stage(finished: Path, base: Path) -> None:
+    with owned(finished / "stage1"), pytest.raises(UserError, match="stage1: is being written by .* wait until that"):
+        train(tiny.config(base, steps=8), finished)
+
+
+def test_half_a_line_of_the_log_is_forgotten(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path)
+    log.write({"a": 1.0}, 1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "a')
+    assert metrics.read(tmp_path) == [{"step": 1, "a": 1.0}]
+    MetricLog(tmp_path).write({"a": 3.0}, 2)
+    assert metrics.read(tmp_path) == [{"step": 1, "a": 1.0}, {"step": 2, "a": 3.0}]
+
+
+def test_the_checkpoint_comes_before_the_pictures_which_a_resumed_run_makes_up_for(
+    finished: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _copy(finished, tmp_path)
+    look = Monitor.look
+    with monkeypatch.context() as killed:
+        killed.setattr(Monitor, "look", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny.config(base, steps=8), tmp_path)
+    assert Checkpoints(tmp_path / "stage1").latest() == 8 and not metrics.looked(tmp_path / "stage1" / "logs", 8)
+    made: list[int] = []
+    monkeypatch.setattr(Monitor, "look", lambda self, state, step: made.append(step) or look(self, state, step))
+    for _ in range(2):
+        train(tiny.config(base, steps=8), tmp_path)
+    assert made == [8] and metrics.looked(tmp_path / "stage1" / "logs", 8)
+
+
+def test_a_resumed_state_is_restored_into_nothing(
+    finished: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that a training fills, there is no room for a second state."""
+    _copy(finished, tmp_path)
+    live: list[int] = []
+
+    def count() -> None:
+        gc.collect()
+        live.append(sum(x.nbytes for x in jax.live_arrays()))
+
+    restore = Checkpoints.restore
+
+    def counted(self: Checkpoints, step: int, like: Any) -> Any:
+        count()
+        found = restore(self, step, like)
+        count()
+        live.append(sum(x.nbytes for x in jax.tree.leaves(found)))
+        return found
+
+    monkeypatch.setattr(Checkpoints, "restore", counted)
+    monkeypatch.setattr(loop, "_run", lambda *_: None)
+    train(tiny.config(base, steps=8), tmp_path)
+    before, after, size = live
+    assert after - before == size

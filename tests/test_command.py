@@ -1,0 +1,52 @@
+"""What every command does, whatever it is about: in real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hgdpo_jax.training.checkpoints import Checkpoints
+from tests import tiny
+
+TRAIN = """
+import sys
+from pathlib import Path
+from hgdpo_jax import command
+from hgdpo_jax.training.loop import train
+from tests import tiny
+base, workdir = map(Path, sys.argv[1:])
+command.run(lambda: train(tiny.config(base, steps=100_000), workdir))
+"""
+
+
+def test_ctrl_c_is_one_line_and_130_and_keeps_what_is_finished(tmp_path: Path) -> None:
+    base, workdir = tiny.write_base(tmp_path / "base"), tmp_path / "run"
+    tiny.write_pairs(workdir / "stage1" / "pairs")
+    command = [sys.executable, "-c", TRAIN, str(base), str(workdir)]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not (workdir / "stage1" / "policy" / "2.sha256.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert errors.strip().splitlines()[-1] == "stopped; the same command goes on from what is finished"
+    assert Checkpoints(workdir / "stage1").latest() >= 2
+
+
+@pytest.mark.parametrize("home", ["/dev/null/nobody", None])
+def test_without_a_home_it_runs_without_a_cache(home: str | None, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"HOME": home, "PYTHONPATH": os.getcwd()} if home else {"PYTHONPATH": os.getcwd()}
+    code = "from hgdpo_jax import command; command.run(lambda: print('ran'))"
+    if home is None:  # nor an entry for this user
+        code = "import pathlib; pathlib.Path.home = lambda: (_ for _ in ()).throw(RuntimeError('no home')); " + code
+    run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "ran\n")
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("no compilation cache: ") and "JAX_COMPILATION_CACHE_DIR" in line
