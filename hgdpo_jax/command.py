@@ -59,7 +59,7 @@ def _end(line: str, code: int) -> None:
 
 def _full_disk(error: BaseException) -> str | None:
     """What an error says of a full disk, if it is about one. Some libraries raise classes of their own."""
-    text = " ".join(str(error).split())
+    text = " ".join([*str(error).split(), *getattr(error, "__notes__", [])[:1]])
     if any(os.strerror(code) in text for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
         return text
     return _full_disk(error.__cause__) if error.__cause__ else None

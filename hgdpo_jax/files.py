@@ -56,8 +56,9 @@ def whole(path: Path) -> Iterator[Path]:
         if path.is_dir():
             path.rmdir()  # only an empty one can be replaced
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
+        error.add_note(f"while {path} was written")
         raise
     _sync_entry(path.parent)  # the new name itself
 
@@ -91,7 +92,7 @@ def need_space(folder: Path, size: float, what: str) -> None:
     """Raises UserError unless `size` bytes are free where `folder` is."""
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise UserError(f"{folder}: {free / 1e9:.2f} GB free, {what} needs {size / 1e9:.2f}; free some disk space")
+        raise UserError(f"{folder}: {free / 1e6:,.1f} MB free, {what} needs {size / 1e6:,.1f}; free some disk space")
 
 
 def require_plain(workdir: Path) -> None:

@@ -68,6 +68,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         command.run(lambda: write(tmp_path))
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 1 and line.startswith("error: ") and "free some disk space" in line
+    assert f"while {tmp_path}/" in line
     assert not list(tmp_path.iterdir())
 
 
