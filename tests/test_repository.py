@@ -1,9 +1,11 @@
 """Promises about the repository itself."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from hgdpo_jax.export import RECIPE
 
@@ -21,3 +23,12 @@ def test_torch_is_imported_by_no_module(path: Path) -> None:
         elif isinstance(node, ast.ImportFrom) and node.module:
             imported.add(node.module.split(".")[0])
     assert not imported & {"torch", "diffusers", "peft", "pickle"}
+
+
+@pytest.mark.parametrize("pins", ["requirements.txt", "requirements-test.txt"])
+def test_pins_are_the_lowest_of_the_ranges(pins: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = project["dependencies"] if pins == "requirements.txt" else project["optional-dependencies"]["test"]
+    lowest = {r.name: s.version for r in map(Requirement, ranges) for s in r.specifier if s.operator == ">="}
+    lines = [line for line in (ROOT / pins).read_text().splitlines() if not line.startswith(("#", "-r"))]
+    assert lowest == dict(line.split("==") for line in lines)
