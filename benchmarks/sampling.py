@@ -46,7 +46,7 @@ def main() -> None:
     def draw_ours() -> np.ndarray:
         return painter.decode(painter.generate(ours.tokenize(prompts), keys, (side, side), "draw"), "decode")
 
-    theirs = DiffusionPipeline.from_pretrained(given.model, torch_dtype=torch.float32)
+    theirs = DiffusionPipeline.from_pretrained(given.model, dtype=torch.float32)
     theirs.scheduler = DPMSolverMultistepScheduler.from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)
 

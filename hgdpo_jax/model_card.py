@@ -14,7 +14,7 @@ _ABOUT = {
         "    import torch",
         "    from diffusers import DiffusionPipeline",
         "",
-        '    pipeline = DiffusionPipeline.from_pretrained("THIS_FOLDER", torch_dtype=torch.float32)',
+        '    pipeline = DiffusionPipeline.from_pretrained("THIS_FOLDER", dtype=torch.float32)',
     ),
     "pytorch_lora_weights.safetensors": (
         "On the base model:",

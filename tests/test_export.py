@@ -79,7 +79,7 @@ def theirs(pipeline: Any, start: np.ndarray) -> np.ndarray:
 
 def test_the_exported_folder_gives_our_images_in_diffusers(workdir: Path, ours: tuple) -> None:
     start, policy, base = ours
-    found = theirs(DiffusionPipeline.from_pretrained(workdir / "export", torch_dtype=torch.float32), start)
+    found = theirs(DiffusionPipeline.from_pretrained(workdir / "export", dtype=torch.float32), start)
     assert np.abs(found - policy).max() <= 2 / 255
     assert np.abs(found - base).max() > 20 / 255
 
@@ -89,7 +89,7 @@ def test_the_exported_lora_on_the_base_gives_our_images_in_diffusers(
     base: Path, workdir: Path, ours: tuple, name: str
 ) -> None:
     start, policy, without = ours
-    pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     assert np.abs(theirs(pipeline, start) - without).max() <= 2 / 255
     pipeline.load_lora_weights(workdir / "export", weight_name=name)
     assert np.abs(theirs(pipeline, start) - policy).max() <= 2 / 255
@@ -105,7 +105,7 @@ def test_a_lora_of_the_text_encoders_too_gives_our_images_in_diffusers(base: Pat
     start, (images,) = draw(pipeline, {"unet": nnx.state(pipeline.unet, nnx.LoRAParam)})
     both = lora_weights(pipeline.models, kind, "unet") | lora_weights(pipeline.models, kind, "text")
     save_file(both, tmp_path / "lora.safetensors")
-    reference = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+    reference = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     assert np.abs(theirs(reference, start) - images).max() > 20 / 255
     reference.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     assert np.abs(theirs(reference, start) - images).max() <= 2 / 255

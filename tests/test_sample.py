@@ -133,7 +133,7 @@ def test_the_recipe_gives_the_images_of_diffusers(
     for file in folder.iterdir():
         if not (file.name == PEFT_TEXT_FILE and not text or file.name == PEFT_NORMAL_FILE and blocks == "all"):
             (tmp_path / file.name).symlink_to(file)
-    reference = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+    reference = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     script.load(reference, tmp_path, weight=0.5, blocks=given)
     found = ours(painter, pipeline, *chosen(policies, blocks, text))
     assert np.abs(theirs(script, reference, painter) - found).max() <= 2 / 255
@@ -145,7 +145,7 @@ def test_the_recipe_gives_the_images_of_diffusers(
 def test_without_policies_the_images_are_those_of_the_base(
     base: Path, trained: tuple, painter: Painter, script: ModuleType, tmp_path: Path
 ) -> None:
-    reference = script.load(DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32), tmp_path)
+    reference = script.load(DiffusionPipeline.from_pretrained(base, dtype=torch.float32), tmp_path)
     assert np.abs(theirs(script, reference, painter) - ours(painter, trained[0])).max() <= 2 / 255
 
 
@@ -168,7 +168,7 @@ def test_a_concept_image_gives_the_images_of_diffusers_with_and_without_lora(
     hard = chosen(policies, "up", False)
     without_concept = [ours(painter, pipeline), ours(painter, pipeline, *hard)]
     for number, used in enumerate(([], hard)):
-        reference = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+        reference = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
         script.load(reference, folder if used else tmp_path)
         reference.hgdpo_text = {}
         if used:

@@ -4,7 +4,7 @@
     from diffusers import DiffusionPipeline
     from hgdpo_recipe import draw, load
 
-    pipeline = DiffusionPipeline.from_pretrained("THE_BASE_MODEL", torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained("THE_BASE_MODEL", dtype=torch.float32)
     load(pipeline, "THIS_FOLDER")
     draw(pipeline, "a portrait photograph of a woman").images[0].save("woman.png")
 
