@@ -1,5 +1,6 @@
 """Training metrics: kept on the devices between two log lines, then averaged, checked and written to TensorBoard."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -16,12 +17,16 @@ class MetricLog:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._lines = folder / "metrics.jsonl"
+        self._folder, self._lines = folder, folder / "metrics.jsonl"
         if self._lines.is_file():  # half a line of a run that was killed
             with self._lines.open("r+b") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
-        self._writer = SummaryWriter(str(folder))
         self._steps: dict[int, Metrics] = {}
+
+    @functools.cached_property
+    def _writer(self) -> SummaryWriter:
+        """Opened by the first value: from Python 3.12 on, one that got none cannot close itself when Python exits."""
+        return SummaryWriter(str(self._folder))
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Remembers one step's metrics without waiting for them."""
