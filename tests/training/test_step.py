@@ -1,12 +1,14 @@
 """The step: gradients against PyTorch, devices against each other, what it starts with, what it must not change."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from diffusers import UNet2DConditionModel as TorchUNet
@@ -22,11 +24,16 @@ from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
 from hgdpo_jax.training.optimizer import make_optimizer
 from tests import tiny
+from tests.rounding import EPS, GRADIENT, MEAN, assert_close
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_base(tmp_path_factory.mktemp("base"))
+
+
+# β multiplies the rounding of the errors: a small one leaves the tolerance to the step itself.
+ALL = {"params": "all", "beta": 10.0, "lr": 3e-5}
 
 
 def batch(rows: int = 8) -> dict[str, np.ndarray]:
@@ -42,52 +49,86 @@ def half_square(policy: Any, reference: Any, frozen: Any, batch: Any) -> tuple[j
     return total, {"loss/total": total}
 
 
-def run(
-    base: Path, mesh: Mesh, count: int, beta: float = 100.0, loss: steps.Loss | None = None, **train: Any
-) -> tuple[steps.TrainState, list[dict], Any, Any]:
-    """(state, metrics, reference before, reference after) of some steps on a mesh; `loss` is DPO's unless given."""
+def flat(tree: Any) -> np.ndarray:
+    """All numbers of a tree."""
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+class Program(NamedTuple):
+    """A compiled step, what makes its first state, and its reference and frozen weights."""
+
+    step: Callable
+    start: Callable[[Any], steps.TrainState]
+    policy: Any
+    frozen: Any
+
+
+@functools.cache
+def program(base: Path, mesh: Mesh, beta: float = 100.0, loss: steps.Loss | None = None, **train: Any) -> Program:
+    """Compiled once for all tests with these settings; `loss` is DPO's unless given."""
     config = tiny.config(base, **train)
     pipeline = policies.load(config, mesh)
     denoiser, policy, frozen = steps.split(pipeline, config.train.params)
     tx = make_optimizer(config.train)
     empty = jax.eval_shape(lambda p: steps.init_state(p, tx, config.train.ema), policy)
     placed = runtime.shardings(empty, mesh)
-    state = jax.jit(lambda p: steps.init_state(p, tx, config.train.ema), out_shardings=placed)(policy)
+    start = jax.jit(lambda p: steps.init_state(p, tx, config.train.ema), out_shardings=placed)
     loss = loss or steps.dpo_loss(denoiser, pipeline.schedule, beta, 0.1)
     step = steps.make_step(loss, tx, config.train.accumulate, config.train.ema, jax.random.key(1), placed)
-    before = tree_hash(policy)
-    metrics = []
+    return Program(step, start, policy, frozen)
+
+
+def run(base: Path, mesh: Mesh, count: int, **settings: Any) -> tuple[steps.TrainState, list[dict], Any, Any]:
+    """(state, metrics, reference before, reference after) of some steps of a program on a mesh."""
+    step, start, policy, frozen = program(base, mesh, **settings)
+    state, before, metrics = start(policy), tree_hash(policy), []
     for _ in range(count):
         state, found = step(state, policy, frozen, runtime.to_devices(batch(), mesh))
         metrics.append(jax.device_get(found))
-    assert step._cache_size() == min(count, 1)
+    assert step._cache_size() <= 1
     return state, metrics, before, tree_hash(policy)
 
 
+def errors(metrics: dict) -> float:
+    """The errors of winner and loser: by β/2 times this the margin is wrong where they are wrong by 1."""
+    return float(metrics["error/winner"] + metrics["error/loser"])
+
+
 @pytest.mark.parametrize("params", ["lora", "text_lora"])
-def test_it_starts_at_ln_2_exactly_and_the_reference_stays_bit_for_bit(base: Path, params: str) -> None:
-    state, metrics, before, after = run(base, tiny.mesh(), 50, params=params)
+def test_it_starts_at_ln_2_and_the_reference_stays_bit_for_bit(base: Path, params: str) -> None:
+    state, metrics, before, after = run(base, tiny.mesh(), 50, params=params, beta=100.0)
     assert set(state.policy) == {"unet" if params == "lora" else "text"}
-    assert metrics[-1]["loss/dpo"] != metrics[0]["loss/dpo"]
-    assert metrics[0]["loss/dpo"] == np.float32(np.log(2.0))
-    assert metrics[0]["dpo/margin"] == 0.0
-    assert metrics[0]["dpo/accuracy"] == 0.5
-    assert metrics[0]["loss/statistics"] == 0.0
+    # The step computes the prediction of the policy, and again that of the reference, which may round otherwise.
+    first, tolerance = metrics[0], 50.0 * MEAN * errors(metrics[0])
+    assert abs(metrics[-1]["dpo/margin"]) > 100 * tolerance
+    np.testing.assert_allclose(first["dpo/margin"], 0.0, atol=tolerance)
+    np.testing.assert_allclose(first["loss/dpo"], np.log(2.0), atol=tolerance)
+    np.testing.assert_allclose(first["loss/statistics"], 0.0, atol=tiny.LATENT[-1] * MEAN**2)  # of eight channels
     assert tree_hash(state.policy) != before == after
 
 
 def test_eight_devices_train_as_one_does_and_restore_on_two_and_on_one(base: Path, tmp_path: Path) -> None:
-    # β multiplies the rounding of the errors: a small one leaves the tolerance to the step itself.
-    settings = {"params": "all", "beta": 10.0, "lr": 3e-5}
-    one, metrics_one, *_ = run(base, tiny.mesh(), 10, **settings)
-    eight, metrics_eight, *_ = run(base, tiny.mesh(2, 2, 2), 10, **settings)
-    assert max(abs(m["loss/total"] - metrics_one[0]["loss/total"]) for m in metrics_one) > 1e-3
+    one, metrics_one, *_ = run(base, tiny.mesh(), 10, **ALL)
+    eight, metrics_eight, *_ = run(base, tiny.mesh(2, 2, 2), 10, **ALL)
+    tolerance = 0.5 * ALL["beta"] * MEAN * errors(metrics_one[0])
+    assert max(abs(m["loss/total"] - metrics_one[0]["loss/total"]) for m in metrics_one) > 100 * tolerance
     for a, b in zip(metrics_one, metrics_eight, strict=True):
-        np.testing.assert_allclose(b["gradient_norm"], a.pop("gradient_norm"), rtol=1e-4)
-        for name in a:
-            np.testing.assert_allclose(b[name], a[name], atol=1e-5, err_msg=name)
-    for (path, a), b in zip(jax.tree.leaves_with_path(one.policy), jax.tree.leaves(eight.policy), strict=True):
-        np.testing.assert_allclose(b, a, atol=1e-5, err_msg=str(path))
+        for name in a.keys() - {"dpo/accuracy", "bins/accuracy"}:  # which jump where rounding takes a margin across 0
+            if name == "gradient_norm":
+                assert_close(b[name], a[name], GRADIENT, name=name)
+            elif name.startswith("error/"):
+                assert_close(b[name], a[name], MEAN, name=name)
+            elif name == "loss/statistics":  # a sum of squares
+                assert_close(np.sqrt(b[name]), np.sqrt(a[name]), MEAN, size=1.0, name=name)
+            else:
+                np.testing.assert_allclose(b[name], a[name], rtol=0, atol=tolerance, err_msg=name)
+    for moment in ("mu", "nu"):
+        a, b = (flat(optax.tree.get(state.optimizer, moment)) for state in (one, eight))
+        assert_close(b, a, 2 * GRADIENT, name=moment)  # nu is of squares
+    # AdamW moves each weight by the rate, however small its gradient is: where that is no more than the rounding of the
+    # largest, the two may go apart. That is so for about one weight in a thousand, and twice √0.001 is 0.06.
+    start, a, b = (flat(policy) for policy in (program(base, tiny.mesh(), **ALL).policy, one.policy, eight.policy))
+    assert np.linalg.norm(b - a) < 0.06 * np.linalg.norm(a - start)
     names = ("fsdp", "tensor")
     assert any(set(names) & set(jax.tree.leaves(tuple(x.sharding.spec))) for x in jax.tree.leaves(eight.policy))
     Checkpoints(tmp_path).save(10, eight, {"position": 80})
@@ -111,11 +152,12 @@ def test_fully_sharded_training_keeps_an_eighth_of_everything_on_each_of_eight_d
 
 
 def test_microbatches_give_the_gradient_of_the_whole_batch(base: Path) -> None:
-    whole, metrics, *_ = run(base, tiny.mesh(), 3)
-    parts, metrics_parts, *_ = run(base, tiny.mesh(), 3, accumulate=4)
-    np.testing.assert_allclose(metrics_parts[0]["gradient_norm"], metrics[0]["gradient_norm"], rtol=1e-4)
-    for a, b in zip(jax.tree.leaves(whole.policy), jax.tree.leaves(parts.policy), strict=True):
-        np.testing.assert_allclose(b, a, atol=1e-4)
+    # One step, whose first moment is the gradient times a constant.
+    whole, metrics, *_ = run(base, tiny.mesh(), 1, **ALL)
+    parts, metrics_parts, *_ = run(base, tiny.mesh(), 1, **ALL, accumulate=4)
+    assert_close(metrics_parts[0]["gradient_norm"], metrics[0]["gradient_norm"], GRADIENT)
+    a, b = (flat(optax.tree.get(state.optimizer, "mu")) for state in (whole, parts))
+    assert_close(b, a, GRADIENT)
 
 
 def test_the_average_of_the_policy_is_what_a_stage_hands_on(base: Path) -> None:
@@ -125,7 +167,7 @@ def test_the_average_of_the_policy_is_what_a_stage_hands_on(base: Path) -> None:
     for first, now, average in zip(
         *(jax.tree.leaves(tree) for tree in (start.policy, state.policy, state.result)), strict=True
     ):
-        np.testing.assert_allclose(average, 0.75 * np.asarray(first) + 0.25 * np.asarray(now), atol=1e-7)
+        assert_close(average, 0.75 * np.asarray(first) + 0.25 * np.asarray(now), 4 * EPS)
 
 
 def test_gradient_through_the_unet_equals_pytorch(base: Path) -> None:
@@ -138,7 +180,7 @@ def test_gradient_through_the_unet_equals_pytorch(base: Path) -> None:
     policy = jax.tree.map(lambda x, k: x + 0.02 * jax.random.normal(k, x.shape), reference, noise_of)
     data = {name: x[:rows] for name, x in batch().items()} | {"key": jax.random.split(jax.random.key(3), rows)}
     loss = steps.dpo_loss(denoiser, pipeline.schedule, beta, 0.0)
-    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(policy, reference, frozen, data)
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(policy, reference, frozen, data)
 
     t, noise = steps._noise(data["key"], tiny.LATENT, 1000)
     context = torch.tensor(np.asarray(pipeline.text(data["input_ids"], (32, 32)).encoder_hidden_states))
@@ -160,14 +202,14 @@ def test_gradient_through_the_unet_equals_pytorch(base: Path) -> None:
     inside = inside - (error(ref, data["winner"]) - error(ref, data["loser"])).detach()
     expected = -torch.nn.functional.logsigmoid(-0.5 * beta * inside).mean()
     expected.backward()
-    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
+    assert_close(value, expected.item(), MEAN, size=0.5 * beta * errors(metrics))
     grads = {key: p.grad.numpy() for key, p in theirs.named_parameters()}
     largest = max(np.abs(g).max() for g in grads.values())
     found = {torch_key(path): to_torch_layout(str(path[-1]), np.asarray(leaf[...]))
              for path, leaf in nnx.to_flat_state(gradient["unet"])}  # fmt: skip
     assert found.keys() == grads.keys()
     worst = max(np.abs(found[key] - grads[key]).max() for key in grads) / largest
-    assert worst <= 1e-4
+    assert worst <= GRADIENT
 
 
 def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(base: Path) -> None:
@@ -185,14 +227,15 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(base: Path) -
         kept.append(sum(x.size for x in jax.tree.leaves(backward)))
         gradients.append(jax.tree.leaves(jax.jit(jax.grad(bound))(shifted)))
     assert kept[0] > kept[1] > kept[2]
+    largest = max(float(jnp.abs(a).max()) for a in gradients[0])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
-            np.testing.assert_allclose(b, a, atol=1e-5 * float(jnp.abs(a).max()))
+            assert_close(b, a, GRADIENT, size=largest)
 
 
 def test_adafactor_trains_with_a_smaller_state(base: Path) -> None:
-    state, metrics, *_ = run(base, tiny.mesh(), 20, optimizer="adafactor", params="all", lr=1e-4)
-    losses = [m["loss/total"] for m in metrics]  # each step draws its own noise
-    assert np.mean(losses[-6:]) < 0.95 * losses[0]
+    state, metrics, *_ = run(base, tiny.mesh(), 20, loss=half_square, optimizer="adafactor", params="all", lr=1e-3)
+    losses = [m["loss/total"] for m in metrics]
+    assert (np.diff(losses) < -100 * EPS * losses[0]).all()  # far more than rounding
     adamw, *_ = run(base, tiny.mesh(), 0, params="all")
     assert sum(x.size for x in jax.tree.leaves(state.optimizer)) < sum(x.size for x in jax.tree.leaves(adamw.optimizer))
