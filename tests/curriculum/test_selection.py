@@ -23,6 +23,7 @@ from hgdpo_jax.scoring.preference import Scorer
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.loop import train
 from tests import tiny
+from tests.rounding import NETWORK, assert_close
 
 Make = Callable[..., ConfigDict]
 
@@ -72,11 +73,13 @@ def test_easy_pairs_are_the_best_and_the_worst_of_the_pool(workdir: Path, inputs
     scorer = Scorer(inputs / "scorer", mesh)
     scores = np.asarray(scorer(painter.decode(latents, ""), ids).score)
     record = found[photograph.id]
-    np.testing.assert_allclose(record["winner"], latents[scores.argmax()], rtol=1e-3, atol=1e-3)  # float16
-    np.testing.assert_allclose(record["loser"], latents[scores.argmin()], rtol=1e-3, atol=1e-3)
+    # Each of four steps adds the UNet's rounding, guidance 2 times that of one half of its batch and once the other's.
+    drawn = 4 * 3 * NETWORK
+    assert np.diff(np.sort(scores)).min() > 10 * drawn  # so that it is certain which is the best
+    for role, best in (("winner", scores.argmax()), ("loser", scores.argmin())):
+        assert_close(record[role], latents[best], 2**-11 + drawn)  # stored in float16
+        assert record[f"{role}_score"] == pytest.approx(scores[best], abs=drawn)  # of cosines
     assert record["winner_number"] == scores.argmax() and record["caption"] == photograph.caption
-    assert record["winner_score"] == pytest.approx(scores.max(), rel=1e-4)
-    assert record["loser_score"] == pytest.approx(scores.min(), rel=1e-4)
 
 
 def test_normal_pairs_pass_the_filter_and_take_the_easy_winner_as_loser(workdir: Path) -> None:

@@ -35,7 +35,10 @@ def ported(cls: Callable[..., nnx.Module], config: dict[str, Any], module: torch
 
 
 def relative_error(ours: jax.Array, theirs: torch.Tensor) -> float:
-    """Largest absolute difference over the largest absolute value; `theirs` may be [b, c, h, w]."""
+    """Largest absolute difference over the largest absolute value; `theirs` may be [b, c, h, w].
+
+    Float32 allows NETWORK of `tests.rounding`.
+    """
     expected = theirs.detach().numpy()
     if expected.ndim == 4:
         expected = expected.transpose(0, 2, 3, 1)

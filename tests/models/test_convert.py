@@ -34,7 +34,12 @@ CLIP = {"text_config": test_clip.TEXT, "vision_config": test_clip.VISION, "proje
 
 @pytest.mark.parametrize(
     ("cls", "config"),
-    [(UNet2DConditionModel, SD15), (UNet2DConditionModel, SDXL), (AutoencoderKL, tiny.TINY_VAE), (CLIPModel, CLIP)],
+    [
+        (UNet2DConditionModel, tiny.TINY_UNET),
+        (UNet2DConditionModel, tiny.TINY_XL),
+        (AutoencoderKL, tiny.TINY_VAE),
+        (CLIPModel, CLIP),
+    ],
     ids=["sd15", "sdxl", "vae", "clip"],
 )
 def test_an_abstract_model_has_the_shapes_of_one_with_values(cls: type[nnx.Module], config: dict) -> None:

@@ -25,6 +25,7 @@ from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.weights import Weights
 from tests import tiny
 from tests.models.parity import ported, randomise, relative_error
+from tests.rounding import NETWORK, assert_close
 
 BACKBONES = {"sd15": tiny.TINY_UNET, "sdxl": tiny.TINY_XL}
 FEATURES, SCALE, FILE = 6, 0.7, "adapter.safetensors"
@@ -136,8 +137,8 @@ def test_the_unet_with_an_adapter_is_diffusers_and_so_is_its_projection(
     features = features_of(kind)
     with torch.no_grad():
         expected = projection(for_diffusers(kind, features)[:, 0])
-    assert relative_error(adapter.image_proj(features), expected) <= 2e-5
-    assert compare(theirs, ours, adapter) <= 2e-5
+    assert relative_error(adapter.image_proj(features), expected) <= NETWORK
+    assert compare(theirs, ours, adapter) <= NETWORK
 
 
 def test_the_loras_of_a_unet_act_as_without_an_adapter(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_the_loras_of_a_unet_act_as_without_an_adapter(tmp_path: Path) -> None:
         if isinstance(module, LoRALinear):
             module.lora_B[...] = 0.3 * jax.random.normal(jax.random.key(i), module.lora_B.shape)
     theirs.load_lora_adapter({key: torch.tensor(value) for key, value in to_peft(ours).items()}, prefix="unet")
-    assert compare(theirs, ours, adapter) <= 2e-5
+    assert compare(theirs, ours, adapter) <= NETWORK
 
 
 @pytest.mark.parametrize("kind", ip_adapter.KINDS)
@@ -176,7 +177,7 @@ def test_two_images_give_the_tokens_of_both(sd15: UNet2DConditionModel) -> None:
     for kind in ("ip_adapter", "face_id"):
         adapter, features = filled(sd15, kind), np.random.default_rng(0).standard_normal((2, 3, FEATURES), np.float32)
         separate = [adapter.image_proj(features[:, i : i + 1]) for i in range(3)]
-        np.testing.assert_allclose(adapter.image_proj(features), np.concatenate(separate, axis=1), rtol=1e-5, atol=1e-5)
+        assert_close(adapter.image_proj(features), np.concatenate(separate, axis=1), NETWORK)
 
 
 def test_an_adapter_computes_in_the_dtype_of_its_unet(tmp_path: Path, sd15: UNet2DConditionModel) -> None:
@@ -238,8 +239,8 @@ def test_image_features_are_what_diffusers_reads_and_so_are_those_of_no_image(en
         encoder = ip_adapter.load_image_encoder(folder)
         for kind, (features, empty) in expected.items():
             found = ip_adapter.image_features(encoder, kind, PIXELS)
-            assert relative_error(found, features) <= 2e-5
-            np.testing.assert_allclose(ip_adapter.empty(kind, found, encoder), empty, rtol=2e-5, atol=2e-5)
+            assert relative_error(found, features) <= NETWORK
+            assert_close(ip_adapter.empty(kind, found, encoder), empty, NETWORK)
     assert not np.any(ip_adapter.empty("face_id", features_of("face_id")))
 
 
