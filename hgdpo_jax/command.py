@@ -21,7 +21,7 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[Con
         UserError: an argument or override that does not exist, or a workdir that cannot be used.
     """
     parser = argparse.ArgumentParser(
-        description=description, epilog="Any setting: --config.train.lr=1e-5 (see docs/settings.md)."
+        description=description, epilog="Any setting: --config.train.lr=1e-5 (python -m hgdpo_jax.config lists them)."
     )
     parser.add_argument("--config", required=True, help="config file with its variant, configs/stage1.py:portraits")
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the run")

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling is most of what the tests do: without LLVM's optimisations it takes two thirds of the time. The programs stay
-# the same up to the order of instructions. The user's flags come last, so that they win.
+# Compiling is most of what the tests do: without LLVM's optimisations it takes two thirds of the time. The programs
+# stay the same up to the order of instructions. The user's flags come last, so that they win.
 FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -241,6 +241,32 @@ def test_an_image_is_a_function_of_prompt_seed_and_settings_and_says_so(source: 
     assert (said["prompt"], said["seed"], said["steps"], said["guidance"]) == ("a man", 8, 2, 2.0)
 
 
+def test_guidance_up_to_one_is_none_as_in_diffusers(source: sample.Source, tmp_path: Path) -> None:
+    images = []
+    for guidance in (0.0, 0.5, 1.0):
+        draw(source, ["a man"], [0], tmp_path / str(guidance), guidance=guidance)
+        images.append(np.asarray(Image.open(tmp_path / str(guidance) / "00000_0.png"), np.int32))
+    assert max(abs(image - images[-1]).max() for image in images) <= 1  # one program, compiled three times
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["--guidance", "nan"], "--guidance nan: expects from 0"),
+        (["--steps", "0"], "--steps 0: expects from 1"),
+        (["--lora-weight", "inf"], "--lora-weight inf: expects a finite number"),
+    ],
+)
+def test_numbers_out_of_range_are_named(
+    given: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["sample", "--model", "m", "--prompt", "p", "--out", str(tmp_path / "out"), *given]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(UserError, match=line):
+        sample.main()
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_there_is_kept_and_another_runs_folder_is_refused(source: sample.Source, tmp_path: Path) -> None:
     draw(source, ["a man"], [0, 1], tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}

@@ -18,7 +18,7 @@ import pytest
 from hgdpo_jax.data.loader import PairLoader
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import file_hash, owned
-from hgdpo_jax.training import loop, metrics
+from hgdpo_jax.training import loop, metrics, monitor
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
@@ -290,3 +290,20 @@ def test_a_resumed_state_is_restored_into_nothing(
     train(tiny.config(base, steps=8), tmp_path)
     before, after, size = live
     assert after - before == size
+
+
+def test_it_says_where_it_runs_what_it_trains_and_how_long_a_processor_takes_for_a_large_model(
+    finished: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    _copy(finished, tmp_path)
+    warned: list[str] = []
+    monkeypatch.setattr(monitor, "_LARGE", 1e3)
+    monkeypatch.setattr(monitor, "_CORE", 1e4)
+    monkeypatch.setattr(monitor.logging, "warning", lambda text, *values: warned.append(text % values))
+    train(tiny.config(base, steps=7), tmp_path)
+    said = capsys.readouterr().out
+    assert "stage1: cpu, 8 x cpu, mesh data 8 x fsdp 1 x tensor 1, 8 pairs a step" in said
+    assert "stage1: trains lora, 1,248 of 449,688 parameters" in said
+    assert [line for line in warned if "is trained on a processor: 1 steps will take about" in line]
+    hours = float(warned[0].split("about ")[1].split(" hours")[0])
+    assert hours >= 1.0  # a step of this model is about a billion operations
