@@ -21,7 +21,7 @@ from hgdpo_jax.curriculum.selection import require_finite
 from hgdpo_jax.data.photographs import SPLITS, list_photographs, load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.painter import Painter
-from hgdpo_jax.files import index_of, json_hash, whole, write_json
+from hgdpo_jax.files import json_hash, whole, write_json
 from hgdpo_jax.models.convert import folder_hash
 from hgdpo_jax.scoring import personalised, report
 from hgdpo_jax.scoring.appearance import hue_distance, hue_vector, sharpness
@@ -94,7 +94,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     settings, resolution = config.evaluate, next(iter(configuration.resolutions(config).values()))
     files.require_plain(workdir)
-    mesh, index = runtime.local_mesh(), index_of(workdir)
+    mesh, index = runtime.local_mesh(), runtime.index_of(workdir)
     models = {name: stages for name, stages in MODELS.items() if _asked(config, workdir, stages)}
     configs = {stage: policies.stage_config(workdir, stage) for stages in models.values() for stage in stages}
     base = pipelines.content_hash(config.model.base, config.model.vae, index)

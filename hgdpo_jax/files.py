@@ -171,10 +171,11 @@ class Index:
 
     Args:
         path: where it is kept; None keeps it in memory.
+        keep: whether this process writes it.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path
+    def __init__(self, path: Path | None = None, keep: bool = True) -> None:
+        self._path, self._keep = path, keep
         self._known: dict[str, list[Any]] = {}  # path → [size, modification time in ns, sha256, [height, width]]
         self._saved = True
         if path is not None and path.is_file():
@@ -209,11 +210,6 @@ class Index:
 
     def save(self) -> None:
         """Writes what was learnt since it was read."""
-        if self._path is not None and not self._saved:
+        if self._path is not None and self._keep and not self._saved:
             write_json(self._path, self._known, indent=None)
             self._saved = True
-
-
-def index_of(workdir: Path) -> Index:
-    """The index of a run."""
-    return Index(workdir / "content.json")

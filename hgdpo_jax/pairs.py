@@ -25,7 +25,7 @@ from hgdpo_jax.data.photographs import Photograph, by_shape, list_photographs, l
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import Index, index_of, json_hash
+from hgdpo_jax.files import Index, json_hash
 from hgdpo_jax.models.convert import folder_hash
 from hgdpo_jax.scoring.preference import Scorer
 
@@ -68,7 +68,7 @@ def build(config: ConfigDict, workdir: Path) -> None:
     if config.train.pairs:
         raise UserError(f"{config.stage} learns from the pairs of {config.train.pairs}: build those")
     files.require_plain(workdir)
-    folder, index = workdir / config.stage / "pairs", index_of(workdir)
+    folder, index = workdir / config.stage / "pairs", runtime.index_of(workdir)
     loser = config.pairs.loser
     earlier = shards.open_stage(workdir, loser.partition("/")[0], index) if loser.startswith("stage") else None
     photographs = {

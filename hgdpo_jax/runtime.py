@@ -86,6 +86,11 @@ def owned(folder: Path) -> AbstractContextManager[None]:
     return files.owned(folder) if jax.process_index() == 0 else nullcontext()
 
 
+def index_of(workdir: Path) -> files.Index:
+    """The index of a run, which one process writes."""
+    return files.Index(workdir / "content.json", keep=jax.process_index() == 0)
+
+
 def describe(mesh: Mesh) -> str:
     """Backend, devices and mesh in words."""
     kinds = sorted({device.device_kind for device in mesh.devices.flat})

@@ -59,3 +59,9 @@ def test_the_command_writes_results_and_a_report_that_stands_alone(tmp_path: Pat
     evaluate(config, workdir)
     assert (workdir / "results.json").read_text() == written
     assert (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns == kept
+    with (workdir / "stage1" / "logs" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "a')  # half a line of a run that was killed
+    captions = Path(config.data.photographs) / "captions.jsonl"
+    captions.write_text(captions.read_text().replace("portrait", "picture"))
+    evaluate(config, workdir)
+    assert (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns > kept

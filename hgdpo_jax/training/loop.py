@@ -8,7 +8,7 @@ from tqdm import tqdm
 from hgdpo_jax import config as configuration
 from hgdpo_jax import files, runtime
 from hgdpo_jax.data.loader import PairLoader
-from hgdpo_jax.files import index_of, write_json
+from hgdpo_jax.files import write_json
 from hgdpo_jax.training import inputs as stage_inputs
 from hgdpo_jax.training import start as starts
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
@@ -27,7 +27,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             loss, a gradient or a parameter is NaN or infinite; another command trains the stage.
     """
     files.require_plain(workdir)
-    folder, index = workdir / config.stage, index_of(workdir)
+    folder, index = workdir / config.stage, runtime.index_of(workdir)
     inputs = stage_inputs.read(config, workdir, index)
     index.save()
     with runtime.owned(folder):

@@ -13,7 +13,6 @@ from hgdpo_jax import runtime
 from hgdpo_jax.data.concepts import ConceptEncoder, encoder_of
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import index_of
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.lora import add_lora
 from hgdpo_jax.provenance import content, require_same
@@ -168,7 +167,7 @@ def find_base(workdir: Path, config: ConfigDict, base: str | None) -> str:
     """
     config.model.base = base or config.model.base
     try:
-        found = pipelines.content_hash(config.model.base, config.model.vae, index_of(workdir))
+        found = pipelines.content_hash(config.model.base, config.model.vae, runtime.index_of(workdir))
     except UserError as error:
         raise error if base else UserError(f"{error}; if it was moved, say where it is with --base") from error
     require_base(workdir, config.stage, found)
