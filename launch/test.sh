@@ -6,8 +6,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-test.txt
 export XLA_FLAGS=$flags
 if [ "${1:-}" = --full ]; then
   export MALLOC_MMAP_THRESHOLD_=65536  # what PyTorch frees goes back to the system before JAX needs it
-  export XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true $flags"  # as a run compiles
+  export XLA_FLAGS="--xla_backend_optimization_level=3 $flags"  # as a run compiles
   exec python -m pytest -s tests/full/full_size.py "${@:2}"
 fi
 ruff check .
-python -m pytest --numprocesses auto --dist loadfile "$@"
+python -m pytest --numprocesses auto --dist worksteal "$@"

@@ -15,11 +15,12 @@ from hgdpo_jax.config import ASSETS
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.convert import abstract, from_torch, keys, load_model
 from hgdpo_jax.models.face import FaceRecognition, TinyFaceDetector
-from tests.rounding import EPS, assert_close
+from tests.rounding import EPS, NETWORK, assert_close
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "goldens" / "face.json").read_text())
 NAMES = ("000f.jpg", "000m.jpg", "001f.jpg")
 SIZES = (150, 224, 320)
+FLOAT16 = 2**-11  # what the embedded weights are rounded by; theirs are not, and float32 rounds a thousand times less
 
 
 def enlarged(size: int) -> np.ndarray:
@@ -50,9 +51,7 @@ def manifest(folder: Path, weights: dict[str, np.ndarray], data: bytes | None = 
 def test_embeddings_are_those_of_face_api() -> None:
     ours = np.asarray(load_model(FaceRecognition, ASSETS / "face" / "recognition")(enlarged(150) / 127.5 - 1.0))
     theirs = np.array(GOLDEN["descriptors"])
-    assert np.linalg.norm(ours - theirs, axis=1).max() < 2e-3  # of norm 1.4; float16 makes 1e-3, float32 would 1e-6
-    cosine = (ours * theirs).sum(1) / (np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1))
-    assert cosine.min() > 0.99999
+    assert np.linalg.norm(ours - theirs, axis=1).max() < 3 * FLOAT16 * np.linalg.norm(theirs, axis=1).max()
 
 
 @pytest.mark.parametrize("size", [224, 320])
@@ -61,8 +60,8 @@ def test_boxes_and_scores_are_those_of_face_api(size: int) -> None:
     for box, score, golden in zip(np.asarray(boxes), np.asarray(scores), GOLDEN["faces"][str(size)], strict=True):
         for number, (expected, *place) in enumerate(golden):
             nearest = np.abs(box - place).max(-1).argmin()
-            assert score[nearest] == pytest.approx(expected, abs=2e-3)
-            assert np.abs(box[nearest] - place).max() < 0.1  # of 224 or 320 pixels
+            assert score[nearest] == pytest.approx(expected, abs=4 * FLOAT16)  # of at most 1
+            assert np.abs(box[nearest] - place).max() < FLOAT16 * size
             assert number > 0 or nearest == score.argmax()
 
 
@@ -72,7 +71,7 @@ def test_a_picture_that_is_not_square_is_filled_up() -> None:
     wide[:, :, 40:264] = enlarged(224) / 127.5 - 1.0
     square = np.concatenate([wide, np.full((3, 76, 300, 3), -1.0, np.float32)], axis=1)
     for ours, expected in zip(detector(wide, 224), detector(square, 224), strict=True):
-        np.testing.assert_allclose(ours, expected, atol=1e-3)
+        assert_close(ours, expected, NETWORK)
     boxes, scores = (np.asarray(x) for x in detector(wide, 224))
     left, top, right, bottom = boxes[np.arange(3), scores.argmax(1)].T
     assert ((left > 40) & (right < 264) & (top > 0) & (bottom < 224)).all() and scores.max(1).min() > 0.5
