@@ -99,7 +99,7 @@ def main() -> None:
     configuration.validate(config)
     settings, mesh = config.train, runtime.make_mesh(config.mesh)
 
-    # As hgdpo_jax.training.loop.train does it.
+    # As hgdpo_jax.training does it.
     begin = time.perf_counter()
     pipeline = policies.load(config, mesh)
     denoiser, policy, frozen = steps.split(pipeline, settings.params)

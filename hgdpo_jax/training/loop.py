@@ -1,5 +1,6 @@
 """Training of one stage, from its shards and its predecessor to its last checkpoint."""
 
+from itertools import chain
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -52,15 +53,14 @@ def _run(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, checkpo
     placed = starts.shardings(config, inputs)
     step = make_step(inputs.loss, inputs.optimizer, settings.accumulate, settings.ema, key, placed)
     loader = PairLoader(inputs.pairs.sources["train"], settings.batch, config.seed, position)
+    batches = (runtime.to_devices(batch, inputs.mesh) for batch in loader)
+    first = next(batches)
+    warn_of_hours(config, inputs, settings.steps - done, step, state, reference, inputs.frozen, first)
     monitor = Monitor(config, folder, inputs, reference)
     if not looked(folder / "logs", done) and (done % settings.eval_every == 0 or done >= settings.steps):
         monitor.look(state, done)  # at the start, or where a run was killed between its checkpoint and its look
     with tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step") as bar:
-        for now in range(done + 1, settings.steps + 1):
-            batch = runtime.to_devices(next(loader), inputs.mesh)
-            if now == done + 1:
-                left = settings.steps - done
-                warn_of_hours(config, inputs, left, step, state, reference, inputs.frozen, batch)
+        for now, batch in zip(range(done + 1, settings.steps + 1), chain([first], batches), strict=False):
             state, metrics = step(state, reference, inputs.frozen, batch)
             monitor.log.add(now, metrics)
             bar.update()
