@@ -39,7 +39,7 @@ def test_metrics_of_a_model_against_base() -> None:
 
 def test_the_command_writes_results_and_a_report_that_stands_alone(tmp_path: Path) -> None:
     tiny.write_base(tmp_path / "base")
-    config = tiny.config(tmp_path / "base", steps=1, lambda_stat=0.0)
+    config = tiny.config(tmp_path / "base", steps=1)
     config.data.photographs = str(tiny.write_photographs(tmp_path / "photographs", train=9, heldout=3))
     config.pairs.scorer = str(tiny.write_scorer(tmp_path / "scorer"))
     config.pairs.update(pool_size=2, sampler="ddim", steps=2, guidance=1.0, batch=8, shard_size=9)

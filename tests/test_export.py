@@ -139,6 +139,7 @@ def test_the_card_says_where_the_model_comes_from(base: Path, workdir: Path) -> 
         assert part in card
 
 
+@pytest.mark.parametrize("base", ["portraits"], indirect=True)
 def test_only_what_is_asked_for_is_written(workdir: Path, tmp_path: Path) -> None:
     export(workdir, tmp_path / "lora", formats=["kohya"])
     assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == ["README.md", "hgdpo.json", KOHYA_FILE]
@@ -146,6 +147,7 @@ def test_only_what_is_asked_for_is_written(workdir: Path, tmp_path: Path) -> Non
         export(workdir, tmp_path / "other", formats=["onnx"])
 
 
+@pytest.mark.parametrize("base", ["portraits"], indirect=True)
 def test_exporting_again_changes_nothing_and_another_folder_is_not_overwritten(workdir: Path, tmp_path: Path) -> None:
     before = json.loads((workdir / "export" / "hgdpo.json").read_text())
     export(workdir, workdir / "export")

@@ -226,12 +226,12 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(base: Path) -
         pipeline = policies.load(config, tiny.mesh())
         denoiser, policy, frozen = steps.split(pipeline, "lora")
         whole = steps.dpo_loss(denoiser, pipeline.schedule, 100.0, 0.1)
-        loss = functools.partial(lambda whole, reference, frozen, p: whole(p, reference, frozen, data)[0], whole)
+        loss = functools.partial(lambda whole, *arguments: whole(*arguments)[0], whole)
         shifted = jax.tree.map(lambda x: x + 0.01, policy)
-        bound = functools.partial(loss, policy, frozen)
+        bound = functools.partial(lambda loss, *rest: loss(rest[-1], *rest[:-1]), loss, policy, frozen, data)
         backward = jax.eval_shape(lambda p, bound=bound: jax.vjp(bound, p)[1], shifted)
         kept.append(sum(x.size for x in jax.tree.leaves(backward)))
-        gradients.append(jax.tree.leaves(jax.jit(jax.grad(bound))(shifted)))
+        gradients.append(jax.tree.leaves(jax.jit(jax.grad(loss))(shifted, policy, frozen, data)))
     assert kept[0] > kept[1] > kept[2]
     largest = max(float(jnp.abs(a).max()) for a in gradients[0])
     for other in gradients[1:]:
