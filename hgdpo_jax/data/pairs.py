@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.errors import UserError
@@ -140,14 +141,15 @@ def write_shard(
     Raises:
         UserError: a latent is not finite (the photograph or caption is named), or the disk is full.
     """
-    encoded = []
+    encoded, serializer = [], ExampleSerializer(schema.get_serialized_info())
     for record in records:
         for name in ("winner", "loser", "concept"):
             if name in record and not np.isfinite(record[name]).all():
                 raise UserError(
                     f"{name} of {record['id']}: NaN or infinite; its photograph or the base model is broken"
                 )
-        encoded.append(schema.serialize_example(record))
+        example = serializer.get_tf_example(schema.encode_example(record))
+        encoded.append(example.SerializeToString(deterministic=True))  # fields in one order in every process
     need_space(path.parent, 2 * sum(map(len, encoded)), "a shard")
     _note_of(path).unlink(missing_ok=True)
     with whole(path) as temporary:

@@ -1,6 +1,9 @@
 """Shards: TFDS opens them, damage is named, nothing is overwritten."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +109,11 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match="free some disk space"):
         tiny.write_pairs(tmp_path)
     assert not list(tmp_path.glob("*.array_record*"))
+
+
+def test_another_process_writes_the_same_bytes(workdir: Path, tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from tests import tiny; tiny.write_pairs(Path(sys.argv[1]), 6, 2)"
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "again")], env=environment, check=True)
+    for path in (workdir / "stage1" / "pairs").glob("*.array_record*"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
