@@ -3,7 +3,9 @@
 import argparse
 import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from ml_collections import ConfigDict
 from hgdpo_jax import config as configuration
 from hgdpo_jax import files, runtime
 from hgdpo_jax.errors import UserError
+
+_PATIENCE = 10.0  # seconds from Ctrl-C to the end
 
 
 def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[ConfigDict, Path]:
@@ -38,18 +42,37 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[Con
 def run(command: Callable[[], None]) -> None:
     """Runs a command. What the user did wrong, and a full disk, become one line on stderr and exit code 1; Ctrl-C one
     line and exit code 130."""
+    before = signal.signal(signal.SIGINT, _interrupt)
     try:
         runtime.start()
         command()
     except UserError as error:
         _end(f"error: {error}", 1)
     except KeyboardInterrupt:
-        _end("stopped; the same command goes on from what is finished", 130)
+        _stop()
     except Exception as error:
         reason = _full_disk(error)
         if reason is None:
             raise
         _end(f"error: {reason}; free some disk space, the same command then goes on", 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(*_: object) -> None:
+    """Ctrl-C. Where a library swallows the exception or waits for its threads, the process ends all the same: files are
+    whole or absent, so that nothing is lost."""
+    last = threading.Timer(_PATIENCE, _stop)
+    last.daemon = True
+    last.start()
+    raise KeyboardInterrupt
+
+
+def _stop() -> None:
+    """Ends the process, without waiting for any thread."""
+    print("stopped; the same command goes on from what is finished", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(130)
 
 
 def _end(line: str, code: int) -> None:

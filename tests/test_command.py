@@ -27,7 +27,8 @@ def test_ctrl_c_is_one_line_and_130_and_keeps_what_is_finished(tmp_path: Path) -
     base, workdir = tiny.write_base(tmp_path / "base"), tmp_path / "run"
     tiny.write_pairs(workdir / "stage1" / "pairs")
     command = [sys.executable, "-c", TRAIN, str(base), str(workdir)]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     while not (workdir / "stage1" / "policy" / "2.sha256.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -50,3 +51,26 @@ def test_without_a_home_it_runs_without_a_cache(home: str | None, tmp_path: Path
     assert (run.returncode, run.stdout) == (0, "ran\n")
     (line,) = run.stderr.splitlines()
     assert line.startswith("no compilation cache: ") and "JAX_COMPILATION_CACHE_DIR" in line
+
+
+def test_ctrl_c_ends_a_command_that_swallows_it(tmp_path: Path) -> None:
+    code = """
+import time
+from hgdpo_jax import command
+command._PATIENCE = 0.5
+def stubborn():
+    print("begun", flush=True)
+    while True:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass
+command.run(stubborn)
+"""
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, text=True, **pipes)
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "stopped; the same command goes on from what is finished\n"
+    assert process.returncode == 130
