@@ -87,13 +87,13 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         UserError: a stage up to `config.stage` is not finished or has another base, an input is missing, a score is not
             finite, or another command evaluates this run.
     """
+    files.require_plain(workdir)
     with runtime.owned(workdir / "evaluation"):
         return _evaluate(config, workdir)
 
 
 def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     settings, resolution = config.evaluate, next(iter(configuration.resolutions(config).values()))
-    files.require_plain(workdir)
     mesh, index = runtime.local_mesh(), runtime.index_of(workdir)
     models = {name: stages for name, stages in MODELS.items() if _asked(config, workdir, stages)}
     configs = {stage: policies.stage_config(workdir, stage) for stages in models.values() for stage in stages}
