@@ -5,8 +5,8 @@ import errno
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -14,8 +14,6 @@ from ml_collections import ConfigDict
 from hgdpo_jax import config as configuration
 from hgdpo_jax import files, runtime
 from hgdpo_jax.errors import UserError
-
-_PATIENCE = 10.0  # seconds from Ctrl-C to the end
 
 
 def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[ConfigDict, Path]:
@@ -42,14 +40,12 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[Con
 def run(command: Callable[[], None]) -> None:
     """Runs a command. What the user did wrong, and a full disk, become one line on stderr and exit code 1; Ctrl-C one
     line and exit code 130."""
-    before = signal.signal(signal.SIGINT, _interrupt)
+    before = signal.signal(signal.SIGINT, _stop)
     try:
         runtime.start()
         command()
     except UserError as error:
         _end(f"error: {error}", 1)
-    except KeyboardInterrupt:
-        _stop()
     except Exception as error:
         reason = _full_disk(error)
         if reason is None:
@@ -59,19 +55,12 @@ def run(command: Callable[[], None]) -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def _interrupt(*_: object) -> None:
-    """Ctrl-C. Where a library swallows the exception or waits for its threads, the process ends all the same: files are
-    whole or absent, so that nothing is lost."""
-    last = threading.Timer(_PATIENCE, _stop)
-    last.daemon = True
-    last.start()
-    raise KeyboardInterrupt
-
-
-def _stop() -> None:
-    """Ends the process, without waiting for any thread."""
-    print("stopped; the same command goes on from what is finished", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+def _stop(*_: object) -> None:
+    """Ctrl-C: the process ends at once, as if it were killed. Files are whole or absent, so that nothing is lost; the
+    exception that Python would raise could be swallowed by a library or a callback."""
+    os.write(2, b"\nstopped; the same command goes on from what is finished\n")
+    with suppress(RuntimeError):  # what is just being written cannot be flushed
+        sys.stdout.flush()
     os._exit(130)
 
 
