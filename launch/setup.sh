@@ -6,7 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 requirements=$1
 needed="hgdpo_jax.main, hgdpo_jax.evaluate, jax; jax.devices()"
 [ "$requirements" != requirements-test.txt ] || needed="pytest, xdist, torch, diffusers, peft, onnx, $needed"
-if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || python -m pip show --quiet hgdpo_jax > /dev/null 2>&1; then
+installed="from importlib.metadata import version; version('hgdpo_jax')"
+if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || python -c "$installed" > /dev/null 2>&1; then
   if missing=$(python -c "import $needed" 2>&1); then
     active=yes
   else
@@ -18,7 +19,7 @@ if [ -z "${active:-}" ]; then
   [ -n "$python" ] || { echo "hgdpo_jax needs Python 3.11 or newer: none found on PATH" >&2; exit 1; }
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     { echo "hgdpo_jax needs Python 3.11 or newer: $("$python" --version) found on PATH" >&2; exit 1; }
-  .venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv  # also one that was half made
+  .venv/bin/python -c "import pip" > /dev/null 2>&1 || "$python" -m venv --clear .venv  # also one that was half made
   stamp=.venv/$(basename "$requirements").installed
   if ! cat requirements*.txt | cmp -s - "$stamp"; then
     echo "Installing $requirements into .venv (once; a few minutes)"
