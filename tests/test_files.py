@@ -37,6 +37,22 @@ def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["file", "folder"])
+def test_what_takes_its_name_is_on_the_disk(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    real = {"fsync": os.fsync, "replace": os.replace}
+    monkeypatch.setattr(os, "fsync", lambda f: done.append(os.readlink(f"/proc/self/fd/{f}")) or real["fsync"](f))
+    monkeypatch.setattr(os, "replace", lambda *names: done.append("renamed") or real["replace"](*names))
+    with whole(tmp_path / name) as temporary:
+        if name == "folder":
+            temporary.mkdir()
+            (temporary / "a").write_text("a")
+        else:
+            temporary.write_text("a")
+    written = [str(tmp_path / ".partial.folder" / "a")] * (name == "folder") + [str(tmp_path / f".partial.{name}")]
+    assert done == [*written, "renamed", str(tmp_path)]
+
+
 @pytest.fixture
 def small_files() -> Iterator[None]:
     """As on a full disk, no file can grow beyond 10 kB."""

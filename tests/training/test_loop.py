@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from hgdpo_jax.data.loader import PairLoader
@@ -49,8 +50,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workdir with stage 1 trained for six steps."""
-    workdir = tmp_path_factory.mktemp("run")
+    """A workdir with stage 1 trained for six steps, under a name that shells and other programs treat specially."""
+    workdir = tmp_path_factory.mktemp("run") / "my run: {1} & ü"
     for stage in ("stage1", "stage2"):
         tiny.write_pairs(workdir / stage / "pairs")
     train(tiny.config(base, steps=6), workdir)
@@ -187,6 +188,17 @@ def test_what_reads_otherwise_than_it_was_written_is_no_checkpoint(
     with pytest.raises(UserError, match="was written, but reads otherwise"):
         checkpoints.save(1, {"x": jnp.ones(3)}, {})
     assert Checkpoints(tmp_path).latest() is None
+
+
+def test_clip_norm_0_is_no_clipping(base: Path) -> None:
+    policy, gradient = {"x": jnp.ones(3)}, {"x": jnp.full(3, 100.0)}
+    updates = []
+    for norm in (0.0, 1e6, 1e-6):
+        tx = make_optimizer(tiny.config(base, clip_norm=norm, warmup=0).train)
+        moments = tx.update(gradient, tx.init(policy), policy)[1]
+        updates.append(np.asarray(optax.tree.get(moments, "mu")["x"]))
+    assert np.array_equal(updates[0], updates[1])  # a norm that nothing reaches
+    assert abs(updates[0]).min() > 1e6 * abs(updates[2]).max()
 
 
 def test_a_policy_that_unlearns_the_winners_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
