@@ -207,8 +207,8 @@ def as_markdown() -> str:
     rows = [
         "# Settings",
         "",
-        "Every command takes them as `--config.KEY=VALUE`; lists with commas between (`1,2`), or as JSON where a value",
-        "holds a comma itself (`[\"a, b\", \"c\"]`). Configs change the defaults. Numbers are finite.",
+        "`pairs`, `main` and `evaluate` take them as `--config.KEY=VALUE`; lists with commas between (`1,2`), or as",
+        'JSON where a value holds a comma itself (`["a, b", "c"]`). Configs change the defaults. Numbers are finite.',
         "",
         "| key | default | allowed | meaning |",
         "|---|---|---|---|",

@@ -64,4 +64,8 @@ def test_the_command_writes_results_and_a_report_that_stands_alone(tmp_path: Pat
     captions = Path(config.data.photographs) / "captions.jsonl"
     captions.write_text(captions.read_text().replace("portrait", "picture"))
     evaluate(config, workdir)
-    assert (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns > kept
+    redrawn = (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns
+    assert redrawn > kept
+    config.model.dtype = "bfloat16"
+    evaluate(config, workdir)
+    assert (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns > redrawn

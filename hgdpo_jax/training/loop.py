@@ -29,9 +29,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
     """
     files.require_plain(workdir)
     folder, index = workdir / config.stage, runtime.index_of(workdir)
-    inputs = stage_inputs.read(config, workdir, index)
-    index.save()
     with runtime.owned(folder):
+        inputs = stage_inputs.read(config, workdir, index)
+        index.save()
         checkpoints = Checkpoints(folder)
         start = starts.start(config, workdir, inputs, checkpoints)
         write_json(folder / "config.json", configuration.to_json(config))
