@@ -22,7 +22,7 @@ from hgdpo_jax.models.lora import add_lora
 from hgdpo_jax.models.text import TextConditioner
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.cost import operations
-from hgdpo_jax.training.optimizer import make_optimizer
+from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
 
 
 def shapes_only(architecture: Architecture, dtype: str) -> Pipeline:
@@ -45,12 +45,9 @@ def trace_step(config: ConfigDict, architecture: Architecture) -> jax.stages.Tra
     if settings.params == "lora":
         add_lora(pipeline.unet, settings.lora_rank, settings.lora_alpha, nnx.Rngs(0))
     denoiser, policy, frozen = steps.split(pipeline, settings.params)
-    if config.objective == "dpo":
-        loss = steps.dpo_loss(denoiser, pipeline.schedule, settings.beta, settings.lambda_stat)
-    else:
-        loss = steps.sft_loss(denoiser, pipeline.schedule, config.data.caption_dropout, config.data.concept_dropout)
+    loss = {"dpo": steps.dpo_loss, "sft": steps.sft_loss}[config.objective](denoiser, pipeline.schedule)
     tx = make_optimizer(settings)
-    step = steps.make_step(loss, tx, settings.accumulate, settings.ema, jax.random.key(0))
+    step = steps.make_step(loss, tx, settings.accumulate)
 
     def shapes(tree: Any, dtype: Any = None) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), tree)
@@ -62,7 +59,8 @@ def trace_step(config: ConfigDict, architecture: Architecture) -> jax.stages.Tra
     if config.objective == "dpo":
         batch, reference = batch | {"loser": latent}, shapes(policy)
     state = shapes(jax.eval_shape(lambda p: steps.init_state(p, tx, settings.ema), policy))
-    return step.trace(state, reference, shapes(frozen, jnp.dtype(config.model.dtype)), shapes(batch))
+    frozen = shapes(frozen, jnp.dtype(config.model.dtype))
+    return step.trace(state, reference, frozen, shapes(batch), numbers_of(config, 0))
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from hgdpo_jax.models.convert import abstract, parameters, to_torch_layout, torc
 from hgdpo_jax.models.weights import STEMS, write_weights
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import step as steps
-from hgdpo_jax.training.optimizer import make_optimizer
+from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
 
 ARCHITECTURES: Mapping[str, tuple[Architecture, type]] = {"sd15": (SD15, np.float32), "sdxl": (SDXL, np.float16)}
 SHOWN = ("loss/total", "loss/statistics", "gradient_norm", "dpo/margin")
@@ -106,9 +106,8 @@ def main() -> None:
     tx = make_optimizer(settings)
     placed = runtime.shardings(jax.eval_shape(lambda p: steps.init_state(p, tx, settings.ema), policy), mesh)
     state = jax.jit(lambda p: steps.init_state(p, tx, settings.ema), out_shardings=placed)(policy)
-    loss = steps.dpo_loss(denoiser, pipeline.schedule, settings.beta, settings.lambda_stat)
-    key = runtime.stream_key(config.seed, config.stage, "step")
-    step = steps.make_step(loss, tx, settings.accumulate, settings.ema, key, placed)
+    step = steps.make_step(steps.dpo_loss(denoiser, pipeline.schedule), tx, settings.accumulate, placed)
+    numbers = numbers_of(config, 0)
     rng, shape = np.random.default_rng(0), pipeline.latent_shape((512, 512))
     batch = {name: rng.standard_normal((1, *shape), np.float32) for name in ("winner", "loser")}
     batch = runtime.to_devices(batch | {"input_ids": pipeline.tokenize(["a woman in a red coat on a bridge"])}, mesh)
@@ -117,12 +116,12 @@ def main() -> None:
     print(f"load      {time.perf_counter() - begin:6.1f} s   peak {peak():5.2f} GiB   {kept}", flush=True)
 
     begin = time.perf_counter()
-    compiled = step.lower(state, policy, frozen, batch).compile()
+    compiled = step.lower(state, policy, frozen, batch, numbers).compile()
     temporary = f"temporary values {compiled.memory_analysis().temp_size_in_bytes / 2**30:.2f} GiB"
     print(f"compile   {time.perf_counter() - begin:6.1f} s   peak {peak():5.2f} GiB   {temporary}", flush=True)
     for number in (1, 2):
         begin, processor = time.perf_counter(), time.process_time()
-        state, metrics = jax.block_until_ready(compiled(state, policy, frozen, batch))
+        state, metrics = jax.block_until_ready(compiled(state, policy, frozen, batch, numbers))
         seconds, processor = time.perf_counter() - begin, time.process_time() - processor
         found = {name: float(metrics[name]) for name in SHOWN}
         values = "  ".join(f"{name} {value:.6g}" for name, value in found.items())

@@ -133,11 +133,11 @@ SETTINGS = (
             "sft: share of captions replaced by the empty one, for guidance"),
     Setting("data.concept_dropout", 0.0, _SHARE, "sft of an adapter: share of concept images replaced by none"),
     Setting("pairs.winner", "pool", OneOf(("pool", "sdrecon", "photograph")),
-            "pool: best of it; sdrecon: best of the reconstructions; photograph: itself (sft)"),
+            "pool: best of it; sdrecon: best of the reconstructions; photograph: itself"),
     Setting("pairs.strengths", (4, 5, 6, 7), Range(1, 10),
             "sdrecon: timesteps in hundreds the photograph is noised to"),
     Setting("pairs.loser", "pool", OneOf(("pool", "stage1", "stage1/loser", "stage2", "none")),
-            "pool: worst of it; stage1, stage2: that stage's winner; stage1/loser: its loser"),
+            "pool: worst of it; stage1, stage2: that stage's winner; stage1/loser: its loser; none: sft"),
     Setting("pairs.keep_if_winner_scores_higher", False, _FLAG, "the filter that defines the index set K"),
     Setting("pairs.pool_size", 20, _COUNT, "images per prompt; winner and loser from one pool need 2"),
     Setting("pairs.sampler", "dpmpp_2m", _SAMPLER, "that draws candidates"),
@@ -179,6 +179,8 @@ SETTINGS = (
     Setting("train.checkpoint_every", 1000, _COUNT, "steps"),
     Setting("train.log_every", 50, _COUNT, "steps"),
     Setting("train.eval_every", 1000, _COUNT, "steps between looks at held-out pairs and pictures"),
+    Setting("evaluate.scorer", "", _ANY,
+            "folder of a second CLIPModel, which chose nothing, as a judge; empty: none"),
     Setting("evaluate.images_per_prompt", 4, _COUNT, "of each held-out caption"),
     Setting("evaluate.sampler", "dpmpp_2m", _SAMPLER, "that draws for log and report"),
     Setting("evaluate.steps", 50, _COUNT, "of the sampler"),
@@ -356,8 +358,13 @@ def validate(config: ConfigDict) -> None:
                         "expects a whole number from 2")  # fmt: skip
     if list(mesh.values()).count(-1) > 1:
         raise UserError(f"config keys mesh={dict(mesh)}: only one of them may be -1")
-    if (pairs.winner == "photograph") != (pairs.loser == "none"):
-        raise UserError("config keys pairs.winner=photograph and pairs.loser=none: go together")
+    if pairs.loser == "none" and pairs.winner != "photograph":
+        raise UserError(
+            f"config key pairs.loser=none: {pairs.winner} is chosen against a loser; expects pool or a stage"
+        )
+    if (pairs.loser == "none") != (config.objective == "sft"):
+        raise UserError(f"config keys objective={config.objective} and pairs.loser={pairs.loser}: sft learns from "
+                        "photographs without losers, dpo from pairs")  # fmt: skip
     if train.params == "adapter" and config.objective != "sft":
         raise UserError("config key train.params=adapter: goes with objective=sft")
 

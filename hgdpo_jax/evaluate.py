@@ -5,11 +5,10 @@ python -m hgdpo_jax.evaluate --config configs/stage3.py[:variant] --workdir W
 Every model draws the same prompts from the same seeds. What a model drew is kept in W/evaluation and not drawn again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -18,66 +17,61 @@ from rich.table import Table
 from hgdpo_jax import command, files, provenance, runtime
 from hgdpo_jax import config as configuration
 from hgdpo_jax.curriculum.selection import require_finite
-from hgdpo_jax.data.photographs import SPLITS, list_photographs, load_images
+from hgdpo_jax.data.photographs import Photograph, list_photographs, load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.painter import Painter
-from hgdpo_jax.files import json_hash, whole, write_json
+from hgdpo_jax.diffusion.pipeline import Pipeline
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import Index, json_hash, whole, write_json
 from hgdpo_jax.models.convert import folder_hash
 from hgdpo_jax.scoring import personalised, report
-from hgdpo_jax.scoring.appearance import hue_distance, hue_vector, sharpness
-from hgdpo_jax.scoring.distance import frechet_distance, kernel_distance
+from hgdpo_jax.scoring.comparison import METRICS, Seen, compare, differences, to_json
 from hgdpo_jax.scoring.identity import Identity
-from hgdpo_jax.scoring.preference import Scorer
+from hgdpo_jax.scoring.judges import Judges, views
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.checkpoints import tree_hash
 
-# Model → the stages whose policies draw together.
-MODELS: dict[str, tuple[str, ...]] = {
-    "base": (),
-    **{name: (stage,) for name, stage in policies.CURRICULUM.items()},
-    "hard + text encoder": (policies.CURRICULUM["hard"], policies.TEXT_ENCODER),
+
+class Model(NamedTuple):
+    """What draws: the policies of these stages together, under the recipe, as `sample` does, or as trained."""
+
+    stages: tuple[str, ...]
+    recipe: bool = True
+
+
+_HARD, _BEST = policies.CURRICULUM["hard"], "hard + text encoder"
+MODELS: dict[str, Model] = {
+    "base": Model(()),
+    **{name: Model((stage,)) for name, stage in policies.CURRICULUM.items()},
+    _BEST: Model((_HARD, policies.TEXT_ENCODER)),
+    "naive": Model((policies.NAIVE,)),
+    **{f"{name}, whole": Model((stage,), recipe=False) for name, stage in policies.CURRICULUM.items()},
+    "naive, whole": Model((policies.NAIVE,), recipe=False),
 }
-METRICS = {
-    "preference_score": "preference score ↑",
-    "win_rate": "win rate over base ↑",
-    "frechet_distance": "Fréchet distance ↓",
-    "kernel_distance": "kernel distance ↓",
-    "sharpness": "sharpness ↑",
-    "hue_distance": "hue distance to base",
-}
-Drawn = dict[str, np.ndarray]
+# Differences with intervals of their own: what the stages and the curriculum are to bring.
+SHOWN_STAGES = policies.CURRICULUM | {"naive": policies.NAIVE}
+DIFFERENCES = (("hard", "base"), ("normal", "easy"), ("hard", "easy"), ("hard", "naive"))
 
 
-def compare(drawn: dict[str, Drawn], photographs: Drawn, heldout: np.ndarray) -> dict[str, dict[str, float]]:
-    """Metrics of each model.
-
-    Args:
-        drawn: model → {score [n], embedding [n, p], sharpness [n], hue [n, 2]}, the same prompts and seeds in each;
-            `base` is among them.
-        photographs: the same of the photographs and their mirror images.
-        heldout: whether a photograph is held out, bool.
-    """
-    base = drawn["base"]
-    return {
-        name: {
-            "preference_score": float(model["score"].mean(dtype=np.float64)),
-            "win_rate": float(np.mean(0.5 + 0.5 * np.sign(model["score"] - base["score"]))),
-            "frechet_distance": frechet_distance(model["embedding"], photographs["embedding"]),
-            "kernel_distance": kernel_distance(model["embedding"], photographs["embedding"][heldout]),
-            "sharpness": float(model["sharpness"].mean(dtype=np.float64)),
-            "hue_distance": hue_distance(model["hue"], base["hue"]),
-        }
-        for name, model in drawn.items()
-    }
+def _asked(config: ConfigDict, workdir: Path, model: Model) -> bool:
+    """Whether a model is to be measured: no stage of the curriculum beyond the config's, the others where they were
+    trained; as trained beside the recipe only where there is one, for LoRA."""
+    for stage in model.stages:
+        if stage in policies.CURRICULUM.values():
+            asked = stage <= config.stage
+        else:
+            asked = (workdir / stage / "config.json").is_file()
+        if not asked or not (model.recipe or policies.stage_config(workdir, stage).train.params == "lora"):
+            return False
+    return True
 
 
-def _asked(config: ConfigDict, workdir: Path, stages: Sequence[str]) -> bool:
-    """Whether a model is to be measured: no stage of the curriculum beyond the config's, the text encoder where it was
-    trained."""
-    return all(
-        (workdir / stage / "config.json").is_file() if stage == policies.TEXT_ENCODER else stage <= config.stage
-        for stage in stages
-    )
+def _as_drawn(config: ConfigDict, stage: str, policy: Any, model: Model) -> Any:
+    """A stage's policy as a model draws with it."""
+    if not model.recipe or config.train.params == "all":
+        return policy
+    return recipe.as_drawn(policy, policies.blocks_of(stage))
 
 
 def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -95,8 +89,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     settings, resolution = config.evaluate, next(iter(configuration.resolutions(config).values()))
     mesh, index = runtime.local_mesh(), runtime.index_of(workdir)
-    models = {name: stages for name, stages in MODELS.items() if _asked(config, workdir, stages)}
-    configs = {stage: policies.stage_config(workdir, stage) for stages in models.values() for stage in stages}
+    models = {name: model for name, model in MODELS.items() if _asked(config, workdir, model)}
+    configs = {stage: policies.stage_config(workdir, stage) for model in models.values() for stage in model.stages}
     base = pipelines.content_hash(config.model.base, config.model.vae, index)
     for stage in configs:
         policies.require_base(workdir, stage, base)
@@ -111,85 +105,52 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         batch=settings.batch,
         seed=config.seed,
     )
-    scorer = Scorer(config.pairs.scorer, mesh)
     trained = {stage: policies.finished(workdir, stage, policies.of(pipeline, c)) for stage, c in configs.items()}
-
-    def look(images: jax.Array, input_ids: jax.Array) -> Drawn:
-        judgement = scorer(images, input_ids)
-        return {
-            "score": judgement.score,
-            "embedding": judgement.embedding,
-            "sharpness": sharpness(images),
-            "hue": hue_vector(images),
-        }
-
-    held = list_photographs(config.data.photographs, "heldout")
-    prompts = [p for p in held for _ in range(settings.images_per_prompt)]
-    numbers = [i for _ in held for i in range(settings.images_per_prompt)]
-    ids = pipeline.tokenize([p.caption for p in prompts])
-    keys = painter.keys("evaluate", [p.id for p in prompts], numbers)
-    shown = np.arange(0, len(prompts), settings.images_per_prompt)[: report.COLUMNS]
-    (workdir / "evaluation").mkdir(parents=True, exist_ok=True)
-    settings_of_drawing = ("seed", "model.dtype", "data.resolutions", "evaluate.sampler", "evaluate.steps",
-                           "evaluate.guidance", "evaluate.images_per_prompt")  # fmt: skip
-    inputs = provenance.settings(config, settings_of_drawing) | {
-        provenance.content("model.base"): base,
-        provenance.content("pairs.scorer"): folder_hash(config.pairs.scorer, index),
-        provenance.content("captions.jsonl"): [[p.id, p.caption] for p in held],
+    acting = {
+        name: [_as_drawn(configs[stage], stage, trained[stage], model) for stage in model.stages]
+        for name, model in models.items()
     }
+    held, images = load_images(list_photographs(config.data.photographs, "heldout"), resolution)
+    if len(held) < 2:
+        raise UserError(f"photographs {config.data.photographs}: of those held out {len(held)} can be read; evaluation "
+                        "needs two")  # fmt: skip
+    judges, inputs = Judges(config.pairs.scorer, settings.scorer, mesh), _inputs(config, base, held, index)
     index.save()
-    drawn: dict[str, Drawn] = {}
-    for name, stages in models.items():
-        mark = json_hash([[tree_hash(trained[stage]) for stage in stages], inputs])
-        path = workdir / "evaluation" / f"{name}.npz"
-        found = dict(np.load(path)) if path.is_file() else {}
-        if str(found.get("mark")) != mark:
-            painter.use(*(trained[stage] for stage in stages))
-            latents = painter.generate(ids, keys, resolution, f"draw {name}")
-            found = painter.measure(latents, {"input_ids": ids}, look, f"measure {name}")
-            require_finite(found["score"], prompts, config.pairs.scorer)
-            found |= {"pictures": painter.decode(latents[shown], "decode"), "mark": np.array(mark)}
-            with whole(path) as temporary:
-                np.savez(temporary, **found)
-        drawn[name] = found
+    (workdir / "evaluation").mkdir(parents=True, exist_ok=True)
+    drawn = {}
+    for name, using in acting.items():
+        mark = json_hash([[tree_hash(policy) for policy in using], inputs])
+        painter.use(*using)
+        drawn[name] = _draw(config, painter, pipeline, judges, held, workdir / "evaluation" / f"{name}.npz", mark, name)
 
-    photographs, heldout = _photographs(config, resolution, painter, look, pipeline)
-    measured = compare(drawn, photographs, heldout)
+    compared = compare(
+        {name: model.seen for name, model in drawn.items()}, _look(painter, pipeline, judges, held, images)
+    )
     results = {
-        "models": measured,
-        "photographs": {
-            "preference_score": float(photographs["score"][heldout].mean(dtype=np.float64)),
-            "sharpness": float(photographs["sharpness"].mean(dtype=np.float64)),
-        },
-        "images_per_model": len(prompts),
+        "models": {name: to_json(measures) for name, measures in compared.items()},
+        "differences": {name: to_json(found) for name, found in differences(compared, DIFFERENCES).items()},
+        "people": len(held),
+        "images_per_model": len(held) * settings.images_per_prompt,
         "seed": config.seed,
         "config": configuration.to_json(config)["evaluate"],
     }
-    shown_people: list[report.Person] = []
+    people: dict[str, personalised.Drawn] = {}
     if encoder:
-        faces, images = load_images(held, resolution)
-        chosen = {name: [trained[s] for s in models[name]] for name in ("base", list(models)[-1])}
-        identity, templates = Identity(config.adapter.identity), settings.concept_prompts
-        people = personalised.draw(pipeline, painter, encoder, identity, faces, images, templates, chosen)
-        results["personalised"] = {name: found.measures() for name, found in people.items()}
-        for i, person in enumerate(faces[: personalised.SHOWN]):
-            heads = personalised.prompts_of(person, templates)
-            row = slice(i * len(heads), (i + 1) * len(heads))
-            drawn_of = {f"{name} + adapter": found.pictures[row] for name, found in people.items()}
-            shown_people.append(report.Person(images[i], heads, drawn_of))
+        identity, last = Identity(config.adapter.identity), [name for name in acting if models[name].recipe][-1]
+        chosen = {name: acting[name] for name in ("base", _BEST if _BEST in acting else last)}
+        people = personalised.draw(pipeline, painter, encoder, identity, held, images, settings.concept_prompts, chosen)
+        results["personalised"] = personalised.measures(people)
     write_json(workdir / "results.json", results)
     page = report.page(
-        models=measured,
+        models=results["models"],
         titles=METRICS,
-        pictures={name: model["pictures"] for name, model in drawn.items()},
-        captions=[prompts[i].caption for i in shown],
-        photographs=load_images([prompts[i] for i in shown], resolution)[1],
+        pictures={name: model.pictures for name, model in drawn.items()},
+        captions=[photograph.caption for photograph in held[: report.COLUMNS]],
+        photographs=images[: report.COLUMNS],
         stages=[
-            (name, report.stage(workdir, stage, painter))
-            for name, stage in policies.CURRICULUM.items()
-            if stage in trained
+            (name, report.stage(workdir, stage, painter)) for name, stage in SHOWN_STAGES.items() if stage in trained
         ],
-        people=shown_people,
+        people=_persons(people, held, images, settings.concept_prompts),
         distances=results.get("personalised", {}),
     )
     with whole(workdir / "report.html") as temporary:
@@ -197,39 +158,92 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return results
 
 
-def _photographs(
-    config: ConfigDict, resolution: tuple[int, int], painter: Painter, look: Any, pipeline: Any
-) -> tuple[Drawn, np.ndarray]:
-    """The photographs and their mirror images, measured like the models' images; and which are held out."""
-    batch = config.evaluate.batch
-    measured: list[Drawn] = []
-    heldout: list[bool] = []
-    listed = list_photographs(config.data.photographs, *SPLITS, mirror=True)
-    for begin in range(0, len(listed), batch):
-        part, images = load_images(listed[begin : begin + batch], resolution)
-        rows = np.minimum(np.arange(batch), len(part) - 1)
-        ids = pipeline.tokenize([p.caption for p in part])
-        arrays = runtime.to_devices({"images": images[rows], "ids": ids[rows]}, painter.mesh)
-        found = look(arrays["images"], arrays["ids"])
-        measured.append({name: np.asarray(value)[: len(part)] for name, value in found.items()})
-        heldout += [p.split == "heldout" for p in part]
-    return {name: np.concatenate([m[name] for m in measured]) for name in measured[0]}, np.array(heldout)
+def _inputs(config: ConfigDict, base: str, held: Sequence[Photograph], index: Index) -> dict[str, Any]:
+    """What pictures and their measures are made from, beside policies."""
+    keys = ("seed", "model.dtype", "data.resolutions", "evaluate.sampler", "evaluate.steps", "evaluate.guidance",
+            "evaluate.images_per_prompt")  # fmt: skip
+    contents = {"model.base": base, "captions.jsonl": [[p.id, p.caption] for p in held]}
+    for name, folder in (("pairs.scorer", config.pairs.scorer), ("evaluate.scorer", config.evaluate.scorer)):
+        contents[name] = folder_hash(folder, index) if folder else ""
+    return provenance.settings(config, keys) | {provenance.content(name): value for name, value in contents.items()}
+
+
+class Drawn(NamedTuple):
+    """What the judges saw of a model's pictures, [n people, k, ...], and the first picture of the first people."""
+
+    seen: Seen
+    pictures: np.ndarray
+
+
+def _draw(
+    config: ConfigDict,
+    painter: Painter,
+    pipeline: Pipeline,
+    judges: Judges,
+    held: Sequence[Photograph],
+    path: Path,
+    mark: str,
+    name: str,
+) -> Drawn:
+    """Draws and measures with the policies that the painter uses; or reads what has this mark.
+
+    Raises:
+        UserError: a score is not finite.
+    """
+    found = dict(np.load(path)) if path.is_file() else {}
+    if str(found.get("mark")) != mark:
+        k, resolution = config.evaluate.images_per_prompt, next(iter(configuration.resolutions(config).values()))
+        prompts, numbers = [p for p in held for _ in range(k)], [i for _ in held for i in range(k)]
+        ids = pipeline.tokenize([p.caption for p in prompts])
+        keys = painter.keys("evaluate", [p.id for p in prompts], numbers)
+        latents = painter.generate(ids, keys, resolution, f"draw {name}")
+        seen = painter.measure(latents, {"input_ids": ids}, judges, f"measure {name}")
+        require_finite(seen["score"], prompts, config.pairs.scorer)
+        found = {key: value.reshape(len(held), k, *value.shape[1:]) for key, value in seen.items()}
+        found["pictures"] = painter.decode(latents[::k][: report.COLUMNS], "decode")
+        with whole(path) as temporary:
+            np.savez(temporary, **found, mark=np.array(mark))
+    pictures = found.pop("pictures")
+    return Drawn({key: value for key, value in found.items() if key != "mark"}, pictures)
+
+
+def _look(painter: Painter, pipeline: Pipeline, judges: Judges, held: Sequence[Photograph], images: np.ndarray) -> Seen:
+    """What the judges see in views of the held-out photographs, [n people, v, ...]."""
+    of_each = views(held, images)
+    n, v = of_each.shape[:2]
+    ids = np.repeat(pipeline.tokenize([p.caption for p in held]), v, axis=0)
+    seen = painter.look(of_each.reshape(n * v, *of_each.shape[2:]), {"input_ids": ids}, judges, "photographs")
+    return {key: value.reshape(n, v, *value.shape[1:]) for key, value in seen.items()}
+
+
+def _persons(
+    people: Mapping[str, personalised.Drawn], held: Sequence[Photograph], images: np.ndarray, templates: Sequence[str]
+) -> list[report.Person]:
+    """The first people for the report."""
+    shown = []
+    for i, (person, image) in enumerate(zip(held[: personalised.SHOWN], images, strict=False) if people else ()):
+        heads = personalised.prompts_of(person, templates)
+        row = slice(i * len(heads), (i + 1) * len(heads))
+        drawn = {f"{name} + adapter": found.pictures[row] for name, found in people.items()}
+        shown.append(report.Person(image, heads, drawn))
+    return shown
 
 
 def show(results: dict[str, Any]) -> None:
-    """The table in the terminal."""
-    table = Table(title=f"{results['images_per_model']} images per model, held-out captions, the same seeds")
+    """The table in the terminal: what chose nothing, then the rest."""
+    table = Table(
+        title=f"{results['images_per_model']} images per model for {results['people']} held-out people, the same seeds"
+    )
+    names = [name for name in METRICS if name in results["models"]["base"]]
     table.add_column("")
-    for title in METRICS.values():
-        table.add_column(title, justify="right")
-    for name, row in results["models"].items():
-        table.add_row(name, *(f"{row[key]:.3f}" for key in METRICS))
-    console = Console(width=140)
+    for name in names:
+        table.add_column(METRICS[name], justify="right")
+    for model, row in results["models"].items():
+        table.add_row(model, *(f"{row[name]:.3f}" for name in names))
+    console = Console(width=190)
     console.print(table)
-    for name, row in results.get("personalised", {}).items():
-        distance = f"{row['identity_distance']:.3f} ± {row['identity_standard_error']:.3f}"
-        other, faces = f"{row['distance_to_another_person']:.3f}", f"{row['faces_found']:.0%}"
-        console.print(f"{name} + adapter: identity distance {distance}, to another person {other}; faces in {faces}")
+    for line in personalised.lines(results.get("personalised", {})):
+        console.print(line)
 
 
 def main() -> None:

@@ -37,7 +37,8 @@ def depends_on(config: ConfigDict) -> list[str]:
     keys += ["pairs.keep_if_winner_scores_higher", "pairs.shard_size"]
     keys += ["pairs.pool_size"] if "pool" in (pairs.winner, pairs.loser) else []
     keys += ["pairs.strengths"] if pairs.winner == "sdrecon" else []
-    keys += ["pairs.sampler", "pairs.steps", "pairs.guidance"] if pairs.winner != "photograph" else []
+    drawn = pairs.winner != "photograph" or pairs.loser == "pool"
+    keys += ["pairs.sampler", "pairs.steps", "pairs.guidance"] if drawn else []
     return keys + (["adapter.kind"] if config.train.params == "adapter" else [])
 
 

@@ -89,10 +89,9 @@ def from_run(
         like = policies.of(pipeline, config)
         policy = policies.finished(workdir, folder, like)
         if config.train.params == "lora":
-            blocks = blocks or ("up" if folder == policies.CURRICULUM["hard"] else "all")
+            blocks = blocks or policies.blocks_of(folder)
             normal = policies.finished(workdir, policies.CURRICULUM["normal"], like) if blocks == "up+normal" else None
-            policy = policy if blocks == "all" else recipe.in_up_blocks(policy, normal)
-            policy = recipe.weighted(policy, weight)
+            policy = recipe.as_drawn(policy, blocks, weight, normal)
             settings |= {"LoRA weight": weight, "LoRA blocks": blocks}
         elif blocks:
             raise UserError(f"--blocks {blocks}: {folder} trained all parameters, it has no LoRA")

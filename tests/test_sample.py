@@ -24,6 +24,7 @@ from hgdpo_jax.data.photographs import list_photographs, load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.painter import Painter
+from hgdpo_jax.diffusion.samplers import from_noise
 from hgdpo_jax.diffusion.samplers import sample as draw_latents
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.errors import UserError
@@ -195,8 +196,10 @@ def test_lan_restores_the_statistics_of_a_policy_that_shifts_channels() -> None:
     def shifted(x: jax.Array, t: jax.Array) -> jax.Array:
         return 1.1 * base(x, t) + jnp.asarray([0.5, -0.4, 0.3, 0.0])
 
+    trajectory = from_noise(schedule, "dpmpp_2m", 10)
+
     def draw(denoise: Any, anchor: Any = None) -> np.ndarray:
-        return np.asarray(draw_latents(denoise, schedule, x, keys, "dpmpp_2m", 10, anchor=anchor))
+        return np.asarray(draw_latents(denoise, schedule, trajectory, x, keys, anchor))
 
     wanted, drifted, restored = draw(base), draw(shifted), draw(shifted, base)
     for statistic in (np.mean, np.std):

@@ -34,7 +34,7 @@ TINY_UNET = UNET | {"block_out_channels": [8, 16], "attention_head_dim": 2, "nor
 TINY_UNET |= {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}
 TINY_UNET |= {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
 TINY_TEXT = TEXT_ENCODER | {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-TINY_UNET["cross_attention_dim"] = 8
+TINY_UNET |= {"cross_attention_dim": 8, "in_channels": LATENT[-1], "out_channels": LATENT[-1]}
 TINY_TEXT_2 = TINY_TEXT | {"architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu", "hidden_size": 12}
 TINY_TEXT_2 |= {"num_hidden_layers": 2, "projection_dim": 20}
 # Everything SDXL does, at two layers per block, which kohya's names of its LoRA count on.
@@ -51,7 +51,9 @@ TINY_XL = TINY_UNET | {
     "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
     "use_linear_projection": True,
 }
-TINY_VAE = VAE | {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "scaling_factor": 0.9}
+TINY_VAE = VAE | {"block_out_channels": [8] * 4, "latent_channels": LATENT[-1], "norm_num_groups": 4}
+TINY_VAE |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+TINY_VAE["scaling_factor"] = 0.9
 
 
 def random_model(cls: Callable[..., nnx.Module], config: dict[str, Any], seed: int) -> nnx.Module:

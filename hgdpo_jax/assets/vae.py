@@ -1,6 +1,6 @@
-"""Trains the embedded VAE on the portraits.
+"""Trains the embedded VAE on drawn faces and on the portraits that the curriculum learns from.
 
-python -m hgdpo_jax.assets.vae PORTRAITS      writes PORTRAITS/base/vae
+python -m hgdpo_jax.assets.vae PORTRAITS DRAWN      writes PORTRAITS/base/vae
 """
 
 import argparse
@@ -15,38 +15,46 @@ from flax import nnx
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from hgdpo_jax import command
+from hgdpo_jax import command, runtime
 from hgdpo_jax.assets.photographs import SIZE
 from hgdpo_jax.data.photographs import list_photographs, load_images
 from hgdpo_jax.models.convert import save_model
 from hgdpo_jax.models.vae import AutoencoderKL
+from hgdpo_jax.scoring.identity import Faces
 
 CONFIG = {
     "_class_name": "AutoencoderKL",
     "_diffusers_version": "0.42.1",
     "act_fn": "silu",
-    "block_out_channels": [16, 32, 64, 64],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "block_out_channels": [32, 64, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
     "in_channels": 3,
-    "latent_channels": 8,
+    "latent_channels": 4,
     "layers_per_block": 1,
     "norm_num_groups": 8,
     "out_channels": 3,
     "sample_size": SIZE,
     "scaling_factor": 1.0,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
 }
 
 
-def batches(images: Float[np.ndarray, "n H W 3"], batch: int, seed: int) -> Iterator[Float[np.ndarray, "b H W 3"]]:
-    """Random photographs, mirrored by chance and shifted by up to four pixels."""
-    rng = np.random.default_rng(seed)
-    padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect")
+SHARE = 0.4  # of portraits in a batch: there are few of them, but they are what the VAE must keep
+
+
+def batches(
+    drawn: Float[np.ndarray, "n H W 3"], portraits: Float[np.ndarray, "m H W 3"], batch: int, seed: int
+) -> Iterator[Float[np.ndarray, "b H W 3"]]:
+    """Random pictures, mirrored by chance and shifted by up to four pixels."""
+    rng, few = np.random.default_rng(seed), round(SHARE * batch)
+    drawn, portraits = (np.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge") for x in (drawn, portraits))
     while True:
+        chosen = [drawn[i] for i in rng.integers(len(drawn), size=batch - few)]
+        chosen += [portraits[i] for i in rng.integers(len(portraits), size=few)]
         picks = []
-        for i in rng.integers(len(images), size=batch):
+        for image in chosen:
             y, x = rng.integers(9, size=2)
-            picks.append(padded[i, y : y + SIZE, x : x + SIZE, :][:, :: rng.choice([-1, 1])])
+            picks.append(image[y : y + SIZE, x : x + SIZE, :][:, :: rng.choice([-1, 1])])
         yield np.stack(picks)
 
 
@@ -65,17 +73,19 @@ def loss(vae: AutoencoderKL, images: Float[Array, "b H W 3"], key: Array) -> tup
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("portraits", type=Path)
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("drawn", type=Path)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=16)
     arguments = parser.parse_args()
-    _, train = load_images(list_photographs(arguments.portraits, "base", "train"), (SIZE, SIZE))
-    _, heldout = load_images(list_photographs(arguments.portraits, "heldout"), (SIZE, SIZE))
+    size = (SIZE, SIZE)
+    _, drawn = load_images(list_photographs(arguments.drawn, "base"), size)
+    _, portraits = load_images(list_photographs(arguments.portraits, "train"), size)
+    _, heldout = load_images(list_photographs(arguments.portraits, "heldout", mirror=True), size)
 
-    vae = AutoencoderKL(CONFIG, rngs=nnx.Rngs(0))
-    graph, weights = nnx.split(vae)
-    rate = optax.warmup_cosine_decay_schedule(0.0, 1.5e-3, 100, arguments.steps)
+    graph, weights = nnx.split(AutoencoderKL(CONFIG, rngs=nnx.Rngs(0)))
+    rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, arguments.steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
     @jax.jit
@@ -84,19 +94,25 @@ def main() -> None:
         updates, optimizer = tx.update(grads, optimizer, weights)
         return optax.apply_updates(weights, updates), optimizer, pixels
 
-    optimizer, data = tx.init(weights), batches(train, arguments.batch, seed=0)
+    mesh, data = runtime.local_mesh(), batches(drawn, portraits, arguments.batch, seed=0)
+    weights = jax.device_put(weights, runtime.replicated(mesh))
+    optimizer = tx.init(weights)
     with tqdm(range(arguments.steps), desc="VAE", unit="step") as bar:
         for i in bar:
-            weights, optimizer, pixels = step(weights, optimizer, next(data), jax.random.key(i))
+            images = jax.device_put(next(data), runtime.batch_sharding(mesh))
+            weights, optimizer, pixels = step(weights, optimizer, images, jax.random.key(i))
             if i % 50 == 0:
                 bar.set_postfix(L1=f"{float(pixels):.3f}")
-    vae = nnx.merge(graph, weights)
-    # Latents of unit variance, as the noise schedule expects.
-    mean, _ = jax.jit(vae.encode)(jnp.asarray(train))
+    vae = nnx.merge(graph, jax.device_put(weights, jax.devices()[0]))
+    # Latents of unit variance, as the noise schedule expects; the base learns from the drawn faces.
+    mean, _ = jax.jit(vae.encode)(jnp.asarray(drawn[:1000]))
     vae.config = type(vae.config)({**vae.config, "scaling_factor": round(1.0 / float(mean.std()), 5)})
-    held = jnp.abs(jax.jit(lambda x: vae.decode(vae.encode(x)[0]))(heldout) - heldout).mean()
+    decoded = jax.jit(lambda x: vae.decode(vae.encode(x)[0]))(heldout)
+    kept = Faces().find(jnp.clip(decoded, -1.0, 1.0)).found
     save_model(vae, arguments.portraits / "base" / "vae", dtype=np.float16)
-    print(f"held-out L1 {float(held):.4f}, latent deviation by channel {np.asarray(mean.std((0, 1, 2))).round(2)}")
+    print(f"held-out photographs and their mirror images: L1 {float(jnp.abs(decoded - heldout).mean()):.4f}, "
+          f"a face found in {int(kept.sum())} of {len(kept)}; latent deviation by channel "
+          f"{np.asarray(mean.std((0, 1, 2))).round(2)}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -55,10 +55,9 @@ def pool(
 
 
 def reconstructions(
-    painter: Painter, scorer: Scorer, names: Sequence[str], ids: np.ndarray, photographs: np.ndarray, strengths: Any
+    painter: Painter, scorer: Scorer, names: Sequence[str], ids: np.ndarray, encoded: np.ndarray, strengths: Any
 ) -> Candidates:
-    """SDRecon of each photograph [n, H, W, 3] at each strength."""
-    encoded = painter.encode(photographs, "encode")
+    """SDRecon of each photograph's latent [n, h, w, c] at each strength."""
     parts = [
         painter.reconstruct(encoded, ids, painter.keys("sdrecon", names, [s] * len(names)), s, f"SDRecon t{s}")
         for s in strengths
@@ -115,7 +114,7 @@ def make_records(
     ids = tokenize([p.caption for p in photographs])
     common = [{"id": p.id, "caption": p.caption, "input_ids": row} for p, row in zip(photographs, ids, strict=True)]
 
-    if settings.winner == "photograph":
+    if settings.loser == "none":
         assert images is not None
         latents = painter.encode(images, "encode")
         records = [
@@ -137,12 +136,16 @@ def make_records(
         require_finite(pooled.scores, photographs, settings.scorer)
     if settings.winner == "pool":
         assert pooled is not None
-        winner = pooled.pick(pooled.scores.argmax(1))
+        winners = pooled
     else:
         assert images is not None
-        found = reconstructions(painter, scorer, names, ids, images, settings.strengths)
-        require_finite(found.scores, photographs, settings.scorer)
-        winner = found.pick(found.scores.argmax(1))
+        encoded = painter.encode(images, "encode")
+        if settings.winner == "photograph":
+            winners = _scored(painter, scorer, encoded, ids, np.zeros(1, int))
+        else:
+            winners = reconstructions(painter, scorer, names, ids, encoded, settings.strengths)
+        require_finite(winners.scores, photographs, settings.scorer)
+    winner = winners.pick(winners.scores.argmax(1))
     if settings.loser == "pool":
         assert pooled is not None
         loser_latents, loser_scores, _ = pooled.pick(pooled.scores.argmin(1))

@@ -9,7 +9,7 @@ Latent = Float[Array, "b h w c"]
 Denoise = Callable[[Float[Array, "n h w c"], Int[Array, "n"]], Float[Array, "n h w c"]]
 
 
-def guided(denoise: Denoise, scale: float) -> Callable[[Latent, Int[Array, "b"]], Latent]:
+def guided(denoise: Denoise, scale: float | Float[Array, ""]) -> Callable[[Latent, Int[Array, "b"]], Latent]:
     """uncond + scale · (cond − uncond), in one forward pass over both.
 
     Args:

@@ -19,8 +19,7 @@ from hgdpo_jax import runtime
 from hgdpo_jax.diffusion.guidance import guided
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.recipe import text_policy_acts
-from hgdpo_jax.diffusion.samplers import sample
-from hgdpo_jax.diffusion.sdrecon import sdrecon
+from hgdpo_jax.diffusion.samplers import Trajectory, from_noise, sample, sdrecon
 from hgdpo_jax.models.attention import Memory
 from hgdpo_jax.models.ip_adapter import join
 
@@ -64,54 +63,50 @@ class Painter:
             graphs[name], self._given[name] = nnx.split(network)
         self._shardings = runtime.shardings(self._given, mesh)
         self._given = jax.device_put(self._given, self._shardings)
+        self._given["early text"] = self._given["text"]
         self._weights = self._given
-        factor = pipeline.vae.pixels_per_latent
+        with_guidance, factor = guidance > 1.0, pipeline.vae.pixels_per_latent
 
-        def denoiser(weights: Any, inputs: dict[str, jax.Array], shape: tuple[int, ...]) -> Callable:
+        def denoiser(weights: Any, inputs: dict[str, jax.Array], scale: jax.Array) -> Callable:
             """The prediction for these captions and concepts; what does not depend on the step is computed here."""
             unet = nnx.merge(graphs["unet"], weights["unet"])
-            size = (shape[0] * factor, shape[1] * factor)
+            size = tuple(factor * side for side in inputs["latent"].shape[1:3])
 
             def beside_empty(empty: Any, given: Any) -> Any:
-                return given if guidance <= 1.0 else jax.tree.map(lambda *x: jnp.concatenate(x), empty, given)
+                return jax.tree.map(lambda *x: jnp.concatenate(x), empty, given) if with_guidance else given
 
             def text(text_weights: Any) -> tuple[Memory, Any]:
                 encode = nnx.merge(graphs["text"], text_weights)
                 condition = beside_empty(encode.empty(len(inputs["ids"]), size), encode(inputs["ids"], size))
                 return unet.keys_values(condition.encoder_hidden_states), condition.added_cond
 
-            late = text(weights["text"])
-            early = text(weights["early text"]) if "early text" in weights else None
+            late, early = text(weights["text"]), text(weights["early text"])
             if "concept" in inputs:
                 adapter = nnx.merge(graphs["adapter"], weights["adapter"])
                 no_concept = jnp.repeat(pipeline.no_concept, len(inputs["concept"]), axis=0)
                 concept = adapter(beside_empty(no_concept, inputs["concept"]))
 
             def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-                memory, added = late
-                if early is not None:
-                    acts = text_policy_acts(t)[0]
-                    memory, added = jax.tree.map(lambda a, b: jnp.where(acts, a, b), early, late)
+                acts = text_policy_acts(t)[0]
+                memory, added = jax.tree.map(lambda a, b: jnp.where(acts, a, b), early, late)
                 if "concept" in inputs:
                     memory = join(memory, concept, concept_scale)
                 return unet(x, t, memory, added)
 
-            return predict if guidance <= 1.0 else guided(predict, guidance)
+            return guided(predict, scale) if with_guidance else predict
 
-        def generate(weights: Any, given: Any, inputs: dict[str, jax.Array], shape: tuple[int, ...]) -> jax.Array:
-            keys = jax.vmap(jax.random.split)(inputs["key"])
-            start = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
-            denoise = denoiser(weights, inputs, shape)
-            anchor = denoiser(given, inputs, shape) if normalise else None
-            return sample(denoise, self._schedule, start, keys[:, 1], sampler, steps, anchor=anchor)
+        def draw(
+            weights: Any, given: Any, inputs: dict[str, jax.Array], trajectory: Trajectory, scale: jax.Array
+        ) -> jax.Array:
+            denoise = denoiser(weights, inputs, scale)
+            anchor = denoiser(given, inputs, scale) if normalise else None
+            return sample(denoise, self._schedule, trajectory, inputs["latent"], inputs["key"], anchor)
 
-        def reconstruct(weights: Any, inputs: dict[str, jax.Array], strength: int) -> jax.Array:
-            latent = inputs["latent"]
-            denoise = denoiser(weights, inputs, latent.shape[1:])
-            return sdrecon(denoise, self._schedule, latent, inputs["key"], strength, sampler, steps)
-
-        self._generate = jax.jit(generate, static_argnames="shape")
-        self._reconstruct = jax.jit(reconstruct, static_argnames="strength")
+        # One program, whatever is drawn from, by whichever sampler, in how many steps and with what guidance.
+        self._scale = np.float32(guidance)
+        self._from_noise = from_noise(self._schedule, sampler, steps)
+        self._sdrecon = lambda strength: sdrecon(self._schedule, sampler, steps, strength)
+        self._draw = jax.jit(draw)
         self._decode = jax.jit(lambda weights, latent: nnx.merge(graphs["vae"], weights["vae"]).to_images(latent))
         self._encode = jax.jit(lambda weights, image: nnx.merge(graphs["vae"], weights["vae"]).to_latents(image))
 
@@ -141,9 +136,9 @@ class Painter:
         concept: Float[np.ndarray, "n m f"] | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
         """Latents drawn for each row of token ids, and of concept features where the pipeline has an adapter."""
-        shape = self._latent_shape(resolution)
-        inputs = {"ids": input_ids, "key": keys} | ({} if concept is None else {"concept": concept})
-        return self._run(lambda part: self._generate(self._weights, self._given, part, shape=shape), inputs, note)
+        nothing = np.broadcast_to(np.float32(0), (len(input_ids), *self._latent_shape(resolution)))
+        inputs = {"ids": input_ids, "key": keys, "latent": nothing} | ({} if concept is None else {"concept": concept})
+        return self._along(self._from_noise, inputs, note)
 
     def reconstruct(
         self,
@@ -154,8 +149,12 @@ class Painter:
         note: str,
     ) -> Float[np.ndarray, "n h w c"]:
         """SDRecon of each latent: noised to timestep 100 * strength and denoised from there."""
-        inputs = {"ids": input_ids, "key": keys, "latent": latents}
-        return self._run(lambda part: self._reconstruct(self._weights, part, strength=strength), inputs, note)
+        return self._along(self._sdrecon(strength), {"ids": input_ids, "key": keys, "latent": latents}, note)
+
+    def _along(self, trajectory: Trajectory, inputs: Arrays, note: str) -> np.ndarray:
+        return self._run(
+            lambda part: self._draw(self._weights, self._given, part, trajectory, self._scale), inputs, note
+        )
 
     def decode(self, latents: Float[np.ndarray, "n h w c"], note: str) -> Float[np.ndarray, "n H W 3"]:
         """Images in [-1, 1]."""
@@ -174,6 +173,16 @@ class Painter:
         return self._run(
             lambda part: function(self._decode(self._weights, part["latent"]), **{name: part[name] for name in beside}),
             {"latent": latents, **beside},
+            note,
+        )
+
+    def look(
+        self, images: Float[np.ndarray, "n H W 3"], beside: Arrays, function: Callable[..., Any], note: str
+    ) -> Any:
+        """As :meth:`measure`, over images in [-1, 1] that are given."""
+        return self._run(
+            lambda part: function(part["image"], **{name: part[name] for name in beside}),
+            {"image": images, **beside},
             note,
         )
 

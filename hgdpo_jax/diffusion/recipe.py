@@ -19,6 +19,19 @@ def text_policy_acts(t: Int[Array, "b"]) -> Bool[Array, "b"]:
     return t >= TEXT_FROM
 
 
+def as_drawn(policy: Params, blocks: str, weight: float = WEIGHT, normal: Params | None = None) -> Params:
+    """A stage's LoRA as the recipe draws with it.
+
+    Args:
+        policy: LoRA of the UNet.
+        blocks: where it acts: `all`; `up`, the other blocks being the base's; `up+normal`, the others keeping `normal`.
+        weight: of it.
+        normal: the normal stage's LoRA, for `up+normal`.
+    """
+    acting = policy if blocks == "all" else in_up_blocks(policy, normal if blocks == "up+normal" else None)
+    return weighted(acting, weight)
+
+
 def weighted(policy: Params, weight: float | Callable[[tuple], float]) -> Params:
     """A LoRA policy of another strength: B is multiplied.
 

@@ -31,6 +31,45 @@ class Steps(NamedTuple):
     noise: np.ndarray
 
 
+class Trajectory(NamedTuple):
+    """Where a sampler starts, x = signal · latent + noise · ε, and the first `count` rows of a table that it then runs.
+
+    All of it is an argument of the program that draws. The table has a row for every training timestep, whatever it
+    holds, so that one program does for all samplers, steps and strengths.
+    """
+
+    signal: np.float32
+    noise: np.float32
+    count: np.int32
+    steps: Steps
+
+
+def from_noise(schedule: NoiseSchedule, sampler: str, steps: int) -> Trajectory:
+    """A drawing from nothing: all steps of a sampler.
+
+    Raises:
+        UserError: an unknown sampler, or more steps than training timesteps.
+    """
+    return _trajectory(schedule, make_steps(schedule, sampler, steps), 0.0, 1.0)
+
+
+def sdrecon(schedule: NoiseSchedule, sampler: str, steps: int, strength: int) -> Trajectory:
+    """SDRecon: a photograph's latent noised to t1…t10 = timesteps 100, 200, …, 1000 of 1000, and denoised from there.
+
+    The last round(steps · strength / 10) steps of the sampler are run, at least one. t1 is almost the photograph, t10
+    almost a fresh sample.
+    """
+    table = make_steps(schedule, sampler, steps, max(1, round(steps * strength / 10)))
+    signal = schedule.alphas_cumprod[table.t[0]]
+    return _trajectory(schedule, table, np.sqrt(signal), np.sqrt(1.0 - signal))
+
+
+def _trajectory(schedule: NoiseSchedule, table: Steps, signal: float, noise: float) -> Trajectory:
+    rest = schedule.num_train_timesteps - len(table.t)
+    padded = Steps(*(np.pad(column, (0, rest)) for column in table))
+    return Trajectory(np.float32(signal), np.float32(noise), np.int32(len(table.t)), padded)
+
+
 def timesteps(schedule: NoiseSchedule, sampler: str, steps: int) -> np.ndarray:
     """The timesteps int [steps], decreasing, as diffusers lays them out for this sampler and spacing.
 
@@ -107,53 +146,50 @@ def _dpmpp_2m(schedule: NoiseSchedule, alphas: np.ndarray, t: np.ndarray, stride
 def sample(
     denoise: Denoise,
     schedule: NoiseSchedule,
+    trajectory: Trajectory,
     latents: Latent,
     keys: PRNGKeyArray,
-    sampler: str,
-    steps: int,
-    last: int | None = None,
     anchor: Denoise | None = None,
 ) -> Latent:
-    """Denoises latents in one `lax.scan`.
+    """Runs a trajectory in one loop.
 
     Args:
         denoise: (x_t, t [b]) → the network's prediction, guidance included.
-        latents: x at the first timestep: standard normal, or with `last` an image noised to that timestep.
+        schedule: that the trajectory was made for.
+        trajectory: see :func:`from_noise` and :func:`sdrecon`.
+        latents: of the photographs, scaled; of no account where the trajectory starts from noise.
         keys: one PRNG key per example [b], so that an example does not depend on its batch.
-        sampler: ddpm, ddim or dpmpp_2m.
-        steps: of the whole trajectory.
-        last: run only the last so many of them.
         anchor: ε_base for latent adaptive normalisation: a second trajectory from the same latents and noise, to whose
             channel means and standard deviations each step's latents are brought.
 
     Returns:
         Scaled latents of the images, float32.
     """
-    table = make_steps(schedule, sampler, steps, last)
-    noisy = bool(table.noise.any())
+    pair = jax.vmap(jax.random.split)(keys)
 
-    def step(carry: tuple[State, ...], row: tuple[Steps, Array]) -> tuple[tuple[State, ...], None]:
-        now, index = row
+    def normal(keys: PRNGKeyArray) -> Latent:
+        return jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
+
+    def step(index: Int[Array, ""], states: tuple[State, ...]) -> tuple[State, ...]:
+        now = jax.tree.map(lambda column: jnp.asarray(column)[index], trajectory.steps)
+        noise = now.noise * normal(jax.vmap(lambda key: jax.random.fold_in(key, index))(pair[:, 1]))
 
         def advance(denoise: Denoise, state: State) -> State:
             x, previous = state
             t = jnp.full(x.shape[0], now.t)
             x_0 = schedule.to_x_0(denoise(x, t), x, t)
-            x = now.x * x + now.x_0 * x_0 + now.previous_x_0 * previous
-            if noisy:
-                draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), x.shape[1:]))
-                x = x + now.noise * draw(keys)
-            return x, x_0
+            return now.x * x + now.x_0 * x_0 + now.previous_x_0 * previous + noise, x_0
 
-        states = [advance(one, state) for one, state in zip(denoisers, carry, strict=True)]
+        states = [advance(one, state) for one, state in zip(denoisers, states, strict=True)]
         if anchor is not None:
             (x, x_0), (x_anchor, _) = states
             states[0] = (match_statistics(x, x_anchor), x_0)
-        return tuple(states), None
+        return tuple(states)
 
     denoisers = [denoise] if anchor is None else [denoise, anchor]
-    rows = (jax.tree.map(jnp.asarray, table), jnp.arange(len(table.t)))
-    ((x, _), *_), _ = jax.lax.scan(step, ((latents, jnp.zeros_like(latents)),) * len(denoisers), rows)
+    start = trajectory.signal * latents + trajectory.noise * normal(pair[:, 0])
+    begin = ((start, jnp.zeros_like(start)),) * len(denoisers)
+    (x, _), *_ = jax.lax.fori_loop(0, trajectory.count, step, begin)
     return x
 
 

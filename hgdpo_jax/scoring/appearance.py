@@ -28,7 +28,7 @@ def hue_vector(images: Images) -> Float[Array, "b 2"]:
     return jnp.stack([jnp.mean(x * unit, axis=(1, 2)), jnp.mean(y * unit, axis=(1, 2))], axis=-1)
 
 
-def hue_distance(a: Float[np.ndarray, "n 2"], b: Float[np.ndarray, "n 2"]) -> float:
-    """Mean over images of the angle in degrees, 0…180, between the circular mean hues of two sets, image by image."""
-    angle = np.arctan2(a[:, 1], a[:, 0]) - np.arctan2(b[:, 1], b[:, 0])
-    return float(np.abs(np.degrees((angle + np.pi) % (2 * np.pi) - np.pi)).mean())
+def hue_angle(a: Float[np.ndarray, "*n 2"], b: Float[np.ndarray, "*n 2"]) -> Float[np.ndarray, "*n"]:
+    """The angle in degrees, 0…180, between the circular mean hues of two sets of images, image by image."""
+    angle = np.arctan2(a[..., 1], a[..., 0]) - np.arctan2(b[..., 1], b[..., 0])
+    return np.abs(np.degrees((angle + np.pi) % (2 * np.pi) - np.pi))

@@ -1,37 +1,59 @@
-"""Distances between two sets of image embeddings, float64."""
+"""Distances between two sets of image embeddings, float64.
+
+The sets are of the same people: `n` people, `k` embeddings of each in one set and `v` in the other.
+"""
 
 import numpy as np
 from jaxtyping import Float
 
-Embeddings = Float[np.ndarray, "n p"]
+from hgdpo_jax.scoring.bootstrap import Measure, Weights
+
+Embeddings = Float[np.ndarray, "n k p"]
 
 
-def frechet_distance(a: Embeddings, b: Embeddings) -> float:
-    """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) (Heusel et al. 2017), n ≥ 2 in each set.
+def frechet_distance(a: Embeddings, b: Embeddings, weights: Weights) -> Measure:
+    """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) (Heusel et al. 2017) for each resample of the people, n · k ≥ 2.
 
-    tr (Σ_a Σ_b)^½ is the sum of the singular values of Σ_a^½ Σ_b^½, which needs no root of an unsymmetric matrix.
+    With fewer embeddings than dimensions it is far too large, but of one number of them models can be compared.
     """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    root_a, root_b = _root(np.cov(a, rowvar=False)), _root(np.cov(b, rowvar=False))
-    cross = np.linalg.svd(root_a @ root_b, compute_uv=False).sum()
-    mean = np.square(a.mean(0) - b.mean(0)).sum()
-    return float(mean + np.square(root_a).sum() + np.square(root_b).sum() - 2.0 * cross)
+    centre = np.asarray(b, np.float64).mean((0, 1))  # a squared mean loses less in what follows where it is small
+    (mean_a, covariance_a), (mean_b, covariance_b) = (_moments(x - centre, weights) for x in (a, b))
+    root = _root(covariance_b)
+    # The roots of the eigenvalues of Σ_a Σ_b, which are those of the symmetric Σ_b^½ Σ_a Σ_b^½.
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ covariance_a @ root), 0.0)).sum(1)
+    traces = np.trace(covariance_a, axis1=1, axis2=2) + np.trace(covariance_b, axis1=1, axis2=2)
+    return Measure(np.square(mean_a - mean_b).sum(1) + traces - 2.0 * cross)
 
 
-def _root(covariance: Float[np.ndarray, "p p"]) -> Float[np.ndarray, "p p"]:
-    values, vectors = np.linalg.eigh(np.atleast_2d(covariance))
-    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+def _moments(x: Embeddings, weights: Weights) -> tuple[Float[np.ndarray, "r p"], Float[np.ndarray, "r p p"]]:
+    """Mean and unbiased covariance of each resample."""
+    count = weights.sum(1) * x.shape[1]
+    mean = weights @ x.sum(1) / count[:, None]
+    rows = x.reshape(-1, x.shape[2])
+    squares = np.stack([(rows * np.repeat(w, x.shape[1])[:, None]).T @ rows for w in weights])
+    covariance = squares / count[:, None, None] - mean[:, :, None] * mean[:, None, :]
+    return mean, covariance * (count / (count - 1))[:, None, None]
 
 
-def kernel_distance(a: Embeddings, b: Embeddings) -> float:
-    """Unbiased squared MMD with the kernel (x·y/p + 1)³ (KID, Bińkowski et al. 2018); may be slightly negative."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+def _root(covariance: Float[np.ndarray, "r p p"]) -> Float[np.ndarray, "r p p"]:
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors * np.sqrt(np.maximum(values, 0.0))[:, None]) @ vectors.swapaxes(1, 2)
 
-    def kernel(x: Embeddings, y: Embeddings) -> Float[np.ndarray, "n m"]:
-        return (x @ y.T / x.shape[1] + 1.0) ** 3
 
-    def within(x: Embeddings) -> float:
-        k = kernel(x, x)
-        return float((k.sum() - np.trace(k)) / (len(x) * (len(x) - 1)))
+def kernel_distance(a: Embeddings, b: Embeddings, weights: Weights) -> Measure:
+    """Unbiased squared MMD with the kernel (x·y/p + 1)³ (KID, Bińkowski et al. 2018) for each resample of the people.
 
-    return within(a) + within(b) - 2.0 * float(kernel(a, b).mean())
+    Means of the kernel are over pairs of different people: what belongs to one person is not independent. May be
+    slightly negative.
+    """
+
+    def between(x: Embeddings, y: Embeddings) -> Float[np.ndarray, "r"]:
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        columns = y.reshape(-1, y.shape[2]).T
+        of_one = [((one @ columns / x.shape[2] + 1.0) ** 3).mean(0).reshape(y.shape[:2]).mean(1) for one in x]
+        people = np.stack(of_one)
+        np.fill_diagonal(people, 0.0)  # nor are two copies of one person in a resample
+        pairs = weights.sum(1) ** 2 - np.square(weights).sum(1)
+        return ((weights @ people) * weights).sum(1) / pairs
+
+    return Measure(between(a, a) + between(b, b) - 2.0 * between(a, b))

@@ -26,15 +26,42 @@ class Drawn(NamedTuple):
     found: Bool[np.ndarray, "n k"]
     pictures: Float[np.ndarray, "s H W 3"]
 
-    def measures(self) -> dict[str, float]:
-        """Means over people, and the standard error of the first."""
-        people = self.distance.mean(1)
-        return {
-            "identity_distance": float(people.mean()),
-            "identity_standard_error": float(people.std(ddof=1) / np.sqrt(len(people))) if len(people) > 1 else 0.0,
-            "distance_to_another_person": float(self.to_other.mean()),
-            "faces_found": float(self.found.mean()),
-        }
+
+def measures(models: Mapping[str, Drawn]) -> dict[str, dict[str, float | None]]:
+    """Model → its measures, over the drawings in which a face is found; standard errors are over people.
+
+    `nearer` is how much nearer the drawings are to their own person than to another, `change` how much farther from
+    their own than the first model's, where both have a face. None where there is no such drawing, or one person.
+    """
+    first, found = next(iter(models.values())), {}
+    for name, drawn in models.items():
+        found[name] = {"faces_found": float(drawn.found.mean())}
+        for key, values, counts in (
+            ("identity_distance", drawn.distance, drawn.found),
+            ("distance_to_another_person", drawn.to_other, drawn.found),
+            ("nearer", drawn.to_other - drawn.distance, drawn.found),
+            ("change", drawn.distance - first.distance, drawn.found & first.found),
+        ):
+            people = [v[c].mean() for v, c in zip(values, counts, strict=True) if c.any()]
+            error = np.std(people, ddof=1) / np.sqrt(len(people)) if len(people) > 1 else None
+            found[name][key] = float(np.mean(people)) if people else None
+            found[name][f"{key}_standard_error"] = None if error is None else float(error)
+    return found
+
+
+def lines(measured: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """What :func:`measures` found, in words, a line for each model."""
+
+    def number(row: Mapping[str, float | None], key: str) -> str:
+        value, error = row[key], row[f"{key}_standard_error"]
+        return "–" if value is None else f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+
+    return [
+        f"{name} + adapter: identity distance {number(row, 'identity_distance')}, to another person "
+        f"{number(row, 'distance_to_another_person')}, nearer by {number(row, 'nearer')}; faces in "
+        f"{row['faces_found']:.0%}" + (f"; change {number(row, 'change')}" if i else "")
+        for i, (name, row) in enumerate(measured.items())
+    ]
 
 
 def prompts_of(photograph: Photograph, templates: Sequence[str]) -> list[str]:

@@ -52,10 +52,7 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
     pipeline = policies.load(config, mesh)
     pairs.require({name: pipeline.latent_shape(size) for name, size in configuration.resolutions(config).items()})
     denoiser, policy, frozen = steps.split(pipeline, settings.params)
-    if config.objective == "dpo":
-        loss = steps.dpo_loss(denoiser, pipeline.schedule, settings.beta, settings.lambda_stat)
-    else:
-        loss = steps.sft_loss(denoiser, pipeline.schedule, config.data.caption_dropout, config.data.concept_dropout)
+    loss = {"dpo": steps.dpo_loss, "sft": steps.sft_loss}[config.objective](denoiser, pipeline.schedule)
     inputs = {"model.base": pipelines.content_hash(config.model.base, config.model.vae, index), "the pairs": pairs.hash}
     if settings.params == "adapter":
         inputs["the concept encoder"] = encoder_hash(config, index)

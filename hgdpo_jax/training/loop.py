@@ -3,6 +3,7 @@
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
 from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.metrics import looked
 from hgdpo_jax.training.monitor import Monitor, announce, warn_of_hours
+from hgdpo_jax.training.optimizer import learning_rate, numbers_of
 from hgdpo_jax.training.start import Start
 from hgdpo_jax.training.step import make_step
 
@@ -49,19 +51,19 @@ def _run(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, checkpo
     settings = config.train
     state, reference, reference_hash, position = start
     done = int(state.step)
-    key = runtime.stream_key(config.seed, config.stage, "step")
-    placed = starts.shardings(config, inputs)
-    step = make_step(inputs.loss, inputs.optimizer, settings.accumulate, settings.ema, key, placed)
+    numbers = numbers_of(config, done)
+    step = make_step(inputs.loss, inputs.optimizer, settings.accumulate, starts.shardings(config, inputs))
     loader = PairLoader(inputs.pairs.sources["train"], settings.batch, config.seed, position)
     batches = (runtime.to_devices(batch, inputs.mesh) for batch in loader)
     first = next(batches)
-    warn_of_hours(config, inputs, settings.steps - done, step, state, reference, inputs.frozen, first)
-    monitor = Monitor(config, folder, inputs, reference)
+    warn_of_hours(config, inputs, settings.steps - done, step, state, reference, inputs.frozen, first, numbers)
+    monitor = Monitor(config, folder, inputs, reference, numbers)
     if not looked(folder / "logs", done) and (done % settings.eval_every == 0 or done >= settings.steps):
         monitor.look(state, done)  # at the start, or where a run was killed between its checkpoint and its look
     with tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step") as bar:
         for now, batch in zip(range(done + 1, settings.steps + 1), chain([first], batches), strict=False):
-            state, metrics = step(state, reference, inputs.frozen, batch)
+            numbers = numbers._replace(rate=np.float32(learning_rate(settings, now - 1)))
+            state, metrics = step(state, reference, inputs.frozen, batch, numbers)
             monitor.log.add(now, metrics)
             bar.update()
             last = now == settings.steps

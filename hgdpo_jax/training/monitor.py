@@ -18,7 +18,7 @@ from hgdpo_jax.scoring.pictures import grid
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.metrics import MetricLog, average
-from hgdpo_jax.training.step import Params, TrainState
+from hgdpo_jax.training.step import Numbers, Params, TrainState
 
 HELDOUT_PAIRS = 256
 SAMPLES = 8
@@ -36,11 +36,13 @@ class Monitor:
         folder: W/stageN.
         inputs: of the stage.
         reference: of the stage.
+        numbers: of the stage; the rate does not count.
     """
 
-    def __init__(self, config: ConfigDict, folder: Path, inputs: Inputs, reference: Params) -> None:
+    def __init__(self, config: ConfigDict, folder: Path, inputs: Inputs, reference: Params, numbers: Numbers) -> None:
         self.log = MetricLog(folder / "logs")
-        self._reference, self._frozen, self._batch = reference, inputs.frozen, config.train.batch
+        self._reference, self._frozen, self._numbers = reference, inputs.frozen, numbers
+        self._batch = config.train.batch
         settings, held = config.evaluate, inputs.pairs.sources["heldout"]
         self._painter = Painter(
             inputs.pipeline,
@@ -72,7 +74,8 @@ class Monitor:
         found = []
         for i, batch in enumerate(self._held):
             noise = jax.random.split(runtime.stream_key(0, "heldout", i), self._batch)
-            found.append(self._evaluate(state.policy, self._reference, self._frozen, batch | {"key": noise}))
+            batch = batch | {"key": noise}
+            found.append(self._evaluate(state.policy, self._reference, self._frozen, batch, self._numbers))
         self.log.write({f"heldout/{name}": value for name, value in average(jax.device_get(found)).items()}, step)
 
     def watch(self, values: dict[str, float], step: int) -> None:

@@ -1,27 +1,46 @@
-"""The optimizer, as the config's `train` group says."""
+"""The optimizer and the numbers of a step, as the config says."""
 
+import math
+
+import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from hgdpo_jax import runtime
+from hgdpo_jax.training.step import Numbers
+
 
 def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW or Adafactor under a linear warm-up and a constant or cosine rate.
+    """Clipping by global norm, then AdamW or Adafactor with a rate of 1: the step multiplies by :func:`learning_rate`.
 
     `train.clip_norm` 0 is no clipping. Moments are float32, like the parameters: AdamW keeps two numbers for each,
-    Adafactor (Shazeer & Stern 2018) a row and a column for each large matrix. `train.warmup` is in optimizer steps.
+    Adafactor (Shazeer & Stern 2018) a row and a column for each large matrix. Weight decay is decoupled.
     """
-    warmup = optax.linear_schedule(train.lr / max(train.warmup, 1), train.lr, train.warmup)
-    after = (
-        optax.constant_schedule(train.lr)
-        if train.schedule == "constant"
-        else optax.cosine_decay_schedule(train.lr, max(train.steps - train.warmup, 1))
-    )
-    rate = optax.join_schedules([warmup, after], [train.warmup])
     if train.optimizer == "adafactor":
         # The rate is absolute, as AdamW's is: relative to the parameters, a LoRA would stay at its zero.
-        decay = (lambda step: rate(step) * train.weight_decay) if train.weight_decay else None
-        chosen = optax.adafactor(rate, multiply_by_parameter_scale=False, weight_decay_rate=decay)
+        decay = train.weight_decay or None
+        chosen = optax.adafactor(1.0, multiply_by_parameter_scale=False, weight_decay_rate=decay)
     else:
         b1, b2 = train.adam
-        chosen = optax.adamw(rate, b1=b1, b2=b2, weight_decay=train.weight_decay)
+        chosen = optax.adamw(1.0, b1=b1, b2=b2, weight_decay=train.weight_decay)
     return optax.chain(optax.clip_by_global_norm(train.clip_norm), chosen) if train.clip_norm else chosen
+
+
+def learning_rate(train: ConfigDict, step: int) -> float:
+    """Of the step after `step` others: a linear warm-up over `train.warmup` steps, then constant, or a cosine that is 0
+    at `train.steps` (Loshchilov and Hutter 2017)."""
+    if step < train.warmup:
+        return train.lr * (step + 1) / train.warmup
+    if train.schedule == "constant":
+        return train.lr
+    done = (step - train.warmup) / max(train.steps - train.warmup, 1)
+    return train.lr * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+
+
+def numbers_of(config: ConfigDict, step: int) -> Numbers:
+    """What the config gives the step after `step` others."""
+    train, data = config.train, config.data
+    key = np.asarray(jax.random.key_data(runtime.stream_key(config.seed, config.stage, "step")))
+    scalars = (train.ema, train.beta, train.lambda_stat, data.caption_dropout, data.concept_dropout)
+    return Numbers(key, np.float32(learning_rate(train, step)), *map(np.float32, scalars))

@@ -22,7 +22,8 @@ from hgdpo_jax.training.step import Params, split
 CURRICULUM = {"easy": "stage1", "normal": "stage2", "hard": "stage3"}  # the paper's name → our folder
 STAGES = ("stage0", *CURRICULUM.values())
 BASE = content("model.base")  # its name in what a checkpoint is made from
-TEXT_ENCODER, PERSONALISE = "text_encoder", "personalise"  # stages beside the curriculum
+# Stages beside the curriculum; `naive` is what it is compared with.
+TEXT_ENCODER, PERSONALISE, NAIVE = "text_encoder", "personalise", "naive"
 
 
 def load(config: ConfigDict, mesh: Mesh, *others: ConfigDict) -> pipelines.Pipeline:
@@ -117,6 +118,11 @@ def of(pipeline: pipelines.Pipeline, config: ConfigDict) -> Params:
 def put(pipeline: pipelines.Pipeline, policy: Params) -> None:
     """Puts a policy into a loaded pipeline, in place."""
     nnx.update(pipeline.networks, policy)
+
+
+def blocks_of(stage: str) -> str:
+    """The UNet's blocks in which a stage's LoRA draws: `up` where photographs won, `all` before."""
+    return "up" if stage in (CURRICULUM["hard"], NAIVE) else "all"
 
 
 def _train_command(stage: str, workdir: Path) -> str:

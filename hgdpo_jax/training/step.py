@@ -1,6 +1,7 @@
-"""One optimizer step: losses as functions of (policy, reference, frozen weights, batch), and the jitted update.
+"""One optimizer step: losses as functions of (policy, reference, frozen, batch, numbers), and the jitted update.
 
-Nothing here knows which stage is trained. Legend: `b` pairs, `h w c` latent, `s` tokens.
+Nothing here knows which stage is trained, and no number of a stage is a constant of the program: the stages of a
+curriculum share one. Legend: `b` pairs, `h w c` latent, `s` tokens.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,23 @@ Params = PyTree[Array]
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
 TIMESTEP_BINS = 10
+
+
+class Numbers(NamedTuple):
+    """What a stage gives its step beside arrays of parameters and examples: scalars, all arguments of the program.
+
+    `key` holds the data of a PRNG key, uint32: the stage's. `rate` is the learning rate of this step, `ema` the decay
+    of the averaged policy, the others are the config's `train.beta`, `train.lambda_stat`, `data.caption_dropout` and
+    `data.concept_dropout`, float32.
+    """
+
+    key: np.ndarray
+    rate: np.float32
+    ema: np.float32
+    beta: np.float32
+    lambda_stat: np.float32
+    caption_dropout: np.float32
+    concept_dropout: np.float32
 
 
 class Denoiser(NamedTuple):
@@ -93,7 +111,7 @@ def split(pipeline: Pipeline, params: str) -> tuple[Denoiser, Params, Params]:
     return Denoiser(networks, pipeline.vae.pixels_per_latent, pipeline.no_concept), policy, frozen
 
 
-Loss = Callable[[Params, Params, Params, Batch], tuple[Float[Array, ""], Metrics]]
+Loss = Callable[[Params, Params, Params, Batch, Numbers], tuple[Float[Array, ""], Metrics]]
 
 
 def _noise(key: PRNGKeyArray, shape: tuple[int, ...], steps: int) -> tuple[Int[Array, "b"], Float[Array, "b h w c"]]:
@@ -103,10 +121,12 @@ def _noise(key: PRNGKeyArray, shape: tuple[int, ...], steps: int) -> tuple[Int[A
     return t, jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 1])
 
 
-def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, beta: float, lambda_stat: float) -> Loss:
+def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule) -> Loss:
     """L_D-DPO + λ_stat · L_stat on batches {winner, loser [b h w c], input_ids [b s], key [b]}."""
 
-    def loss(policy: Params, reference: Params, frozen: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        policy: Params, reference: Params, frozen: Params, batch: Batch, numbers: Numbers
+    ) -> tuple[Float[Array, ""], Metrics]:
         b = batch["winner"].shape[0]
         t, noise = _noise(batch["key"], batch["winner"].shape[1:], schedule.num_train_timesteps)
         pair = jnp.concatenate([batch["winner"], batch["loser"]])
@@ -116,7 +136,7 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, beta: float, lambda_st
         # Where the text encoder is frozen both are given the same embeddings, which XLA computes once.
         pred = denoiser(policy, frozen, x_t, t_pair, batch["input_ids"])
         ref = jax.lax.stop_gradient(denoiser(reference, frozen, x_t, t_pair, batch["input_ids"]))
-        dpo = objectives.diffusion_dpo(pred[:b], pred[b:], ref[:b], ref[b:], target[:b], target[b:], beta)
+        dpo = objectives.diffusion_dpo(pred[:b], pred[b:], ref[:b], ref[b:], target[:b], target[b:], numbers.beta)
         stat = objectives.statistics_loss(pred[:b], ref[:b], schedule.mean_shift(t))
         bins = jax.nn.one_hot(t * TIMESTEP_BINS // schedule.num_train_timesteps, TIMESTEP_BINS)
         metrics = {
@@ -132,13 +152,13 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, beta: float, lambda_st
             "bins/accuracy": dpo.accuracy @ bins / b,
             "bins/share": bins.mean(0),
         }
-        total = dpo.loss.mean() + lambda_stat * stat.mean()
+        total = dpo.loss.mean() + numbers.lambda_stat * stat.mean()
         return total, {"loss/total": total, **metrics}
 
     return loss
 
 
-def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule, caption_dropout: float, concept_dropout: float) -> Loss:
+def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule) -> Loss:
     """Noise prediction on the winners of batches {winner [b h w c], input_ids [b s], key [b]}, without a reference;
     with an adapter they hold concept [b m f] too.
 
@@ -147,14 +167,16 @@ def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule, caption_dropout: float
     probabilities are the same, as guidance needs.
     """
 
-    def loss(policy: Params, reference: Params, frozen: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        policy: Params, reference: Params, frozen: Params, batch: Batch, numbers: Numbers
+    ) -> tuple[Float[Array, ""], Metrics]:
         del reference
         latent = batch["winner"]
         t, noise = _noise(batch["key"], latent.shape[1:], schedule.num_train_timesteps)
         x_t = schedule.add_noise(latent, noise, t)
         u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 2)))(batch["key"])
-        begin = 0.5 * caption_dropout
-        drop = (u < caption_dropout, (u >= begin) & (u < begin + concept_dropout))
+        begin = 0.5 * numbers.caption_dropout
+        drop = (u < numbers.caption_dropout, (u >= begin) & (u < begin + numbers.concept_dropout))
         pred = denoiser(policy, frozen, x_t, t, batch["input_ids"], batch.get("concept"), drop)
         error = objectives.mean_squared_error(pred, schedule.target(latent, noise, t)).mean()
         return error, {"loss/total": error}
@@ -183,29 +205,27 @@ def init_state(policy: Params, tx: optax.GradientTransformation, ema: float) -> 
 
 
 def make_step(
-    loss: Loss,
-    tx: optax.GradientTransformation,
-    accumulate: int,
-    ema: float,
-    key: PRNGKeyArray,
-    shardings: PyTree | None = None,
-) -> Callable:
-    """The jitted update `step(state, reference, frozen, batch) -> (state, metrics)`; `state` is donated.
+    loss: Loss, tx: optax.GradientTransformation, accumulate: int, shardings: PyTree | None = None
+) -> Callable[[TrainState, Params, Params, Batch, Numbers], tuple[TrainState, Metrics]]:
+    """The jitted update `step(state, reference, frozen, batch, numbers) -> (state, metrics)`; `state` is donated.
 
-    `shardings` of the state, if given, are those of the new state too, so that a second step compiles nothing.
+    `tx` is that of a rate of 1, see :func:`hgdpo_jax.training.optimizer.make_optimizer`. `shardings` of the state, if
+    given, are those of the new state too, so that a second step compiles nothing.
 
-    Every example draws from a key folded from (key, step, position in the batch), so neither the number of devices
-    nor the number of microbatches changes what is drawn.
+    Every example draws from a key folded from (the stage's key, step, position in the batch), so neither the number of
+    devices nor the number of microbatches changes what is drawn.
     """
 
-    def step(state: TrainState, reference: Params, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, reference: Params, frozen: Params, batch: Batch, numbers: Numbers
+    ) -> tuple[TrainState, Metrics]:
         size = batch["input_ids"].shape[0]
-        step_key = jax.random.fold_in(key, state.step)
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(numbers.key), state.step)
         batch = batch | {"key": jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(size))}
         gradient = jax.value_and_grad(loss, has_aux=True)
 
         def microbatch(part: Batch) -> tuple[Params, Metrics]:
-            (_, metrics), grads = gradient(state.policy, reference, frozen, part)
+            (_, metrics), grads = gradient(state.policy, reference, frozen, part, numbers)
             return grads, metrics
 
         if accumulate == 1:
@@ -217,10 +237,10 @@ def make_step(
             total, _ = jax.lax.scan(lambda s, part: (jax.tree.map(jnp.add, s, microbatch(part)), None), zeros, parts)
             grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
         updates, optimizer = tx.update(grads, state.optimizer, state.policy)
-        policy = optax.apply_updates(state.policy, updates)
+        policy = jax.tree.map(lambda p, u: p + numbers.rate * u, state.policy, updates)
         average = None
         if state.ema is not None:
-            average = optax.incremental_update(policy, state.ema, 1.0 - ema)
+            average = optax.incremental_update(policy, state.ema, 1.0 - numbers.ema)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         return TrainState(policy, average, optimizer, state.step + 1), metrics
 

@@ -8,9 +8,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from hgdpo_jax.diffusion.guidance import guided
-from hgdpo_jax.diffusion.samplers import make_steps, sample
+from hgdpo_jax.diffusion.samplers import from_noise, make_steps, sample, sdrecon
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
-from hgdpo_jax.diffusion.sdrecon import sdrecon
 from tests.rounding import EPS, assert_close
 
 CLASSES = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
@@ -55,18 +54,34 @@ def test_every_step_is_diffusers(sampler: str, prediction: str, spacing: str, st
         assert_close(ours, x_t.numpy(), 5 * EPS / 0.068)
 
 
-def test_the_loop_runs_the_table(monkeypatch) -> None:
+def drawing(schedule: NoiseSchedule, denoise=lambda x, t: jnp.tanh(x)):
+    """The program of trajectories, latents and keys."""
+    return jax.jit(lambda trajectory, x, keys: sample(denoise, schedule, trajectory, x, keys))
+
+
+def test_the_loop_runs_the_table() -> None:
     theirs = scheduler("dpmpp_2m", "epsilon", "linspace")
     theirs.set_timesteps(20)
-    x = np.random.default_rng(0).standard_normal((2, 4, 3, 3)).astype(np.float32)
-    x_t = torch.tensor(x)
+    keys = jax.random.split(jax.random.key(0), 2)
+    first = jax.vmap(jax.random.split)(keys)[:, 0]
+    x_t = torch.tensor(np.stack([jax.random.normal(key, (4, 3, 3)) for key in first]))
     for t in theirs.timesteps:
         x_t = theirs.step(torch.tensor(predict(x_t.numpy(), int(t))), t, x_t).prev_sample
     denoise = lambda x, t: jnp.sin(x * 1.3) * 0.7 + 0.2 * x + t[:, None, None, None] / 4000  # noqa: E731
-    keys = jax.random.split(jax.random.key(0), 2)
     schedule = NoiseSchedule.from_config(dict(theirs.config))
-    found = jax.jit(lambda x: sample(denoise, schedule, x, keys, "dpmpp_2m", 20))(x)
+    found = drawing(schedule, denoise)(from_noise(schedule, "dpmpp_2m", 20), np.zeros((2, 4, 3, 3)), keys)
     assert_close(found, x_t.numpy(), 20 * 5 * EPS)  # of twenty steps
+
+
+def test_one_program_draws_with_every_sampler_from_everywhere() -> None:
+    schedule = NoiseSchedule.from_config(SD)
+    draw = drawing(schedule)
+    x, keys = np.ones((2, 3, 3, 2), np.float32), jax.random.split(jax.random.key(0), 2)
+    found = [draw(from_noise(schedule, sampler, steps), x, keys) for sampler in CLASSES for steps in (3, 8, 400)]
+    found += [draw(sdrecon(schedule, "ddpm", 8, strength), x, keys) for strength in (1, 10)]
+    assert draw._cache_size() == 1
+    assert all(np.isfinite(a).all() for a in found)
+    assert len({np.asarray(a).tobytes() for a in found}) == len(found)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -92,9 +107,9 @@ def test_an_example_does_not_depend_on_its_batch(sampler: str) -> None:
     schedule = NoiseSchedule.from_config(SD)
     x = jax.random.normal(jax.random.key(1), (4, 3, 3, 2))
     keys = jax.random.split(jax.random.key(0), 4)
-    run = jax.jit(lambda x, k: sample(lambda x, t: jnp.tanh(x), schedule, x, k, sampler, 8))
-    among_others = run(jnp.concatenate([x[2:], 3 * x[:2]]), jnp.concatenate([keys[2:], keys[:2]]))
-    np.testing.assert_array_equal(run(x, keys)[2:], among_others[:2])
+    draw, trajectory = drawing(schedule), sdrecon(schedule, sampler, 8, 7)
+    among_others = draw(trajectory, jnp.concatenate([x[2:], 3 * x[:2]]), jnp.concatenate([keys[2:], keys[:2]]))
+    np.testing.assert_array_equal(draw(trajectory, x, keys)[2:], among_others[:2])
 
 
 def test_sdrecon_keeps_less_of_the_photograph_the_stronger_it_is() -> None:
@@ -103,9 +118,8 @@ def test_sdrecon_keeps_less_of_the_photograph_the_stronger_it_is() -> None:
     keys = jax.random.split(jax.random.key(0), 16)
     # The exact denoiser of standard normal data: E[ε | x_t] = √(1−ᾱ_t) · x_t.
     denoise = lambda x_t, t: schedule.signal_and_noise(t)[1] * x_t  # noqa: E731
-    distances = [
-        float(jnp.abs(sdrecon(denoise, schedule, x, keys, k, "dpmpp_2m", 20) - x).mean()) for k in (1, 4, 7, 10)
-    ]
+    draw = drawing(schedule, denoise)
+    distances = [float(jnp.abs(draw(sdrecon(schedule, "dpmpp_2m", 20, k), x, keys) - x).mean()) for k in (1, 4, 7, 10)]
     assert distances == sorted(distances) and distances[0] < 0.5 * distances[-1]
 
 

@@ -22,7 +22,7 @@ from hgdpo_jax.models.convert import to_torch, to_torch_layout, torch_key
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
-from hgdpo_jax.training.optimizer import make_optimizer
+from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
 from tests import tiny
 from tests.rounding import EPS, GRADIENT, MEAN, assert_close
 
@@ -48,7 +48,7 @@ def batch(rows: int = 8) -> dict[str, np.ndarray]:
     return {name: x if x.dtype == np.int32 else x.astype(np.float32) for name, x in stacked.items()}
 
 
-def half_square(policy: Any, reference: Any, frozen: Any, batch: Any) -> tuple[jax.Array, dict]:
+def half_square(policy: Any, reference: Any, frozen: Any, batch: Any, numbers: Any) -> tuple[jax.Array, dict]:
     """A loss whose gradient is the policy: for what does not depend on the loss, without compiling a UNet."""
     total = 0.5 * sum((x**2).sum() for x in jax.tree.leaves(policy))
     return total, {"loss/total": total}
@@ -60,9 +60,10 @@ def flat(tree: Any) -> np.ndarray:
 
 
 class Program(NamedTuple):
-    """A compiled step, what makes its first state, and its reference and frozen weights."""
+    """A compiled step with its numbers, and alone; what makes its first state, its reference and frozen weights."""
 
     step: Callable
+    compiled: Callable
     start: Callable[[Any], steps.TrainState]
     policy: Any
     frozen: Any
@@ -78,19 +79,25 @@ def program(base: Path, mesh: Mesh, beta: float = 100.0, loss: steps.Loss | None
     empty = jax.eval_shape(lambda p: steps.init_state(p, tx, config.train.ema), policy)
     placed = runtime.shardings(empty, mesh)
     start = jax.jit(lambda p: steps.init_state(p, tx, config.train.ema), out_shardings=placed)
-    loss = loss or steps.dpo_loss(denoiser, pipeline.schedule, beta, 0.1)
-    step = steps.make_step(loss, tx, config.train.accumulate, config.train.ema, jax.random.key(1), placed)
-    return Program(step, start, policy, frozen)
+    config.train.beta, config.train.lambda_stat = beta, 0.1
+    loss = loss or steps.dpo_loss(denoiser, pipeline.schedule)
+    step = steps.make_step(loss, tx, config.train.accumulate, placed)
+    return Program(functools.partial(numbered, step, config), step, start, policy, frozen)
+
+
+def numbered(step: Callable, config: Any, state: steps.TrainState, *arguments: Any) -> tuple[steps.TrainState, dict]:
+    """A step with the config's numbers."""
+    return step(state, *arguments, numbers_of(config, int(state.step)))
 
 
 def run(base: Path, mesh: Mesh, count: int, **settings: Any) -> tuple[steps.TrainState, list[dict], Any, Any]:
     """(state, metrics, reference before, reference after) of some steps of a program on a mesh."""
-    step, start, policy, frozen = program(base, mesh, **settings)
+    step, compiled, start, policy, frozen = program(base, mesh, **settings)
     state, before, metrics = start(policy), tree_hash(policy), []
     for _ in range(count):
         state, found = step(state, policy, frozen, runtime.to_devices(batch(), mesh))
         metrics.append(jax.device_get(found))
-    assert step._cache_size() <= 1
+    assert compiled._cache_size() <= 1
     return state, metrics, before, tree_hash(policy)
 
 
@@ -185,8 +192,9 @@ def test_gradient_through_the_unet_equals_pytorch(base: Path) -> None:
     )
     policy = jax.tree.map(lambda x, k: x + 0.02 * jax.random.normal(k, x.shape), reference, noise_of)
     data = {name: x[:rows] for name, x in batch().items()} | {"key": jax.random.split(jax.random.key(3), rows)}
-    loss = steps.dpo_loss(denoiser, pipeline.schedule, beta, 0.0)
-    (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(policy, reference, frozen, data)
+    numbers = numbers_of(tiny.config(base, beta=beta), 0)
+    loss = jax.jit(jax.value_and_grad(steps.dpo_loss(denoiser, pipeline.schedule), has_aux=True))
+    (value, metrics), gradient = loss(policy, reference, frozen, data, numbers)
 
     t, noise = steps._noise(data["key"], tiny.LATENT, 1000)
     context = torch.tensor(np.asarray(pipeline.text(data["input_ids"], (32, 32)).encoder_hidden_states))
@@ -222,16 +230,16 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(base: Path) -
     data = batch() | {"key": jax.random.split(jax.random.key(0), 8)}
     kept, gradients = [], []
     for checkpointing in ("none", "blocks", "everything"):
-        config = tiny.config(base, checkpointing=checkpointing)
+        config = tiny.config(base, checkpointing=checkpointing, beta=100.0, lambda_stat=0.1)
         pipeline = policies.load(config, tiny.mesh())
         denoiser, policy, frozen = steps.split(pipeline, "lora")
-        whole = steps.dpo_loss(denoiser, pipeline.schedule, 100.0, 0.1)
+        whole, numbers = steps.dpo_loss(denoiser, pipeline.schedule), numbers_of(config, 0)
         loss = functools.partial(lambda whole, *arguments: whole(*arguments)[0], whole)
         shifted = jax.tree.map(lambda x: x + 0.01, policy)
-        bound = functools.partial(lambda loss, *rest: loss(rest[-1], *rest[:-1]), loss, policy, frozen, data)
+        bound = functools.partial(lambda loss, *rest: loss(rest[-1], *rest[:-1]), loss, policy, frozen, data, numbers)
         backward = jax.eval_shape(lambda p, bound=bound: jax.vjp(bound, p)[1], shifted)
         kept.append(sum(x.size for x in jax.tree.leaves(backward)))
-        gradients.append(jax.tree.leaves(jax.jit(jax.grad(loss))(shifted, policy, frozen, data)))
+        gradients.append(jax.tree.leaves(jax.jit(jax.grad(loss))(shifted, policy, frozen, data, numbers)))
     assert kept[0] > kept[1] > kept[2]
     largest = max(float(jnp.abs(a).max()) for a in gradients[0])
     for other in gradients[1:]:

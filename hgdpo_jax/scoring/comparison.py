@@ -1,0 +1,78 @@
+"""Models compared on the same prompts and seeds, and with photographs of the people whose captions they were given."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from hgdpo_jax.scoring.appearance import hue_angle
+from hgdpo_jax.scoring.bootstrap import Measure, Weights, mean, resamples
+from hgdpo_jax.scoring.distance import frechet_distance, kernel_distance
+
+# What :class:`hgdpo_jax.scoring.judges.Judges` saw of n people: name → array [n, k, ...], k pictures of each.
+Seen = Mapping[str, np.ndarray]
+Measures = dict[str, Measure]
+
+METRICS = {
+    "faces_found": "faces found ↑",
+    "face_score": "face score ↑",
+    "second_score": "second score ↑",
+    "second_win_rate": "second scorer's win rate over base ↑",
+    "face_kernel_distance": "kernel distance of faces ↓",
+    "face_frechet_distance": "Fréchet distance of faces ↓",
+    "preference_score": "preference score ↑ (it chose the winners)",
+    "win_rate": "win rate over base ↑ (it chose the winners)",
+    "kernel_distance": "kernel distance ↓",
+    "frechet_distance": "Fréchet distance ↓",
+    "sharpness": "sharpness",
+    "hue_distance": "hue distance to base",
+}
+
+
+def compare(drawn: Mapping[str, Seen], photographs: Seen) -> dict[str, Measures]:
+    """Model → name of a metric → its measure.
+
+    Args:
+        drawn: of each model; `base` is among them.
+        photographs: of the same n > 1 people, with another k.
+    """
+    weights, base = resamples(len(photographs["score"])), drawn["base"]
+    return {name: _measures(seen, base, photographs, weights) for name, seen in drawn.items()}
+
+
+def _measures(seen: Seen, base: Seen, photographs: Seen, weights: Weights) -> Measures:
+    def wins(name: str) -> Float[np.ndarray, "n k"]:
+        return 0.5 + 0.5 * np.sign(seen[name] - base[name])
+
+    found = {
+        "faces_found": mean(seen["face_found"], weights),
+        "face_score": mean(seen["face_score"], weights),
+        "face_kernel_distance": kernel_distance(seen["face_embedding"], photographs["face_embedding"], weights),
+        "face_frechet_distance": frechet_distance(seen["face_embedding"], photographs["face_embedding"], weights),
+        "preference_score": mean(seen["score"], weights),
+        "win_rate": mean(wins("score"), weights),
+        "kernel_distance": kernel_distance(seen["embedding"], photographs["embedding"], weights),
+        "frechet_distance": frechet_distance(seen["embedding"], photographs["embedding"], weights),
+        "sharpness": mean(seen["sharpness"], weights),
+        "hue_distance": mean(hue_angle(seen["hue"], base["hue"]), weights),
+    }
+    if "second_score" in seen:
+        found["second_score"] = mean(seen["second_score"], weights)
+        found["second_win_rate"] = mean(wins("second_score"), weights)
+    return {name: found[name] for name in METRICS if name in found}
+
+
+def differences(models: Mapping[str, Measures], pairs: Sequence[tuple[str, str]]) -> dict[str, Measures]:
+    """`a - b` → metric → the measure of a less that of b, for pairs of which both were measured."""
+    return {
+        f"{a} - {b}": {name: models[a][name] - models[b][name] for name in models[a]}
+        for a, b in pairs
+        if a in models and b in models
+    }
+
+
+def to_json(measures: Measures) -> dict[str, Any]:
+    """metric → number, and metric_interval → [low, high]."""
+    pairs = [((name, m.value), (f"{name}_interval", m.interval)) for name, m in measures.items()]
+    return dict(entry for pair in pairs for entry in pair)

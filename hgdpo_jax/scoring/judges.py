@@ -1,0 +1,77 @@
+"""What pictures are measured by: the scorer that chose the winners, and judges that chose nothing.
+
+The latter are the embedded face detector and recognition network, and a second scorer that was trained apart. A policy
+can learn to please the scorer that chooses; what the others say is evidence.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PyTree
+from PIL import Image
+
+from hgdpo_jax.data.photographs import Photograph
+from hgdpo_jax.scoring.appearance import hue_vector, sharpness
+from hgdpo_jax.scoring.identity import Identity
+from hgdpo_jax.scoring.preference import Scorer
+
+VIEWS = 12  # of each photograph, for distances between sets of faces
+_NEAREST = 0.85  # side of the smallest view, in sides of the photograph
+
+Images = Float[np.ndarray, "n H W 3"]
+
+
+class Judges:
+    """Compiled judges.
+
+    Args:
+        scorer: folder of the CLIPModel that chose the winners.
+        second: folder of one that did not; empty for none.
+        mesh: that pictures lie on.
+
+    Raises:
+        UserError: no such folder, or weights that do not fit its config.json.
+    """
+
+    def __init__(self, scorer: str, second: str, mesh: Mesh) -> None:
+        self._scorer, self._second = Scorer(scorer, mesh), Scorer(second, mesh) if second else None
+        self._identity = Identity()
+        self._appearance = jax.jit(lambda images: {"sharpness": sharpness(images), "hue": hue_vector(images)})
+
+    def __call__(self, images: Float[Array, "b H W 3"], input_ids: Int[Array, "b s"]) -> dict[str, PyTree[Array]]:
+        """What is seen in pictures in [-1, 1] of these captions, arrays of b rows.
+
+        `score` and `embedding` are the choosing scorer's, `second_score` the other's; `face_found` is 0 or 1,
+        `face_score` the detector's best score in [0, 1], `face_embedding` that of the best face, or of the central
+        square; `sharpness` and `hue` as in :mod:`hgdpo_jax.scoring.appearance`.
+        """
+        judgement, faces = self._scorer(images, input_ids), self._identity.embed(images)
+        seen = {"score": judgement.score, "embedding": judgement.embedding, **self._appearance(images)}
+        if self._second:
+            seen["second_score"] = self._second(images, input_ids).score
+        found = faces.found.astype(np.float32)
+        return seen | {"face_found": found, "face_score": faces.score, "face_embedding": faces.embedding}
+
+
+def views(photographs: Sequence[Photograph], images: Images) -> Float[np.ndarray, "n v H W 3"]:
+    """Each photograph as it is, and cut a little nearer and beside the centre, every other one mirrored.
+
+    Few people are held out, and one photograph of each says little about how such photographs are spread.
+    """
+    found = []
+    for photograph, image in zip(photographs, images, strict=True):
+        # A photograph's views are its own, whoever is held out beside it.
+        random = np.random.default_rng(list(photograph.id.encode()))
+        height, width, _ = image.shape
+        picture = Image.fromarray(np.round((image + 1.0) * 127.5).astype(np.uint8))
+        of_one = [image]
+        for number in range(1, VIEWS):
+            side, (x, y) = random.uniform(_NEAREST, 1.0), random.uniform(0.0, 1.0, 2)
+            left, top = x * (1.0 - side) * width, y * (1.0 - side) * height
+            box = (left, top, left + side * width, top + side * height)
+            view = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC, box=box), np.float32)
+            of_one.append((view[:, ::-1] if number % 2 else view) / 127.5 - 1.0)
+        found.append(np.stack(of_one))
+    return np.stack(found)
