@@ -1,4 +1,4 @@
-"""Images as pictures: uint8, side by side, PNG."""
+"""Images as pictures: uint8, side by side, PNG and JPEG."""
 
 import io
 import json
@@ -33,6 +33,13 @@ def png(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
     """A PNG file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def jpeg(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    """A JPEG file of quality 90."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
