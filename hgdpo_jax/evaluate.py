@@ -150,8 +150,9 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         stages=[
             (name, report.stage(workdir, stage, painter)) for name, stage in SHOWN_STAGES.items() if stage in trained
         ],
+        compared=("base", [name for name in policies.CURRICULUM if name in drawn][-1]),
         people=_persons(people, held, images, settings.concept_prompts),
-        distances=results.get("personalised", {}),
+        measured=personalised.lines(results.get("personalised", {})),
     )
     with whole(workdir / "report.html") as temporary:
         temporary.write_text(page)

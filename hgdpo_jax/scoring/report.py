@@ -212,8 +212,9 @@ def page(
     captions: Sequence[str],
     photographs: Pictures,
     stages: Sequence[tuple[str, Stage]],
+    compared: tuple[str, str],
     people: Sequence[Person] = (),
-    distances: Mapping[str, Mapping[str, float]] | None = None,
+    measured: Sequence[str] = (),
 ) -> str:
     """The HTML of a report.
 
@@ -222,12 +223,12 @@ def page(
             names the metrics, with an arrow where more (↑) or less (↓) is better.
         pictures: model → images of the same prompts and seeds; `captions` are theirs, `photographs` the originals.
         stages: stages in order, under the names of their models.
-        people: what models with an adapter drew of some people; `distances` are the measures of each model.
+        compared: the two rows of pictures that the slider begins with.
+        people: what models with an adapter drew of some people; `measured` says how like they are, in words.
     """
     rows = {**pictures, "photograph": photographs}
     names = list(rows)
     bracketed = any(key.endswith("_interval") for row in models.values() for key in row)
-    last = stages[-1][0] if stages and stages[-1][0] in pictures else names[1]
     sections = []
     if stages:
         curves = "".join(_curves(name, found.log) for name, found in stages)
@@ -236,11 +237,7 @@ def page(
             _section("training", "Training", f'<figure><div class="curves">{curves}</div>{caption}</figure>')
         )
     if people:
-        measures = [
-            f"<p>{html.escape(name)}: identity distance {row['identity_distance']:.3f} ± "
-            f"{row['identity_standard_error']:.3f}, to another person {row['distance_to_another_person']:.3f}</p>"
-            for name, row in (distances or {}).items()
-        ]
+        measures = [f"<p>{html.escape(line)}</p>" for line in measured]
         note = '<p class="note">A photograph, and the same person drawn with an adapter.</p>'
         grids = [_grid(person.rows(), ["photograph", *person.prompts]) for person in people]
         sections.append(_section("people", "People", note, *measures, *grids))
@@ -257,8 +254,8 @@ def page(
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         table=_table(models, titles),
         intervals="In brackets: 95&nbsp;% intervals. " if bracketed else "",
-        left=_options(names, names[0]),
-        right=_options(names, last),
+        left=_options(names, compared[0]),
+        right=_options(names, compared[1]),
         pictures=_grid(rows, captions),
         sections="\n".join(sections),
     )

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from hgdpo_jax.config import ASSETS
-from hgdpo_jax.evaluate import METRICS
 from hgdpo_jax.scoring import report
+from hgdpo_jax.scoring.comparison import METRICS
 
 MODELS = ("base", "easy", "normal", "hard", "hard + text encoder")
 EVIL = "a \"woman\" & 'man' </script><script>alert(1)</script><!-- $table ${left}"
@@ -55,7 +55,6 @@ def example(side: int = 64) -> dict[str, Any]:
         (name, report.Stage(_log(60, 20 * i), captions[pairs], images[pairs], others[pairs], [(1.5, -0.25)] * 8))
         for i, name in enumerate(MODELS[1:4], start=1)
     ]
-    measure = {"identity_distance": 0.719, "identity_standard_error": 0.016, "distance_to_another_person": 0.73}
     return {
         "models": measures,
         "titles": METRICS,
@@ -67,7 +66,8 @@ def example(side: int = 64) -> dict[str, Any]:
             report.Person(photograph, captions[:3], {name: images[:3] for name in ("base + adapter", "hard + adapter")})
             for photograph in photographs[:2]
         ],
-        "distances": {"base": measure, "hard": measure},
+        "compared": ("base", "hard"),
+        "measured": ["base + adapter: identity distance 0.719 ± 0.016", "hard + adapter: identity distance 0.72"],
     }
 
 
@@ -118,7 +118,7 @@ def test_every_part_is_there(page: str) -> None:
     images = len(list(Parsed(page).of("img")))
     assert images == 6 * report.COLUMNS + 3 + 2 * 2 * 4 + 3 * 2 * report.PAIRS
     assert "1.5 against −0.2: a portrait" in page
-    assert "base: identity distance 0.719 ± 0.016, to another person 0.730" in page
+    assert "base + adapter: identity distance 0.719 ± 0.016" in page
 
 
 def test_the_table_has_values_and_intervals_and_marks_the_best() -> None:
@@ -149,7 +149,7 @@ def test_what_is_no_number_is_not_the_best() -> None:
     assert "best" not in report._table({"one": {"a": float("nan")}}, titles)
 
 
-def test_base_is_compared_with_the_last_stage(page: str) -> None:
+def test_the_slider_begins_with_what_is_to_be_compared(page: str) -> None:
     assert [text for _, text in Parsed(page).of("option", selected=None)] == ["base", "hard"]
     assert [text for _, text in Parsed(page).of("option")] == 2 * [*MODELS, "photograph"]
 
@@ -159,7 +159,7 @@ def test_names_and_captions_are_harmless() -> None:
     given["pictures"] = {EVIL: given["photographs"], "hard": given["photographs"]}
     given["titles"] = METRICS | {"sharpness": EVIL}
     given["people"] = [report.Person(given["photographs"][0], [EVIL], {EVIL: given["photographs"][:1]})]
-    given["distances"] = {EVIL: given["distances"]["base"]}
+    given["measured"], given["compared"] = [EVIL], (EVIL, "hard")
     given["stages"] = [(EVIL, given["stages"][0][1]._replace(captions=[EVIL] * report.PAIRS))]
     parsed = Parsed(report.page(**given))
     assert len(list(parsed.of("script"))) == 1
@@ -173,7 +173,7 @@ def test_names_and_captions_are_harmless() -> None:
     "left, expected",
     [
         ({"stages": []}, ["measures", "compare", "pictures", "people"]),
-        ({"people": (), "distances": None}, ["measures", "compare", "pictures", "training", "pairs"]),
+        ({"people": (), "measured": ()}, ["measures", "compare", "pictures", "training", "pairs"]),
         ({"stages": [], "people": ()}, ["measures", "compare", "pictures"]),
     ],
 )
@@ -181,9 +181,9 @@ def test_parts_that_a_run_has_not_are_left_out(left: dict[str, Any], expected: l
     assert sections(report.page(**example() | left)) == expected
 
 
-def test_base_alone_is_compared_with_the_photographs() -> None:
+def test_a_model_can_be_compared_with_the_photographs() -> None:
     given = example() | {"stages": [], "people": ()}
-    given["pictures"] = {"base": given["photographs"]}
+    given["pictures"], given["compared"] = {"base": given["photographs"]}, ("base", "photograph")
     parsed = Parsed(report.page(**given))
     assert [text for _, text in parsed.of("option", selected=None)] == ["base", "photograph"]
 
