@@ -1,22 +1,22 @@
 """Converts the face networks of the npm package @vladmandic/face-api.
 
-python -m hgdpo_jax.assets.face MODEL_FOLDER OUT      package/model → OUT/recognition, OUT/detector
+python -m hgdpo_jax.assets.face MODEL_FOLDER OUT      package/model → OUT/recognition, OUT/detector, OUT/landmarks
 """
 
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from flax import nnx
 
 from hgdpo_jax import command
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.models.convert import abstract, from_torch, save_model, to_torch_layout
+from hgdpo_jax.models.convert import Model, abstract, from_torch, save_model, to_torch_layout
 from hgdpo_jax.models.face import FaceRecognition, TinyFaceDetector
-
-RECOGNITION = {"architectures": ["FaceRecognition"], "image_size": 150}
-DETECTOR = {"architectures": ["TinyFaceDetector"]}
+from hgdpo_jax.models.face_attributes import AgeGender, FaceExpression, FaceLandmarks
 
 
 def read_manifest(folder: Path, name: str) -> dict[str, np.ndarray]:
@@ -58,19 +58,46 @@ def recognition_weights(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return weights
 
 
-def detector_weights(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Torch key → array in torch's layout."""
+def layer_weights(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Torch key → array in torch's layout, of the networks without scale layers."""
     weights = {}
     for name, value in stored.items():
-        layer, kind = name.split("/")
-        separable = f"{layer}/pointwise_filter" in stored
+        layer, _, kind = name.rpartition("/")
+        key = layer.replace("/", ".")
+        dense = f"{key}.pointwise" if f"{layer}/pointwise_filter" in stored else key
         if kind == "depthwise_filter":  # [h, w, c, 1], where a convolution in groups has [h, w, 1, c]
-            weights[f"{layer}.depthwise.weight"] = to_torch_layout("kernel", value.swapaxes(2, 3))
+            weights[f"{key}.depthwise.weight"] = to_torch_layout("kernel", value.swapaxes(2, 3))
         elif kind == "bias":
-            weights[f"{layer}.pointwise.bias" if separable else f"{layer}.bias"] = value
+            weights[f"{dense}.bias"] = value
         else:
-            weights[f"{layer}.pointwise.weight" if separable else f"{layer}.weight"] = to_torch_layout("kernel", value)
+            weights[f"{dense}.weight"] = to_torch_layout("kernel", value)
     return weights
+
+
+# Network → name of its files in the package, settings of its config.json, converter.
+_NETWORKS: dict[type[nnx.Module], tuple[str, dict[str, int], Callable[..., dict[str, np.ndarray]]]] = {
+    FaceRecognition: ("face_recognition_model", {"image_size": 150}, recognition_weights),
+    TinyFaceDetector: ("tiny_face_detector_model", {}, layer_weights),
+    FaceLandmarks: ("face_landmark_68_model", {}, layer_weights),
+    FaceExpression: ("face_expression_model", {}, layer_weights),
+    AgeGender: ("age_gender_model", {}, layer_weights),
+}
+
+
+def from_npm(folder: Path, cls: type[Model]) -> Model:
+    """A face network, float32, from the package's own files.
+
+    Args:
+        folder: `model` of the package.
+        cls: FaceRecognition, TinyFaceDetector, FaceLandmarks, FaceExpression or AgeGender.
+
+    Raises:
+        UserError: a file is missing or damaged, or holds another network.
+    """
+    name, settings, convert = _NETWORKS[cls]
+    model = abstract(cls, {"architectures": [cls.__name__], **settings})
+    from_torch(convert(read_manifest(folder, name)), model, str(folder / name))
+    return model
 
 
 def main() -> None:
@@ -78,13 +105,8 @@ def main() -> None:
     parser.add_argument("models", type=Path, metavar="MODEL_FOLDER", help="package/model")
     parser.add_argument("out", type=Path, metavar="OUT")
     arguments = parser.parse_args()
-    for out, cls, config, name, convert in (
-        ("recognition", FaceRecognition, RECOGNITION, "face_recognition_model", recognition_weights),
-        ("detector", TinyFaceDetector, DETECTOR, "tiny_face_detector_model", detector_weights),
-    ):
-        model = abstract(cls, config)
-        from_torch(convert(read_manifest(arguments.models, name)), model, name)
-        save_model(model, arguments.out / out, np.float16)
+    for name, cls in (("recognition", FaceRecognition), ("detector", TinyFaceDetector), ("landmarks", FaceLandmarks)):
+        save_model(from_npm(arguments.models, cls), arguments.out / name, np.float16)
     print(f"face networks in {arguments.out}")
 
 

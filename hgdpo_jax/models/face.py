@@ -17,7 +17,7 @@ from hgdpo_jax.models.model_config import ModelConfig
 # (width, blocks after the one that halves the size); the first width follows the stem, which halves it twice.
 _STAGES = ((32, 3), (64, 3), (128, 2), (256, 2))
 _EMBEDDING = 128
-_RECOGNITION_MEAN = (122.782, 117.001, 104.298)
+MEAN = (122.782, 117.001, 104.298)  # of red, green and blue, for all networks but the detector
 _DETECTION_MEAN = (117.001, 114.697, 97.404)
 _DETECTION_WIDTHS = (16, 32, 64, 128, 256, 512)
 # Width and height of the anchors, in cells.
@@ -30,8 +30,8 @@ _ANCHORS = (
 )
 
 
-def _pixels(images: Float[Array, "b H W 3"], size: int, mean: tuple[float, ...]) -> Float[Array, "b size size 3"]:
-    """Resized to size x size, then [0, 255] less the mean, over 255."""
+def pixels(images: Float[Array, "b H W 3"], size: int, mean: tuple[float, ...]) -> Float[Array, "b size size 3"]:
+    """Resized bilinearly to size x size, without aliasing, then [0, 255] less the mean, over 255."""
     if images.shape[1:3] != (size, size):
         images = jax.image.resize(images, (images.shape[0], size, size, 3), "linear")
     return ((images + 1.0) * 127.5 - jnp.asarray(mean)) / 255.0
@@ -79,7 +79,7 @@ class FaceRecognition(nnx.Module):
 
     def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b 128"]:
         """Embeddings of square pictures of one face each, float32: the same person's are less than 0.6 apart."""
-        x = _pixels(images, self.config["image_size"], _RECOGNITION_MEAN)
+        x = pixels(images, self.config["image_size"], MEAN)
         x = nnx.max_pool(jax.nn.relu(self.conv32_down(x)), (3, 3), (2, 2))
         for name in self._blocks:
             x = getattr(self, name)(x)
@@ -87,28 +87,34 @@ class FaceRecognition(nnx.Module):
 
 
 class DepthwiseConv(nnx.Module):
-    """A 3x3 convolution of each channel, as nine products: on CPU much faster than a convolution in groups."""
+    """A 3x3 convolution of each channel, as nine products: on CPU much faster than a convolution in groups.
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.dtype = dtype
+    Zeros are added as TensorFlow's `same` does: stride 1 keeps the size, stride 2 halves one that is even.
+    """
+
+    def __init__(self, channels: int, *, stride: int = 1, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.stride, self.dtype = stride, dtype
         self.kernel = normal(rngs, (3, 3, 1, channels), 1.0 / 3.0)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """The size stays."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        """Height and width are multiples of the stride."""
         _, height, width, _ = x.shape
-        kernel, x = self.kernel[...].astype(self.dtype), jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        return sum(x[:, i : i + height, j : j + width] * kernel[i, j, 0] for i in range(3) for j in range(3))
+        border, step = (2 - self.stride, 1), self.stride  # stride 2 leaves the first row and column without zeros
+        kernel, x = self.kernel[...].astype(self.dtype), jnp.pad(x, ((0, 0), border, border, (0, 0)))
+        return sum(
+            x[:, i : i + height : step, j : j + width : step] * kernel[i, j, 0] for i in range(3) for j in range(3)
+        )
 
 
 class SeparableConv(nnx.Module):
-    """A convolution of each channel, then a 1x1 one across them."""
+    """A convolution of each channel, then a 1x1 one across them; the stride is that of the first."""
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.depthwise = DepthwiseConv(inputs, rngs=rngs, dtype=dtype)
+    def __init__(self, inputs: int, outputs: int, *, stride: int = 1, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.depthwise = DepthwiseConv(inputs, stride=stride, rngs=rngs, dtype=dtype)
         self.pointwise = conv(inputs, outputs, 1, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
-        """The size stays."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """Height and width are multiples of the stride."""
         return self.pointwise(self.depthwise(x))
 
 
@@ -132,7 +138,7 @@ class TinyFaceDetector(nnx.Module):
         b, height, width, _ = images.shape
         side = max(height, width)
         images = jnp.pad(images, ((0, 0), (0, side - height), (0, side - width), (0, 0)), constant_values=-1.0)
-        x = self.conv0(_pixels(images, size, _DETECTION_MEAN))
+        x = self.conv0(pixels(images, size, _DETECTION_MEAN))
         last = len(_DETECTION_WIDTHS) - 1
         for i in range(1, last + 1):
             x = nnx.max_pool(jax.nn.leaky_relu(x, 0.1), (2, 2), (2, 2), "SAME")

@@ -1,16 +1,17 @@
 """The face networks against @vladmandic/face-api's own answers.
 
-python -m tests.models.test_face      writes the golden inputs, which goldens/face.js reads
+python -m tests.models.test_face FOLDER      writes the golden inputs, which goldens/face.js reads; see goldens/face.sh
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from hgdpo_jax.assets.face import RECOGNITION, detector_weights, read_manifest, recognition_weights
+from hgdpo_jax.assets.face import layer_weights, read_manifest, recognition_weights
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.convert import abstract, from_torch, keys, load_model
@@ -19,7 +20,7 @@ from tests.rounding import EPS, NETWORK, assert_close
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "goldens" / "face.json").read_text())
 NAMES = ("000f.jpg", "000m.jpg", "001f.jpg")
-SIZES = (150, 224, 320)
+SIZES = (112, 150, 224, 320)
 FLOAT16 = 2**-11  # what the embedded weights are rounded by; theirs are not, and float32 rounds a thousand times less
 
 
@@ -35,16 +36,18 @@ def enlarged(size: int) -> np.ndarray:
     return np.round(rows[:, :, low] * (1 - part) + rows[:, :, low + 1] * part).astype(np.float32)
 
 
-def manifest(folder: Path, weights: dict[str, np.ndarray], data: bytes | None = None) -> Path:
+def manifest(folder: Path, weights: dict[str, np.ndarray], data: bytes | None = None, name: str = "m") -> Path:
     """A model of TensorFlow.js: bytes with scale 0.1 and min -1, floats as they are."""
     entries = []
-    for name, value in weights.items():
-        entry = {"name": name, "shape": value.shape, "dtype": "float32"}
+    for key, value in weights.items():
+        entry = {"name": key, "shape": value.shape, "dtype": "float32"}
         if value.dtype == np.uint8:
             entry["quantization"] = {"dtype": "uint8", "scale": 0.1, "min": -1.0}
         entries.append(entry)
-    (folder / "m-weights_manifest.json").write_text(json.dumps([{"weights": entries, "paths": ["m.bin"]}]))
-    (folder / "m.bin").write_bytes(b"".join(value.tobytes() for value in weights.values()) if data is None else data)
+    groups = [{"weights": entries, "paths": [f"{name}.bin"]}]
+    (folder / f"{name}-weights_manifest.json").write_text(json.dumps(groups))
+    values = b"".join(value.tobytes() for value in weights.values())
+    (folder / f"{name}.bin").write_bytes(values if data is None else data)
     return folder
 
 
@@ -98,7 +101,7 @@ def test_embedded_weights_are_those_that_face_api_computes_with() -> None:
 
 def test_scale_layers_are_folded() -> None:
     rng = np.random.default_rng(0)
-    model = abstract(FaceRecognition, RECOGNITION)
+    model = abstract(FaceRecognition, {"image_size": 150})
     stored = {"fc": rng.standard_normal((256, 128)).astype(np.float32)}
     for key in keys(model):
         if key.endswith(".bias"):
@@ -119,7 +122,7 @@ def test_scale_layers_are_folded() -> None:
 
 def test_depthwise_filters_keep_their_channels() -> None:
     stored = {"conv1/depthwise_filter": np.arange(18, dtype=np.float32).reshape(3, 3, 2, 1)}
-    weights = detector_weights(stored)
+    weights = layer_weights(stored)
     assert np.array_equal(weights["conv1.depthwise.weight"][1, 0], stored["conv1/depthwise_filter"][:, :, 1, 0])
 
 
@@ -138,4 +141,4 @@ def test_a_damaged_model_is_named(tmp_path: Path, damage: str) -> None:
 
 if __name__ == "__main__":
     for size in SIZES:
-        enlarged(size).tofile(f"{size}.raw")
+        enlarged(size).tofile(Path(sys.argv[1]) / f"{size}.raw")
