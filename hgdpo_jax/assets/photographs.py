@@ -39,9 +39,10 @@ def place(image: Image.Image, faces: Faces) -> Place:
     scale = max(image.size) / _SEEN
     seen = Image.new("RGB", (_SEEN, _SEEN))
     seen.paste(image.resize((round(image.width / scale), round(image.height / scale)), Image.Resampling.LANCZOS))
-    found = faces.points(np.asarray(seen, np.float32)[None] / 127.5 - 1.0)
-    left, top, right, bottom = (float(x) * scale for x in found.boxes[0])
-    (x_1, y_1), (x_2, y_2) = np.asarray(found.points[0, :2])
+    pixels = np.asarray(seen, np.float32)[None] / 127.5 - 1.0
+    boxes = faces.find(pixels).boxes
+    left, top, right, bottom = (float(x) * scale for x in boxes[0])
+    (x_1, y_1), (x_2, y_2) = np.asarray(faces.points(pixels, boxes)[0, :2])
     tilt = float(np.arctan2(y_2 - y_1, x_2 - x_1))
     side = _SIDE * max(right - left, bottom - top)
     x, y = 0.5 * (left + right) + np.sin(tilt) * _RISE * side, 0.5 * (top + bottom) - np.cos(tilt) * _RISE * side

@@ -65,11 +65,11 @@ class ConceptEncoder:
     def __call__(self, images: Float[Array, "n H W 3"]) -> Concept:
         """Features of each image."""
         if self._identity is not None:
-            embedding, found = self._identity.embed(images)
+            embedding, found, _ = self._identity.embed(images)
             return Concept((embedding / np.linalg.norm(embedding, axis=-1, keepdims=True))[:, None], found)
-        boxes, found = self._faces.find(images)
-        faces = crop(images, boxes, self._size)
-        return Concept(np.asarray(self._features(self._weights, faces)), np.asarray(found))
+        at = self._faces.find(images)
+        faces = crop(images, at.boxes, self._size)
+        return Concept(np.asarray(self._features(self._weights, faces)), np.asarray(at.found))
 
 
 def encoder_of(config: ConfigDict) -> ConceptEncoder:

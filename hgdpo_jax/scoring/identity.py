@@ -34,28 +34,21 @@ Embeddings = Float[np.ndarray, "n d"]
 
 
 class Found(NamedTuple):
-    """(left, top, right, bottom) in pixels of the best face of each image, or of its central square if it has none."""
+    """(left, top, right, bottom) in pixels of the best face of each image, or of its central square if it has none; and
+    the best score, in [0, 1]."""
 
     boxes: Float[Array, "n 4"]
     found: Bool[Array, "n"]
-
-
-class Points(NamedTuple):
-    """What :class:`Found` holds, and five points of each face: the eyes' centres, nose tip, mouth's corners.
-
-    Left comes before right, as the image shows them. Where no face was found they mean nothing.
-    """
-
-    boxes: Float[Array, "n 4"]
-    found: Bool[Array, "n"]
-    points: Float[Array, "n 5 2"]
+    scores: Float[Array, "n"]
 
 
 class Embedded(NamedTuple):
-    """Embeddings, and in which images a face was found; those of the others are of their central square."""
+    """Embeddings, and in which images a face was found; those of the others are of their central square. The detector's
+    best scores, in [0, 1]."""
 
     embedding: Embeddings
     found: Bool[np.ndarray, "n"]
+    scores: Float[np.ndarray, "n"]
 
 
 def best_face(detector: TinyFaceDetector, images: Images) -> Found:
@@ -66,7 +59,9 @@ def best_face(detector: TinyFaceDetector, images: Images) -> Found:
     height, width = images.shape[1:3]
     side = min(height, width)
     left, top = (width - side) / 2, (height - side) / 2
-    return Found(jnp.where(found[:, None], best, jnp.asarray([left, top, left + side, top + side])), found)
+    return Found(
+        jnp.where(found[:, None], best, jnp.asarray([left, top, left + side, top + side])), found, scores.max(1)
+    )
 
 
 def _square(boxes: Float[Array, "n 4"], height: int, width: int) -> tuple[Float[Array, "n 2"], Float[Array, "n 1"]]:
@@ -94,8 +89,9 @@ def crop(images: Images, boxes: Float[Array, "n 4"], size: int) -> Float[Array, 
 
 
 def five_points(landmarks: FaceLandmarks, images: Images, boxes: Float[Array, "n 4"]) -> Float[Array, "n 5 2"]:
-    """The points of :class:`Points`, from the square that :func:`crop` makes of each box.
+    """The eyes' centres, nose tip, mouth's corners, from the square that :func:`crop` makes of each box.
 
+    Left comes before right, as the image shows them. Where there is no face they mean nothing.
     face-api blackens what this square shows beyond the box; on the embedded photographs, turned and scaled, the points
     are as steady either way.
     """
@@ -169,10 +165,9 @@ class Faces:
         """The best face of each image in [-1, 1]. Compiled anew for each shape of `images`."""
         return self._find(self._detector, images)
 
-    def points(self, images: Images) -> Points:
-        """The best face of each image in [-1, 1], and its five points; `points[:, :2]` of these are the eyes."""
-        boxes, found = self.find(images)
-        return Points(boxes, found, self._points(self._landmarks, images, boxes))
+    def points(self, images: Images, boxes: Float[Array, "n 4"]) -> Float[Array, "n 5 2"]:
+        """See :func:`five_points`; the first two are the eyes."""
+        return self._points(self._landmarks, images, boxes)
 
 
 class _Dlib:
@@ -184,9 +179,8 @@ class _Dlib:
         graph, self._weights = nnx.split(load_model(FaceRecognition, _NETWORKS / "recognition"))
         self._embed = jax.jit(lambda weights, faces: nnx.merge(graph, weights)(faces))
 
-    def cut(self, faces: Faces, images: Images) -> tuple[Float[Array, "n s s 3"], Bool[Array, "n"]]:
-        boxes, found = faces.find(images)
-        return crop(images, boxes, self.size), found
+    def cut(self, faces: Faces, images: Images, at: Found) -> Float[Array, "n s s 3"]:
+        return crop(images, at.boxes, self.size)
 
     def embed(self, faces: Float[Array, "n s s 3"]) -> Embeddings:
         return np.asarray(self._embed(self._weights, faces))
@@ -219,10 +213,9 @@ class _ArcFace:
             )
         self._input = inputs[0].name
 
-    def cut(self, faces: Faces, images: Images) -> tuple[Float[Array, "n 112 112 3"], Bool[Array, "n"]]:
-        boxes, found, points = faces.points(images)
-        squares = crop(images, boxes, ALIGNED_SIZE)
-        return jnp.where(found[:, None, None, None], align(images, points), squares), found
+    def cut(self, faces: Faces, images: Images, at: Found) -> Float[Array, "n 112 112 3"]:
+        aligned = align(images, faces.points(images, at.boxes))
+        return jnp.where(at.found[:, None, None, None], aligned, crop(images, at.boxes, ALIGNED_SIZE))
 
     def embed(self, faces: Float[Array, "n s s 3"]) -> Embeddings:
         # One by one: many exported files have a batch of one.
@@ -249,8 +242,9 @@ class Identity:
 
     def embed(self, images: Images) -> Embedded:
         """Embeddings of the best face of each image in [-1, 1]. Compiled anew for each shape of `images`."""
-        faces, found = self._network.cut(self._faces, images)
-        return Embedded(self._network.embed(faces), np.asarray(found))
+        at = self._faces.find(images)
+        embedding = self._network.embed(self._network.cut(self._faces, images, at))
+        return Embedded(embedding, np.asarray(at.found), np.asarray(at.scores))
 
     def distance(self, a: Embeddings, b: Embeddings) -> Float[np.ndarray, "n"]:
         """How far apart embeddings are, pair by pair: Euclidean (dlib's), or 1 − cosine for ArcFace; 0 is the same."""

@@ -99,7 +99,7 @@ def draw(
         painter.use(*policies)
         latents = painter.generate(ids, keys, resolution, f"draw people, {name}", concept)
         pictures = painter.decode(latents, "decode")
-        embedding, found = identity.embed(pictures)
+        embedding, found, _ = identity.embed(pictures)
         shape = (len(people), k)
         drawn[name] = Drawn(
             identity.distance(embedding, own).reshape(shape),

@@ -96,10 +96,10 @@ def test_boxes_follow_the_face_and_do_without() -> None:
     faces = Faces()
     canvas = np.zeros((4, 128, 192, 3), np.float32)
     canvas[:, 40:104, 100:164] = PORTRAITS[:4]
-    boxes, found = (np.asarray(x) for x in faces.find(canvas))
+    boxes, found, _ = (np.asarray(x) for x in faces.find(canvas))
     centre = 0.5 * (boxes[:, :2] + boxes[:, 2:])
     assert found.all() and np.abs(centre - [132, 72]).max() < 12
-    boxes, found = (np.asarray(x) for x in faces.find(np.zeros((1, 64, 100, 3), np.float32)))
+    boxes, found, _ = (np.asarray(x) for x in faces.find(np.zeros((1, 64, 100, 3), np.float32)))
     assert not found.any() and boxes.tolist() == [[18, 0, 82, 64]]
 
 
@@ -175,7 +175,9 @@ def test_beyond_the_image_aligned_crops_are_black() -> None:
 
 def test_points_are_those_of_face_api() -> None:
     """By its own detections: it cuts whole pixels out, blackens what is beyond the box, and scales otherwise."""
-    boxes, found, points = (np.asarray(x) for x in Faces().points(enlarged(320) / 127.5 - 1.0))
+    faces, images = Faces(), enlarged(320) / 127.5 - 1.0
+    boxes, found, _ = (np.asarray(x) for x in faces.find(images))
+    points = np.asarray(faces.points(images, boxes))
     expected = np.array(GOLDEN["points"])
     eyes = np.linalg.norm(expected[:, 0] - expected[:, 1], axis=-1)
     assert found.all() and points.shape == (3, 5, 2)
@@ -190,9 +192,8 @@ def test_points_turn_with_the_picture(degrees: float) -> None:
 
     def points(degrees: float) -> np.ndarray:
         rotated = [picture.rotate(-degrees, Image.Resampling.BILINEAR) for picture in pictures]  # Pillow's y points up
-        return np.asarray(
-            faces.points(np.stack([np.asarray(p) for p in rotated]).astype(np.float32) / 127.5 - 1).points
-        )
+        images = np.stack([np.asarray(p) for p in rotated]).astype(np.float32) / 127.5 - 1
+        return np.asarray(faces.points(images, faces.find(images).boxes))
 
     level = points(0)
     expected = (level - 96) @ turned(degrees).T + 96
@@ -203,12 +204,12 @@ def test_points_turn_with_the_picture(degrees: float) -> None:
 def test_an_arcface_network_sees_aligned_faces(tmp_path: Path) -> None:
     path = network(tmp_path / "a.onnx")
     images = np.concatenate([PORTRAITS[:3], NOISE[:1]])
-    embedding, found = Identity(path).embed(images)
-    seen = np.concatenate(
-        [align(images, Faces().points(images).points)[:3], crop(images, np.full((4, 4), [0, 0, 64, 64]), 112)[3:]]
-    )
+    embedding, found, scores = Identity(path).embed(images)
+    faces = Faces()
+    aligned = align(images, faces.points(images, faces.find(images).boxes))
+    seen = np.concatenate([aligned[:3], crop(images, np.full((4, 4), [0, 0, 64, 64]), 112)[3:]])
     weights = [numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
-    assert found.tolist() == [True, True, True, False]
+    assert found.tolist() == [True, True, True, False] and scores[3] < scores[:3].min()
     # Sums of 112² pixels, at least four side by side.
     assert_close(embedding, seen.mean((1, 2), dtype=np.float64) @ weights[0] + weights[1], 112**2 / 4 * EPS / 2)
 
