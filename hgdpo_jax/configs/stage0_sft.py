@@ -31,12 +31,13 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     if variant == "portraits":
         # From nothing: the folder holds the VAE, the text encoder and a randomly initialised UNet.
         config.data.split = "base"
-        config.train.steps = 1500
+        config.pairs.shard_size = 1024
+        config.train.steps = 10_000
         config.train.batch = 32
-        config.train.lr = 2e-3
-        config.train.warmup = 100
+        config.train.lr = 1e-3
         config.train.schedule = "cosine"
-        config.train.ema = 0.99
+        config.train.ema = 0.999
         config.train.checkpoint_every = 500
-        config.train.eval_every = 250
+        config.train.log_every = 50
+        config.train.eval_every = 1000
     return config
