@@ -59,6 +59,8 @@ def test_a_list_may_hold_commas() -> None:
         ("seed=4294967296", "seed=4294967296: expects a whole number from 0 to 4294967295"),
         ("train.ema=1", "train.ema=1.0: expects a number from 0 to below 1"),
         ("pairs.pool_size=1", "winner and loser both come from the pool"),
+        ("pairs.loser=none", "pairs.loser=none: pool is chosen against a loser"),
+        ("objective=sft", "objective=sft and pairs.loser=pool: sft learns from photographs without losers"),
         ("train.lambda_stat=-1", "train.lambda_stat=-1.0: expects a number from 0"),
         ("train.warmup=-1", "train.warmup=-1: expects a whole number from 0"),
         ("data.caption_dropout=1.1", "data.caption_dropout=1.1: expects a number from 0 to 1"),

@@ -4,44 +4,20 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from hgdpo_jax import pairs
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.evaluate import METRICS, compare, evaluate
+from hgdpo_jax.evaluate import evaluate
 from hgdpo_jax.training.loop import train
 from tests import tiny
-
-
-def test_metrics_of_a_model_against_base() -> None:
-    rng = np.random.default_rng(0)
-    base = {
-        "score": np.array([1.0, 2.0, 3.0, 4.0]),
-        "embedding": rng.standard_normal((4, 3)),
-        "sharpness": np.array([1.0, 1, 1, 5]),
-        "hue": np.tile([1.0, 0.0], (4, 1)),
-    }
-    better = base | {
-        "score": np.array([2.0, 2.0, 4.0, 3.0]),
-        "embedding": base["embedding"] + np.array([2.0, 0, 0]),
-        "hue": np.tile([0.0, 1.0], (4, 1)),
-    }
-    found = compare({"base": base, "easy": better}, base, np.array([True, True, False, False]))
-    assert found["base"]["win_rate"] == 0.5 and found["base"]["hue_distance"] == 0
-    assert found["easy"]["win_rate"] == pytest.approx((1 + 0.5 + 1 + 0) / 4)
-    assert found["easy"]["preference_score"] == 2.75
-    assert found["easy"]["frechet_distance"] == pytest.approx(4.0)
-    assert found["easy"]["hue_distance"] == pytest.approx(90.0)
-    assert found["easy"]["sharpness"] == 2.0
-    assert set(found["easy"]) == set(METRICS)
 
 
 def test_the_command_writes_results_and_a_report_that_stands_alone(tmp_path: Path) -> None:
     tiny.write_base(tmp_path / "base")
     config = tiny.config(tmp_path / "base", steps=1)
     config.data.photographs = str(tiny.write_photographs(tmp_path / "photographs", train=9, heldout=3))
-    config.pairs.scorer = str(tiny.write_scorer(tmp_path / "scorer"))
+    config.pairs.scorer = config.evaluate.scorer = str(tiny.write_scorer(tmp_path / "scorer"))
     config.pairs.update(pool_size=2, sampler="ddim", steps=2, guidance=1.0, batch=8, shard_size=9)
     workdir = tmp_path / "run"
     pairs.build(config, workdir)
@@ -50,11 +26,13 @@ def test_the_command_writes_results_and_a_report_that_stands_alone(tmp_path: Pat
     train(config, workdir)
     first = evaluate(config, workdir)
     written = (workdir / "results.json").read_text()
-    assert json.loads(written) == first and list(first["models"]) == ["base", "easy"]
+    assert json.loads(written) == first and list(first["models"]) == ["base", "easy", "easy, whole"]
     assert first["models"]["base"]["win_rate"] == 0.5 and first["images_per_model"] == 3
     page = (workdir / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
-    assert page.count("<img") == 1 + 3 * 3 + 2 * 3  # curves; base, easy, photograph; winners and losers
+    assert page.count("<img") == 1 + 4 * 3 + 2 * 3  # curves; base, easy twice, photograph; winners and losers
+    assert first["models"]["easy"]["second_score"] == pytest.approx(first["models"]["easy"]["preference_score"])
+    assert len(first["differences"]) == 0 and first["people"] == 3
     kept = (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns
     evaluate(config, workdir)
     assert (workdir / "results.json").read_text() == written

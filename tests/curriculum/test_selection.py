@@ -219,6 +219,18 @@ def test_a_repaired_photograph_is_taken_in(make: Make, tmp_path: Path, caplog: p
     assert len(open_stage(tmp_path / "run", "stage0").by_id("train")) == 3
 
 
+def test_a_photograph_itself_may_win_over_a_drawing(make: Make, tmp_path: Path) -> None:
+    config = make("naive", winner="photograph", loser="pool", pool_size=1)
+    pairs.build(config, tmp_path)
+    found = open_stage(tmp_path, "naive").by_id("train")
+    photographs, images = load_images(list_photographs(config.data.photographs, "train"), (32, 32))
+    vae = pipelines.load(config.model.base).vae
+    assert list(found) == [p.id for p in photographs]
+    latents = np.stack([found[p.id]["winner"] for p in photographs]).astype(np.float32)
+    assert_close(latents, vae.to_latents(images), NETWORK + 2**-11)  # stored in float16
+    assert all((found[p.id]["loser"] != found[p.id]["winner"]).any() for p in photographs)
+
+
 def test_a_score_that_is_no_number_names_the_prompt(make: Make, inputs: Path, tmp_path: Path) -> None:
     broken = load_model(CLIPModel, inputs / "scorer")
     broken.logit_scale[...] = jnp.nan

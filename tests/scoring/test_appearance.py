@@ -7,7 +7,7 @@ import pytest
 import scipy.ndimage
 from PIL import Image
 
-from hgdpo_jax.scoring.appearance import hue_distance, hue_vector, sharpness
+from hgdpo_jax.scoring.appearance import hue_angle, hue_vector, sharpness
 from tests.rounding import EPS, assert_close
 
 RNG = np.random.default_rng(0)
@@ -44,8 +44,8 @@ def test_distance_goes_the_short_way_around() -> None:
     def unit(*degrees: float) -> np.ndarray:
         return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=-1)
 
-    assert hue_distance(unit(350, 10), unit(10, 100)) == pytest.approx((20 + 90) / 2)
-    assert hue_distance(unit(5, 7), unit(5, 7)) == 0
+    assert hue_angle(unit(350, 10), unit(10, 100)) == pytest.approx([20, 90])
+    assert (hue_angle(unit(5, 7), unit(5, 7)) == 0).all()
 
 
 def test_pictures_are_laid_out_row_by_row() -> None:

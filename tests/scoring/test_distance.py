@@ -4,36 +4,60 @@ import numpy as np
 import pytest
 import scipy.linalg
 
+from hgdpo_jax.scoring.bootstrap import resamples
 from hgdpo_jax.scoring.distance import frechet_distance, kernel_distance
 
 RNG = np.random.default_rng(0)
-A, B = RNG.standard_normal((300, 6)) @ RNG.standard_normal((6, 6)), RNG.standard_normal((200, 6)) + 0.5
+# 60 people, five of one set and three of the other for each.
+A, B = RNG.standard_normal((60, 5, 6)) @ RNG.standard_normal((6, 6)), RNG.standard_normal((60, 3, 6)) + 0.5
+ONCE = np.ones((1, 60))
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """The formula with a matrix root, of rows."""
+    p, q = np.cov(a.T), np.cov(b.T)
+    return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(p + q - 2 * scipy.linalg.sqrtm(p @ q).real)
 
 
 def test_frechet_equals_the_formula_with_a_matrix_root() -> None:
-    a, b = np.cov(A.T), np.cov(B.T)
-    expected = np.square(A.mean(0) - B.mean(0)).sum() + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
-    assert frechet_distance(A, B) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(A, A) == pytest.approx(0.0, abs=1e-9)
+    assert frechet_distance(A, B, ONCE).value == pytest.approx(frechet(A.reshape(-1, 6), B.reshape(-1, 6)), rel=1e-9)
+    assert frechet_distance(A, A, ONCE).value == pytest.approx(0.0, abs=1e-6)  # a root of what is 0 but for rounding
 
 
 def test_frechet_of_two_shifted_sets_is_the_squared_shift() -> None:
-    assert frechet_distance(A, A + np.array([3, 0, 0, 4, 0, 0])) == pytest.approx(25.0)
+    assert frechet_distance(A, A + np.array([3, 0, 0, 4, 0, 0]), ONCE).value == pytest.approx(25.0)
+
+
+def test_frechet_of_a_resample_is_that_of_its_people() -> None:
+    weights = resamples(60)[:4]
+    found = frechet_distance(A, B, weights).values
+    for value, counts in zip(found, weights.astype(int), strict=True):
+        a, b = (np.repeat(x, counts, axis=0).reshape(-1, 6) for x in (A, B))
+        assert value == pytest.approx(frechet(a, b), rel=1e-9)
+
+
+def kernel(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> float:
+    """The sums written out, over pairs of different people."""
+
+    def mean(x: np.ndarray, y: np.ndarray) -> float:
+        total = pairs = 0.0
+        for i, n in enumerate(counts):
+            for j, m in enumerate(counts):
+                if i != j:
+                    total += n * m * np.mean([(u @ v / 6 + 1) ** 3 for u in x[i] for v in y[j]])
+                    pairs += n * m
+        return total / pairs
+
+    return mean(a, a) + mean(b, b) - 2 * mean(a, b)
 
 
 def test_kernel_distance_equals_the_sums_written_out() -> None:
-    a, b = A[:7], B[:5]
-
-    def k(x: np.ndarray, y: np.ndarray) -> float:
-        return (x @ y / 6 + 1) ** 3
-
-    same_a = np.mean([k(a[i], a[j]) for i in range(7) for j in range(7) if i != j])
-    same_b = np.mean([k(b[i], b[j]) for i in range(5) for j in range(5) if i != j])
-    cross = np.mean([k(x, y) for x in a for y in b])
-    assert kernel_distance(a, b) == pytest.approx(same_a + same_b - 2 * cross)
+    weights = np.array([[1, 1, 1, 1, 1], [2, 0, 1, 2, 0]])
+    found = kernel_distance(A[:5], B[:5], weights).values
+    assert found == pytest.approx([kernel(A[:5], B[:5], counts) for counts in weights])
 
 
 def test_kernel_distance_is_unbiased() -> None:
-    sets = RNG.standard_normal((400, 2, 20, 3))
-    values = [kernel_distance(x, y) for x, y in sets]
+    sets = RNG.standard_normal((400, 2, 10, 2, 3))
+    values = [kernel_distance(x, y, np.ones((1, 10))).value for x, y in sets]
     assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(len(values))
