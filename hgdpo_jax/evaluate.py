@@ -29,6 +29,7 @@ from hgdpo_jax.scoring import personalised, report
 from hgdpo_jax.scoring.comparison import METRICS, Seen, compare, differences, to_json
 from hgdpo_jax.scoring.identity import Identity
 from hgdpo_jax.scoring.judges import Judges, views
+from hgdpo_jax.scoring.pictures import to_uint8
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.checkpoints import tree_hash
 
@@ -50,6 +51,7 @@ MODELS: dict[str, Model] = {
     "naive, whole": Model((policies.NAIVE,), recipe=False),
 }
 # Differences with intervals of their own: what the stages and the curriculum are to bring.
+KEPT = 20  # pictures of each model that stay, one of each person
 SHOWN_STAGES = policies.CURRICULUM | {"naive": policies.NAIVE}
 DIFFERENCES = (("hard", "base"), ("normal", "easy"), ("hard", "easy"), ("hard", "naive"))
 
@@ -201,10 +203,10 @@ def _draw(
         seen = painter.measure(latents, {"input_ids": ids}, judges, f"measure {name}")
         require_finite(seen["score"], prompts, config.pairs.scorer)
         found = {key: value.reshape(len(held), k, *value.shape[1:]) for key, value in seen.items()}
-        found["pictures"] = painter.decode(latents[::k][: report.COLUMNS], "decode")
+        found["pictures"] = to_uint8(painter.decode(latents[::k][:KEPT], "decode"))
         with whole(path) as temporary:
             np.savez(temporary, **found, mark=np.array(mark))
-    pictures = found.pop("pictures")
+    pictures = found.pop("pictures")[: report.COLUMNS].astype(np.float32) / 127.5 - 1.0
     return Drawn({key: value for key, value in found.items() if key != "mark"}, pictures)
 
 

@@ -20,6 +20,7 @@ from hgdpo_jax import files
 from hgdpo_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+_ISA = "--xla_cpu_max_isa"
 
 # First match decides. A Linear kernel is [in, out], a Conv kernel [height, width, in, out]; a 1x1 one is split like a
 # Linear. Projections into heads or hidden units are split over `tensor` by output, projections back by input, so that
@@ -43,6 +44,7 @@ def start() -> None:
     On a Cloud TPU pod, under Slurm or in a GKE JobSet, JAX finds the coordinator by itself once told to; a single
     process needs nothing. `HGDPO_DISTRIBUTED=1` asks for it.
     """
+    os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""), _processor())
     if os.environ.get("HGDPO_DISTRIBUTED") == "1":
         jax.distributed.initialize()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -55,6 +57,28 @@ def start() -> None:
             print(f"no compilation cache: {error}; set JAX_COMPILATION_CACHE_DIR to a folder", file=sys.stderr)
         else:
             jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _processor() -> str:
+    """What Linux says of it; nothing elsewhere."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def xla_flags(given: str, processor: str) -> str:
+    """`XLA_FLAGS` with which programs in the compilation cache can be used again.
+
+    On Intel's processors with AVX-512 XLA complains of each that it finds there, with a screen of errors, or refuses it,
+    though it compiled it itself (jax-ml/jax#38445); compiled for AVX2 they are taken.
+
+    Args:
+        given: what the user set, which wins.
+        processor: what Linux says of it.
+    """
+    affected = "GenuineIntel" in processor and "avx512f" in processor
+    return f"{given} {_ISA}=AVX2".lstrip() if affected and _ISA not in given else given
 
 
 def make_mesh(config: ConfigDict) -> Mesh:

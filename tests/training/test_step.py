@@ -22,7 +22,7 @@ from hgdpo_jax.models.convert import to_torch, to_torch_layout, torch_key
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
-from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
+from hgdpo_jax.training.optimizer import learning_rate, make_optimizer, numbers_of
 from tests import tiny
 from tests.rounding import EPS, GRADIENT, MEAN, assert_close
 
@@ -118,6 +118,34 @@ def test_it_starts_at_ln_2_and_the_reference_stays_bit_for_bit(base: Path, xl: P
     np.testing.assert_allclose(first["loss/dpo"], np.log(2.0), atol=tolerance)
     np.testing.assert_allclose(first["loss/statistics"], 0.0, atol=tiny.LATENT[-1] * MEAN**2)  # of eight channels
     assert tree_hash(state.policy) != before == after
+
+
+def test_stages_share_one_program(base: Path) -> None:
+    """What they differ in is an argument: a later process finds the program of an earlier one in the cache."""
+    step, compiled, start, policy, frozen = program(base, tiny.mesh(), loss=half_square)
+    stages = [
+        tiny.config(base, "stage1", beta=100.0, lambda_stat=1e4, lr=1e-3),
+        tiny.config(base, "stage2", beta=2e3, lambda_stat=0.0, schedule="cosine", warmup=0, steps=7),
+    ]
+    stages[1].seed = 5
+    arguments = (start(policy), policy, frozen, runtime.to_devices(batch(), tiny.mesh()))
+    texts = {compiled.lower(*arguments, numbers_of(config, 3)).as_text() for config in stages}
+    assert len(texts) == 1
+    pipeline = policies.load(stages[0], tiny.mesh())
+    denoiser, *_ = steps.split(pipeline, "lora")
+    data = runtime.to_devices(batch(), tiny.mesh()) | {"key": jax.random.split(jax.random.key(0), 8)}
+    loss = jax.jit(steps.dpo_loss(denoiser, pipeline.schedule))
+    texts = {loss.lower(policy, policy, frozen, data, numbers_of(config, 3)).as_text() for config in stages}
+    assert len(texts) == 1
+
+
+def test_the_rate_warms_up_and_stays_or_falls_as_a_cosine(base: Path) -> None:
+    train = tiny.config(base, lr=0.5, warmup=4, steps=20).train
+    assert [learning_rate(train, step) for step in (0, 1, 3, 4, 19)] == [0.125, 0.25, 0.5, 0.5, 0.5]
+    train.schedule = "cosine"
+    theirs = optax.cosine_decay_schedule(0.5, 16)
+    for step in (4, 5, 12, 19, 20, 25):
+        assert learning_rate(train, step) == pytest.approx(float(theirs(step - 4)), abs=EPS)
 
 
 def test_eight_devices_train_as_one_does_and_restore_on_two_and_on_one(base: Path, tmp_path: Path) -> None:
