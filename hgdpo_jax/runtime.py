@@ -70,7 +70,7 @@ def _processor() -> str:
 def xla_flags(given: str, processor: str) -> str:
     """`XLA_FLAGS` with which programs in the compilation cache can be used again.
 
-    On Intel's processors with AVX-512 XLA complains of each that it finds there, with a screen of errors, or refuses it,
+    On Intel's processors with AVX-512 XLA complains of each that it finds there with a screen of errors, or refuses it,
     though it compiled it itself (jax-ml/jax#38445); compiled for AVX2 they are taken.
 
     Args:

@@ -4,5 +4,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 workdir=${1:-runs/portraits}
 bash launch/curriculum.sh portraits "$workdir"
+for command in pairs main; do  # what the curriculum is compared with
+  python -m hgdpo_jax.$command --config configs/naive.py:portraits --workdir "$workdir"
+done
 python -m hgdpo_jax.export --workdir "$workdir" --out "$workdir/export"
 python -m hgdpo_jax.evaluate --config configs/stage3.py:portraits --workdir "$workdir"

@@ -157,7 +157,7 @@ class Kind(NamedTuple):
 
 
 CHOOSING = Kind("scorer", CONFIG, (_blur, _warp, _mix, _patch, _none), 0)
-JUDGE = Kind("judge", _config(48, 4, 4), (_coarse, _cast, _unlike_halves, _wave), 1)
+JUDGE = Kind("judge", _config(48, 5, 8), (_coarse, _cast, _unlike_halves, _wave), 1)
 
 
 def ladders(
