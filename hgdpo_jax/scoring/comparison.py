@@ -42,13 +42,16 @@ def compare(drawn: Mapping[str, Seen], photographs: Seen) -> dict[str, Measures]
 
 
 def _measures(seen: Seen, base: Seen, photographs: Seen, weights: Weights) -> Measures:
+    # The kernel is made for entries of about 1; the face network's embeddings have a length of about 1.
+    faces, real = (x["face_embedding"] * x["face_embedding"].shape[-1] ** 0.5 for x in (seen, photographs))
+
     def wins(name: str) -> Float[np.ndarray, "n k"]:
         return 0.5 + 0.5 * np.sign(seen[name] - base[name])
 
     found = {
         "faces_found": mean(seen["face_found"], weights),
         "face_score": mean(seen["face_score"], weights),
-        "face_kernel_distance": kernel_distance(seen["face_embedding"], photographs["face_embedding"], weights),
+        "face_kernel_distance": kernel_distance(faces, real, weights),
         "face_frechet_distance": frechet_distance(seen["face_embedding"], photographs["face_embedding"], weights),
         "preference_score": mean(seen["score"], weights),
         "win_rate": mean(wins("score"), weights),

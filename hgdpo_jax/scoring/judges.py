@@ -52,7 +52,7 @@ class Judges:
         if self._second:
             seen["second_score"] = self._second(images, input_ids).score
         found = faces.found.astype(np.float32)
-        return seen | {"face_found": found, "face_score": faces.score, "face_embedding": faces.embedding}
+        return seen | {"face_found": found, "face_score": faces.scores, "face_embedding": faces.embedding}
 
 
 def views(photographs: Sequence[Photograph], images: Images) -> Float[np.ndarray, "n v H W 3"]:
