@@ -145,7 +145,7 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     write_json(workdir / "results.json", results)
     page = report.page(
         models=results["models"],
-        titles=METRICS,
+        titles=_titles(results),
         pictures={name: model.pictures for name, model in drawn.items()},
         captions=[photograph.caption for photograph in held[: report.COLUMNS]],
         photographs=images[: report.COLUMNS],
@@ -232,17 +232,21 @@ def _persons(
     return shown
 
 
+def _titles(results: dict[str, Any]) -> dict[str, str]:
+    """Of the metrics that were measured."""
+    return {name: title for name, title in METRICS.items() if name in results["models"]["base"]}
+
+
 def show(results: dict[str, Any]) -> None:
     """The table in the terminal: what chose nothing, then the rest."""
     table = Table(
         title=f"{results['images_per_model']} images per model for {results['people']} held-out people, the same seeds"
     )
-    names = [name for name in METRICS if name in results["models"]["base"]]
     table.add_column("")
-    for name in names:
-        table.add_column(METRICS[name], justify="right")
+    for title in _titles(results).values():
+        table.add_column(title, justify="right")
     for model, row in results["models"].items():
-        table.add_row(model, *(f"{row[name]:.3f}" for name in names))
+        table.add_row(model, *(f"{row[name]:.3f}" for name in _titles(results)))
     console = Console(width=190)
     console.print(table)
     for line in personalised.lines(results.get("personalised", {})):

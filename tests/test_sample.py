@@ -143,7 +143,7 @@ def test_the_recipe_gives_the_images_of_diffusers(
     assert_close(found, theirs(script, reference, painter), DRAWN)
     others = [ours(painter, pipeline), ours(painter, pipeline, *chosen(policies, blocks, not text))]
     assert all(np.abs(other - found).max() > 10 * DRAWN for other in others)
-    assert painter._generate._cache_size() <= 2  # with and without the text encoder's policy
+    assert painter._draw._cache_size() == 1  # with and without the text encoder's policy
 
 
 def test_without_policies_the_images_are_those_of_the_base(
@@ -230,7 +230,7 @@ def test_lan_with_the_base_as_policy_changes_nothing(source: sample.Source) -> N
 def test_a_file_of_prompts_is_drawn_with_one_compilation(source: sample.Source, tmp_path: Path) -> None:
     prompts = [f"prompt {i}" for i in range(5)]
     painter = draw(source, prompts, [3, 4], tmp_path / "out")
-    assert painter._generate._cache_size() == painter._decode._cache_size() == 1
+    assert painter._draw._cache_size() == painter._decode._cache_size() == 1
     assert len(list((tmp_path / "out").glob("0*.png"))) == 10 and (tmp_path / "out" / "sheet_000.png").is_file()
 
 

@@ -5,47 +5,85 @@ python -m hgdpo_jax.assets.drawn WEIGHTS MODEL_FOLDER OUT     weights.tar of the
 The generator is a DCGAN (Radford et al. 2016) that was trained on renderings of heads: what it draws is recognisably a
 face, looks made, and is often malformed, as a model's drawings are before preference training. It is developed as dark,
 soft negatives are, so that a photograph and a drawing of the base differ in the face and not just in light and focus.
-Needs PyTorch, which its weights were written by.
 """
 
 import argparse
 import json
+import zipfile
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-import torch
-from jaxtyping import UInt8
+from jaxtyping import Array, PRNGKeyArray, UInt8
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from hgdpo_jax import command
 from hgdpo_jax.assets.captions import Captioner
+from hgdpo_jax.errors import UserError
 
 COUNT = 24_576
-_HELDOUT, _BATCH, _NOISE = 64, 512, 100
+_HELDOUT, _BATCH = 64, 512
+_WIDTHS = (100, 512, 256, 128, 64, 3)
 _RADIUS, _GAIN, _OFFSET = 1.5, 1.25, 15.0  # pixels; of 0…255
 _STRIDES = ((1, 0), (2, 1), (2, 1), (2, 1), (2, 1))  # of the transposed convolutions, 4x4 each, and their padding
 
 
-@torch.inference_mode()
-def draw(weights: dict[str, torch.Tensor], count: int, seed: int) -> UInt8[np.ndarray, "n 64 64 3"]:
-    """Faces drawn from as many vectors of 100 normal numbers.
+class Layer(NamedTuple):
+    """A transposed convolution, its kernel turned about [4, 4, inputs, outputs], and scale and shift of the batch norm
+    behind it, as its averages make them."""
 
-    Args:
-        weights: `main.3 i` of convolutions, `main.3 i + 1` of the batch norms between them, as they were averaged.
+    kernel: np.ndarray
+    norm: tuple[np.ndarray, np.ndarray] | None
+
+
+def read(path: Path) -> list[Layer]:
+    """The generator's layers from the file that PyTorch wrote: a zip archive in which each tensor is a file of its own.
+
+    Its pickle, which says what they are, is not opened: they lie in the order of the layers, and sizes tell.
+
+    Raises:
+        UserError: not that file.
     """
-    noise, found = torch.Generator().manual_seed(seed), []
-    for begin in tqdm(range(0, count, _BATCH), desc="draw", unit="batch"):
-        x = torch.randn(min(_BATCH, count - begin), _NOISE, 1, 1, generator=noise)
-        for i, (stride, padding) in enumerate(_STRIDES):
-            x = torch.nn.functional.conv_transpose2d(x, weights[f"main.{3 * i}.weight"], stride=stride, padding=padding)
-            if i + 1 < len(_STRIDES):
-                norm = {
-                    key: weights[f"main.{3 * i + 1}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")
-                }
-                x = torch.relu(torch.nn.functional.batch_norm(x, **norm))
-        found.append(((x.tanh() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
-    return np.concatenate(found)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.rpartition("/")[0].endswith("/data")]
+            data = iter([archive.read(name) for name in sorted(names, key=lambda name: int(name.rpartition("/")[2]))])
+        layers = []
+        for inputs, outputs in pairwise(_WIDTHS):
+            kernel = np.frombuffer(next(data), "<f4").reshape(inputs, outputs, 4, 4)
+            norm = None
+            if outputs != _WIDTHS[-1]:
+                weight, bias, mean, variance = (np.frombuffer(next(data), "<f4").reshape(outputs) for _ in range(4))
+                next(data)  # how many batches were averaged
+                scale = weight / np.sqrt(variance + 1e-5)
+                norm = (scale, bias - mean * scale)
+            layers.append(Layer(kernel.transpose(2, 3, 0, 1)[::-1, ::-1], norm))
+    except (OSError, zipfile.BadZipFile, ValueError, StopIteration) as error:
+        raise UserError(f"{path}: not weights.tar of gan_face_generate 1.1.1 ({error})") from error
+    return layers
+
+
+def draw(layers: list[Layer], count: int, seed: int) -> UInt8[np.ndarray, "n 64 64 3"]:
+    """Faces drawn from as many vectors of 100 normal numbers."""
+
+    @jax.jit
+    def generate(key: PRNGKeyArray) -> UInt8[Array, "b 64 64 3"]:
+        x = jax.random.normal(key, (_BATCH, 1, 1, _WIDTHS[0]))
+        for (kernel, norm), (stride, padding) in zip(layers, _STRIDES, strict=True):
+            around = [(3 - padding, 3 - padding)] * 2  # of a transposed convolution with a kernel of 4
+            numbers = ("NHWC", "HWIO", "NHWC")
+            dilated = {"lhs_dilation": (stride, stride), "dimension_numbers": numbers}
+            x = jax.lax.conv_general_dilated(x, jnp.asarray(kernel), (1, 1), around, **dilated)
+            if norm is not None:
+                x = jax.nn.relu(x * norm[0] + norm[1])
+        return jnp.round((jnp.tanh(x) + 1.0) * 127.5).astype(jnp.uint8)
+
+    keys = jax.random.split(jax.random.key(seed), -(-count // _BATCH))
+    return np.concatenate([np.asarray(generate(key)) for key in tqdm(keys, desc="draw", unit="batch")])[:count]
 
 
 def developed(image: UInt8[np.ndarray, "64 64 3"]) -> UInt8[np.ndarray, "64 64 3"]:
@@ -60,8 +98,7 @@ def main() -> None:
     parser.add_argument("models", type=Path, metavar="MODEL_FOLDER", help="package/model of @vladmandic/face-api")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    weights = torch.load(arguments.weights, map_location="cpu", weights_only=True)["netG_state_dict"]
-    images = np.stack([developed(image) for image in draw(weights, COUNT, seed=0)])
+    images = np.stack([developed(image) for image in draw(read(arguments.weights), COUNT, seed=0)])
     captions, scores = Captioner(arguments.models)(images)
     # What shows no face would teach the base to draw none.
     shown = np.flatnonzero(scores)

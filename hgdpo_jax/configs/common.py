@@ -28,7 +28,6 @@ def base(variant: str) -> ConfigDict:
         config.pairs.guidance = 1.0  # the base has seen 64 people: guidance narrows it further
         config.pairs.batch = 32
         config.pairs.shard_size = 32
-        config.evaluate.scorer = str(ASSETS / "portraits" / "judge")
         config.adapter.image_encoder = str(ASSETS / "portraits" / "scorer")
         config.adapter.weights = str(ASSETS / "portraits" / "ip_adapter.safetensors")
         config.train.lr = 3e-4
