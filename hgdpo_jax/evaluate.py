@@ -50,9 +50,9 @@ MODELS: dict[str, Model] = {
     **{f"{name}, whole": Model((stage,), recipe=False) for name, stage in policies.CURRICULUM.items()},
     "naive, whole": Model((policies.NAIVE,), recipe=False),
 }
-# Differences with intervals of their own: what the stages and the curriculum are to bring.
 KEPT = 20  # pictures of each model that stay, one of each person
 SHOWN_STAGES = policies.CURRICULUM | {"naive": policies.NAIVE}
+# Differences with intervals of their own: what the stages and the curriculum are to bring.
 DIFFERENCES = (("hard", "base"), ("normal", "easy"), ("hard", "easy"), ("hard", "naive"))
 
 
