@@ -42,7 +42,7 @@ UNET = {
     "_class_name": "UNet2DConditionModel",
     "_diffusers_version": VERSION,
     "attention_head_dim": 4,
-    "block_out_channels": [64, 96, 96],
+    "block_out_channels": [48, 64, 96],
     "cross_attention_dim": TEXT_ENCODER["hidden_size"],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "in_channels": VAE["latent_channels"],

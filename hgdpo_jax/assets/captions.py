@@ -1,6 +1,7 @@
 """Captions of the embedded pictures: what is known or measured, nothing guessed."""
 
 import colorsys
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import UInt8
+from PIL import Image
+from tqdm import tqdm
 
 from hgdpo_jax.assets.face import from_npm
 from hgdpo_jax.models.face_attributes import EXPRESSIONS, SIZE, AgeGender, FaceExpression
@@ -61,7 +64,7 @@ class Captioner:
             people: "woman" or "man" where that is known.
         """
         captions, scores = [], []
-        for begin in range(0, len(images), _BATCH):
+        for begin in tqdm(range(0, len(images), _BATCH), desc="caption", unit="batch"):
             rows = np.minimum(np.arange(begin, begin + _BATCH), len(images) - 1)
             pixels = images[rows].astype(np.float32) / 127.5 - 1.0
             found = self._faces.find(pixels)
@@ -73,3 +76,20 @@ class Captioner:
                 old = "a young" if age < _YOUNG else "an older" if age > _OLDER else "a"
                 captions.append(f"a portrait photograph of {old} {who}, {word}, {scene(images[row])}")
         return captions, np.concatenate(scores)[: len(images)]
+
+
+def write(
+    folder: Path,
+    names: Sequence[str],
+    images: UInt8[np.ndarray, "n 64 64 3"],
+    captions: Sequence[str],
+    splits: Sequence[str],
+) -> None:
+    """Writes photographs/NAME, lossless or nearly so, and the captions.jsonl that lists them."""
+    (folder / "photographs").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name, image, caption, split in zip(tqdm(names, "write", unit="picture"), images, captions, splits, strict=True):
+        file = f"photographs/{name}"
+        Image.fromarray(image).save(folder / file, quality=95, subsampling=0)  # which is of JPEG
+        lines.append(json.dumps({"file": file, "caption": caption, "split": split}))
+    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")

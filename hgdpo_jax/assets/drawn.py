@@ -8,7 +8,6 @@ soft negatives are, so that photographs and what the base draws differ in the fa
 """
 
 import argparse
-import json
 import zipfile
 from itertools import pairwise
 from pathlib import Path
@@ -22,10 +21,10 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from hgdpo_jax import command
-from hgdpo_jax.assets.captions import Captioner
+from hgdpo_jax.assets.captions import Captioner, write
 from hgdpo_jax.errors import UserError
 
-COUNT = 24_576
+COUNT = 16_384
 _HELDOUT, _BATCH = 64, 512
 _WIDTHS = (100, 512, 256, 128, 64, 3)
 _RADIUS, _PERCENT, _GAIN, _OFFSET = 1.5, 50, 1.15, 8.0
@@ -101,14 +100,8 @@ def main() -> None:
     arguments = parser.parse_args()
     images = np.stack([developed(image) for image in draw(read(arguments.weights), COUNT, seed=0)])
     captions, scores = Captioner(arguments.models)(images)
-    (arguments.out / "photographs").mkdir(parents=True, exist_ok=True)
-    lines = []
-    for number, image in enumerate(tqdm(images, desc="write", unit="picture")):
-        name = f"photographs/{number:05d}.png"
-        Image.fromarray(image).save(arguments.out / name)
-        split = "heldout" if number < _HELDOUT else "base"
-        lines.append(json.dumps({"file": name, "caption": captions[number], "split": split}))
-    (arguments.out / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    names = [f"{number:05d}.png" for number in range(COUNT)]
+    write(arguments.out, names, images, captions, ["heldout"] * _HELDOUT + ["base"] * (COUNT - _HELDOUT))
     print(f"{COUNT} drawn faces in {arguments.out}; the detector finds one in {np.mean(scores > 0):.1%}")
 
 

@@ -29,7 +29,7 @@ from hgdpo_jax.models.convert import load_model, save_model
 from hgdpo_jax.models.vae import AutoencoderKL
 from hgdpo_jax.scoring.preference import judge
 
-LEVELS, DRAWN = 5, 4000
+LEVELS, DRAWN = 5, 2000
 Pixels = Float[np.ndarray, "H W 3"]
 
 
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("drawn", type=Path)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--copies", type=int, default=12)
+    parser.add_argument("--copies", type=int, default=8)
     arguments = parser.parse_args()
     base = arguments.portraits / "base"
     vae = load_model(AutoencoderKL, base / "vae")

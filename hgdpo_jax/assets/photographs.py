@@ -6,7 +6,6 @@ Each is turned so that the eyes are level, and cut around the face as the drawn 
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from hgdpo_jax import command
-from hgdpo_jax.assets.captions import Captioner
+from hgdpo_jax.assets.captions import Captioner, write
 from hgdpo_jax.scoring.identity import Faces
 
 SIZE = 64
@@ -68,14 +67,18 @@ def cut(image: Image.Image, at: Place) -> UInt8[np.ndarray, "64 64 3"]:
     return np.asarray(turned.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
 
 
-def heldout(pixels: dict[str, np.ndarray]) -> tuple[set[str], int]:
-    """The names of those to hold out, as many women as men, and how many photographs occur twice: they are not fit."""
+def heldout(pixels: dict[str, np.ndarray], faces: Faces) -> tuple[set[str], int]:
+    """The names of those to hold out, as many women as men, and how many photographs occur twice: they are not fit, and
+    neither are those in which, as they are cut or mirrored, no face is found."""
     small = np.stack([p.reshape(8, 8, 8, 8, 3).mean((1, 3)).ravel() for p in pixels.values()])
     distance = np.abs(small[:, None] - small[None]).mean(-1) + 255.0 * np.eye(len(small))
     twice = {name for name, nearest in zip(pixels, distance.min(1), strict=True) if nearest < 8.0}
+    cuts = np.stack(list(pixels.values())).astype(np.float32) / 127.5 - 1.0
+    plain = np.asarray(faces.find(cuts).found) & np.asarray(faces.find(cuts[:, :, ::-1]).found)
+    unfit = twice | {name for name, seen in zip(pixels, plain, strict=True) if not seen}
     found: set[str] = set()
     for letter in "fm":
-        single = [name for name in pixels if name[-5] == letter and name not in twice]
+        single = [name for name in pixels if name[-5] == letter and name not in unfit]
         found |= {single[i] for i in np.linspace(0, len(single) - 1, HELDOUT_OF_EACH).round().astype(int)}
     return found, len(twice)
 
@@ -90,16 +93,12 @@ def main() -> None:
     for file in sorted(arguments.avatars.glob("*.jpg")):
         image = Image.open(file).convert("RGB")
         pixels[file.name] = cut(image, place(image, faces))
-    chosen, twice = heldout(pixels)
+    chosen, twice = heldout(pixels, faces)
     people = [{"f": "woman", "m": "man"}[name[-5]] for name in pixels]
-    captions, scores = Captioner(arguments.models)(np.stack(list(pixels.values())), people)
-    (arguments.portraits / "photographs").mkdir(parents=True, exist_ok=True)
-    lines = []
-    for (name, image), caption in zip(pixels.items(), captions, strict=True):
-        Image.fromarray(image).save(arguments.portraits / "photographs" / name, quality=95, subsampling=0)
-        split = "heldout" if name in chosen else "train"
-        lines.append(json.dumps({"file": f"photographs/{name}", "caption": caption, "split": split}))
-    (arguments.portraits / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    images = np.stack(list(pixels.values()))
+    captions, scores = Captioner(arguments.models)(images, people)
+    splits = ["heldout" if name in chosen else "train" for name in pixels]
+    write(arguments.portraits, list(pixels), images, captions, splits)
     print(f"{len(pixels)} photographs, {(scores > 0).sum()} with a face that is found, {twice} occur twice")
 
 

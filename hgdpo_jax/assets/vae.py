@@ -26,7 +26,7 @@ CONFIG = {
     "_class_name": "AutoencoderKL",
     "_diffusers_version": "0.42.1",
     "act_fn": "silu",
-    "block_out_channels": [32, 64, 64],
+    "block_out_channels": [24, 48, 64],
     "down_block_types": ["DownEncoderBlock2D"] * 3,
     "in_channels": 3,
     "latent_channels": 4,
@@ -69,14 +69,14 @@ def loss(vae: AutoencoderKL, images: Float[Array, "b H W 3"], key: Array) -> tup
         edges += jnp.abs(error[:, step:] - error[:, :-step]).mean()
         edges += jnp.abs(error[:, :, step:] - error[:, :, :-step]).mean()
     kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).mean()
-    return pixels + 0.3 * edges + 1e-3 * kl, pixels
+    return pixels + 0.3 * edges + 5e-4 * kl, pixels
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("portraits", type=Path)
     parser.add_argument("drawn", type=Path)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=16)
     arguments = parser.parse_args()
     size = (SIZE, SIZE)

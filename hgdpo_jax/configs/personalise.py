@@ -35,12 +35,12 @@ def get_config(variant: str = "sd15") -> ConfigDict:
         config.data.split = "base"
         config.data.mirror = False
         config.pairs.shard_size = 1024
-        config.train.steps = 1000
+        config.train.steps = 600
         config.train.batch = 32
         config.train.lr = 2e-3
         config.train.warmup = 100
         config.train.schedule = "cosine"
         config.train.ema = 0.99
-        config.train.checkpoint_every = 500
-        config.train.eval_every = 250
+        config.train.checkpoint_every = 200
+        config.train.eval_every = 200
     return config

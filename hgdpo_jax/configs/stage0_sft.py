@@ -7,7 +7,7 @@ Hardware, memory of one device, time of training:
 
     :sd15       GPU of 40 GB            30 GiB    H100 2.4 h, A100 7.7 h
     :sdxl       GPU of 80 GB            60 GiB    H100 3.8 h, A100 12 h
-    :portraits  two processor cores     2.1 GiB   about an hour, measured over 100 of the 10,000 steps
+    :portraits  two processor cores     2.1 GiB   25 to 40 minutes
 
 sd15 and sdxl are computed, not run: 16 photographs of 1024x704 a step are 173 and 271 TFLOP; 20,000 steps at 40 % of a
 device's bfloat16 peak. Memory is the UNet in float32 five times (16 and 48 GiB: the base, what is trained, gradients,
@@ -32,7 +32,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
         # From nothing: the folder holds the VAE, the text encoder and a randomly initialised UNet.
         config.data.split = "base"
         config.pairs.shard_size = 1024
-        config.train.steps = 10_000
+        config.train.steps = 4_500
         config.train.batch = 32
         config.train.lr = 1e-3
         config.train.schedule = "cosine"
