@@ -5,6 +5,7 @@ python -m hgdpo_jax.assets.drawn WEIGHTS MODEL_FOLDER OUT     weights.tar of the
 The generator is a DCGAN (Radford et al. 2016) that was trained on renderings of heads: what it draws is recognisably a
 face, looks made, and is often malformed, as a model's drawings are before preference training. It is developed as dark,
 soft negatives are, so that photographs and what the base draws differ in the face and not just in light and focus.
+Those in which no face is found are left out.
 """
 
 import argparse
@@ -100,9 +101,11 @@ def main() -> None:
     arguments = parser.parse_args()
     images = np.stack([developed(image) for image in draw(read(arguments.weights), COUNT, seed=0)])
     captions, scores = Captioner(arguments.models)(images)
-    names = [f"{number:05d}.png" for number in range(COUNT)]
-    write(arguments.out, names, images, captions, ["heldout"] * _HELDOUT + ["base"] * (COUNT - _HELDOUT))
-    print(f"{COUNT} drawn faces in {arguments.out}; the detector finds one in {np.mean(scores > 0):.1%}")
+    kept = np.flatnonzero(scores > 0)
+    names = [f"{number:05d}.png" for number in kept]
+    splits = ["heldout"] * _HELDOUT + ["base"] * (len(kept) - _HELDOUT)
+    write(arguments.out, names, images[kept], [captions[number] for number in kept], splits)
+    print(f"{len(kept)} drawn faces in {arguments.out}: those of {COUNT} in which the detector finds one")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from hgdpo_jax.models.face_attributes import SIZE as LANDMARK_SIZE
 from hgdpo_jax.models.face_attributes import FaceLandmarks
 
 _NETWORKS = ASSETS / "face"
-_SIZES = (128, 320)  # at which the detector sees an image: faces that fill it, and small ones
+_FILLING, _SMALL = 128, 320  # pixels a side, at which the detector sees an image: for faces that fill it, small ones
+_MAGNIFIED = 3  # but never more times as large: in small pictures faces are not that small
 _THRESHOLD = 0.3
 # Where networks trained with insightface expect the five points in a crop of 112x112 pixels, whose centres they count
 # in whole numbers, as OpenCV does.
@@ -51,9 +52,15 @@ class Embedded(NamedTuple):
     scores: Float[np.ndarray, "n"]
 
 
+def _sizes(height: int, width: int) -> tuple[int, int]:
+    """At which the detector sees an image of this size: multiples of 32, as its five poolings need."""
+    return _FILLING, max(_FILLING + 32, min(_SMALL, _MAGNIFIED * max(height, width) // 32 * 32))
+
+
 def best_face(detector: TinyFaceDetector, images: Images) -> Found:
     """The box of the highest score, if that is above the threshold. One box a picture: there is nothing to suppress."""
-    boxes, scores = (jnp.concatenate(seen, axis=1) for seen in zip(*(detector(images, s) for s in _SIZES), strict=True))
+    looks = [detector(images, size) for size in _sizes(*images.shape[1:3])]
+    boxes, scores = (jnp.concatenate(seen, axis=1) for seen in zip(*looks, strict=True))
     best = jnp.take_along_axis(boxes, scores.argmax(1)[:, None, None], axis=1)[:, 0]
     found = scores.max(1) > _THRESHOLD
     height, width = images.shape[1:3]
