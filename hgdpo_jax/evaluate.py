@@ -89,8 +89,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    settings, resolution = config.evaluate, next(iter(configuration.resolutions(config).values()))
-    mesh, index = runtime.local_mesh(), runtime.index_of(workdir)
+    settings, mesh, index = config.evaluate, runtime.local_mesh(), runtime.index_of(workdir)
     models = {name: model for name, model in MODELS.items() if _asked(config, workdir, model)}
     configs = {stage: policies.stage_config(workdir, stage) for model in models.values() for stage in model.stages}
     base = pipelines.content_hash(config.model.base, config.model.vae, index)
@@ -112,10 +111,7 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         name: [_as_drawn(configs[stage], stage, trained[stage], model) for stage in model.stages]
         for name, model in models.items()
     }
-    held, images = load_images(list_photographs(config.data.photographs, "heldout"), resolution)
-    if len(held) < 2:
-        raise UserError(f"photographs {config.data.photographs}: of those held out {len(held)} can be read; evaluation "
-                        "needs two")  # fmt: skip
+    held, images = _heldout(config)
     judges, inputs = Judges(config.pairs.scorer, settings.scorer, mesh), _inputs(config, base, held, index)
     index.save()
     (workdir / "evaluation").mkdir(parents=True, exist_ok=True)
@@ -124,10 +120,8 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         mark = json_hash([[tree_hash(policy) for policy in using], inputs])
         painter.use(*using)
         drawn[name] = _draw(config, painter, pipeline, judges, held, workdir / "evaluation" / f"{name}.npz", mark, name)
-
-    compared = compare(
-        {name: model.seen for name, model in drawn.items()}, _look(painter, pipeline, judges, held, images)
-    )
+    seen = {name: model.seen for name, model in drawn.items()}
+    compared = compare(seen, _look(painter, pipeline, judges, held, images))
     results = {
         "models": {name: to_json(measures) for name, measures in compared.items()},
         "differences": {name: to_json(found) for name, found in differences(compared, DIFFERENCES).items()},
@@ -143,22 +137,25 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         people = personalised.draw(pipeline, painter, encoder, identity, held, images, settings.concept_prompts, chosen)
         results["personalised"] = personalised.measures(people)
     write_json(workdir / "results.json", results)
-    page = report.page(
-        models=results["models"],
-        titles=_titles(results),
-        pictures={name: model.pictures for name, model in drawn.items()},
-        captions=[photograph.caption for photograph in held[: report.COLUMNS]],
-        photographs=images[: report.COLUMNS],
-        stages=[
-            (name, report.stage(workdir, stage, painter)) for name, stage in SHOWN_STAGES.items() if stage in trained
-        ],
-        compared=("base", [name for name in policies.CURRICULUM if name in drawn][-1]),
-        people=_persons(people, held, images, settings.concept_prompts),
-        measured=personalised.lines(results.get("personalised", {})),
-    )
+    stages = {name: report.stage(workdir, s, painter) for name, s in SHOWN_STAGES.items() if s in trained}
+    page = _page(results, drawn, stages, held, images, _persons(people, held, images, settings.concept_prompts))
     with whole(workdir / "report.html") as temporary:
         temporary.write_text(page)
     return results
+
+
+def _heldout(config: ConfigDict) -> tuple[list[Photograph], np.ndarray]:
+    """The photographs that are held out, of the first resolution.
+
+    Raises:
+        UserError: fewer than two can be read.
+    """
+    size = next(iter(configuration.resolutions(config).values()))
+    held, images = load_images(list_photographs(config.data.photographs, "heldout"), size)
+    if len(held) < 2:
+        raise UserError(f"photographs {config.data.photographs}: of those held out {len(held)} can be read; evaluation "
+                        "needs two")  # fmt: skip
+    return held, images
 
 
 def _inputs(config: ConfigDict, base: str, held: Sequence[Photograph], index: Index) -> dict[str, Any]:
@@ -232,7 +229,29 @@ def _persons(
     return shown
 
 
-def _titles(results: dict[str, Any]) -> dict[str, str]:
+def _page(
+    results: Mapping[str, Any],
+    drawn: Mapping[str, Drawn],
+    stages: Mapping[str, report.Stage],
+    held: Sequence[Photograph],
+    images: np.ndarray,
+    people: Sequence[report.Person],
+) -> str:
+    """The report."""
+    return report.page(
+        models=results["models"],
+        titles=_titles(results),
+        pictures={name: model.pictures for name, model in drawn.items()},
+        captions=[photograph.caption for photograph in held[: report.COLUMNS]],
+        photographs=images[: report.COLUMNS],
+        stages=list(stages.items()),
+        compared=("base", [name for name in policies.CURRICULUM if name in drawn][-1]),
+        people=people,
+        measured=personalised.lines(results.get("personalised", {})),
+    )
+
+
+def _titles(results: Mapping[str, Any]) -> dict[str, str]:
     """Of the metrics that were measured."""
     return {name: title for name, title in METRICS.items() if name in results["models"]["base"]}
 

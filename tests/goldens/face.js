@@ -58,9 +58,10 @@ async function main() {
   }
 
   const points = [];
-  for (const image of images(320)) {
-    const options = new faceapi.TinyFaceDetectorOptions({ inputSize: 320 });
-    points.push(fivePoints((await faceapi.detectSingleFace(image, options).withFaceLandmarks()).landmarks));
+  for (const image of images(112)) {
+    const framed = image.pad([[56, 56], [56, 56], [0, 0]]);
+    const options = new faceapi.TinyFaceDetectorOptions({ inputSize: 224 });
+    points.push(fivePoints((await faceapi.detectSingleFace(framed, options).withFaceLandmarks()).landmarks));
   }
 
   const weights = {};
