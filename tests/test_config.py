@@ -132,9 +132,9 @@ def test_a_folder_configs_of_the_users_own_is_taken_whole_or_refused(
     shutil.copyfile(CONFIGS / "stage3.py", own / "stage3.py")
     with pytest.raises(UserError, match="ImportError: cannot import name 'common'"):  # not that of the package
         config.load("configs/stage3.py:portraits")
-    (own / "common.py").write_text((CONFIGS / "common.py").read_text().replace("pool_size = 8", "pool_size = 6"))
+    (own / "common.py").write_text((CONFIGS / "common.py").read_text().replace("pool_size = 4", "pool_size = 6"))
     assert config.load("configs/stage3.py:portraits").pairs.pool_size == 6
-    assert config.load(f"{CONFIGS}/stage3.py:portraits").pairs.pool_size == 8
+    assert config.load(f"{CONFIGS}/stage3.py:portraits").pairs.pool_size == 4
 
 
 def test_a_missing_or_misspelt_key_in_a_config_file_is_named(tmp_path: Path) -> None:

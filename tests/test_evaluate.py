@@ -2,18 +2,25 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hgdpo_jax import pairs
+from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.evaluate import evaluate
+from hgdpo_jax.evaluate import _inputs, evaluate
+from hgdpo_jax.files import Index, json_hash
+from hgdpo_jax.scoring import judges
 from hgdpo_jax.training.loop import train
 from tests import tiny
 
 
-def test_the_command_writes_results_and_a_report_that_stands_alone(tmp_path: Path) -> None:
+def test_the_command_writes_results_and_a_report_that_stands_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judges, "VIEWS", 2)
     tiny.write_base(tmp_path / "base")
     config = tiny.config(tmp_path / "base", steps=1)
     config.data.photographs = str(tiny.write_photographs(tmp_path / "photographs", train=9, heldout=3))
@@ -41,9 +48,19 @@ def test_the_command_writes_results_and_a_report_that_stands_alone(tmp_path: Pat
         file.write('{"step": 1, "a')  # half a line of a run that was killed
     captions = Path(config.data.photographs) / "captions.jsonl"
     captions.write_text(captions.read_text().replace("portrait", "picture"))
-    evaluate(config, workdir)
-    redrawn = (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns
-    assert redrawn > kept
     config.model.dtype, config.evaluate.scorer = "bfloat16", ""
     assert "second_score" not in evaluate(config, workdir)["models"]["easy"]
-    assert (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns > redrawn
+    assert (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns > kept
+
+
+def test_what_a_picture_is_made_from_is_drawn_again_where_it_changes(tmp_path: Path) -> None:
+    config, index = tiny.config(tmp_path), Index()
+    config.pairs.scorer = str(tiny.write_scorer(tmp_path / "scorer"))
+    held = [Photograph("a", tmp_path / "a.jpg", "a woman")]
+    inputs = [_inputs(config, "base", held, index), _inputs(config, "other", held, index)]
+    inputs.append(_inputs(config, "base", [replace(held[0], caption="a man")], index))
+    config.evaluate.steps += 1
+    inputs.append(_inputs(config, "base", held, index))
+    config.evaluate.scorer = config.pairs.scorer
+    inputs.append(_inputs(config, "base", held, index))
+    assert len({json_hash(found) for found in inputs}) == len(inputs)

@@ -50,7 +50,8 @@ def at_once(config: ConfigDict, folder: Path, inputs: Any, start: Any, checkpoin
 def workdir(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stage whose steps are left out, exported. test_runs.py exports what was trained."""
     folder = tmp_path_factory.mktemp("run")
-    tiny.write_pairs(folder / "stage1" / "pairs", shape=(8, 8, 8))
+    shape = pipelines.load(base).latent_shape((64, 64))
+    tiny.write_pairs(folder / "stage1" / "pairs", shape=shape, resolution="64x64")
     changes = [f"model.base={base}", "train.steps=3", "train.lr=0.02", "train.warmup=1", "train.batch=8",
                "train.lora_alpha=4", "evaluate.batch=8", "evaluate.steps=1", "train.eval_every=100"]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +65,8 @@ def draw(pipeline: pipelines.Pipeline, *trained: Any) -> tuple[np.ndarray, list[
     """(starting latents, images in [0, 1] of each policy)."""
     painter = Painter(pipeline, tiny.mesh(), sampler="dpmpp_2m", steps=STEPS, guidance=GUIDANCE, batch=2, seed=0)
     keys = painter.keys("test", PROMPTS, [0, 1])
-    start = jax.vmap(lambda key: jax.random.normal(jax.random.split(key)[0], (8, 8, 8)))(keys)
+    shape = pipeline.latent_shape((64, 64))
+    start = jax.vmap(lambda key: jax.random.normal(jax.random.split(key)[0], shape))(keys)
     images = []
     for policy in trained:
         painter.use(policy)

@@ -117,13 +117,14 @@ def write_photographs(folder: Path, train: int = 5, heldout: int = 2) -> Path:
     return folder
 
 
-def write_pairs(folder: Path, train: int = 24, heldout: int = 8, shape: tuple[int, ...] = LATENT) -> Path:
+def write_pairs(
+    folder: Path, train: int = 24, heldout: int = 8, shape: tuple[int, ...] = LATENT, resolution: str = "32x32"
+) -> Path:
     """Finished shards of random latents in `folder` = W/stageN/pairs."""
     rng = np.random.default_rng(0)
     schema = shards.features(shape[-1], 77, loser=True)
     assert not shards.begin(folder, {"test": 1})
     paths: dict[str, list[Path]] = {}
-    resolution = f"{8 * shape[0]}x{8 * shape[1]}"
     for role, count in (("train", train), ("heldout", heldout)):
         split = f"{role}_{resolution}"
         paths[split] = [shards.shard_path(folder, split, i, 2) for i in range(2)]

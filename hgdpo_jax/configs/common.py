@@ -30,11 +30,12 @@ def base(variant: str) -> ConfigDict:
         config.pairs.shard_size = 32
         config.adapter.image_encoder = str(ASSETS / "portraits" / "scorer")
         config.adapter.weights = str(ASSETS / "portraits" / "ip_adapter.safetensors")
+        config.train.batch = 8
         config.train.lr = 3e-4
         config.train.warmup = 10
         config.train.checkpoint_every = 20
         config.train.log_every = 5
-        config.train.eval_every = 20
+        config.train.eval_every = 40
         config.evaluate.scorer = str(ASSETS / "portraits" / "judge")
         config.evaluate.images_per_prompt = 4
         config.evaluate.steps = 12

@@ -30,6 +30,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.start = "stage1"
     config.train.steps = 20_000
     if variant == "portraits":
-        config.train.steps = 60
-        config.train.beta = 2000.0
+        config.train.steps = 50
+        config.train.lr = 1.2e-3
+        config.train.beta = 8000.0
     return config

@@ -28,4 +28,5 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     if variant == "portraits":
         config.train.steps = 20
         config.train.lr = 1e-4
+        config.train.beta = 2000.0
     return config

@@ -24,6 +24,6 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.lora_alpha = 64.0
     config.train.steps = 20_000
     if variant == "portraits":
-        config.train.steps = 60
+        config.train.steps = 40
         config.train.beta = 500.0
     return config
