@@ -17,7 +17,9 @@ import sys
 from pathlib import Path
 from hgdpo_jax import command
 from hgdpo_jax.training.loop import train
+from hgdpo_jax.training.monitor import Monitor
 from tests import tiny
+Monitor.look = tiny.glance
 base, workdir = map(Path, sys.argv[1:])
 command.run(lambda: train(tiny.config(base, steps=100_000), workdir))
 """

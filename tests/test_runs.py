@@ -19,6 +19,7 @@ from hgdpo_jax.files import write_json
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.loop import train
+from hgdpo_jax.training.monitor import Monitor
 from tests import tiny
 
 
@@ -32,11 +33,13 @@ def workdir(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Easy stage and text encoder, trained for two steps each on the same pairs."""
     folder = tmp_path_factory.mktemp("run")
     tiny.write_pairs(folder / "stage1" / "pairs")
-    train(tiny.config(base, steps=2), folder)
     text = tiny.config(base, "text_encoder", steps=2, params="text_lora", pairs="stage1", lora_rank=4)
     with pytest.raises(UserError, match="text_encoder learns from the pairs of stage1: build those"):
         pairs.build(text, folder)
-    train(text, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "look", tiny.glance)
+        train(tiny.config(base, steps=2), folder)
+        train(text, folder)
     return folder
 
 

@@ -27,6 +27,8 @@ from hgdpo_jax.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithPro
 from hgdpo_jax.models.convert import abstract, save_model
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
+from hgdpo_jax.training.monitor import Monitor
+from hgdpo_jax.training.step import TrainState
 
 LATENT = (4, 4, 8)
 # As few layers as have the structure of SD1.5: compiling them is most of what the tests do.
@@ -162,6 +164,11 @@ def config(base: Path, stage: str = "stage1", **train: object) -> ConfigDict:
     result.train.update(checkpoint_every=2, log_every=1, eval_every=100, **train)
     configuration.validate(result)
     return result
+
+
+def glance(monitor: Monitor, state: TrainState, step: int) -> None:
+    """In place of `Monitor.look`, which compiles three programs, where a test is not about what people see."""
+    monitor.log.write({"heldout/loss/total": 0.0}, step)
 
 
 def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,22 @@ RUN = """
 import sys
 from pathlib import Path
 from tests import tiny
-from hgdpo_jax.training.inputs import depends_on
 from hgdpo_jax.training.loop import train
-from hgdpo_jax.training.metrics import MetricLog
-from hgdpo_jax.training.monitor import UNLEARNING, Monitor
+from hgdpo_jax.training.monitor import Monitor
 base, workdir, steps = sys.argv[1:]
+Monitor.look = tiny.glance
 train(tiny.config(Path(base), steps=int(steps)), Path(workdir))
 """
+
+
+LOOK = Monitor.look
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _glance() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "look", tiny.glance)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -264,14 +274,13 @@ def test_the_checkpoint_comes_before_the_pictures_which_a_resumed_run_makes_up_f
     finished: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _copy(finished, tmp_path)
-    look = Monitor.look
     with monkeypatch.context() as killed:
         killed.setattr(Monitor, "look", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(tiny.config(base, steps=8), tmp_path)
     assert Checkpoints(tmp_path / "stage1").latest() == 8 and not metrics.looked(tmp_path / "stage1" / "logs", 8)
     made: list[int] = []
-    monkeypatch.setattr(Monitor, "look", lambda self, state, step: made.append(step) or look(self, state, step))
+    monkeypatch.setattr(Monitor, "look", lambda self, state, step: made.append(step) or LOOK(self, state, step))
     for _ in range(2):
         train(tiny.config(base, steps=8), tmp_path)
     assert made == [8] and metrics.looked(tmp_path / "stage1" / "logs", 8)
