@@ -24,7 +24,7 @@ def base(variant: str) -> ConfigDict:
         # In few steps the ancestral sampler draws smooth pictures, the smoother the more of the steps are its own: a
         # reconstruction, which takes only the last ones, is sharper than a picture drawn from nothing.
         config.pairs.sampler = "ddpm"
-        config.pairs.steps = 20
+        config.pairs.steps = 16
         config.pairs.guidance = 1.0  # captions say little about a face: guidance burns colours, and costs twice the time
         config.pairs.batch = 32
         config.pairs.shard_size = 32
@@ -33,9 +33,9 @@ def base(variant: str) -> ConfigDict:
         config.train.batch = 8
         config.train.lr = 3e-4
         config.train.warmup = 10
-        config.train.checkpoint_every = 20
+        config.train.checkpoint_every = 100
         config.train.log_every = 5
-        config.train.eval_every = 40
+        config.train.eval_every = 100
         config.evaluate.scorer = str(ASSETS / "portraits" / "judge")
         config.evaluate.images_per_prompt = 4
         config.evaluate.steps = 12

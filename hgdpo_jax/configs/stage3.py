@@ -27,6 +27,6 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.steps = 20_000
     if variant == "portraits":
         config.train.steps = 20
-        config.train.lr = 1e-4
-        config.train.beta = 2000.0
+        config.train.lr = 5e-5
+        config.train.beta = 1000.0
     return config
