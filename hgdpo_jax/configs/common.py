@@ -18,7 +18,6 @@ def base(variant: str) -> ConfigDict:
         config.model.dtype = "float32"
         config.data.photographs = str(ASSETS / "portraits")
         config.data.resolutions = ("64x64",)
-        config.data.mirror = False
         config.pairs.scorer = str(ASSETS / "portraits" / "scorer")
         config.pairs.pool_size = 4
         # In few steps the ancestral sampler draws smooth pictures, the smoother the more of the steps are its own: a

@@ -31,6 +31,6 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.steps = 20_000
     if variant == "portraits":
         config.train.steps = 50
-        config.train.lr = 8e-4
-        config.train.beta = 4000.0
+        config.train.lr = 1.2e-3
+        config.train.beta = 8000.0
     return config

@@ -28,5 +28,5 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     if variant == "portraits":
         config.train.steps = 20
         config.train.lr = 5e-5
-        config.train.beta = 1000.0
+        config.train.beta = 2000.0
     return config
