@@ -8,6 +8,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling is most of what the tests do: without LLVM's optimisations it takes two thirds of the time. The programs
 # stay the same up to the order of instructions. The user's flags come last, so that they win.
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")  # the tests already run one process a core
 if version("jaxlib").startswith("0.10."):  # later ones do not know the flag, and would stop at it
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # those of before compile in half the time
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
