@@ -24,7 +24,7 @@ def base(variant: str) -> ConfigDict:
         # reconstruction, which takes only the last ones, is sharper than a picture drawn from nothing.
         config.pairs.sampler = "ddpm"
         config.pairs.steps = 16
-        config.pairs.guidance = 1.0  # captions say little about a face: guidance burns colours, and costs twice the time
+        config.pairs.guidance = 1.0  # captions say little about a face; guidance burns colours and doubles the time
         config.pairs.batch = 32
         config.pairs.shard_size = 32
         config.adapter.image_encoder = str(ASSETS / "portraits" / "scorer")
