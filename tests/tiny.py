@@ -97,12 +97,12 @@ def write_sdxl(folder: Path) -> Path:
     return folder
 
 
-def write_scorer(folder: Path) -> Path:
+def write_scorer(folder: Path, seed: int = 3) -> Path:
     """A random CLIPModel for 32x32 images."""
     tower = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     text = {**tower, "vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407}
     config = {"projection_dim": 8, "text_config": text, "vision_config": {**tower, "image_size": 32, "patch_size": 16}}
-    save_model(random_model(CLIPModel, config, 3), folder)
+    save_model(random_model(CLIPModel, config, seed), folder)
     return folder
 
 
