@@ -10,7 +10,7 @@ Hardware, memory of one device in a step, time of training, time of pairs:
 
     :sd15       GPU of 24 GB            17 GiB    H100 79 h, A100 250 h     H100 16 s a prompt
     :sdxl       GPU of 40 GB            21 GiB    H100 116 h, A100 367 h    H100 24 s a prompt
-    :portraits  two processor cores     1.7 GiB   1 to 3 minutes, measured  2 to 4 minutes
+    :portraits  two processor cores     1.7 GiB   1 to 3 minutes, measured  1 to 3 minutes
 
 sd15 and sdxl are computed, not run: 16 pairs of 1024x704 a step are 375 and 550 TFLOP; 300,000 steps at 40 % of a
 device's bfloat16 peak. Memory is the weights (2.1 and 6.6 GiB), what the gradient keeps of a pair (0.85 and 0.82 GiB
