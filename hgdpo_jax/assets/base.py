@@ -59,6 +59,7 @@ SCHEDULER = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
+    "clip_sample": False,
     "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
     "solver_order": 2,
