@@ -5,7 +5,7 @@ Legend: `b` examples, `h w c` latent.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,22 +23,18 @@ class NoiseSchedule:
     """ᾱ_t for the training timesteps, and what the network predicts.
 
     Attributes:
-        alphas_cumprod: ᾱ_t, float32 [T], decreasing in (0, 1).
+        alphas_cumprod: ᾱ_t, float32 [T], decreasing in [0, 1); the last is 0 with `rescale_betas_zero_snr`.
         prediction_type: `epsilon` or `v_prediction`.
-        timestep_spacing: how inference timesteps are laid out: `leading`, `trailing` or `linspace`.
-        steps_offset: added to `leading` timesteps.
-        set_alpha_to_one: DDIM's ᾱ after the last step is 1, else ᾱ_0.
+        config: scheduler_config.json, of which :mod:`hgdpo_jax.diffusion.samplers` reads the rest.
     """
 
     alphas_cumprod: np.ndarray
     prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
-    steps_offset: int = 0
-    set_alpha_to_one: bool = True
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str = "") -> "NoiseSchedule":
-        """Reads diffusers' scheduler_config.json. What is not implemented is a UserError that begins with `source`."""
+        """Reads diffusers' scheduler_config.json. What is not computed is a UserError that begins with `source`."""
         count = config.get("num_train_timesteps", 1000)
         start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
         shape = config.get("beta_schedule", "linear")
@@ -51,20 +47,18 @@ class NoiseSchedule:
             raise UserError(f"{source}scheduler config beta_schedule={shape!r}: expects scaled_linear or linear")
         for key, values in {
             "prediction_type": ("epsilon", "v_prediction"),
-            "timestep_spacing": ("leading", "trailing", "linspace"),
-            "rescale_betas_zero_snr": (False,),
+            "rescale_betas_zero_snr": (False, True),
             "trained_betas": (None,),
-            "thresholding": (False,),
         }.items():
             if config.get(key, values[0]) not in values:
                 raise UserError(f"{source}scheduler config {key}={config[key]!r}: expects one of {values}")
-        return cls(
-            alphas_cumprod=np.cumprod(1.0 - betas, dtype=np.float32),
-            prediction_type=config.get("prediction_type", "epsilon"),
-            timestep_spacing=config.get("timestep_spacing", "leading"),
-            steps_offset=config.get("steps_offset", 0),
-            set_alpha_to_one=config.get("set_alpha_to_one", True),
-        )
+        alphas, prediction = np.cumprod(1.0 - betas, dtype=np.float32), config.get("prediction_type", "epsilon")
+        if config.get("rescale_betas_zero_snr"):
+            if prediction == "epsilon":
+                raise UserError(f"{source}scheduler config rescale_betas_zero_snr=True with prediction_type='epsilon': "
+                                "of pure noise the noise says nothing; expects v_prediction")  # fmt: skip
+            alphas = _without_signal_at_last(alphas)
+        return cls(alphas, prediction, config)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -90,7 +84,10 @@ class NoiseSchedule:
 
     def to_x_0(self, prediction: Latent, x_t: Latent, t: Timesteps) -> Latent:
         """The x_0 that a prediction stands for."""
-        signal, sigma = self.signal_and_noise(t)
+        return self.x_0_at(prediction, x_t, *self.signal_and_noise(t))
+
+    def x_0_at(self, prediction: Latent, x_t: Latent, signal: Array, sigma: Array) -> Latent:
+        """The same where x_t = signal · x_0 + sigma · ε, numbers or arrays that multiply latents."""
         if self.prediction_type == "epsilon":
             return (x_t - sigma * prediction) / signal
         return signal * x_t - sigma * prediction
@@ -116,3 +113,9 @@ class NoiseSchedule:
         if self.prediction_type == "epsilon":
             per_prediction = per_prediction / np.sqrt(table)
         return jnp.asarray(x_0 * per_prediction, jnp.float32)[t][:, None, None, None]
+
+
+def _without_signal_at_last(alphas: np.ndarray) -> np.ndarray:
+    """√ᾱ shifted so that the last is 0, and scaled so that the first stays (Lin et al. 2024, algorithm 1)."""
+    roots = np.sqrt(alphas)
+    return np.square((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1]))

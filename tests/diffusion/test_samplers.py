@@ -1,5 +1,7 @@
 """Schedule and samplers against diffusers' schedulers, step by step on the same predictions."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from hgdpo_jax.diffusion.guidance import guided
 from hgdpo_jax.diffusion.samplers import from_noise, make_steps, sample, sdrecon
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.errors import UserError
 from tests.rounding import EPS, assert_close
 
 CLASSES = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
@@ -28,15 +31,11 @@ def predict(x: np.ndarray, t: int) -> np.ndarray:
     return (np.sin(x * 1.3) * 0.7 + 0.2 * x + t / 4000).astype(np.float32)
 
 
-@pytest.mark.parametrize("steps", [5, 20, 50])
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("sampler", CLASSES)
-def test_every_step_is_diffusers(sampler: str, prediction: str, spacing: str, steps: int, monkeypatch) -> None:
-    theirs = scheduler(sampler, prediction, spacing)
+def assert_every_step_is(theirs, config: dict, sampler: str, steps: int, monkeypatch, tolerance: float) -> None:
+    """Our table of a config against a scheduler of diffusers, each step from where theirs is."""
     theirs.set_timesteps(steps)
-    schedule = NoiseSchedule.from_config(dict(theirs.config))
-    table = make_steps(schedule, sampler, steps)
+    schedule = NoiseSchedule.from_config(config)
+    table, clip = make_steps(schedule, sampler, steps), from_noise(schedule, sampler, steps).clip
     np.testing.assert_array_equal(table.t, theirs.timesteps.numpy())
     noise = np.random.default_rng(1).standard_normal((steps, 2, 4, 3, 3)).astype(np.float32)
     drawn = iter(noise)
@@ -47,11 +46,92 @@ def test_every_step_is_diffusers(sampler: str, prediction: str, spacing: str, st
         before = x_t.numpy()
         pred = predict(before, int(t))
         x_t = theirs.step(torch.tensor(pred), t, x_t).prev_sample
-        x_0 = np.asarray(schedule.to_x_0(jnp.asarray(pred), jnp.asarray(before), jnp.full(2, int(t))))
+        x_0 = np.asarray(schedule.x_0_at(pred, before, table.signal[i], table.sigma[i]))
         ours = table.x[i] * before + table.x_0[i] * x_0 + table.previous_x_0[i] * previous + table.noise[i] * noise[i]
+        ours = ours + table.clipping[i] * (np.clip(x_0, -clip, clip) - x_0)
         previous = x_0
-        # A few roundings; x̂_0 divides them by √ᾱ, which is 0.068 at the first step.
-        assert_close(ours, x_t.numpy(), 5 * EPS / 0.068)
+        assert_close(ours, x_t.numpy(), tolerance)
+
+
+@pytest.mark.parametrize("steps", [5, 20, 50])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", CLASSES)
+def test_every_step_is_diffusers(sampler: str, prediction: str, spacing: str, steps: int, monkeypatch) -> None:
+    theirs = scheduler(sampler, prediction, spacing)
+    # A few roundings; x̂_0 divides them by √ᾱ, which is 0.068 at the first step.
+    assert_every_step_is(theirs, dict(theirs.config), sampler, steps, monkeypatch, 5 * EPS / 0.068)
+
+
+# scheduler_config.json as people have it, each written for another class than the one that samples.
+PNDM = SD | {
+    "_class_name": "PNDMScheduler",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "num_train_timesteps": 1000,
+}
+CONFIGS = {
+    "SD 1.5's": PNDM | {"clip_sample": False, "trained_betas": None},
+    "without clip_sample": PNDM,
+    "with another range": PNDM | {"clip_sample": True, "clip_sample_range": 0.3},
+    "SDXL's": PNDM
+    | {"_class_name": "EulerDiscreteScheduler", "clip_sample": False, "interpolation_type": "linear"}
+    | {"sample_max_value": 1.0, "timestep_spacing": "leading", "use_karras_sigmas": False},
+    "SD 2.1's": PNDM | {"_class_name": "DDIMScheduler", "clip_sample": False, "prediction_type": "v_prediction"},
+    "Karras": PNDM | {"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "use_karras_sigmas": True},
+    "without signal at last": PNDM
+    | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+}
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("sampler", CLASSES)
+def test_a_config_is_read_as_its_class_reads_it(sampler: str, config: str, steps: int, monkeypatch) -> None:
+    theirs = CLASSES[sampler].from_config(CONFIGS[config])
+    # A step from where the signal is 2⁻¹² loses as much in the solver's σ / √ᾱ, float32 there.
+    tolerance = 5 * EPS * (2**12 if config == "without signal at last" else 1 / 0.068)
+    assert_every_step_is(theirs, CONFIGS[config], sampler, steps, monkeypatch, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "key", "value"),
+    [
+        ("dpmpp_2m", "use_lu_lambdas", True),
+        ("dpmpp_2m", "use_exponential_sigmas", True),
+        ("dpmpp_2m", "use_beta_sigmas", True),
+        ("dpmpp_2m", "final_sigmas_type", "sigma_min"),
+        ("dpmpp_2m", "algorithm_type", "sde-dpmsolver++"),
+        ("dpmpp_2m", "solver_order", 3),
+        ("dpmpp_2m", "solver_type", "heun"),
+        ("dpmpp_2m", "lambda_min_clipped", -5.1),
+        ("dpmpp_2m", "variance_type", "learned_range"),
+        ("ddpm", "variance_type", "fixed_large"),
+        ("ddpm", "timestep_spacing", "karras"),
+        *[(sampler, "thresholding", True) for sampler in CLASSES],
+    ],
+)
+def test_what_is_not_computed_is_refused(sampler: str, key: str, value: object) -> None:
+    schedule = NoiseSchedule.from_config(PNDM | {key: value})
+    with pytest.raises(UserError, match=re.escape(f"scheduler_config.json {key}={value!r}: {sampler} expects")):
+        make_steps(schedule, sampler, 20)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"beta_schedule": "squaredcos_cap_v2"}, {"trained_betas": [0.1]}, {"prediction_type": "sample"},
+     {"rescale_betas_zero_snr": True}],
+)  # fmt: skip
+def test_another_schedule_is_refused(wrong: dict) -> None:
+    with pytest.raises(UserError, match=f"model M: scheduler config {next(iter(wrong))}="):
+        NoiseSchedule.from_config(PNDM | wrong, "model M: ")
+
+
+def test_more_steps_than_there_are_timesteps_are_refused() -> None:
+    schedule = NoiseSchedule.from_config(PNDM)
+    for steps, reason in ((1000, "with steps_offset=1 they begin beyond the 1000"), (1001, "expects 1 to 1000")):
+        with pytest.raises(UserError, match=reason):
+            make_steps(schedule, "ddpm", steps)
 
 
 def drawing(schedule: NoiseSchedule, denoise=lambda x, t: jnp.tanh(x)):
