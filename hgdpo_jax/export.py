@@ -1,6 +1,7 @@
-"""A run's last stage → what other programs load: a diffusers folder (LoRA merged), its LoRA in two forms, the recipe.
+"""A run's last stage → what other programs load: a diffusers folder or a single file in LDM's layout (LoRA merged), its
+LoRA in two forms, the recipe.
 
-python -m hgdpo_jax.export --workdir W --out DIR [--stage stage3] [--format diffusers,peft,kohya] [--base DIR]
+python -m hgdpo_jax.export --workdir W --out DIR [--stage stage3] [--format diffusers,peft,kohya,ldm] [--base DIR]
 """
 
 import argparse
@@ -17,27 +18,32 @@ from ml_collections import ConfigDict
 from hgdpo_jax import command, model_card, runtime
 from hgdpo_jax import config as configuration
 from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import file_hash, whole, write_json
-from hgdpo_jax.models import ip_adapter
-from hgdpo_jax.models.convert import save_model
+from hgdpo_jax.models import ip_adapter, ldm
+from hgdpo_jax.models.convert import save_model, to_torch
 from hgdpo_jax.models.ldm import unet_name
 from hgdpo_jax.models.lora import merge_lora, to_kohya, to_peft
 from hgdpo_jax.models.weights import write_weights
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.checkpoints import tree_hash
 
-FORMATS = ("diffusers", "peft", "kohya")
+FORMATS = ("diffusers", "peft", "kohya", "ldm")
+_OF_LORA, _OF_ALL = ("diffusers", "peft", "kohya"), ("diffusers", "ldm")  # unless asked for others
 PEFT_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
 # The text encoders' LoRA, and for the recipe that of the stage before the hard one.
 PEFT_TEXT_FILE, KOHYA_TEXT_FILE = "text_encoder_lora.safetensors", "kohya_text_encoder_lora.safetensors"
 PEFT_NORMAL_FILE = "normal_lora.safetensors"
+# The hard stage's LoRA as the recipe draws with it, for programs that know one strength for all blocks.
+KOHYA_RECIPE_FILE = "kohya_recipe_lora.safetensors"
+CHECKPOINT_FILE = "checkpoint.safetensors"
 ADAPTER_FILE = "ip_adapter.safetensors"
 RECIPE, RECIPE_FILE = configuration.ASSETS / "diffusers_recipe.py", "hgdpo_recipe.py"
 
 
 def export(
-    workdir: Path, out: Path, stage: str | None = None, formats: Sequence[str] = FORMATS, base: str | None = None
+    workdir: Path, out: Path, stage: str | None = None, formats: Sequence[str] | None = None, base: str | None = None
 ) -> None:
     """Writes `out`, all of it or nothing. A fully fine-tuned policy has no LoRA files.
 
@@ -45,25 +51,27 @@ def export(
         workdir: of the run.
         out: folder to write.
         stage: to export; the last that was started unless given.
-        formats: some of FORMATS.
+        formats: some of FORMATS; unless given all but `ldm`, or of a fully fine-tuned policy `diffusers` and `ldm`.
         base: where the run's base model is, if it was moved.
 
     Raises:
         UserError: no finished stage, an unknown format, another base, or `out` holds something else.
     """
-    for name in formats:
+    for name in formats or ():
         if name not in FORMATS:
             raise UserError(f"--format {name}: unknown; choose from {','.join(FORMATS)}")
     stage = stage or policies.last_stage(workdir)
     config, text = policies.stage_config(workdir, stage), policies.TEXT_ENCODER
+    formats = formats or (_OF_ALL if config.train.params == "all" else _OF_LORA)
     configs = {stage: config}  # of what is written; the stage's own last: its policy is what the folder gets
     normal = policies.CURRICULUM["normal"]
     if config.train.params == "lora" and config.train.start == normal:
         configs = {normal: policies.stage_config(workdir, normal)} | configs
     beside = [name for name in (text, policies.PERSONALISE) if (workdir / name / "config.json").is_file()]
     configs = {name: policies.stage_config(workdir, name) for name in beside} | configs
-    if config.train.params == "all" and "diffusers" not in formats:
-        raise UserError(f"--format {','.join(formats)}: {stage} trained all parameters and has no LoRA; add diffusers")
+    if config.train.params == "all" and not {*_OF_ALL} & {*formats}:
+        raise UserError(f"--format {','.join(formats)}: {stage} trained all parameters and has no LoRA; add diffusers "
+                        "or ldm")  # fmt: skip
     config.model.dtype = "float32"  # what is merged into is kept in full precision
     content = policies.find_base(workdir, config, base)
     pipeline = policies.load(config, runtime.local_mesh(), *(configs[name] for name in beside if name != stage))
@@ -122,6 +130,13 @@ def _write(
                     metadata = _metadata(pipeline, kind, train.lora_rank, train.lora_alpha)
                     write_weights(folder / file, lora_weights(pipeline.models, kind, part), np.float32, metadata)
                     written.append(file)
+    if KOHYA_FILE in written and policies.blocks_of(stage) == "up":
+        policies.put(pipeline, recipe.as_drawn(trained[stage], "up"))
+        metadata = _metadata(pipeline, "kohya", config.train.lora_rank, config.train.lora_alpha)
+        acting = _acting(lora_weights(pipeline.models, "kohya", "unet"))
+        write_weights(folder / KOHYA_RECIPE_FILE, acting, np.float32, metadata)
+        written.append(KOHYA_RECIPE_FILE)
+        policies.put(pipeline, trained[stage])
     if PEFT_FILE in written:
         shutil.copyfile(RECIPE, folder / RECIPE_FILE)
         written.append(RECIPE_FILE)
@@ -131,6 +146,9 @@ def _write(
     if "diffusers" in formats:
         _write_folder(pipeline, folder)
         written.append("a diffusers folder")
+    if "ldm" in formats:
+        _write_checkpoint(pipeline, folder / CHECKPOINT_FILE, f"HG-DPO {stage}")
+        written.append(CHECKPOINT_FILE)
     manifest = workdir / (config.train.pairs or stage) / "pairs" / "manifest.json"
     card = model_card.text(pipeline, config, policy=origin["policies"][stage], pairs=file_hash(manifest), files=written)
     (folder / "README.md").write_text(card)
@@ -167,7 +185,7 @@ def _metadata(pipeline: pipelines.Pipeline, kind: str, rank: int, alpha: float) 
         return {}
     xl = "text_encoder_2" in pipeline.models
     return {
-        "modelspec.architecture": f"stable-diffusion-{'xl-v1-base' if xl else 'v1'}/lora",
+        "modelspec.architecture": f"{_architecture(pipeline)}/lora",
         "ss_base_model_version": "sdxl_base_v1-0" if xl else "sd_v1",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
@@ -175,14 +193,51 @@ def _metadata(pipeline: pipelines.Pipeline, kind: str, rank: int, alpha: float) 
     }
 
 
+def _architecture(pipeline: pipelines.Pipeline) -> str:
+    return f"stable-diffusion-{'xl-v1-base' if 'text_encoder_2' in pipeline.models else 'v1'}"
+
+
+def _acting(kohya: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without the layers whose LoRA does nothing."""
+    return {key: value for key, value in kohya.items() if kohya[f"{key.partition('.')[0]}.lora_up.weight"].any()}
+
+
 def _write_folder(pipeline: pipelines.Pipeline, folder: Path) -> None:
-    write_json(folder / "model_index.json", pipeline.index)
+    written = {*pipeline.models, *pipeline.tokenizers, "scheduler"}
+    index = dict(pipeline.index)
+    for name, kind in index.items():
+        if isinstance(kind, list | tuple) and name not in written:  # such as SD 1.5's safety checker
+            index[name] = [None, None]
+    if "requires_safety_checker" in index or "safety_checker" in index:
+        index["requires_safety_checker"] = False
+    write_json(folder / "model_index.json", index)
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", pipeline.scheduler)
     for name, tokenizer in pipeline.tokenizers.items():
         tokenizer.save_pretrained(folder / name)
+        tokenizer.backend_tokenizer.model.save(str(folder / name))  # as vocab.json and merges.txt too
     for name, model in pipeline.models.items():
         save_model(model, folder / name)
+
+
+def _write_checkpoint(pipeline: pipelines.Pipeline, path: Path, title: str) -> None:
+    """A single file in LDM's layout, with the header that Stability AI's modelspec wants."""
+    xl, v = "text_encoder_2" in pipeline.models, pipeline.schedule.prediction_type == "v_prediction"
+    models = {name: to_torch(model) for name, model in pipeline.models.items()}
+    configs = {name: model.config for name, model in pipeline.models.items()}
+    tensors = ldm.to_single_file(models, configs, ldm.SDXL_PARTS if xl else ldm.SD1_PARTS)
+    empty = np.zeros(0, np.float32)
+    tensors |= {"v_pred": empty} if v else {}
+    tensors |= {"ztsnr": empty} if pipeline.scheduler.get("rescale_betas_zero_snr") else {}
+    licence = {"modelspec.license": pipeline.licence} if pipeline.licence else {}
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": _architecture(pipeline),
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
+        "modelspec.prediction_type": "v" if v else "epsilon",
+    }
+    write_weights(path, tensors, np.float32, metadata | licence)
 
 
 def main() -> None:
@@ -190,10 +245,12 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the run")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--stage", help="stage to export; the last finished one unless given")
-    parser.add_argument("--format", default=",".join(FORMATS), help="some of %(default)s, with commas between")
+    parser.add_argument("--format", help=f"some of {','.join(FORMATS)}, with commas between; all but ldm unless "
+                        "given, of a stage that trained all parameters diffusers and ldm")  # fmt: skip
     parser.add_argument("--base", help="where the run's base model is now, if it was moved")
     arguments = parser.parse_args()
-    export(arguments.workdir, arguments.out, arguments.stage, arguments.format.split(","), arguments.base)
+    formats = arguments.format.split(",") if arguments.format else None
+    export(arguments.workdir, arguments.out, arguments.stage, formats, arguments.base)
 
 
 if __name__ == "__main__":

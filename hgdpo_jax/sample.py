@@ -107,8 +107,9 @@ def from_checkpoint(model: str) -> Source:
     """A checkpoint as it is, in bfloat16 on accelerators; see `pipeline.find` for what it may be."""
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     pipeline = pipelines.load(model, dtype, param_dtype=dtype, place=runtime.placer(runtime.local_mesh()))
-    side = pipeline.unet.config.get("sample_size", 64) * pipeline.vae.pixels_per_latent
-    return Source(pipeline, [], (side, side), {"model": model, "base": pipelines.content_hash(model)})
+    size = pipeline.unet.config.get("sample_size", 64)  # a number, or height and width
+    height, width = (side * pipeline.vae.pixels_per_latent for side in (size if isinstance(size, list) else [size] * 2))
+    return Source(pipeline, [], (height, width), {"model": model, "base": pipelines.content_hash(model)})
 
 
 def with_concept(source: Source, concept: Path, adapter: ConfigDict, workdir: Path | None) -> Source:

@@ -1,11 +1,11 @@
 """What a single file leaves out: the configs of Stable Diffusion 1.5 and XL, and how to tell which one a file holds."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.models.ldm import SD1_PARTS, SDXL_PARTS, Translate
+from hgdpo_jax.models.ldm import SD1_PARTS, SDXL_PARTS, Translate, bare_clip
 from hgdpo_jax.models.weights import Weights
 
 VERSION = "0.42.1"  # of diffusers, whose folders these configs are written into
@@ -82,12 +82,12 @@ _SCHEDULER = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
+    "clip_sample": False,
     "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
     "steps_offset": 1,
-    "timestep_spacing": "leading",
 }
 _INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -130,8 +130,9 @@ SDXL = Architecture(
         "text_encoder": _CLIP_L,
         "text_encoder_2": _CLIP_G,
     },
-    scheduler={key: value for key, value in _SCHEDULER.items() if key not in ("set_alpha_to_one", "skip_prk_steps")}
-    | {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "use_karras_sigmas": False},
+    scheduler=_SCHEDULER
+    | {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "use_karras_sigmas": False}
+    | {"timestep_spacing": "leading"},
     index={key: value for key, value in _INDEX.items() if "safety" not in key}
     | {
         "_class_name": "StableDiffusionXLPipeline",
@@ -148,8 +149,13 @@ _CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 _CONTEXT = "model.diffusion_model.{}.transformer_blocks.0.attn2.to_k.weight"
 
 
-def recognise(weights: Weights, source: str) -> Architecture:
-    """The architecture of a single file, from its keys and shapes.
+def recognise(weights: Weights, source: str, with_vae: bool = True) -> Architecture:
+    """The architecture of a single file, from its keys, shapes and metadata.
+
+    Args:
+        weights: the file.
+        source: named in errors.
+        with_vae: whether it has to hold one.
 
     Raises:
         UserError: a LoRA, a part of a checkpoint, or a checkpoint of another kind.
@@ -163,18 +169,37 @@ def recognise(weights: Weights, source: str) -> Architecture:
         raise UserError(f"{source}: its UNet takes {channels} channels, as inpainting models do; expected 4")
     sdxl = any(key.startswith(SDXL_PARTS["text_encoder_2"][0]) for key in weights)
     architecture = SDXL if sdxl else SD15
-    for prefix, _ in architecture.parts.values():
-        if not any(key.startswith(prefix) for key in weights):
-            kind = "of 2.x" if any(key.startswith("cond_stage_model.model.") for key in weights) else "incomplete"
-            raise UserError(f"{source}: is {kind}, it has no {prefix.rstrip('.')}; expected a Stable Diffusion 1.x or "
-                            "XL checkpoint, or convert it with diffusers and give the folder")  # fmt: skip
+    absent = [part for part, (at, _) in architecture.parts.items() if not any(key.startswith(at) for key in weights)]
+    if set(absent) - {"vae"}:
+        kind = "of 2.x" if any(key.startswith("cond_stage_model.model.") for key in weights) else "incomplete"
+        prefix, _ = architecture.parts[absent[-1]]
+        raise UserError(f"{source}: is {kind}, it has no {prefix.rstrip('.')}; expected a Stable Diffusion 1.x or "
+                        "XL checkpoint, or convert it with diffusers and give the folder")  # fmt: skip
+    if absent and with_vae:
+        raise UserError(f"{source}: holds no VAE; give one with --config.model.vae=FILE_OR_FOLDER")
     where = "middle_block.1" if sdxl else "input_blocks.1.1"
-    width = weights.shape(_CONTEXT.format(where))[1]
+    context = _CONTEXT.format(where)
+    if context not in weights:
+        raise UserError(f"{source}: is incomplete, it has no weight {context}")
+    width = weights.shape(context)[1]
     expected = architecture.configs["unet"]["cross_attention_dim"]
     if width != expected:
         raise UserError(f"{source}: its UNet reads text of width {width}, that of {architecture.name} is {expected}")
-    # Files trained for v say so with an empty tensor, where they say it.
-    if "v_pred" in weights or "ztsnr" in weights:
-        raise UserError(f"{source}: predicts v; convert it with diffusers, whose scheduler_config.json says so, and "
-                        "give the folder")  # fmt: skip
-    return architecture
+    prefix, _ = architecture.parts["text_encoder"]
+    if any(key.startswith(f"{prefix}embeddings.") for key in weights):
+        architecture = replace(architecture, parts=architecture.parts | {"text_encoder": (prefix, bare_clip)})
+    return replace(architecture, scheduler=architecture.scheduler | _prediction(weights, source))
+
+
+def _prediction(weights: Weights, source: str) -> dict[str, Any]:
+    """What the network predicts, and whether the last timestep has no signal, as a single file says it where it does:
+    in its metadata, or with an empty tensor of that name."""
+    stated = weights.metadata.get("modelspec.prediction_type", "").lower()
+    if stated not in ("", "epsilon", "v", "v_prediction"):
+        raise UserError(f"{source}: its metadata has modelspec.prediction_type={stated!r}; expected epsilon or v")
+    v = "v_pred" in weights or weights.metadata.get("ss_v_parameterization", "").lower() == "true"
+    if v and stated == "epsilon":
+        raise UserError(f"{source}: its metadata has modelspec.prediction_type='epsilon', and v_pred or "
+                        "ss_v_parameterization says v; take out the wrong one")  # fmt: skip
+    found = {"prediction_type": "v_prediction"} if v or stated.startswith("v") else {}
+    return found | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in weights else {})

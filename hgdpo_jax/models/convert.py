@@ -29,6 +29,17 @@ Place = Callable[[str, np.ndarray], jax.Array]
 _BUFFERS = ("position_ids",)
 
 
+# The attention of VAEs that diffusers wrote before 2023, among them the official SD 1.x and sd-vae-ft-mse.
+_BEFORE_2023 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _renamed(key: str) -> str:
+    *modules, leaf = key.split(".")
+    if modules and "attentions" in modules:
+        modules[-1] = _BEFORE_2023.get(modules[-1], modules[-1])
+    return ".".join([*modules, leaf])
+
+
 def torch_key(path: tuple[Any, ...]) -> str:
     """`down_blocks.0.resnets.0.conv1.weight` for the path of a parameter."""
     *modules, leaf = (str(part) for part in path)
@@ -74,6 +85,7 @@ def from_torch(
     source: str = "checkpoint",
     dtype: Any = jnp.float32,
     place: Place = lambda name, value: jax.device_put(value),
+    expected_by: str = "its config.json",
 ) -> None:
     """Puts torch-named weights into a model (which may be abstract), in place and one by one.
 
@@ -83,11 +95,12 @@ def from_torch(
         source: named in errors.
         dtype: of the parameters.
         place: puts a parameter on its devices.
+        expected_by: what the weights have to fit, for errors.
 
     Raises:
         UserError: a key is missing, superfluous or of another shape.
     """
-    stored = {key: key for key in weights if key.rpartition(".")[2] not in _BUFFERS}
+    stored = {_renamed(key): key for key in weights if key.rpartition(".")[2] not in _BUFFERS}
     expected = {torch_key(path): (path, leaf) for path, leaf in parameters(model).items()}
     # Older CLIP text checkpoints carry a prefix that transformers 5 dropped, and the other way round.
     for change in (lambda key: key.removeprefix("text_model."), lambda key: f"text_model.{key}"):
@@ -95,25 +108,24 @@ def from_torch(
         if not expected.keys() & stored.keys() and expected.keys() & renamed.keys():
             stored = renamed
     missing, superfluous = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
-    if missing:
-        if any("lora" in key for key in stored):
-            raise UserError(f"{source}: holds a LoRA, not a model; give the model that it was trained on")
-        raise UserError(
-            f"{source}: weight {missing[0]} is missing ({len(missing)} in all); the file does not fit its config.json"
-        )
-    if superfluous:
-        raise UserError(
-            f"{source}: weight {superfluous[0]} is superfluous ({len(superfluous)} in all); wrong config.json?"
-        )
+    if missing and any("lora" in key for key in stored):
+        raise UserError(f"{source}: holds a LoRA, not a model; give the model that it was trained on")
+    for keys, fault in ((missing, "missing"), (superfluous, "superfluous")):
+        if keys:
+            raise UserError(
+                f"{source}: weight {keys[0]} is {fault} ({len(keys)} in all); it does not fit {expected_by}"
+            )
 
     def read(key: str) -> tuple[tuple[Any, ...], nnx.Param]:
         path, leaf = expected[key]
         kind = str(path[-1])
         value = from_torch_layout(kind, np.asarray(weights[stored[key]]))
+        if value.shape == (1, 1, *leaf.shape):  # a linear layer that was written as a convolution of one pixel
+            value = value[0, 0]
         if value.shape != leaf.shape:
             raise UserError(
-                f"{source}: weight {key} is {to_torch_layout(kind, value).shape}, "
-                f"its config.json asks for {_torch_shape(kind, leaf.shape)}"
+                f"{source}: weight {key} is {to_torch_layout(kind, value).shape}, not "
+                f"{_torch_shape(kind, leaf.shape)}; does not fit {expected_by}"
             )
         # What is transposed, the device's client copies as it reads it. The rest it might take over as it is, and the
         # model would then change with the file.
@@ -151,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: there is no file, or it is not a JSON object.
     """
     try:
-        found = json.loads(path.read_text(), object_hook=functools.partial(_Json, path))
+        found = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=functools.partial(_Json, path))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; expected a model folder as diffusers writes it") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

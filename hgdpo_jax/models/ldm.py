@@ -57,11 +57,24 @@ _OPEN_CLIP: Rules = (
 )
 
 
+def _same(value: np.ndarray) -> np.ndarray:
+    return value
+
+
 class Stored(NamedTuple):
-    """Where a tensor is: its key in the file, and what makes diffusers' tensor of it."""
+    """Where a tensor of diffusers is in a file.
+
+    Attributes:
+        key: of the file's tensor.
+        read: file's tensor → diffusers'.
+        write: diffusers' tensor → file's.
+        third: where a file's tensor is three of diffusers', one below the other, which of them.
+    """
 
     key: str
-    convert: Callable[[np.ndarray], np.ndarray] = lambda value: value
+    read: Callable[[np.ndarray], np.ndarray] = _same
+    write: Callable[[np.ndarray], np.ndarray] = _same
+    third: int = 0
 
 
 def unet_name(key: str, config: Mapping[str, Any]) -> str:
@@ -107,11 +120,12 @@ def _unet(key: str, config: Mapping[str, Any]) -> Stored:
     return Stored(unet_name(key, config))
 
 
-def _vae(key: str, config: Mapping[str, Any]) -> Stored:
+def vae_part(key: str, config: Mapping[str, Any]) -> Stored:
+    """Where a VAE parameter of diffusers is, without prefix."""
     name = vae_name(key, config)
     # Attention is written as 1x1 convolutions there.
     if ".attn_1." in name and name.endswith("weight") and ".norm." not in name:
-        return Stored(name, lambda value: value.reshape(value.shape[:2]))
+        return Stored(name, lambda value: value.reshape(value.shape[:2]), lambda value: value[:, :, None, None])
     return Stored(name)
 
 
@@ -120,32 +134,38 @@ def _clip(key: str, config: Mapping[str, Any]) -> Stored:
     return Stored(f"text_model.{key}")
 
 
+def bare_clip(key: str, config: Mapping[str, Any]) -> Stored:
+    """Where a parameter of SD 1.x's text encoder is in files that follow NovelAI's."""
+    del config
+    return Stored(key)
+
+
 def _open_clip(key: str, config: Mapping[str, Any]) -> Stored:
     del config
     match = re.match(r"text_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", key)
     if match:
         third = "qkv".index(match[2])
         name = f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}"
-        return Stored(name, lambda value: np.split(value, 3)[third])
+        return Stored(name, lambda value: np.split(value, 3)[third], third=third)
     name = _apply(_OPEN_CLIP, key)
-    return Stored(name, np.transpose) if name == "text_projection" else Stored(name)
+    return Stored(name, np.transpose, np.transpose) if name == "text_projection" else Stored(name)
 
 
 Translate = Callable[[str, Mapping[str, Any]], Stored]
+VAE_PREFIX, VAE_CONV = "first_stage_model.", "encoder.down.0.block.0.conv1.weight"  # in front of a VAE, and in each one
 SD1_PARTS: dict[str, tuple[str, Translate]] = {
     "unet": ("model.diffusion_model.", _unet),
-    "vae": ("first_stage_model.", _vae),
+    "vae": (VAE_PREFIX, vae_part),
     "text_encoder": ("cond_stage_model.transformer.", _clip),
 }
 SDXL_PARTS: dict[str, tuple[str, Translate]] = {
     "unet": ("model.diffusion_model.", _unet),
-    "vae": ("first_stage_model.", _vae),
+    "vae": (VAE_PREFIX, vae_part),
     "text_encoder": ("conditioner.embedders.0.transformer.", _clip),
     "text_encoder_2": ("conditioner.embedders.1.model.", _open_clip),
 }
-LONE_VAE: tuple[str, Translate] = ("", _vae)  # a file that holds a VAE alone
-# In the files and of no use: buffers, and the training loss of the VAE.
-_IGNORED = re.compile(r"(^loss\.|(^|\.)position_ids$|^logit_scale$|^attn_mask$)")
+# In the files and of no use: buffers, the training loss of a VAE, and the running mean of its weights.
+_IGNORED = re.compile(r"(^loss\.|^model_ema\.|(^|\.)position_ids$|^logit_scale$|^attn_mask$)")
 
 
 class Part(Mapping[str, np.ndarray]):
@@ -166,7 +186,7 @@ class Part(Mapping[str, np.ndarray]):
     ) -> None:
         self._weights = weights
         wanted = {key: translate(key, config) for key in keys}
-        found = {key: Stored(prefix + where.key, where.convert) for key, where in wanted.items()}
+        found = {key: where._replace(key=prefix + where.key) for key, where in wanted.items()}
         self._where = {key: where for key, where in found.items() if where.key in weights}
         used = {where.key for where in self._where.values()}
         for key in weights:
@@ -175,10 +195,33 @@ class Part(Mapping[str, np.ndarray]):
 
     def __getitem__(self, key: str) -> np.ndarray:
         where = self._where[key]
-        return where.convert(self._weights[where.key])
+        return where.read(self._weights[where.key])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
     def __len__(self) -> int:
         return len(self._where)
+
+
+def to_single_file(
+    models: Mapping[str, Mapping[str, np.ndarray]],
+    configs: Mapping[str, Mapping[str, Any]],
+    parts: Mapping[str, tuple[str, Translate]],
+) -> dict[str, np.ndarray]:
+    """The tensors of a whole checkpoint in LDM's layout.
+
+    Args:
+        models: part → diffusers key → tensor.
+        configs: of the parts.
+        parts: where each is kept, SD1_PARTS or SDXL_PARTS.
+    """
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for part, (prefix, translate) in parts.items():
+        for key, tensor in models[part].items():
+            where = translate(key, configs[part])
+            found.setdefault(prefix + where.key, {})[where.third] = where.write(tensor)
+    return {
+        key: thirds[0] if len(thirds) == 1 else np.concatenate([thirds[i] for i in range(3)])
+        for key, thirds in found.items()
+    }

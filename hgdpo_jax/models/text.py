@@ -26,7 +26,7 @@ class TextConditioner(nnx.Module):
     Args:
         text_encoder: the only encoder, or XL's first.
         text_encoder_2: XL's second.
-        empty_ids: token ids of the empty caption, [s].
+        empty_ids: token ids of the empty caption, [s]: begin, end, padding.
         pad_2: what the second tokenizer pads with. The two share their vocabulary and differ in nothing else.
         zero_empty: the empty caption is all zeros, as XL was trained (`force_zeros_for_empty_prompt`).
     """
@@ -54,7 +54,7 @@ class TextConditioner(nnx.Module):
         first = self.text_encoder(input_ids)
         if not hasattr(self, "text_encoder_2"):
             return Conditioning(first.last_hidden_state)
-        ends = input_ids == input_ids.max(axis=1, keepdims=True)  # the end of text is CLIP's highest id
+        ends = input_ids == self.empty_ids[1]  # not the highest id where words were added to the vocabulary
         after_end = jnp.cumsum(ends, axis=1) - ends > 0
         second = self.text_encoder_2(jnp.where(after_end, self.pad_2, input_ids))
         numbers = jnp.asarray([*size, 0, 0, *size], jnp.int32)

@@ -2,8 +2,9 @@
 
 import json
 import math
+import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from hgdpo_jax.files import whole
 
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+CONVERTER = Path(__file__).with_name("from_pickle.py")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 
 
@@ -81,27 +83,47 @@ class Weights(Mapping[str, np.ndarray]):
         return len(self._places)
 
 
+def chosen(names: Container[str]) -> str | None:
+    """Of the names in a model folder that of its weights: of one file, or of the index of shards.
+
+    Full precision comes before `fp16`, as diffusers names them.
+    """
+    for variant in ("", ".fp16"):
+        for stem in STEMS:
+            for name in (f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"):
+                if name in names:
+                    return name
+    return None
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index names.
+
+    Raises:
+        UserError: it is not an index.
+    """
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not an index of weights ({error}); copy it again") from error
+
+
 def open_folder(folder: Path) -> Weights:
-    """The weights of a model folder: one file or shards, full precision before `fp16`, as diffusers names them.
+    """The weights of a model folder: one file or shards; see :func:`chosen`.
 
     Raises:
         UserError: there are none, only pickles, or a shard is missing.
     """
-    for variant in ("", ".fp16"):
-        for stem in STEMS:
-            whole = folder / f"{stem}{variant}.safetensors"
-            if whole.is_file():
-                return Weights(whole)
-            index = folder / f"{stem}.safetensors.index{variant}.json"
-            if index.is_file():
-                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                for shard in shards:
-                    if not (folder / shard).is_file():
-                        raise UserError(f"{folder / shard}: no such file; {index.name} names it")
-                return Weights(*(folder / shard for shard in shards))
-    for path in sorted(folder.glob("*")):
-        refuse_pickle(path)
-    raise UserError(f"{folder}: no weights; expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}")
+    name = chosen({path.name for path in folder.glob("*")})
+    if name is None:
+        refuse_pickle(*sorted(path for path in folder.glob("*.bin") if "pytorch_model" in path.name))
+        raise UserError(f"{folder}: no weights; expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}")
+    if not name.endswith(".json"):
+        return Weights(folder / name)
+    for shard in shards(folder / name):
+        if not (folder / shard).is_file():
+            raise UserError(f"{folder / shard}: no such file; {name} names it")
+    return Weights(*(folder / shard for shard in shards(folder / name)))
 
 
 def write_weights(
@@ -129,16 +151,16 @@ def write_weights(
             file.write(np.ascontiguousarray(tensor, jnp.dtype(dtype)).tobytes())
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raises UserError for a pickle, which can run code when it is opened, with the command that converts it."""
-    if path.suffix in PICKLES:
-        source, target = shlex.quote(str(path)), shlex.quote(str(path.with_suffix(".safetensors")))
-        code = (
-            "import sys, torch; from safetensors.torch import save_file; a, b = sys.argv[1:]; "
-            "d = torch.load(a, map_location='cpu', weights_only=True); d = d.get('state_dict', d); "
-            "d |= {f'{k}.{j}': v for k, n in list(d.items()) if isinstance(n, dict) for j, v in n.items()}; "
-            "save_file({k: v.clone().contiguous() for k, v in d.items() if isinstance(v, torch.Tensor)}, b)"
-        )
-        raise UserError(
-            f'{path}: is a pickle; convert it where PyTorch is installed: python -c "{code}" {source} {target}'
-        )
+def refuse_pickle(*paths: Path) -> None:
+    """Raises UserError for a pickle, which can run code when it is opened, with the command that converts it.
+
+    Args:
+        paths: one file, or all shards of one.
+    """
+    pickles = [path for path in paths if path.suffix in PICKLES]
+    if pickles:
+        first = pickles[0]
+        # transformers' file has a name of its own as a pickle; shards become one file.
+        stem = re.sub(r"^pytorch_model", "model", re.sub(r"-\d+-of-\d+$", "", first.stem))
+        command = [str(path) for path in (CONVERTER, *pickles, first.with_name(f"{stem}.safetensors"))]
+        raise UserError(f"{first}: is a pickle; convert it where PyTorch is installed: python {shlex.join(command)}")

@@ -65,8 +65,12 @@ def test_the_command_that_converts_a_pickle_works(tmp_path: Path) -> None:
         ({CONV_IN: (320, 9, 3, 3)}, "its UNet takes 9 channels, as inpainting models do"),
         ({CONV_IN: (320, 4, 3, 3), "first_stage_model.a": (1,), "cond_stage_model.model.a": (1,)}, "is of 2.x"),
         ({**dict.fromkeys(SD15_KEYS, (1,)), CONV_IN: (320, 4, 3, 3), TO_K: (320, 1024)}, "reads text of width 1024"),
-        ({**dict.fromkeys([*SD15_KEYS, "v_pred"], (1,)), CONV_IN: (320, 4, 3, 3), TO_K: (320, 768)}, "predicts v;"),
-        ({CONV_IN: (320, 4, 3, 3)}, "is incomplete, it has no first_stage_model"),
+        ({CONV_IN: (320, 4, 3, 3)}, "is incomplete, it has no cond_stage_model.transformer"),
+        (
+            {**dict.fromkeys(SD15_KEYS[1:], (1,)), CONV_IN: (320, 4, 3, 3)},
+            "holds no VAE; give one with --config",
+        ),
+        ({**dict.fromkeys(SD15_KEYS, (1,)), CONV_IN: (320, 4, 3, 3)}, f"is incomplete, it has no weight {TO_K}"),
     ],
 )
 def test_another_file_taken_for_a_checkpoint_is_refused(tmp_path: Path, keys: dict, message: str) -> None:

@@ -1,0 +1,233 @@
+"""A Stable Diffusion checkpoint as people have it, opened but not read.
+
+It is a folder as diffusers writes it, a single file in the original LDM layout, or a repository of the Hugging Face hub
+at a pinned revision.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import CLIPTokenizer
+
+from hgdpo_jax.config import ASSETS
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.models import ldm
+from hgdpo_jax.models.architectures import recognise
+from hgdpo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from hgdpo_jax.models.convert import read_config, read_json
+from hgdpo_jax.models.unet import UNet2DConditionModel
+from hgdpo_jax.models.vae import AutoencoderKL
+from hgdpo_jax.models.weights import Weights, chosen, open_folder, refuse_pickle, shards
+
+MODELS: dict[str, type[nnx.Module]] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
+_HUB = re.compile(r"([\w.-]+/[\w.-]+)@(\w+)")
+_TOP = ("model_index.json", "README.md")
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on disk, opened but not read.
+
+    Attributes:
+        name: what the user gave.
+        configs: config.json of each model.
+        open: part, keys of its model → its weights.
+        files: all its safetensors files.
+        tokenizers, scheduler, index, licence: see :class:`hgdpo_jax.diffusion.pipeline.Pipeline`.
+        fit: part → what its weights are to fit, where that is not its config.json.
+    """
+
+    name: str
+    configs: Mapping[str, Mapping[str, Any]]
+    open: Callable[[str, Sequence[str]], Mapping[str, np.ndarray]]
+    files: Sequence[Path]
+    tokenizers: Mapping[str, CLIPTokenizer]
+    scheduler: Mapping[str, Any]
+    index: Mapping[str, Any]
+    licence: str | None
+    fit: Mapping[str, str] = field(default_factory=dict)
+
+    def expected(self, part: str) -> str:
+        """What the weights of a part are to fit, for errors."""
+        return self.fit.get(part, "its config.json")
+
+
+def find(base: str, vae: str = "") -> Source:
+    """Opens a checkpoint.
+
+    Args:
+        base: a diffusers folder, a .safetensors file in the LDM layout, or `owner/name@revision` on the hub.
+        vae: a folder or file whose VAE replaces that of the checkpoint; empty for none.
+
+    Raises:
+        UserError: there is no such thing, it is a pickle, or something this package does not compute.
+    """
+    if not base:
+        raise UserError("config key model.base: is empty; set it to a diffusers folder or a .safetensors checkpoint")
+    path = Path(base)
+    refuse_pickle(path)
+    if path.is_file():
+        source = _single_file(path, with_vae=not vae)
+    elif path.is_dir():
+        source = _folder(path)
+    elif match := _HUB.fullmatch(base):
+        source = _folder(_download(match[1], match[2]))
+    else:
+        raise UserError(
+            f"model {base}: no such folder or file; from the hub write owner/name@revision, with the revision's hash"
+        )
+    source = _with_vae(source, Path(vae)) if vae else source
+    _check_fit(source)
+    return source
+
+
+def _folder(folder: Path) -> Source:
+    index_path = folder / "model_index.json"
+    if not index_path.is_file():
+        raise UserError(f"model {folder}: has no model_index.json; give a folder as diffusers writes it")
+    index = read_json(index_path)
+    for part, kind in index.items():
+        if part in (*MODELS, *_TOKENIZERS, "scheduler") and kind[0] and not (folder / part).is_dir():
+            raise UserError(f"model {folder}: has no folder {part}; its model_index.json names one")
+    parts = [part for part in MODELS if (index.get(part) or [None])[0]]
+    for part in ("unet", "vae", "text_encoder"):
+        if part not in parts:
+            raise UserError(f"model {folder}: {index.get('_class_name')} has no {part}; expected Stable Diffusion")
+    weights = {part: open_folder(folder / part) for part in parts}
+    return Source(
+        name=str(folder),
+        configs={part: read_config(folder / part) for part in parts},
+        open=lambda part, keys: weights[part],
+        files=[file for part in parts for file in weights[part].files],
+        tokenizers={name: _tokenizer(folder / name) for name in _TOKENIZERS if (folder / name).is_dir()},
+        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
+        index=index,
+        licence=_licence(folder / "README.md"),
+    )
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    names = {path.name for path in folder.iterdir()}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise UserError(f"{folder}: has neither tokenizer.json nor vocab.json and merges.txt; copy the folder again")
+    for name in sorted(names):
+        with (folder / name).open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise UserError(f"{folder / name}: is a pointer of Git LFS, not the file; run git lfs pull where it is")
+    try:
+        return CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers' and tokenizers' errors have no class in common
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: not a tokenizer that can be read ({reason}); copy the folder again") from error
+
+
+def _licence(card: Path) -> str | None:
+    """`license` in the front matter of a model card."""
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    found = re.search(r"^license: *(\S+)", front[1], re.MULTILINE) if front else None
+    return found[1].strip("\"'") if found else None
+
+
+def _single_file(path: Path, with_vae: bool) -> Source:
+    weights = Weights(path)
+    architecture = recognise(weights, str(path), with_vae)
+
+    def part(name: str, keys: Sequence[str]) -> Mapping[str, np.ndarray]:
+        prefix, translate = architecture.parts[name]
+        return ldm.Part(weights, prefix, translate, keys, architecture.configs[name])
+
+    folder = ASSETS / "portraits" / "base" / "tokenizer"  # CLIP's: all Stable Diffusions have it
+    tokenizers = {"tokenizer": CLIPTokenizer.from_pretrained(folder)}
+    if "tokenizer_2" in architecture.index:
+        tokenizers["tokenizer_2"] = CLIPTokenizer.from_pretrained(folder, pad_token="!")
+    return Source(
+        name=str(path),
+        configs=architecture.configs,
+        open=part,
+        files=[path],
+        tokenizers=tokenizers,
+        scheduler=architecture.scheduler,
+        index=architecture.index,
+        licence=weights.metadata.get("modelspec.license"),
+        fit=dict.fromkeys(architecture.configs, f"{architecture.name}, which it was taken for"),
+    )
+
+
+def _download(repository: str, revision: str) -> Path:
+    """The files of a repository that will be read, and no others: many hold each weight in several forms."""
+    if not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise UserError(f"model {repository}@{revision}: give the 40 characters of a commit; a branch can change")
+    folders = (*MODELS, *_TOKENIZERS, "scheduler")
+    small = [f"{folder}/*{kind}" for folder in folders for kind in (".json", ".txt")]
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[*_TOP, *small]))
+        names, weights = set(HfApi().list_repo_files(repository, revision=revision)), []
+        for part in MODELS:
+            name = chosen({path.removeprefix(f"{part}/") for path in names if path.startswith(f"{part}/")})
+            files = [] if name is None else shards(folder / part / name) if name.endswith(".json") else [name]
+            weights += [f"{part}/{file}" for file in files]
+        snapshot_download(repository, revision=revision, allow_patterns=weights)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model {repository}@{revision}: cannot be downloaded ({reason})") from error
+    return folder
+
+
+def _with_vae(source: Source, path: Path) -> Source:
+    """The source with another VAE: a model folder, or a file in either layout, alone or in a whole checkpoint."""
+    refuse_pickle(path)
+    config, prefix = source.configs["vae"], ""
+    if path.is_dir():
+        config, weights = read_config(path), open_folder(path)
+    else:
+        weights = Weights(path)
+        prefix = next((prefix for prefix in ("", ldm.VAE_PREFIX) if f"{prefix}{ldm.VAE_CONV}" in weights), "")
+
+    def part(name: str, keys: Sequence[str]) -> Mapping[str, np.ndarray]:
+        if name != "vae":
+            return source.open(name, keys)
+        if f"{prefix}{ldm.VAE_CONV}" in weights:
+            return ldm.Part(weights, prefix, ldm.vae_part, keys, config)
+        return weights
+
+    return replace(
+        source,
+        configs={**source.configs, "vae": config},
+        open=part,
+        files=[*source.files, *weights.files],
+        fit={
+            **source.fit,
+            "vae": f"the VAE that --config.model.vae={path} is to be; give a folder with its config.json",
+        },
+    )
+
+
+def _check_fit(source: Source) -> None:
+    """Raises UserError where the parts of a checkpoint are not of one model."""
+    unet, vae = source.configs["unet"], source.configs["vae"]
+    texts = [config for part, config in source.configs.items() if part.startswith("text_encoder")]
+    channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if channels != latent:
+        kind = "as inpainting models do; " if channels == 9 else ""
+        raise UserError(f"model {source.name}: its UNet takes {channels} channels, {kind}the latents of its VAE have "
+                        f"{latent}")  # fmt: skip
+    width, given = unet["cross_attention_dim"], sum(config["hidden_size"] for config in texts)
+    if width != given:
+        raise UserError(f"model {source.name}: its text encoders give embeddings of width {given}, its UNet reads "
+                        f"{width}; they belong to different models")  # fmt: skip

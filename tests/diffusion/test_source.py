@@ -1,0 +1,324 @@
+"""Checkpoints as people have them: older names, single files of several kinds, tokenizers, repositories of the hub."""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import CLIPTokenizer
+
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion import source as sources
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.models import architectures
+from hgdpo_jax.models.architectures import SD15
+from hgdpo_jax.models.convert import to_torch
+from hgdpo_jax.models.weights import Weights
+from hgdpo_jax.sample import from_checkpoint
+from tests import tiny
+from tests.full.components import shrunken
+from tests.full.original import single_file
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tiny.write_base(tmp_path / "base")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """A single file of Stable Diffusion 1.5 at a fraction of its width, which is then taken for it."""
+    configs = shrunken(SD15)
+    monkeypatch.setattr(architectures, "SD15", replace(SD15, configs=configs))
+    return single_file(configs)
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Whether two models have the same weights."""
+    a, b = to_torch(found), to_torch(expected)
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("pixel", [False, True], ids=["linear", "convolution"])
+def test_a_vae_with_the_names_of_before_2023_is_read(base: Path, pixel: bool) -> None:
+    expected = pipelines.load(base).vae
+    path = base / "vae" / "diffusion_pytorch_model.safetensors"
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    older = {}
+    for key, value in load_file(path).items():
+        old = re.sub(r"to_out\.0|to_[qkv]", lambda match: names[match[0]], key)
+        older[old] = value[:, :, None, None] if pixel and old != key and value.ndim == 2 else value
+    assert sum("query" in key for key in older) == 4  # weight and bias, of encoder and decoder
+    save_file(older, path)
+    assert same(pipelines.load(base).vae, expected)
+
+
+def test_a_file_with_novelais_names_is_read(small: dict[str, np.ndarray], tmp_path: Path) -> None:
+    save_file(small, tmp_path / "a.safetensors")
+    inside = "cond_stage_model.transformer."
+    other = {key.replace(f"{inside}text_model.", inside): value for key, value in small.items()}
+    assert other.keys() != small.keys()
+    save_file(other, tmp_path / "b.safetensors")
+    a, b = (pipelines.load(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
+    assert all(same(b.models[part], model) for part, model in a.models.items())
+
+
+@pytest.mark.parametrize("kind", ["prefix", "alone", "running mean", "whole"])
+def test_a_file_without_a_vae_takes_one_from_another(small: dict, tmp_path: Path, kind: str) -> None:
+    save_file(small, tmp_path / "whole.safetensors")
+    prefix = "first_stage_model."
+    rest = {key: value for key, value in small.items() if not key.startswith(prefix)}
+    vae = {key: value for key, value in small.items() if key.startswith(prefix)}
+    if kind != "prefix":
+        vae = {key.removeprefix(prefix): value for key, value in vae.items()}
+    if kind == "running mean":
+        vae |= {"model_ema.decay": np.ones((), np.float32), "model_ema.encoderconv_inweight": np.ones(3, np.float32)}
+    save_file(rest, tmp_path / "rest.safetensors")
+    save_file(small if kind == "whole" else vae, tmp_path / "vae.safetensors")
+    with pytest.raises(UserError, match=r"rest\.safetensors: holds no VAE; give one with --config\.model\.vae="):
+        pipelines.load(tmp_path / "rest.safetensors")
+    found = pipelines.load(tmp_path / "rest.safetensors", vae=tmp_path / "vae.safetensors")
+    assert same(found.vae, pipelines.load(tmp_path / "whole.safetensors").vae)
+
+
+def test_where_a_single_file_does_not_fit_no_config_json_is_spoken_of(small: dict, tmp_path: Path) -> None:
+    save_file({key: value for key, value in small.items() if "conv_norm_out" not in key and "out.0" not in key},
+              tmp_path / "a.safetensors")  # fmt: skip
+    with pytest.raises(UserError, match="does not fit Stable Diffusion 1.5, which it was taken for") as error:
+        pipelines.load(tmp_path / "a.safetensors")
+    assert "config.json" not in str(error.value)
+    save_file(small, tmp_path / "b.safetensors")
+    save_file({"encoder.conv_in.weight": np.zeros((8, 3, 3, 3), np.float32)}, tmp_path / "vae.safetensors")
+    with pytest.raises(UserError, match=r"does not fit the one that --config\.model\.vae replaces"):
+        pipelines.load(tmp_path / "b.safetensors", vae=tmp_path / "vae.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "prediction", "last"),
+    [
+        ({}, (), "epsilon", 0.0047),
+        ({"modelspec.prediction_type": "epsilon"}, (), "epsilon", 0.0047),
+        ({"modelspec.prediction_type": "v"}, (), "v_prediction", 0.0047),
+        ({"ss_v_parameterization": "True"}, (), "v_prediction", 0.0047),
+        ({}, ("v_pred",), "v_prediction", 0.0047),
+        ({}, ("v_pred", "ztsnr"), "v_prediction", 0.0),
+    ],
+)
+def test_a_single_file_says_what_it_predicts(
+    small: dict, tmp_path: Path, metadata: dict, tensors: tuple, prediction: str, last: float
+) -> None:
+    save_file(small | dict.fromkeys(tensors, np.zeros(0, np.float32)), tmp_path / "a.safetensors", metadata)
+    found = pipelines.load(tmp_path / "a.safetensors")
+    assert found.schedule.prediction_type == prediction == found.scheduler["prediction_type"]
+    assert found.schedule.alphas_cumprod[-1] == pytest.approx(last, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stated", "tensors", "message"),
+    [
+        ("epsilon", ("v_pred",), "metadata has modelspec.prediction_type='epsilon', and v_pred"),
+        ("flow", (), "metadata has modelspec.prediction_type='flow'; expected epsilon or v"),
+        ("epsilon", ("ztsnr",), "rescale_betas_zero_snr=True with prediction_type='epsilon'"),
+    ],
+)
+def test_a_single_file_that_contradicts_itself_is_refused(
+    small: dict, tmp_path: Path, stated: str, tensors: tuple, message: str
+) -> None:
+    more = dict.fromkeys(tensors, np.zeros(0, np.float32))
+    save_file(small | more, tmp_path / "a.safetensors", {"modelspec.prediction_type": stated})
+    with pytest.raises(UserError, match=message):
+        pipelines.load(tmp_path / "a.safetensors")
+
+
+def test_words_that_were_added_to_a_tokenizer_do_not_end_the_text(tmp_path: Path) -> None:
+    folder = tiny.write_sdxl(tmp_path / "xl")
+    pipeline = pipelines.load(folder)
+    for name in ("text_encoder", "text_encoder_2"):
+        path = next((folder / name).glob("*.safetensors"))
+        weights, key = load_file(path), "text_model.embeddings.token_embedding.weight"
+        key = key if key in weights else key.removeprefix("text_model.")
+        weights[key] = np.concatenate([weights[key], weights[key][320:321]])  # the new word is the old one
+        save_file(weights, path)
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(config | {"vocab_size": 49409}))
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = CLIPTokenizer.from_pretrained(folder / name)
+        assert tokenizer.convert_ids_to_tokens(320) == "a</w>" and tokenizer.add_tokens("<person>") == 1
+        tokenizer.save_pretrained(folder / name)
+    taught = pipelines.load(folder)
+    old, new = pipeline.tokenize(["a photo of a cat"]), taught.tokenize(["<person> photo of a cat"])
+    assert new[0, 1] == 49408 and np.array_equal(np.delete(new, 1), np.delete(old, 1))
+    expected, found = (p.text(jnp.asarray(ids), (64, 64)) for p, ids in ((pipeline, old), (taught, new)))
+    assert np.array_equal(found.encoder_hidden_states, expected.encoder_hidden_states)
+    assert np.array_equal(found.added_cond["text_embeds"], expected.added_cond["text_embeds"])
+
+
+def _tokenizer_config(folder: Path, change: Callable[[dict], dict]) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def test_a_tokenizer_without_a_length_has_clips(base: Path) -> None:
+    long = ["a cat " * 100, "a cat"]
+    expected = pipelines.load(base).tokenize(long)
+    _tokenizer_config(base / "tokenizer", lambda config: config.pop("model_max_length") and config)
+    assert expected.shape == (2, 77)
+    assert np.array_equal(pipelines.load(base).tokenize(long), expected)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("merges.txt", None, r"tokenizer: has neither tokenizer\.json nor vocab\.json and merges\.txt"),
+        ("vocab.json", POINTER, r"vocab\.json: is a pointer of Git LFS, not the file; run git lfs pull"),
+        ("vocab.json", "{", r"tokenizer: not a tokenizer that can be read \(.*\); copy the folder again"),
+        ("tokenizer_config.json", "[]", r"tokenizer: not a tokenizer that can be read"),
+    ],
+)
+def test_a_broken_tokenizer_is_named(base: Path, name: str, content: str | None, message: str) -> None:
+    path = base / "tokenizer" / name
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        pipelines.load(base)
+    assert str(base) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_card_in_another_encoding_is_read(base: Path) -> None:
+    (base / "README.md").write_bytes("---\nlicense: mit\nauthor: Ørsted\n---\n".encode("latin-1"))
+    assert pipelines.load(base).licence == "mit"
+
+
+def test_a_size_may_be_a_height_and_a_width(base: Path) -> None:
+    path = base / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": [8, 16]}))
+    factor = pipelines.load(base).vae.pixels_per_latent
+    assert from_checkpoint(str(base)).resolution == (8 * factor, 16 * factor)
+
+
+def _converted(error: pytest.ExceptionInfo[UserError]) -> None:
+    """Does what a line advises."""
+    assert "\n" not in str(error.value)
+    command = shlex.split(str(error.value).partition("installed: ")[2])
+    subprocess.run([sys.executable, *command[1:]], check=True, cwd="/")
+
+
+def test_a_lightning_checkpoint_is_converted_by_the_command_that_is_printed(
+    small: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lightning = type(sys)("pytorch_lightning")
+    lightning.Callback = type("Callback", (), {"__module__": "pytorch_lightning"})
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", lightning)
+    state = {key: torch.from_numpy(value) for key, value in small.items()}
+    checkpoint = {"state_dict": state, "callbacks": {lightning.Callback: lightning.Callback()}, "epoch": 3}
+    torch.save(checkpoint, tmp_path / "a b.ckpt")
+    with pytest.raises(UserError, match="is a pickle; convert it where PyTorch is installed") as error:
+        pipelines.load(tmp_path / "a b.ckpt")
+    _converted(error)
+    found = Weights(tmp_path / "a b.safetensors")
+    assert all(np.array_equal(found[key], value) for key, value in small.items())
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_pickles_in_a_folder_are_converted_to_what_is_looked_for(base: Path, shards: int) -> None:
+    expected, path = pipelines.load(base), base / "text_encoder" / "model.safetensors"
+    state = {key: torch.from_numpy(value) for key, value in load_file(path).items()}
+    path.unlink()
+    for i in range(shards):
+        name = "pytorch_model.bin" if shards == 1 else f"pytorch_model-0000{i + 1}-of-00002.bin"
+        torch.save(dict(list(state.items())[i::shards]), path.with_name(name))
+    with pytest.raises(UserError, match="is a pickle") as error:
+        pipelines.load(base)
+    _converted(error)
+    assert same(pipelines.load(base).text, expected.text)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[str, Path, dict[str, int]]]:
+    """A server that answers as the hub does: its address, the folder of its one repository, and what it sent of it."""
+    root, sent = tmp_path / "repository", {}
+    commit = "a" * 40
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+        def _files(self) -> list[str]:
+            return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+        def _answer(self, body: bytes, headers: dict[str, str], send: bool) -> None:
+            self.send_response(200)
+            for name, value in ({"Content-Length": str(len(body))} | headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if send:
+                self.wfile.write(body)
+
+        def _handle(self, send: bool) -> None:
+            path = self.path.partition("?")[0]
+            if path.startswith("/api/models/"):
+                files = self._files()
+                found: Any = {"id": "o/n", "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+                if "/tree/" in path:
+                    found = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in files]
+                self._answer(json.dumps(found).encode(), {"Content-Type": "application/json"}, send)
+                return
+            name = path.partition(f"/resolve/{commit}/")[2]
+            body = (root / name).read_bytes()
+            if send:
+                sent[name] = len(body)
+            self._answer(body, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(body).hexdigest()}"'}, send)
+
+        def do_GET(self) -> None:  # noqa: N802
+            self._handle(send=True)
+
+        def do_HEAD(self) -> None:  # noqa: N802
+            self._handle(send=False)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", root, sent
+    server.shutdown()
+    server.server_close()
+
+
+def test_of_a_repository_only_what_will_be_read_is_fetched(
+    hub: tuple[str, Path, dict[str, int]], tmp_path: Path
+) -> None:
+    address, root, sent = hub
+    tiny.write_base(root)
+    unneeded = ["v1-5-pruned.safetensors", "safety_checker/model.safetensors", "safety_checker/config.json",
+                "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
+                "vae/diffusion_pytorch_model.bin", "text_encoder/flax_model.msgpack"]  # fmt: skip
+    for name in unneeded:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"not wanted")
+    program = (
+        "import sys; from hgdpo_jax.diffusion import pipeline as p; "
+        f"print(p.load('owner/name@{'a' * 40}').unet.config['sample_size'])"
+    )
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not {*unneeded} & sent.keys()
+    weights = {name for name in sent if name.endswith(".safetensors")}
+    assert weights == {"unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+                       "text_encoder/model.safetensors"}  # fmt: skip
+    assert sources.MODELS.keys() >= {"unet", "vae", "text_encoder"} <= {name.partition("/")[0] for name in sent}
