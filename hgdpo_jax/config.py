@@ -121,6 +121,7 @@ SETTINGS = (
     Setting("objective", "dpo", OneOf(("dpo", "sft")), "dpo: preference pairs; sft: noise prediction on photographs"),
     Setting("model.base", "", _ANY, "ε_base: a diffusers folder, a .safetensors checkpoint, or owner/name@revision"),
     Setting("model.vae", "", _ANY, "folder or .safetensors of a VAE that replaces that of the base"),
+    Setting("model.lora", "", _ANY, "a LoRA to go on from, of PEFT, diffusers or kohya: it is merged into the base"),
     Setting("model.dtype", "bfloat16", OneOf(("float32", "bfloat16")),
             "of the computation and of frozen parameters; trained ones stay float32"),
     Setting("data.photographs", "", _ANY, "folder with images and captions.jsonl"),
@@ -202,6 +203,17 @@ def default() -> ConfigDict:
         group, _, leaf = setting.key.rpartition(".")
         (values.setdefault(group, {}) if group else values)[leaf] = setting.default
     return ConfigDict(values)
+
+
+def from_json(values: Mapping[str, Any]) -> ConfigDict:
+    """The config that :func:`to_json` wrote; settings that there were not yet have their defaults."""
+    found = ConfigDict(values)
+    for setting in SETTINGS:
+        group, _, leaf = setting.key.rpartition(".")
+        place = found[group] if group else found
+        if leaf not in place:
+            place[leaf] = setting.default
+    return found
 
 
 def as_markdown() -> str:

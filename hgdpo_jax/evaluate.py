@@ -92,7 +92,7 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     settings, mesh, index = config.evaluate, runtime.local_mesh(), runtime.index_of(workdir)
     models = {name: model for name, model in MODELS.items() if _asked(config, workdir, model)}
     configs = {stage: policies.stage_config(workdir, stage) for model in models.values() for stage in model.stages}
-    base = pipelines.content_hash(config.model.base, config.model.vae, index)
+    base = pipelines.content_hash(config.model.base, config.model.vae, config.model.lora, index)
     for stage in configs:
         policies.require_base(workdir, stage, base)
     pipeline = policies.load(config, mesh, *(c for stage, c in configs.items() if stage == policies.TEXT_ENCODER))

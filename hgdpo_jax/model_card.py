@@ -67,7 +67,9 @@ def text(pipeline: Pipeline, config: ConfigDict, *, policy: str, pairs: str, fil
             "",
             "Preference training towards real photographs (Na, Kim, Lee, CVPR 2025) with hgdpo_jax.",
             "",
-            f"- Base model: `{config.model.base}`" + (f", VAE `{config.model.vae}`" if config.model.vae else ""),
+            f"- Base model: `{config.model.base}`"
+            + (f", VAE `{config.model.vae}`" if config.model.vae else "")
+            + (f", with the LoRA `{config.model.lora}` merged" if config.model.lora else ""),
             f"- Licence of the base model: {known}",
             f"- Stage: `{config.stage}`, {config.train.steps} steps of {config.train.batch} pairs",
             f"- Config: sha256 `{configuration.content_hash(config)}`",

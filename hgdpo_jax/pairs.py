@@ -47,7 +47,7 @@ def made_from(
 ) -> dict[str, Any]:
     """What the pairs of a config are made from; see :mod:`hgdpo_jax.provenance`."""
     inputs = {
-        "model.base": pipelines.content_hash(config.model.base, config.model.vae, index),
+        "model.base": pipelines.content_hash(config.model.base, config.model.vae, config.model.lora, index),
         "captions.jsonl": json_hash({role: [[p.id, p.caption] for p in photographs[role]] for role in photographs}),
     }
     if config.pairs.loser != "none":
@@ -153,7 +153,12 @@ def _make(
     mesh, dtype = runtime.local_mesh(), config.model.dtype
     print(f"{config.stage} pairs: {runtime.describe(mesh)}, {settings.batch} images at a time")
     pipeline = pipelines.load(
-        config.model.base, dtype, vae=config.model.vae, param_dtype=dtype, place=runtime.placer(mesh)
+        config.model.base,
+        dtype,
+        vae=config.model.vae,
+        lora=config.model.lora,
+        param_dtype=dtype,
+        place=runtime.placer(mesh),
     )
     painter = Painter(
         pipeline,

@@ -97,6 +97,7 @@ def load(
     dtype: str = "float32",
     *,
     vae: str | Path = "",
+    lora: str | Path = "",
     param_dtype: Mapping[str, str] | str = "float32",
     place: Place = lambda name, value: jax.device_put(value),
 ) -> Pipeline:
@@ -105,7 +106,7 @@ def load(
     The VAE computes in float32 whatever `dtype` says: that of XL gives NaN in half precision.
 
     Args:
-        base, vae: see :func:`find`.
+        base, vae, lora: see :func:`find`.
         dtype: of the computation of UNet and text encoders.
         param_dtype: of the parameters of UNet and text encoders; by part where they differ.
         place: puts a parameter on its devices.
@@ -113,7 +114,7 @@ def load(
     Raises:
         UserError: see :func:`find`; or weights that do not fit their config.
     """
-    source = find(str(base), str(vae))
+    source = find(str(base), str(vae), str(lora))
     compute = jnp.dtype(dtype)
 
     def model(part: str) -> Any:
@@ -155,15 +156,15 @@ def _second_padding(source: Source) -> int:
     return int(second.pad_token_id)
 
 
-def content_hash(base: str | Path, vae: str | Path = "", index: Index | None = None) -> str:
+def content_hash(base: str | Path, vae: str | Path = "", lora: str | Path = "", index: Index | None = None) -> str:
     """sha256 over all that is computed with of a checkpoint: weights, configs, vocabularies, schedule. Neither the
     names of files nor their place count.
 
     Args:
-        base, vae: see :func:`find`.
+        base, vae, lora: see :func:`find`.
         index: spares reading files that it knows.
     """
-    source, index = find(str(base), str(vae)), index or Index()
+    source, index = find(str(base), str(vae), str(lora)), index or Index()
     return json_hash(
         {
             "weights": [index.hash(file) for file in source.files],

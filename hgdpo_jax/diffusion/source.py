@@ -21,7 +21,8 @@ from hgdpo_jax.errors import UserError
 from hgdpo_jax.models import ldm
 from hgdpo_jax.models.architectures import recognise
 from hgdpo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
-from hgdpo_jax.models.convert import read_config, read_json
+from hgdpo_jax.models.convert import abstract, keys, read_config, read_json
+from hgdpo_jax.models.merged import LoRAFile
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
 from hgdpo_jax.models.weights import Weights, chosen, open_folder, refuse_pickle, shards
@@ -66,12 +67,13 @@ class Source:
         return self.fit.get(part, "its config.json")
 
 
-def find(base: str, vae: str = "") -> Source:
+def find(base: str, vae: str = "", lora: str = "") -> Source:
     """Opens a checkpoint.
 
     Args:
         base: a diffusers folder, a .safetensors file in the LDM layout, or `owner/name@revision` on the hub.
         vae: a folder or file whose VAE replaces that of the checkpoint; empty for none.
+        lora: a file whose LoRA is merged into the checkpoint; empty for none.
 
     Raises:
         UserError: there is no such thing, it is a pickle, or something this package does not compute.
@@ -92,7 +94,7 @@ def find(base: str, vae: str = "") -> Source:
         )
     source = _with_vae(source, Path(vae)) if vae else source
     _check_fit(source)
-    return source
+    return _with_lora(source, Path(lora)) if lora else source
 
 
 def _folder(folder: Path) -> Source:
@@ -193,10 +195,14 @@ def _with_vae(source: Source, path: Path) -> Source:
     """The source with another VAE: a model folder, or a file in either layout, alone or in a whole checkpoint."""
     refuse_pickle(path)
     config, prefix = source.configs["vae"], ""
+    fit = "its config.json"
     if path.is_dir():
         config, weights = read_config(path), open_folder(path)
     else:
-        weights = Weights(path)
+        weights, fit = (
+            Weights(path),
+            f"the VAE that --config.model.vae={path} replaces; give a folder with its config.json",
+        )
         prefix = next((prefix for prefix in ("", ldm.VAE_PREFIX) if f"{prefix}{ldm.VAE_CONV}" in weights), "")
 
     def part(name: str, keys: Sequence[str]) -> Mapping[str, np.ndarray]:
@@ -211,11 +217,20 @@ def _with_vae(source: Source, path: Path) -> Source:
         configs={**source.configs, "vae": config},
         open=part,
         files=[*source.files, *weights.files],
-        fit={
-            **source.fit,
-            "vae": f"the VAE that --config.model.vae={path} is to be; give a folder with its config.json",
-        },
+        fit={**source.fit, "vae": fit},
     )
+
+
+def _with_lora(source: Source, path: Path) -> Source:
+    """The source with a LoRA merged into its UNet and text encoders."""
+    models = {part: keys(abstract(MODELS[part], config)) for part, config in source.configs.items() if part != "vae"}
+    lora = LoRAFile(path, {part: (source.configs[part], names) for part, names in models.items()})
+
+    def part(name: str, keys: Sequence[str]) -> Mapping[str, np.ndarray]:
+        weights = source.open(name, keys)
+        return weights if name == "vae" else lora.into(name, weights)
+
+    return replace(source, open=part, files=[*source.files, *lora.weights.files])
 
 
 def _check_fit(source: Source) -> None:

@@ -53,7 +53,10 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
     pairs.require({name: pipeline.latent_shape(size) for name, size in configuration.resolutions(config).items()})
     denoiser, policy, frozen = steps.split(pipeline, settings.params)
     loss = {"dpo": steps.dpo_loss, "sft": steps.sft_loss}[config.objective](denoiser, pipeline.schedule)
-    inputs = {"model.base": pipelines.content_hash(config.model.base, config.model.vae, index), "the pairs": pairs.hash}
+    inputs = {
+        "model.base": pipelines.content_hash(config.model.base, config.model.vae, config.model.lora, index),
+        "the pairs": pairs.hash,
+    }
     if settings.params == "adapter":
         inputs["the concept encoder"] = encoder_hash(config, index)
     made_from = provenance.settings(config, depends_on(config))

@@ -100,6 +100,8 @@ def announce(config: ConfigDict, inputs: Inputs, state: TrainState) -> None:
     trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.policy, inputs.frozen))
     unit = "pairs" if config.objective == "dpo" else "photographs"
     print(f"{config.stage}: {runtime.describe(inputs.mesh)}, {config.train.batch} {unit} a step")
+    if config.model.lora:
+        print(f"{config.stage}: {config.model.lora} is merged into the base: policy and reference go on from it")
     print(f"{config.stage}: trains {config.train.params}, {trained:,} of {trained + frozen:,} parameters of UNet and "
           f"text, in float32; the others are {config.model.dtype}")  # fmt: skip
 

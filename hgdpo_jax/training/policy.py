@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from hgdpo_jax import config as configuration
 from hgdpo_jax import runtime
 from hgdpo_jax.data.concepts import ConceptEncoder, encoder_of
 from hgdpo_jax.diffusion import pipeline as pipelines
@@ -40,7 +41,12 @@ def load(config: ConfigDict, mesh: Mesh, *others: ConfigDict) -> pipelines.Pipel
     stored = {"unet": "float32" if config.train.params == "all" else frozen}
     stored |= {"text_encoder": frozen, "text_encoder_2": frozen}
     pipeline = pipelines.load(
-        config.model.base, config.model.dtype, vae=config.model.vae, param_dtype=stored, place=runtime.placer(mesh)
+        config.model.base,
+        config.model.dtype,
+        vae=config.model.vae,
+        lora=config.model.lora,
+        param_dtype=stored,
+        place=runtime.placer(mesh),
     )
     pipeline.unet.checkpoint(config.train.checkpointing)
     for stage in (config, *others):
@@ -135,7 +141,7 @@ def stage_config(workdir: Path, stage: str) -> ConfigDict:
     path = workdir / stage / "config.json"
     if not path.is_file():
         raise UserError(f"{stage} was not trained in {workdir}; run first: {_train_command(stage, workdir)}")
-    return ConfigDict(json.loads(path.read_text()))
+    return configuration.from_json(json.loads(path.read_text()))
 
 
 def last_stage(workdir: Path) -> str:
@@ -173,7 +179,9 @@ def find_base(workdir: Path, config: ConfigDict, base: str | None) -> str:
     """
     config.model.base = base or config.model.base
     try:
-        found = pipelines.content_hash(config.model.base, config.model.vae, runtime.index_of(workdir))
+        found = pipelines.content_hash(
+            config.model.base, config.model.vae, config.model.lora, runtime.index_of(workdir)
+        )
     except UserError as error:
         raise error if base else UserError(f"{error}; if it was moved, say where it is with --base") from error
     require_base(workdir, config.stage, found)
