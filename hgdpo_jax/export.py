@@ -147,7 +147,7 @@ def _write(
         _write_folder(pipeline, folder)
         written.append("a diffusers folder")
     if "ldm" in formats:
-        _write_checkpoint(pipeline, folder / CHECKPOINT_FILE, f"HG-DPO {stage}")
+        write_checkpoint(pipeline, folder / CHECKPOINT_FILE, f"HG-DPO {stage}")
         written.append(CHECKPOINT_FILE)
     manifest = workdir / (config.train.pairs or stage) / "pairs" / "manifest.json"
     card = model_card.text(pipeline, config, policy=origin["policies"][stage], pairs=file_hash(manifest), files=written)
@@ -220,7 +220,7 @@ def _write_folder(pipeline: pipelines.Pipeline, folder: Path) -> None:
         save_model(model, folder / name)
 
 
-def _write_checkpoint(pipeline: pipelines.Pipeline, path: Path, title: str) -> None:
+def write_checkpoint(pipeline: pipelines.Pipeline, path: Path, title: str) -> None:
     """A single file in LDM's layout, with the header that Stability AI's modelspec wants."""
     xl, v = "text_encoder_2" in pipeline.models, pipeline.schedule.prediction_type == "v_prediction"
     models = {name: to_torch(model) for name, model in pipeline.models.items()}

@@ -13,12 +13,14 @@ from diffusers import DiffusionPipeline
 from flax import nnx
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
+from transformers import CLIPTokenizer
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.export import KOHYA_FILE, PEFT_FILE, export, lora_weights
+from hgdpo_jax.export import CHECKPOINT_FILE, KOHYA_FILE, KOHYA_RECIPE_FILE, PEFT_FILE, export, lora_weights
 from hgdpo_jax.models.lora import add_lora
 from hgdpo_jax.training import loop
 from hgdpo_jax.training import policy as policies
@@ -28,6 +30,8 @@ from tests.rounding import NETWORK, assert_close
 
 PROMPTS = ["a portrait photograph of a woman, blue background, soft light", "a portrait photograph of a man"]
 STEPS, GUIDANCE = 6, 2.0
+CHANGES = ["train.steps=3", "train.lr=0.02", "train.warmup=1", "train.batch=8", "train.lora_alpha=4",
+           "evaluate.batch=8", "evaluate.steps=1", "train.eval_every=100"]  # fmt: skip
 # Each step adds the UNet's rounding, guidance 2 times that of one half of its batch and once that of the other.
 DRAWN = STEPS * (2 * GUIDANCE - 1) * NETWORK
 
@@ -50,14 +54,7 @@ def at_once(config: ConfigDict, folder: Path, inputs: Any, start: Any, checkpoin
 def workdir(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stage whose steps are left out, exported. test_runs.py exports what was trained."""
     folder = tmp_path_factory.mktemp("run")
-    shape = pipelines.load(base).latent_shape((64, 64))
-    tiny.write_pairs(folder / "stage1" / "pairs", shape=shape, resolution="64x64")
-    changes = [f"model.base={base}", "train.steps=3", "train.lr=0.02", "train.warmup=1", "train.batch=8",
-               "train.lora_alpha=4", "evaluate.batch=8", "evaluate.steps=1", "train.eval_every=100"]  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_run", at_once)
-        loop.train(configuration.load("configs/stage1.py:portraits", changes), folder)
-    export(folder, folder / "export")
+    export(trained_at_once(folder, "configs/stage1.py:portraits", base), folder / "export")
     return folder
 
 
@@ -126,6 +123,63 @@ def test_a_lora_of_the_text_encoders_too_gives_our_images_in_diffusers(base: Pat
     assert_close(images, theirs(reference, start), DRAWN)
 
 
+def trained_at_once(folder: Path, config: str, base: Path, *changes: str) -> Path:
+    """A run of one stage whose steps are left out."""
+    shape = pipelines.load(base).latent_shape((64, 64))
+    settings = configuration.load(config, [*CHANGES, f"model.base={base}", *changes])
+    tiny.write_pairs(folder / settings.stage / "pairs", shape=shape, resolution="64x64")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_run", at_once)
+        loop.train(settings, folder)
+    return folder
+
+
+def test_one_file_draws_as_the_recipe_does(base: Path, tmp_path: Path) -> None:
+    folder = trained_at_once(tmp_path / "run", "configs/naive.py:portraits", base)
+    export(folder, tmp_path / "export", "naive", ["kohya"])
+    config = policies.stage_config(folder, "naive")
+    pipeline = policies.load(config, tiny.mesh())
+    policy = policies.finished(folder, "naive", policies.of(pipeline, config))
+    start, (expected, whole) = draw(pipeline, recipe.as_drawn(policy, "up"), policy)
+    keys = load_file(tmp_path / "export" / KOHYA_RECIPE_FILE).keys()
+    assert keys and all("up_blocks" in key or "output_blocks" in key for key in keys)
+    reference = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    reference.load_lora_weights(tmp_path / "export", weight_name=KOHYA_RECIPE_FILE)
+    found = theirs(reference, start)
+    assert_close(expected, found, DRAWN)
+    assert np.abs(found - whole).max() > 10 * DRAWN
+
+
+@pytest.mark.parametrize("base", ["portraits"], indirect=True)
+def test_a_whole_model_is_a_folder_and_a_single_file(base: Path, tmp_path: Path) -> None:
+    folder = trained_at_once(tmp_path / "run", "configs/stage1.py:portraits", base, "train.params=all")
+    export(folder, tmp_path / "export")
+    names = {path.name for path in (tmp_path / "export").iterdir()}
+    assert CHECKPOINT_FILE in names and "model_index.json" in names
+    assert not any("lora" in name for name in names)
+    one = load_file(tmp_path / "export" / CHECKPOINT_FILE)["model.diffusion_model.input_blocks.0.0.weight"]
+    other = load_file(tmp_path / "export" / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"]
+    assert np.array_equal(one, other)
+    with pytest.raises(UserError, match="stage1 trained all parameters and has no LoRA; add diffusers or ldm"):
+        export(folder, tmp_path / "other", formats=["kohya"])
+
+
+def test_what_is_not_written_is_not_named(tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    index = json.loads((base / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True,
+              "feature_extractor": ["transformers", "CLIPImageProcessor"]}  # fmt: skip
+    (base / "model_index.json").write_text(json.dumps(index))
+    folder = trained_at_once(tmp_path / "run", "configs/stage1.py:portraits", base)
+    export(folder, tmp_path / "export", formats=["diffusers"])
+    found = DiffusionPipeline.from_pretrained(tmp_path / "export", dtype=torch.float32)
+    assert found.safety_checker is None and found.feature_extractor is None
+    tokenizer = tmp_path / "export" / "tokenizer"
+    (tokenizer / "tokenizer.json").unlink()
+    again = CLIPTokenizer.from_pretrained(tokenizer)  # of vocab.json and merges.txt
+    assert again(PROMPTS).input_ids == found.tokenizer(PROMPTS).input_ids
+
+
 def test_kohya_scales_by_alpha(workdir: Path) -> None:
     weights = load_file(workdir / "export" / KOHYA_FILE)
     alphas = {key: float(value) for key, value in weights.items() if key.endswith(".alpha")}
@@ -145,7 +199,7 @@ def test_the_card_says_where_the_model_comes_from(base: Path, workdir: Path) -> 
 def test_only_what_is_asked_for_is_written(workdir: Path, tmp_path: Path) -> None:
     export(workdir, tmp_path / "lora", formats=["kohya"])
     assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == ["README.md", "hgdpo.json", KOHYA_FILE]
-    with pytest.raises(UserError, match="--format onnx: unknown; choose from diffusers,peft,kohya"):
+    with pytest.raises(UserError, match="--format onnx: unknown; choose from diffusers,peft,kohya,ldm"):
         export(workdir, tmp_path / "other", formats=["onnx"])
 
 

@@ -1,0 +1,152 @@
+"""A LoRA file of any kind, merged while the base is read, makes the model that it makes elsewhere."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import convert_state_dict_to_diffusers
+from flax import nnx
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.numpy import load_file, save_file
+
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.export import lora_weights
+from hgdpo_jax.models.convert import to_torch
+from hgdpo_jax.models.lora import add_lora, merge_lora
+from tests import tiny
+from tests.rounding import EPS, assert_close
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    return tiny.write_base(folder) if request.param == "sd15" else tiny.write_sdxl(folder)
+
+
+def taught(base: Path) -> pipelines.Pipeline:
+    """With a LoRA in UNet and text encoders that does something, alpha half the rank."""
+    pipeline = pipelines.load(base)
+    for i, (name, model) in enumerate(pipeline.models.items()):
+        if name != "vae":
+            add_lora(model, 4, 2.0, nnx.Rngs(i))
+            lora = nnx.state(model, nnx.LoRAParam)
+            nnx.update(model, jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), lora))
+    return pipeline
+
+
+def older(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """PEFT's names as diffusers wrote them in 2023, LoRA in the attention processors."""
+    found = {}
+    for key, value in weights.items():
+        key = re.sub(r"\.(to_[qkv]|to_out)(\.0)?\.lora_", r".processor.\1_lora.", key) if key[:4] == "unet" else key
+        key = key.replace("_proj.lora_", "_proj.lora_linear_layer.")
+        found[key.replace(".A.", ".down.").replace(".B.", ".up.")] = value
+    return found
+
+
+@pytest.mark.parametrize("kind", ["peft", "kohya", "older"])
+def test_it_is_the_model_with_the_lora_merged(base: Path, tmp_path: Path, kind: str) -> None:
+    pipeline = taught(base)
+    weights = {}
+    for part in ("unet", "text"):
+        weights |= lora_weights(pipeline.models, "kohya" if kind == "kohya" else "peft", part)
+    weights = older(weights) if kind == "older" else weights
+    save_file(weights, tmp_path / "lora.safetensors")
+    found = pipelines.load(base, lora=tmp_path / "lora.safetensors")
+    before = pipelines.load(base)
+    for name, model in pipeline.models.items():
+        if name != "vae":
+            merge_lora(model)
+            assert np.abs(to_torch(model)[changed(name)] - to_torch(before.models[name])[changed(name)]).max() > 0.01
+        for key, value in to_torch(model).items():
+            assert_close(to_torch(found.models[name])[key], value, 8 * EPS * max(1.0, np.abs(value).max()))
+    assert pipelines.content_hash(base) != pipelines.content_hash(base, lora=tmp_path / "lora.safetensors")
+
+
+def changed(part: str) -> str:
+    """A weight that a LoRA of this part changes."""
+    if part == "unet":
+        return "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    return ("text_model." if part == "text_encoder_2" else "") + "encoder.layers.0.self_attn.q_proj.weight"
+
+
+def test_diffusers_alpha_is_read_from_its_metadata(tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    theirs = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    theirs.unet.add_adapter(LoraConfig(r=4, lora_alpha=12, target_modules=["to_q", "to_out.0"]))
+    with torch.no_grad():
+        for name, parameter in theirs.unet.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path / "lora",
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(theirs.unet)),
+        **_collate_lora_metadata({"unet": theirs.unet}),
+    )
+    (file,) = (tmp_path / "lora").glob("*.safetensors")
+    found = to_torch(pipelines.load(base, lora=file).unet)
+    theirs.unet.fuse_lora()
+    key = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    expected = dict(theirs.unet.named_parameters())[f"{key}.base_layer.weight"].detach().numpy()
+    assert_close(found[f"{key}.weight"], expected, 8 * EPS)
+
+
+def test_pefts_own_file_has_its_alpha_beside_it_and_kohyas_convolutions_are_merged(tmp_path: Path) -> None:
+    base, rng = tiny.write_base(tmp_path / "base"), np.random.default_rng(0)
+    before = to_torch(pipelines.load(base).unet)
+    key = "down_blocks.0.resnets.0.conv1"
+    outputs, inputs = before[f"{key}.weight"].shape[:2]
+    down = rng.standard_normal((2, inputs, 3, 3)).astype(np.float32)
+    up = rng.standard_normal((outputs, 2, 1, 1)).astype(np.float32)
+    change = np.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
+    name = f"lora_unet_{key}".replace(".", "_")
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": np.float32(0.5)},
+              tmp_path / "kohya.safetensors")  # fmt: skip
+    found = to_torch(pipelines.load(base, lora=tmp_path / "kohya.safetensors").unet)
+    assert_close(found[f"{key}.weight"], before[f"{key}.weight"] + 0.25 * change, 100 * EPS)
+
+    key = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    outputs, inputs = before[f"{key}.weight"].shape
+    down, up = rng.standard_normal((2, inputs)).astype(np.float32), rng.standard_normal((outputs, 2)).astype(np.float32)
+    save_file({f"base_model.model.{key}.lora_A.weight": down, f"base_model.model.{key}.lora_B.weight": up},
+              tmp_path / "adapter_model.safetensors")  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6, "target_modules": ["to_k"]}))
+    found = to_torch(pipelines.load(base, lora=tmp_path / "adapter_model.safetensors").unet)
+    assert_close(found[f"{key}.weight"], before[f"{key}.weight"] + 3 * up @ down, 100 * EPS)
+
+
+TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"conv_in.weight": (8, 4, 3, 3)}, "is not a LoRA; expected a LoRA of this model's linear layers"),
+        ({f"{TO_Q}.lora_A.weight": (2, 16), f"{TO_Q}.lora_B.weight": (16, 2), f"{TO_Q}.dora_scale": (16,)},
+         r"has unet\.\S*dora_scale \(1 in all\)"),
+        ({f"{TO_Q}.lora_A.weight": (2, 640), f"{TO_Q}.lora_B.weight": (640, 2)}, "it is of another model"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_merged_is_named(tmp_path: Path, weights: dict, message: str) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    width = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")[f"{TO_Q[5:]}.weight"].shape[0]
+    shapes = {key: tuple(width if side == 16 else side for side in shape) for key, shape in weights.items()}
+    save_file({key: np.zeros(shape, np.float32) for key, shape in shapes.items()}, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match=message) as error:
+        pipelines.load(base, lora=tmp_path / "lora.safetensors")
+    assert str(tmp_path / "lora.safetensors") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pickled_lora_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "lora.pt")
+    with pytest.raises(UserError, match=r"lora\.pt: is a pickle; convert it"):
+        pipelines.load(tiny.write_base(tmp_path / "base"), lora=tmp_path / "lora.pt")
