@@ -89,6 +89,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    if not config.pairs.scorer:
+        raise UserError("config key pairs.scorer: is empty; set it to the folder of a CLIPModel such as PickScore v1")
     settings, mesh, index = config.evaluate, runtime.local_mesh(), runtime.index_of(workdir)
     models = {name: model for name, model in MODELS.items() if _asked(config, workdir, model)}
     configs = {stage: policies.stage_config(workdir, stage) for model in models.values() for stage in model.stages}
@@ -103,6 +105,7 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         sampler=settings.sampler,
         steps=settings.steps,
         guidance=settings.guidance,
+        negative=settings.negative_prompt,
         batch=settings.batch,
         seed=config.seed,
     )
@@ -160,8 +163,9 @@ def _heldout(config: ConfigDict) -> tuple[list[Photograph], np.ndarray]:
 
 def _inputs(config: ConfigDict, base: str, held: Sequence[Photograph], index: Index) -> dict[str, Any]:
     """What pictures and their measures are made from, beside policies."""
-    keys = ("seed", "model.dtype", "data.resolutions", "evaluate.sampler", "evaluate.steps", "evaluate.guidance",
-            "evaluate.images_per_prompt")  # fmt: skip
+    keys = ["seed", "model.dtype", "data.resolutions", "evaluate.sampler", "evaluate.steps", "evaluate.guidance",
+            "evaluate.images_per_prompt"]  # fmt: skip
+    keys += ["evaluate.negative_prompt"] if config.evaluate.negative_prompt else []
     contents = {"model.base": base, "captions.jsonl": [[p.id, p.caption] for p in held]}
     for name, folder in (("pairs.scorer", config.pairs.scorer), ("evaluate.scorer", config.evaluate.scorer)):
         contents[name] = folder_hash(folder, index) if folder else ""

@@ -1,5 +1,6 @@
 """Files: written whole or not at all, by one command at a time, and known by their content."""
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -13,13 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from hgdpo_jax.errors import UserError
-
-# What reading a picture raises where it is none.
-UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)
-_ORIENTATION = 0x0112  # EXIF; from 5 on, height and width are exchanged
+from hgdpo_jax.images import image_shape
 
 
 def _partial(path: Path) -> Path:
@@ -165,6 +161,27 @@ def owner(folder: Path) -> str | None:
     return f"{about['command']} (process {about['pid']} on {about['host']})"
 
 
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, with their numbers. They end at a line feed and nowhere else.
+
+    Raises:
+        UserError: no such file, or not UTF-8, with or without a byte order mark.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    found = []
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+        try:
+            text = line.decode().strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} line {number}: is not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        if text:
+            found.append((number, text))
+    return found
+
+
 class Index:
     """Content of files and shapes of pictures, kept between runs: a file is read again only once its size or its time
     of modification has changed.
@@ -199,13 +216,10 @@ class Index:
         return entry[2]
 
     def shape(self, picture: Path) -> tuple[int, int]:
-        """(height, width) of a picture as it is to be looked at. Raises one of UNREADABLE where it is none."""
+        """(height, width) of a picture as it is to be looked at. Raises OSError or UnreadableImage where it is none."""
         entry = self._entry(picture)
         if entry[3] is None:
-            with Image.open(picture) as file:
-                width, height = file.size
-                turned = file.getexif().get(_ORIENTATION, 1) >= 5
-            entry[3], self._saved = [width, height] if turned else [height, width], False
+            entry[3], self._saved = list(image_shape(picture)), False
         return tuple(entry[3])
 
     def save(self) -> None:

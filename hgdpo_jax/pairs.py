@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -39,6 +40,7 @@ def depends_on(config: ConfigDict) -> list[str]:
     keys += ["pairs.strengths"] if pairs.winner == "sdrecon" else []
     drawn = pairs.winner != "photograph" or pairs.loser == "pool"
     keys += ["pairs.sampler", "pairs.steps", "pairs.guidance"] if drawn else []
+    keys += ["pairs.negative_prompt"] if drawn and pairs.negative_prompt else []
     return keys + (["adapter.kind"] if config.train.params == "adapter" else [])
 
 
@@ -166,9 +168,11 @@ def _make(
         sampler=settings.sampler,
         steps=settings.steps,
         guidance=settings.guidance,
+        negative=settings.negative_prompt,
         batch=settings.batch,
         seed=config.seed,
     )
+    _warn_of_long(pipeline, [photograph for part in plan for photograph in part.photographs])
     scorer = Scorer(settings.scorer, mesh) if settings.loser != "none" else None
     concepts = encoder_of(config) if config.train.params == "adapter" else None
     tokens = pipeline.tokenize([""]).shape[1]
@@ -204,6 +208,15 @@ def _make(
         for part in plan:
             splits.setdefault(f"{part.role}_{part.resolution}", []).append(part.path)
         shards.finish(plan[0].path.parent, schema, splits, latents)
+
+
+def _warn_of_long(pipeline: pipelines.Pipeline, photographs: Sequence[Photograph]) -> None:
+    """Says how many captions have more tokens than CLIP reads, of which the first are used."""
+    counts = pipeline.count_tokens([photograph.caption for photograph in photographs])
+    longest, over = int(np.argmax(counts)), sum(count > pipelines.POSITIONS for count in counts)
+    if over:
+        logging.warning("%d of %d captions have more than %d tokens, the first of which are used; that of %s has %d",
+                        over, len(counts), pipelines.POSITIONS, photographs[longest].id, counts[longest])  # fmt: skip
 
 
 def main() -> None:

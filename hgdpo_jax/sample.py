@@ -25,9 +25,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jaxtyping import Float
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
-from transformers import CLIPTokenizer
 
 from hgdpo_jax import command, runtime
 from hgdpo_jax import config as configuration
@@ -36,7 +35,8 @@ from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import file_hash, write_json
+from hgdpo_jax.files import file_hash, read_lines, write_json
+from hgdpo_jax.images import UnreadableImage, read_image
 from hgdpo_jax.scoring.pictures import contact_sheet, to_uint8, write_png
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.checkpoints import tree_hash
@@ -141,9 +141,8 @@ def with_concept(source: Source, concept: Path, adapter: ConfigDict, workdir: Pa
 def load_whole(path: Path, side: int = 1024) -> Float[np.ndarray, "H W 3"]:
     """A photograph in [-1, 1], uncut, no larger than `side`. Raises UserError where it cannot be read."""
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, ValueError) as error:
+        image = read_image(path)
+    except UnreadableImage as error:
         raise UserError(f"--concept {path}: cannot be read as an image ({error})") from error
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return np.asarray(image, np.float32) / 127.5 - 1.0
@@ -153,18 +152,17 @@ def read_prompts(path: Path) -> list[str]:
     """One prompt a line; empty lines are passed over.
 
     Raises:
-        UserError: no such file, no prompt in it, or one that stands there twice: the same seeds would draw it twice.
+        UserError: no such file, not UTF-8, no prompt in it, or one that stands there twice: the same seeds would draw
+            it twice.
     """
     if not path.is_file():
         raise UserError(f"--prompts {path}: no such file")
     seen: dict[str, int] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        prompt = line.strip()
+    for number, prompt in read_lines(path):
         if prompt in seen:
             raise UserError(f"{path} line {number}: repeats line {seen[prompt]}, the same seeds would draw it twice; "
                             "remove it, or draw more with --samples")  # fmt: skip
-        if prompt:
-            seen[prompt] = number
+        seen[prompt] = number
     if not seen:
         raise UserError(f"--prompts {path}: is empty; expects one prompt a line")
     return list(seen)
@@ -186,14 +184,6 @@ def all_seeds(first: Sequence[int], samples: int) -> list[int]:
     if min(seeds) < 0 or max(seeds) >= 2**32:
         raise UserError(f"--seed {' '.join(map(str, first))}: expects numbers from 0 to {2**32 - samples}")
     return seeds
-
-
-def warn_of_long(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> None:
-    """Says which prompts have more tokens than CLIP reads; the first of them are used, as in diffusers."""
-    limit = tokenizer.model_max_length
-    for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
-        if len(ids) > limit:
-            logging.warning("prompt %r has %d tokens: the first %d are used", prompt, len(ids), limit)
 
 
 def claim(out: Path, settings: dict[str, Any]) -> None:
@@ -226,6 +216,7 @@ def draw(
     guidance: float,
     per_device: int,
     normalise: bool,
+    negative: str = "",
     concept_scale: float = 1.0,
 ) -> Painter:
     """Draws each prompt with each seed into `out`, what is not there yet; returns what drew.
@@ -236,10 +227,14 @@ def draw(
                 "size": "{}x{}".format(*source.resolution), **source.settings}  # fmt: skip
     if source.concept is not None:
         settings["concept scale"] = concept_scale
+    if negative:
+        settings["negative prompt"] = negative
     if jax.process_index() == 0:
         claim(out, {**settings, "prompts": list(prompts), "seeds": list(seeds)})
     multihost_utils.sync_global_devices("sample begins")
-    warn_of_long(prompts, source.pipeline.tokenizers["tokenizer"])
+    for prompt, count in zip(prompts, source.pipeline.count_tokens(prompts), strict=True):
+        if count > pipelines.POSITIONS:
+            logging.warning("prompt %r has %d tokens: the first %d are used", prompt, count, pipelines.POSITIONS)
     work = [(i, seed, out / f"{i:05d}_{seed}.png") for i in range(len(prompts)) for seed in seeds]
     files = [path for _, _, path in work]
     mine = [item for item in work[jax.process_index() :: jax.process_count()] if not item[2].is_file()]
@@ -253,6 +248,7 @@ def draw(
         guidance=guidance,
         batch=batch,
         seed=0,
+        negative=negative,
         normalise=normalise,
         concept_scale=concept_scale,
     )
@@ -309,6 +305,9 @@ def main() -> None:
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="what to draw")
     text.add_argument("--prompts", type=Path, help="file with one prompt a line")
+    parser.add_argument(
+        "--negative", default="", help="what not to draw: takes the place of the empty prompt in guidance"
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder for the images")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of a prompt's first image, the next has S+1")
     parser.add_argument("--samples", type=int, default=1, help="images for each prompt and --seed")
@@ -350,7 +349,7 @@ def main() -> None:
         source = with_concept(source, given.concept, adapter, given.workdir)
     with runtime.owned(given.out):
         draw(source, prompts, seeds, given.out, steps=given.steps, guidance=given.guidance, per_device=given.batch,
-             normalise=given.lan, concept_scale=given.concept_scale)  # fmt: skip
+             normalise=given.lan, negative=given.negative, concept_scale=given.concept_scale)  # fmt: skip
     print(f"{given.out}: {len(prompts) * len(seeds)} images")
 
 

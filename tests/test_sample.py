@@ -216,6 +216,50 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> sample.Source:
     return sample.from_checkpoint(str(base))._replace(resolution=(32, 32))
 
 
+@pytest.mark.parametrize("negative", ["blurry, a drawing", ""])
+def test_a_negative_prompt_is_diffusers(base: Path, trained: tuple, negative: str) -> None:
+    pipeline = trained[0]
+    painter = painter_of(pipeline, negative=negative)
+    found = ours(painter, pipeline)
+    reference = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": 32, "width": 32}
+    expected = reference(
+        PROMPTS,
+        negative_prompt=[negative] * 2 if negative else None,
+        latents=start(painter),
+        output_type="np",
+        **settings,
+    ).images
+    assert_close(found, expected, DRAWN)
+    assert painter._draw._cache_size() == 1
+    if negative:
+        assert np.abs(found - ours(painter_of(pipeline), pipeline)).max() > 10 * DRAWN
+
+
+def test_a_negative_prompt_without_guidance_says_that_it_has_no_effect(
+    base: Path, trained: tuple, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        painter_of(trained[0], negative="blurry", guidance=1.0)
+    assert "negative prompt 'blurry': has no effect, guidance 1 means none" in caplog.text
+
+
+def test_a_byte_order_mark_is_not_of_the_prompt(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("a woman\u2028in red\r\n\na man\n".encode("utf-8-sig"))
+    assert sample.read_prompts(tmp_path / "p.txt") == ["a woman\u2028in red", "a man"]
+    (tmp_path / "p.txt").write_bytes("a w\xf6man".encode("latin-1"))
+    with pytest.raises(UserError, match=r"p\.txt line 1: is not UTF-8"):
+        sample.read_prompts(tmp_path / "p.txt")
+
+
+def test_a_concept_that_is_no_picture_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 60)
+    with pytest.raises(UserError, match=r"--concept .*a\.png: cannot be read as an image \(") as error:
+        sample.load_whole(tmp_path / "a.png")
+    assert "\n" not in str(error.value)
+
+
 def draw(source: sample.Source, prompts: list[str], seeds: list[int], out: Path, **settings: Any) -> Painter:
     chosen = {"steps": 2, "guidance": 2.0, "per_device": 2, "normalise": False} | settings
     return sample.draw(source, prompts, seeds, out, **chosen)

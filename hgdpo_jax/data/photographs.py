@@ -17,7 +17,8 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import UNREADABLE, Index
+from hgdpo_jax.files import Index, read_lines
+from hgdpo_jax.images import UnreadableImage, read_image
 
 SPLITS = ("base", "train", "heldout")
 
@@ -46,13 +47,13 @@ def list_photographs(folder: str | Path, *splits: str, mirror: bool = False) -> 
     if not str(folder) or not path.is_file():
         raise UserError(f"photographs {path}: no such file; set --config.data.photographs to a folder that has one")
     found, lines = [], Counter()
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in read_lines(path):
         try:
             entry = json.loads(line)
             name, caption, place = entry["file"], entry["caption"], entry.get("split", "train")
             if not (isinstance(name, str) and isinstance(caption, str)):
                 raise TypeError
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f'{path} line {number}: expects {{"file": …, "caption": …, "split": …}}') from error
         if place not in SPLITS:
             raise UserError(f"{path} line {number}: split {place!r} is not one of {', '.join(SPLITS)}")
@@ -87,7 +88,7 @@ def by_shape(
         if len(resolutions) > 1:
             try:
                 height, width = index.shape(photograph.path)
-            except UNREADABLE:
+            except (OSError, ValueError, UnreadableImage):
                 pass
             else:
                 shape = math.log(height / width)
@@ -107,10 +108,8 @@ def load_images(
     readable, images = [], []
     for photograph in photographs:
         try:
-            with Image.open(photograph.path) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-            image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-        except UNREADABLE as error:
+            image = ImageOps.fit(read_image(photograph.path), (width, height), Image.Resampling.LANCZOS)
+        except UnreadableImage as error:
             logging.warning("photograph %s cannot be read (%s); left out", photograph.path, error)
             continue
         if photograph.mirrored:

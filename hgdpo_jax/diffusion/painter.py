@@ -4,6 +4,7 @@ Everything drawn is a function of its captions and of a key made from (seed, str
 image can be made again. Work is cut into batches of one fixed size, so that each program is compiled once.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ class Painter:
         sampler, steps, guidance: as in the config; guidance up to 1 means none, as in diffusers.
         batch: images per call, a multiple of data x fsdp.
         seed: of all that is drawn.
+        negative: prompt that takes the place of the empty one in guidance, as in diffusers.
         normalise: latent adaptive normalisation: what :meth:`generate` draws keeps, step by step, the channel
             statistics of what the pipeline draws as it was given. Takes twice the time.
         concept_scale: strength of the pipeline's adapter, where it has one.
@@ -50,6 +52,7 @@ class Painter:
         guidance: float,
         batch: int,
         seed: int,
+        negative: str = "",
         normalise: bool = False,
         concept_scale: float = 1.0,
     ) -> None:
@@ -67,7 +70,7 @@ class Painter:
         self._weights = self._given
         with_guidance, factor = guidance > 1.0, pipeline.vae.pixels_per_latent
 
-        def denoiser(weights: Any, inputs: dict[str, jax.Array], scale: jax.Array) -> Callable:
+        def denoiser(weights: Any, inputs: dict[str, jax.Array], scale: jax.Array, negative_ids: jax.Array) -> Callable:
             """The prediction for these captions and concepts; what does not depend on the step is computed here."""
             unet = nnx.merge(graphs["unet"], weights["unet"])
             size = tuple(factor * side for side in inputs["latent"].shape[1:3])
@@ -77,7 +80,8 @@ class Painter:
 
             def text(text_weights: Any) -> tuple[Memory, Any]:
                 encode = nnx.merge(graphs["text"], text_weights)
-                condition = beside_empty(encode.empty(len(inputs["ids"]), size), encode(inputs["ids"], size))
+                empty = encode.empty(len(inputs["ids"]), size, negative_ids)
+                condition = beside_empty(empty, encode(inputs["ids"], size))
                 return unet.keys_values(condition.encoder_hidden_states), condition.added_cond
 
             late, early = text(weights["text"]), text(weights["early text"])
@@ -96,14 +100,21 @@ class Painter:
             return guided(predict, scale) if with_guidance else predict
 
         def draw(
-            weights: Any, given: Any, inputs: dict[str, jax.Array], trajectory: Trajectory, scale: jax.Array
+            weights: Any,
+            given: Any,
+            inputs: dict[str, jax.Array],
+            trajectory: Trajectory,
+            scale: jax.Array,
+            negative_ids: jax.Array,
         ) -> jax.Array:
-            denoise = denoiser(weights, inputs, scale)
-            anchor = denoiser(given, inputs, scale) if normalise else None
+            denoise = denoiser(weights, inputs, scale, negative_ids)
+            anchor = denoiser(given, inputs, scale, negative_ids) if normalise else None
             return sample(denoise, self._schedule, trajectory, inputs["latent"], inputs["key"], anchor)
 
         # One program, whatever is drawn from, by whichever sampler, in how many steps and with what guidance.
-        self._scale = np.float32(guidance)
+        self._guidance = (np.float32(guidance), pipeline.tokenize([negative]))
+        if negative and not with_guidance:
+            logging.warning("negative prompt %r: has no effect, guidance %g means none", negative, guidance)
         self._from_noise = from_noise(self._schedule, sampler, steps)
         self._sdrecon = lambda strength: sdrecon(self._schedule, sampler, steps, strength)
         self._draw = jax.jit(draw)
@@ -153,7 +164,7 @@ class Painter:
 
     def _along(self, trajectory: Trajectory, inputs: Arrays, note: str) -> np.ndarray:
         return self._run(
-            lambda part: self._draw(self._weights, self._given, part, trajectory, self._scale), inputs, note
+            lambda part: self._draw(self._weights, self._given, part, trajectory, *self._guidance), inputs, note
         )
 
     def decode(self, latents: Float[np.ndarray, "n h w c"], note: str) -> Float[np.ndarray, "n H W 3"]:

@@ -22,7 +22,7 @@ from hgdpo_jax.models.text import TextConditioner
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
 
-_POSITIONS = 77  # that CLIP has
+POSITIONS = 77  # that CLIP has
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,17 @@ class Pipeline:
         """Token ids, padded and cut to the 77 positions CLIP has, as diffusers does."""
         return tokenize(self.tokenizers["tokenizer"], captions)
 
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """How many tokens each caption has, begin and end among them, before it is cut."""
+        return [len(ids) for ids in self.tokenizers["tokenizer"](list(captions), verbose=False).input_ids]
+
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Int[np.ndarray, "b s"]:
     """Token ids int32 [b, 77]: begin, words, end, padding."""
     ids = tokenizer(
         list(captions),
         padding="max_length",
-        max_length=min(tokenizer.model_max_length, _POSITIONS),
+        max_length=min(tokenizer.model_max_length, POSITIONS),
         truncation=True,
         return_tensors="np",
     ).input_ids

@@ -63,11 +63,13 @@ class TextConditioner(nnx.Module):
             {"text_embeds": second.pooled, "time_ids": jnp.tile(numbers, (input_ids.shape[0], 1))},
         )
 
-    def empty(self, count: int, size: tuple[int, int]) -> Conditioning:
-        """The empty caption's conditioning, `count` times."""
-        ids = jnp.asarray([self.empty_ids], jnp.int32)
+    def empty(self, count: int, size: tuple[int, int], negative_ids: Int[Array, "1 s"] | None = None) -> Conditioning:
+        """The empty caption's conditioning, `count` times; or that of a negative prompt, which takes its place."""
+        nothing = jnp.asarray([self.empty_ids], jnp.int32)
+        ids = nothing if negative_ids is None else negative_ids
         found = self(ids, size)
         if self.zero_empty:
-            added = found.added_cond and found.added_cond | {"text_embeds": 0 * found.added_cond["text_embeds"]}
-            found = Conditioning(jnp.zeros_like(found.encoder_hidden_states), added)
+            given = jnp.where((ids == nothing).all(), 0.0, 1.0).astype(found.encoder_hidden_states.dtype)
+            added = found.added_cond and found.added_cond | {"text_embeds": given * found.added_cond["text_embeds"]}
+            found = Conditioning(given * found.encoder_hidden_states, added)
         return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), found)

@@ -50,6 +50,7 @@ class Monitor:
             sampler=settings.sampler,
             steps=settings.steps,
             guidance=settings.guidance,
+            negative=settings.negative_prompt,
             batch=settings.batch,
             seed=config.seed,
         )

@@ -88,3 +88,33 @@ def test_every_line_is_an_example_of_its_own(tmp_path: Path) -> None:
         file.write(json.dumps({"file": f"{name}#2", "caption": "x"}) + "\n")
     with pytest.raises(UserError, match=f"{name}#2 names two examples"):
         list_photographs(folder, "train")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_list_as_other_programs_write_it_is_read(tmp_path: Path, encoding: str) -> None:
+    text = '{"file": "a.jpg", "caption": "two\u2028lines"}\r\n\n  \n{"file": "b.jpg", "caption": "ö"}\n'
+    (tmp_path / "captions.jsonl").write_bytes(text.encode(encoding))
+    found = list_photographs(tmp_path, "train")
+    assert [p.caption for p in found] == ["two\u2028lines", "ö"] and found[0].id == "a.jpg"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"file": "a.jpg", "caption": "x"}\n{"file": "b.jpg", "caption": "ö"}'.encode("latin-1"),
+            "line 2: is not UTF-8",
+        ),
+        ('{"file": "a.jpg", "caption": "x"}'.encode("utf-16"), "line 1: is not UTF-8"),
+        (b'\n{"file": "a.jpg", "caption": null}', "line 2: expects"),
+        (b'{"file": 5, "caption": "x"}', "line 1: expects"),
+        (b'"a.jpg"', "line 1: expects"),
+        (b"[" * 100_000, "line 1: expects"),
+        (b'{"file": "a.jpg", "caption": "x", "split": ["train"]}', "is not one of base, train, heldout"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "captions.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        list_photographs(tmp_path, "train")
+    assert str(tmp_path / "captions.jsonl") in str(error.value) and "\n" not in str(error.value)
