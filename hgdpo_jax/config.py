@@ -124,7 +124,9 @@ SETTINGS = (
     Setting("model.lora", "", _ANY, "a LoRA to go on from, of PEFT, diffusers or kohya: it is merged into the base"),
     Setting("model.dtype", "bfloat16", OneOf(("float32", "bfloat16")),
             "of the computation and of frozen parameters; trained ones stay float32"),
-    Setting("data.photographs", "", _ANY, "folder with images and captions.jsonl"),
+    Setting("data.photographs", "", _ANY, "photographs with captions, in one of the forms of docs/files.md"),
+    Setting("data.heldout", 0.02, Range(0, 1, open_high=True),
+            "share of them that is held out where none is marked, at least eight"),
     Setting("data.split", "train", OneOf(("base", "train")), "which of them to learn from"),
     Setting("data.resolutions", ("512x512",), _RESOLUTION,
             "height x width; a photograph goes to the one nearest to it in shape; pictures in log and report have the "

@@ -114,7 +114,7 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         name: [_as_drawn(configs[stage], stage, trained[stage], model) for stage in model.stages]
         for name, model in models.items()
     }
-    held, images = _heldout(config)
+    held, images = _heldout(config, index)
     judges, inputs = Judges(config.pairs.scorer, settings.scorer, mesh), _inputs(config, base, held, index)
     index.save()
     (workdir / "evaluation").mkdir(parents=True, exist_ok=True)
@@ -147,14 +147,16 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return results
 
 
-def _heldout(config: ConfigDict) -> tuple[list[Photograph], np.ndarray]:
+def _heldout(config: ConfigDict, index: Index) -> tuple[list[Photograph], np.ndarray]:
     """The photographs that are held out, of the first resolution.
 
     Raises:
         UserError: fewer than two can be read.
     """
     size = next(iter(configuration.resolutions(config).values()))
-    held, images = load_images(list_photographs(config.data.photographs, "heldout"), size)
+    held, images = load_images(
+        list_photographs(config.data.photographs, "heldout", heldout=config.data.heldout, index=index), size
+    )
     if len(held) < 2:
         raise UserError(f"photographs {config.data.photographs}: of those held out {len(held)} can be read; evaluation "
                         "needs two")  # fmt: skip

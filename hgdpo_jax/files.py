@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.images import image_shape
+from hgdpo_jax.images import Picture, image_shape
 
 
 def _partial(path: Path) -> Path:
@@ -201,21 +201,26 @@ class Index:
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}: not JSON ({error}); remove it, it will be made again") from error
 
-    def _entry(self, file: Path) -> list[Any]:
-        about = file.stat()
-        entry = self._known.setdefault(os.path.abspath(file), [None, None, None, None])
+    def _entry(self, file: Path | Picture) -> list[Any]:
+        held_by = file.path if isinstance(file, Picture) else file
+        about, name = (
+            held_by.stat(),
+            os.path.abspath(held_by) + (f"::{file.inside}" if isinstance(file, Picture) else ""),
+        )
+        entry = self._known.setdefault(name, [None, None, None, None])
         if entry[:2] != [about.st_size, about.st_mtime_ns]:
             entry[:] = [about.st_size, about.st_mtime_ns, None, None]
         return entry
 
-    def hash(self, file: Path) -> str:
-        """sha256 of a file. Raises OSError where it cannot be read."""
+    def hash(self, file: Path | Picture) -> str:
+        """sha256 of a file, or of a picture in one. Raises OSError where it cannot be read."""
         entry = self._entry(file)
         if entry[2] is None:
-            entry[2], self._saved = file_hash(file), False
+            digest = hashlib.sha256(file.read()).hexdigest() if isinstance(file, Picture) else file_hash(file)
+            entry[2], self._saved = digest, False
         return entry[2]
 
-    def shape(self, picture: Path) -> tuple[int, int]:
+    def shape(self, picture: Path | Picture) -> tuple[int, int]:
         """(height, width) of a picture as it is to be looked at. Raises OSError or UnreadableImage where it is none."""
         entry = self._entry(picture)
         if entry[3] is None:

@@ -3,16 +3,37 @@
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 _ORIENTATION = 0x0112
+# What Pillow opens, by the end of a name.
+SUFFIXES = frozenset(Image.registered_extensions())
 _OF_PROFILE = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # colour space → Pillow's mode
 _SRGB = ImageCms.createProfile("sRGB")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image that is no file of its own.
+
+    Attributes:
+        path: of the file that holds it.
+        inside: its name there.
+        read: its bytes, as of a file.
+    """
+
+    path: Path
+    inside: str
+    read: Callable[[], bytes] = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.path}, {self.inside}"
 
 
 class UnreadableImage(Exception):
@@ -20,31 +41,31 @@ class UnreadableImage(Exception):
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """The file, opened; what goes wrong meanwhile is an UnreadableImage."""
+def _opened(image: Path | Picture) -> Iterator[Image.Image]:
+    """The image, opened; what goes wrong meanwhile is an UnreadableImage."""
     try:
         with warnings.catch_warnings():
             # Pillow's limit is for what strangers upload; beyond twice that it raises.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            with Image.open(image if isinstance(image, Path) else io.BytesIO(image.read())) as file:
                 yield file
     except Exception as error:  # Pillow's plugins raise whatever they stumble over: SyntaxError, struct.error, …
         raise UnreadableImage(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def image_shape(path: Path) -> tuple[int, int]:
+def image_shape(image: Path | Picture) -> tuple[int, int]:
     """(height, width) of an image once it is upright, without decoding it.
 
     Raises:
         UnreadableImage: it is none.
     """
-    with _opened(path) as file:
+    with _opened(image) as file:
         width, height = file.size
         turned = file.getexif().get(_ORIENTATION) in (5, 6, 7, 8)  # some programs write text there
     return (width, height) if turned else (height, width)
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path | Picture) -> Image.Image:
     """An image of mode RGB.
 
     Grey of 16 bits is scaled to 8, an embedded colour profile converted to sRGB, what is transparent laid on white, of
@@ -76,7 +97,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values * (255.0 / top)).round().astype(np.uint8))
 
 
-def _in_srgb(image: Image.Image, icc: bytes, path: Path) -> Image.Image:
+def _in_srgb(image: Image.Image, icc: bytes, path: Path | Picture) -> Image.Image:
     """Colours by their profile. One that cannot be used is named, and the colours are taken as they are."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))

@@ -75,7 +75,9 @@ def build(config: ConfigDict, workdir: Path) -> None:
     loser = config.pairs.loser
     earlier = shards.open_stage(workdir, loser.partition("/")[0], index) if loser.startswith("stage") else None
     photographs = {
-        role: list_photographs(config.data.photographs, split, mirror=config.data.mirror)
+        role: list_photographs(
+            config.data.photographs, split, mirror=config.data.mirror, heldout=config.data.heldout, index=index
+        )
         for role, split in (("train", config.data.split), ("heldout", "heldout"))
     }
     if loser != "none" and not config.pairs.scorer:

@@ -88,7 +88,7 @@ def examples_of(photographs: Sequence[Photograph], index: Index | None) -> list[
 
     def content(photograph: Photograph) -> str | None:
         try:
-            return index.hash(photograph.path) if index else None
+            return index.hash(photograph.picture) if index else None
         except OSError:
             return None
 

@@ -1,14 +1,14 @@
-"""D_real: a folder of photographs with a captions.jsonl that lists them.
+"""D_real: photographs with captions, in any form that :mod:`hgdpo_jax.data.readers` knows.
 
-One line per photograph: {"file": "path/in/the/folder.jpg", "caption": "…", "split": "train"}; `split` is `train`
-(the default: the curriculum learns from it), `heldout` (for evaluation) or `base` (for the base's own training).
+The splits are `train` (the curriculum learns from it), `heldout` (for evaluation) and `base` (for the base's own
+training). Where photographs say which they belong to, the others are `train`; where none does, a share is held out, by
+the hash of its content, so that a photograph stays in its split whatever comes beside it or is renamed.
 """
 
-import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,60 +16,116 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageOps
 
+from hgdpo_jax.data.readers import captions, imagefolder, kohya, parquet, sidecars, tar, tfds
+from hgdpo_jax.data.readers.example import Example, Examples
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import Index, read_lines
-from hgdpo_jax.images import UnreadableImage, read_image
+from hgdpo_jax.files import Index
+from hgdpo_jax.images import Picture, UnreadableImage, read_image
 
 SPLITS = ("base", "train", "heldout")
+HELDOUT, _LEAST = 0.02, 8  # the share, and how many at least, that are held out where nothing is marked
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """One line of captions.jsonl. The id is the file's path in its folder; `#2`, … follow where further lines have the
-    same file, and `#mirrored` for its mirror image."""
+    """A photograph and a caption. The id is its name in its folder or archive; `#2`, … follow where further captions
+    are of the same one, and `#mirrored` for its mirror image."""
 
     id: str
-    path: Path
+    picture: Path | Picture
     caption: str
     split: str = "train"
     mirrored: bool = False
 
 
-def list_photographs(folder: str | Path, *splits: str, mirror: bool = False) -> list[Photograph]:
-    """The photographs of some splits, in the order of the file; with `mirror` each is followed by its mirror image.
+def list_photographs(
+    place: str | Path,
+    *splits: str,
+    mirror: bool = False,
+    heldout: float = HELDOUT,
+    index: Index | None = None,
+) -> list[Photograph]:
+    """The photographs of some splits, in the order of their list; with `mirror` each is followed by its mirror image.
 
-    Every line is an example of its own, several captions of one file too.
+    Every caption is an example of its own, several of one photograph too.
+
+    Args:
+        place: a folder, a file, or tfds:NAME.
+        splits: some of SPLITS.
+        mirror: whether mirror images are examples too.
+        heldout: share that is held out where nothing is marked, at least eight (but no more than half).
+        index: spares reading photographs whose content it knows.
 
     Raises:
-        UserError: no captions.jsonl, a line that is not as described above, or none in these splits.
+        UserError: nothing that can be read, a line that is not as it should be, or none in these splits.
     """
-    path = Path(folder) / "captions.jsonl"
-    if not str(folder) or not path.is_file():
-        raise UserError(f"photographs {path}: no such file; set --config.data.photographs to a folder that has one")
-    found, lines = [], Counter()
-    for number, line in read_lines(path):
-        try:
-            entry = json.loads(line)
-            name, caption, place = entry["file"], entry["caption"], entry.get("split", "train")
-            if not (isinstance(name, str) and isinstance(caption, str)):
-                raise TypeError
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f'{path} line {number}: expects {{"file": …, "caption": …, "split": …}}') from error
-        if place not in SPLITS:
-            raise UserError(f"{path} line {number}: split {place!r} is not one of {', '.join(SPLITS)}")
-        lines[name] += 1
-        if place in splits:
-            example = name if lines[name] == 1 else f"{name}#{lines[name]}"
-            found.append(Photograph(example, path.parent / name, caption, place))
-            if mirror:
-                found.append(Photograph(f"{example}#mirrored", path.parent / name, caption, place, mirrored=True))
+    examples = list(_reader(place)())
+    if any(example.split for example in examples):
+        split = {example.name: example.split or "train" for example in examples}
+    else:
+        split = _by_content(examples, heldout, index or Index())
+    found, seen = [], Counter()
+    for example in examples:
+        seen[example.name] += 1
+        if (example.split or split[example.name]) not in splits:
+            continue
+        name = example.name if seen[example.name] == 1 else f"{example.name}#{seen[example.name]}"
+        place_of = example.split or split[example.name]
+        found.append(Photograph(name, example.picture, example.caption, place_of))
+        if mirror:
+            found.append(Photograph(f"{name}#mirrored", example.picture, example.caption, place_of, mirrored=True))
     if not found:
-        name = " or ".join(splits)
-        raise UserError(f'{path}: no photograph of split {name}; mark some lines with "split": "{splits[-1]}"')
+        raise UserError(f"photographs {place}: none of the {len(examples)} is of split {' or '.join(splits)}; mark "
+                        f"some as {splits[-1]}")  # fmt: skip
     twice = [name for name, count in Counter(p.id for p in found).items() if count > 1]
     if twice:
-        raise UserError(f"{path}: {twice[0]} names two examples; rename the file whose name ends in #")
+        raise UserError(f"photographs {place}: {twice[0]} names two examples; rename the file whose name ends in #")
     return found
+
+
+def _by_content(examples: Sequence[Example], heldout: float, index: Index) -> dict[str, str]:
+    """Name → train, or heldout for those with the smallest hashes of their content."""
+    hashes: dict[str, str] = {}
+    for example in examples:
+        try:
+            hashes[example.name] = index.hash(example.picture)
+        except (OSError, ValueError):
+            continue  # it cannot be read, and will be named where it is used
+    share = sum(int(digest[:8], 16) < heldout * 16**8 for digest in hashes.values())
+    count = min(max(share, _LEAST), len(hashes) // 2) if heldout else 0
+    chosen = set(sorted(hashes, key=lambda name: (hashes[name], name))[:count])
+    return {example.name: "heldout" if example.name in chosen else "train" for example in examples}
+
+
+def _reader(place: str | Path) -> Callable[[], Examples]:
+    """What reads a place, which its files tell.
+
+    Raises:
+        UserError: nothing does.
+    """
+    if str(place).startswith(tfds.PREFIX):
+        return lambda: tfds.read(str(place).removeprefix(tfds.PREFIX))
+    path = Path(place)
+    if not str(place) or not path.exists():
+        raise UserError(f"photographs {place}: no such file or folder; set --config.data.photographs")
+    files = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if entry.is_file())
+    files += sorted(path.glob("data/*.parquet"))
+    if path.is_file() and path.suffix == ".json":
+        return lambda: kohya.read(path)
+    if path.is_file() and path.suffix == ".jsonl":
+        return lambda: captions.read(path)
+    if (path / captions.NAME).is_file():
+        return lambda: captions.read(path / captions.NAME)
+    if path.is_dir() and imagefolder.lists_in(path):
+        return lambda: imagefolder.read(path)
+    for suffix, reader in ((".tar", tar.read), (".parquet", parquet.read)):
+        of_kind = [file for file in files if file.suffix == suffix]
+        if of_kind:
+            return lambda reader=reader, of_kind=of_kind: reader(of_kind)
+    if path.is_dir() and any(sidecars.text_of(image) for image in sidecars.images_in(path)):
+        return lambda: sidecars.read(path)
+    raise UserError(f"photographs {place}: expects images with .txt files beside them, {captions.NAME}, "
+                    f"{' or '.join(imagefolder.NAMES)}, kohya's .json, .tar or .parquet")  # fmt: skip
 
 
 def by_shape(
@@ -87,7 +143,7 @@ def by_shape(
         nearest = first
         if len(resolutions) > 1:
             try:
-                height, width = index.shape(photograph.path)
+                height, width = index.shape(photograph.picture)
             except (OSError, ValueError, UnreadableImage):
                 pass
             else:
@@ -108,9 +164,9 @@ def load_images(
     readable, images = [], []
     for photograph in photographs:
         try:
-            image = ImageOps.fit(read_image(photograph.path), (width, height), Image.Resampling.LANCZOS)
+            image = ImageOps.fit(read_image(photograph.picture), (width, height), Image.Resampling.LANCZOS)
         except UnreadableImage as error:
-            logging.warning("photograph %s cannot be read (%s); left out", photograph.path, error)
+            logging.warning("photograph %s cannot be read (%s); left out", photograph.picture, error)
             continue
         if photograph.mirrored:
             image = ImageOps.mirror(image)

@@ -126,7 +126,7 @@ def test_photographs_of_two_shapes_become_pairs_of_two_shapes_in_every_stage(
     folder = tiny.write_photographs(tmp_path / "photographs", train=4, heldout=2)
     tall = [p for split in ("train", "heldout") for p in list_photographs(folder, split)][1::2]
     for photograph in tall:
-        Image.open(photograph.path).resize((40, 80)).save(photograph.path)
+        Image.open(photograph.picture).resize((40, 80)).save(photograph.picture)
     settings: dict = {"pool_size": 2}  # else as above, so that only the second shape is compiled
     for stage, how in (("stage1", {}), ("stage2", {"winner": "sdrecon", "strengths": (5,), "loser": "stage1"})):
         config = make(stage, **settings, **how)
@@ -181,7 +181,7 @@ def test_photographs_may_move_but_not_change(workdir: Path, inputs: Path, make: 
     pairs.build(config, tmp_path / "run")
     used = open_stage(tmp_path / "run", "stage3").by_id("heldout")
     changed = next(p for p in list_photographs(tmp_path / "moved", "heldout") if p.id in used)
-    Image.new("RGB", (64, 64)).save(changed.path)
+    Image.new("RGB", (64, 64)).save(changed.picture)
     line = rf"photograph {changed.id}: is sha256 \w{{12}}…, pair shard .*-00000-of-00001 was made from sha256 \w{{12}}…"
     with pytest.raises(UserError, match=line):
         pairs.build(config, tmp_path / "run")
@@ -195,7 +195,7 @@ def test_photographs_may_move_but_not_change(workdir: Path, inputs: Path, make: 
 def test_a_repaired_photograph_is_taken_in(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tiny.write_photographs(tmp_path / "photographs", train=3, heldout=1)
     train_photographs = list_photographs(folder, "train")
-    whole = {photograph.path: photograph.path.read_bytes() for photograph in train_photographs}
+    whole = {photograph.picture: photograph.picture.read_bytes() for photograph in train_photographs}
     config = make("stage0", winner="photograph", loser="none", shard_size=2)
     config.data.photographs, config.objective = str(folder), "sft"
 

@@ -17,7 +17,7 @@ from tests import tiny
 def test_the_embedded_portraits_are_whole() -> None:
     train, heldout = (list_photographs(ASSETS / "portraits", split) for split in ("train", "heldout"))
     assert (len(train), len(heldout)) == (108, 40)
-    assert sum(p.path.stem.endswith("f") for p in heldout) == 20
+    assert sum(p.picture.stem.endswith("f") for p in heldout) == 20
     readable, images = load_images(train + heldout, (64, 64))
     assert len(readable) == 148 and images.shape == (148, 64, 64, 3)
     assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) <= 30e6
@@ -40,15 +40,17 @@ def test_an_image_covers_the_resolution_and_is_cut_to_its_centre(tmp_path: Path)
 
 def test_an_unreadable_photograph_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     photographs = list_photographs(tiny.write_photographs(tmp_path / "p", 3), "train")
-    photographs[1].path.write_bytes(b"not an image")
+    photographs[1].picture.write_bytes(b"not an image")
     with caplog.at_level(logging.WARNING):
         readable, images = load_images(photographs, (64, 64))
     assert [p.id for p in readable] == [photographs[0].id, photographs[2].id] and len(images) == 2
-    assert str(photographs[1].path) in caplog.text
+    assert str(photographs[1].picture) in caplog.text
 
 
 def test_what_is_wrong_with_the_list_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file; set --config.data.photographs"):
+    with pytest.raises(UserError, match="no such file or folder; set --config.data.photographs"):
+        list_photographs(tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match=r"expects images with \.txt files beside them, captions\.jsonl"):
         list_photographs(tmp_path, "train")
     (tmp_path / "captions.jsonl").write_text('{"file": "a.jpg", "caption": "x"}\n{"file": "b.jpg"}\n')
     with pytest.raises(UserError, match="line 2: expects"):
@@ -56,8 +58,8 @@ def test_what_is_wrong_with_the_list_is_named(tmp_path: Path) -> None:
     (tmp_path / "captions.jsonl").write_text('{"file": "a.jpg", "caption": "x", "split": "test"}\n')
     with pytest.raises(UserError, match="split 'test' is not one of"):
         list_photographs(tmp_path, "train")
-    (tmp_path / "captions.jsonl").write_text('{"file": "a.jpg", "caption": "x"}\n')
-    with pytest.raises(UserError, match='mark some lines with "split": "heldout"'):
+    (tmp_path / "captions.jsonl").write_text('{"file": "a.jpg", "caption": "x", "split": "train"}\n')
+    with pytest.raises(UserError, match="none of the 1 is of split heldout; mark some as heldout"):
         list_photographs(tmp_path, "heldout")
 
 
@@ -82,7 +84,12 @@ def test_every_line_is_an_example_of_its_own(tmp_path: Path) -> None:
         file.write(json.dumps(line | {"caption": "another caption"}) + "\n")
     found = list_photographs(folder, "train", mirror=True)
     name = line["file"]
-    assert [p.id for p in found if p.path.name in name] == [name, f"{name}#mirrored", f"{name}#2", f"{name}#2#mirrored"]
+    assert [p.id for p in found if p.picture.name in name] == [
+        name,
+        f"{name}#mirrored",
+        f"{name}#2",
+        f"{name}#2#mirrored",
+    ]
     assert [p.caption for p in found][-2:] == ["another caption"] * 2
     with (folder / "captions.jsonl").open("a") as file:
         file.write(json.dumps({"file": f"{name}#2", "caption": "x"}) + "\n")

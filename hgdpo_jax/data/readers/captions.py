@@ -1,0 +1,26 @@
+"""A captions.jsonl: {"file": "path/in/the/folder.jpg", "caption": "…", "split": "train"}, a line for each example."""
+
+import json
+from pathlib import Path
+
+from hgdpo_jax.data.readers.example import Example, Examples
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import read_lines
+
+NAME = "captions.jsonl"
+_SPLITS = ("base", "train", "heldout")
+
+
+def read(path: Path) -> Examples:
+    """Raises UserError for a line that is not as described above."""
+    for number, line in read_lines(path):
+        try:
+            entry = json.loads(line)
+            name, caption, split = entry["file"], entry["caption"], entry.get("split")
+            if not (isinstance(name, str) and isinstance(caption, str)):
+                raise TypeError
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f'{path} line {number}: expects {{"file": …, "caption": …, "split": …}}') from error
+        if split is not None and split not in _SPLITS:
+            raise UserError(f"{path} line {number}: split {split!r} is not one of {', '.join(_SPLITS)}")
+        yield Example(name, path.parent / name, caption, split)

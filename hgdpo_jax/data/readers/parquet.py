@@ -1,0 +1,62 @@
+"""Parquet with the images' bytes, as Hugging Face's datasets are stored: a column of images and one of captions."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hgdpo_jax.data.readers.example import CAPTIONS, SPLITS, Example, Examples, split_of_file
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.images import Picture
+
+
+def read(files: Sequence[Path]) -> Examples:
+    """A field `split` counts before the file's name. Raises UserError for a file that is broken or of other columns."""
+    for path in files:
+        try:
+            table = pq.ParquetFile(path)
+            image, caption = _columns(table.schema_arrow, path)
+            columns = [name for name in (caption, "split") if name in table.schema_arrow.names]
+            for group in range(table.num_row_groups):
+                for row, entry in enumerate(table.read_row_group(group, columns=columns).to_pylist()):
+                    if not isinstance(entry[caption], str):
+                        continue
+                    split = SPLITS.get(str(entry.get("split", "")).lower()) or split_of_file(path)
+                    name = f"{path.name}/{group}/{row}"
+                    yield Example(name, _picture(path, image, group, row), entry[caption], split)
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: is not a parquet file that can be read ({reason}); copy it again") from error
+
+
+def _columns(schema: pa.Schema, path: Path) -> tuple[str, str]:
+    """The names of the columns of images and of captions."""
+    images = [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type) or _is_image(f)]
+    captions = [name for name in CAPTIONS if name in schema.names and not _is_image(schema.field(name))]
+    if not images or not captions:
+        raise UserError(f"{path}: has columns {', '.join(schema.names)}; expects one of images, as bytes or as a "
+                        f"struct with bytes, and one of {', '.join(CAPTIONS)}")  # fmt: skip
+    return ("image" if "image" in images else images[0]), captions[0]
+
+
+def _is_image(field: pa.Field) -> bool:
+    return pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
+
+
+def _picture(path: Path, column: str, group: int, row: int) -> Picture:
+    def content() -> bytes:
+        found: Any = _group(path, column, group)[row].as_py()
+        found = found["bytes"] if isinstance(found, dict) else found
+        if not found:
+            raise OSError("has no bytes")
+        return found
+
+    return Picture(path, f"row {row} of group {group}", content)
+
+
+@lru_cache(2)  # pictures are read one after the other
+def _group(path: Path, column: str, group: int) -> pa.ChunkedArray:
+    return pq.ParquetFile(path).read_row_group(group, columns=[column]).column(0)
