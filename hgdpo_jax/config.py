@@ -125,6 +125,7 @@ SETTINGS = (
     Setting("model.dtype", "bfloat16", OneOf(("float32", "bfloat16")),
             "of the computation and of frozen parameters; trained ones stay float32"),
     Setting("data.photographs", "", _ANY, "photographs with captions, in one of the forms of docs/files.md"),
+    Setting("data.pairs", "", _ANY, "preference pairs that are given, in one of the forms of docs/files.md"),
     Setting("data.heldout", 0.02, Range(0, 1, open_high=True),
             "share of them that is held out where none is marked, at least eight"),
     Setting("data.split", "train", OneOf(("base", "train")), "which of them to learn from"),
@@ -135,12 +136,13 @@ SETTINGS = (
     Setting("data.caption_dropout", 0.0, _SHARE,
             "sft: share of captions replaced by the empty one, for guidance"),
     Setting("data.concept_dropout", 0.0, _SHARE, "sft of an adapter: share of concept images replaced by none"),
-    Setting("pairs.winner", "pool", OneOf(("pool", "sdrecon", "photograph")),
-            "pool: best of it; sdrecon: best of the reconstructions; photograph: itself"),
+    Setting("pairs.winner", "pool", OneOf(("pool", "sdrecon", "photograph", "given")),
+            "pool: best of it; sdrecon: best of the reconstructions; photograph: itself; given: that of data.pairs"),
     Setting("pairs.strengths", (4, 5, 6, 7), Range(1, 10),
             "sdrecon: timesteps in hundreds the photograph is noised to"),
-    Setting("pairs.loser", "pool", OneOf(("pool", "stage1", "stage1/loser", "stage2", "none")),
-            "pool: worst of it; stage1, stage2: that stage's winner; stage1/loser: its loser; none: sft"),
+    Setting("pairs.loser", "pool", OneOf(("pool", "stage1", "stage1/loser", "stage2", "given", "none")),
+            "pool: worst of it; stage1, stage2: that stage's winner; stage1/loser: its loser; given: that of "
+            "data.pairs; none: sft"),
     Setting("pairs.keep_if_winner_scores_higher", False, _FLAG, "the filter that defines the index set K"),
     Setting("pairs.pool_size", 20, _COUNT, "images per prompt; winner and loser from one pool need 2"),
     Setting("pairs.sampler", "dpmpp_2m", _SAMPLER, "that draws candidates"),
@@ -374,6 +376,9 @@ def validate(config: ConfigDict) -> None:
                         "expects a whole number from 2")  # fmt: skip
     if list(mesh.values()).count(-1) > 1:
         raise UserError(f"config keys mesh={dict(mesh)}: only one of them may be -1")
+    if (pairs.winner == "given") != (pairs.loser == "given"):
+        raise UserError(f"config keys pairs.winner={pairs.winner} and pairs.loser={pairs.loser}: pairs are given "
+                        "whole; expects given for both or for neither")  # fmt: skip
     if pairs.loser == "none" and pairs.winner != "photograph":
         raise UserError(
             f"config key pairs.loser=none: {pairs.winner} is chosen against a loser; expects pool or a stage"

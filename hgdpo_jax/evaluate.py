@@ -17,7 +17,7 @@ from rich.table import Table
 from hgdpo_jax import command, files, provenance, runtime
 from hgdpo_jax import config as configuration
 from hgdpo_jax.curriculum.selection import require_finite
-from hgdpo_jax.data.photographs import Photograph, list_photographs, load_images
+from hgdpo_jax.data.photographs import Photograph, list_examples, load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.painter import Painter
@@ -154,9 +154,7 @@ def _heldout(config: ConfigDict, index: Index) -> tuple[list[Photograph], np.nda
         UserError: fewer than two can be read.
     """
     size = next(iter(configuration.resolutions(config).values()))
-    held, images = load_images(
-        list_photographs(config.data.photographs, "heldout", heldout=config.data.heldout, index=index), size
-    )
+    held, images = load_images([p for p in list_examples(config, "heldout", index) if not p.mirrored], size)
     if len(held) < 2:
         raise UserError(f"photographs {config.data.photographs}: of those held out {len(held)} can be read; evaluation "
                         "needs two")  # fmt: skip

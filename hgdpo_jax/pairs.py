@@ -22,7 +22,7 @@ from hgdpo_jax import config as configuration
 from hgdpo_jax.curriculum.selection import make_records, uses_pixels
 from hgdpo_jax.data import pairs as shards
 from hgdpo_jax.data.concepts import encoder_hash, encoder_of
-from hgdpo_jax.data.photographs import Photograph, by_shape, list_photographs, load_images
+from hgdpo_jax.data.photographs import Photograph, by_shape, list_examples, load_images, load_losers
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
@@ -38,7 +38,7 @@ def depends_on(config: ConfigDict) -> list[str]:
     keys += ["pairs.keep_if_winner_scores_higher", "pairs.shard_size"]
     keys += ["pairs.pool_size"] if "pool" in (pairs.winner, pairs.loser) else []
     keys += ["pairs.strengths"] if pairs.winner == "sdrecon" else []
-    drawn = pairs.winner != "photograph" or pairs.loser == "pool"
+    drawn = pairs.winner not in ("photograph", "given") or pairs.loser == "pool"
     keys += ["pairs.sampler", "pairs.steps", "pairs.guidance"] if drawn else []
     keys += ["pairs.negative_prompt"] if drawn and pairs.negative_prompt else []
     return keys + (["adapter.kind"] if config.train.params == "adapter" else [])
@@ -52,7 +52,7 @@ def made_from(
         "model.base": pipelines.content_hash(config.model.base, config.model.vae, config.model.lora, index),
         "captions.jsonl": json_hash({role: [[p.id, p.caption] for p in photographs[role]] for role in photographs}),
     }
-    if config.pairs.loser != "none":
+    if config.pairs.loser not in ("none", "given"):
         inputs["pairs.scorer"] = folder_hash(config.pairs.scorer, index)
     if earlier:
         inputs[f"the pairs of {config.pairs.loser.partition('/')[0]}"] = earlier.hash
@@ -75,12 +75,10 @@ def build(config: ConfigDict, workdir: Path) -> None:
     loser = config.pairs.loser
     earlier = shards.open_stage(workdir, loser.partition("/")[0], index) if loser.startswith("stage") else None
     photographs = {
-        role: list_photographs(
-            config.data.photographs, split, mirror=config.data.mirror, heldout=config.data.heldout, index=index
-        )
+        role: list_examples(config, split, index)
         for role, split in (("train", config.data.split), ("heldout", "heldout"))
     }
-    if loser != "none" and not config.pairs.scorer:
+    if loser not in ("none", "given") and not config.pairs.scorer:
         raise UserError("config key pairs.scorer: is empty; set it to the folder of a CLIPModel such as PickScore v1")
     inputs = made_from(config, photographs, earlier, index)
     with runtime.owned(folder):
@@ -175,7 +173,7 @@ def _make(
         seed=config.seed,
     )
     _warn_of_long(pipeline, [photograph for part in plan for photograph in part.photographs])
-    scorer = Scorer(settings.scorer, mesh) if settings.loser != "none" else None
+    scorer = Scorer(settings.scorer, mesh) if settings.loser not in ("none", "given") else None
     concepts = encoder_of(config) if config.train.params == "adapter" else None
     tokens = pipeline.tokenize([""]).shape[1]
     latents = {name: pipeline.latent_shape(resolution) for name, resolution in resolutions.items()}
@@ -185,10 +183,12 @@ def _make(
     schema = shards.features(next(iter(latents.values()))[2], tokens, settings.loser != "none", concept)
     records = {role: earlier.by_id(role) if earlier else {} for role in {part.role for part in todo}}
     for part in tqdm(todo, desc=f"{config.stage} pairs", unit="shard"):
-        readable, images, content = part.photographs, None, None
+        readable, images, losers, content = part.photographs, None, None, None
         if uses_pixels(config):
             readable, images = load_images(part.photographs, resolutions[part.resolution])
             content = index
+        if settings.loser == "given":
+            readable, images, losers = load_losers(readable, images)
         made = make_records(
             config,
             painter,
@@ -199,6 +199,7 @@ def _make(
             pipeline.tokenize,
             records[part.role],
             concepts,
+            losers,
         )
         ids = {photograph.id for photograph in readable}
         examples = [e._replace(readable=e.id in ids) for e in shards.examples_of(part.photographs, content)]

@@ -3,6 +3,7 @@
 easy     winner = best of the pool          loser = worst of the pool
 normal   winner = best of t4…t7             loser = easy winner         kept where f(winner) >= f(loser): K
 hard     winner = t1                        loser = normal winner       on K, the ids of the normal stage's shards
+given    winner and loser = a pair of data.pairs
 """
 
 import logging
@@ -90,6 +91,7 @@ def make_records(
     tokenize: Any,
     earlier: Mapping[str, Record],
     concepts: ConceptEncoder | None = None,
+    losers: np.ndarray | None = None,
 ) -> list[Record]:
     """The records of some photographs.
 
@@ -102,6 +104,7 @@ def make_records(
         resolution: (H, W).
         tokenize: captions → token ids.
         earlier: id → record of the stage that losers come from; empty where they come from the pool.
+        losers: pixels of the losers, where pairs are given.
         concepts: reads the photograph as a concept image, where an adapter is to be trained.
 
     Raises:
@@ -128,6 +131,13 @@ def make_records(
                     logging.warning("photograph %s: no face found; left out", name)
             records = [r | {"concept": _stored(x)} for r, x, f in zip(records, features, found, strict=True) if f]
         return records
+
+    if settings.loser == "given":
+        assert images is not None and losers is not None
+        both = painter.encode(images, "encode"), painter.encode(losers, "encode losers")
+        unscored = {"winner_number": 0, "winner_score": np.float32(0), "loser_score": np.float32(0)}
+        rows = zip(common, *both, strict=True)
+        return [c | unscored | {"winner": _stored(x), "loser": _stored(y)} for c, x, y in rows]
 
     assert scorer is not None
     pooled = None

@@ -23,7 +23,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import Index, file_hash, need_space, owner, whole, write_json
+from hgdpo_jax.files import Index, file_hash, json_hash, need_space, owner, whole, write_json
 from hgdpo_jax.provenance import require_same
 
 Record = dict[str, Any]
@@ -88,6 +88,8 @@ def examples_of(photographs: Sequence[Photograph], index: Index | None) -> list[
 
     def content(photograph: Photograph) -> str | None:
         try:
+            if index and photograph.loser:
+                return json_hash([index.hash(photograph.picture), index.hash(photograph.loser)])
             return index.hash(photograph.picture) if index else None
         except OSError:
             return None

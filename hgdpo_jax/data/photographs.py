@@ -9,14 +9,15 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
+from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
-from hgdpo_jax.data.readers import captions, imagefolder, kohya, parquet, sidecars, tar, tfds
+from hgdpo_jax.data.readers import captions, imagefolder, kohya, parquet, preferences, sidecars, tar, tfds
 from hgdpo_jax.data.readers.example import Example, Examples
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import Index
@@ -36,6 +37,31 @@ class Photograph:
     caption: str
     split: str = "train"
     mirrored: bool = False
+    loser: Path | Picture | None = None  # of a pair that is given: the picture that lost against this one
+
+
+def list_examples(config: ConfigDict, split: str, index: Index) -> list[Photograph]:
+    """What a stage learns from, or is evaluated on: photographs, or the pairs that are given.
+
+    Args:
+        config: of the stage.
+        split: one of SPLITS.
+        index: see :func:`list_photographs`.
+    """
+    given = config.pairs.winner == "given"
+    reader, place = (list_pairs, config.data.pairs) if given else (list_photographs, config.data.photographs)
+    return reader(place, split, mirror=config.data.mirror, heldout=config.data.heldout, index=index)
+
+
+def list_pairs(
+    place: str | Path,
+    *splits: str,
+    mirror: bool = False,
+    heldout: float = HELDOUT,
+    index: Index | None = None,
+) -> list[Photograph]:
+    """As :func:`list_photographs`, the winners of given pairs, with their losers."""
+    return _of_splits(preferences.reader(place)(), place, splits, mirror, heldout, index)
 
 
 def list_photographs(
@@ -59,7 +85,13 @@ def list_photographs(
     Raises:
         UserError: nothing that can be read, a line that is not as it should be, or none in these splits.
     """
-    examples = list(_reader(place)())
+    return _of_splits(_reader(place)(), place, splits, mirror, heldout, index)
+
+
+def _of_splits(
+    read: Examples, place: str | Path, splits: Sequence[str], mirror: bool, heldout: float, index: Index | None
+) -> list[Photograph]:
+    examples = list(read)
     if any(example.split for example in examples):
         split = {example.name: example.split or "train" for example in examples}
     else:
@@ -71,9 +103,10 @@ def list_photographs(
             continue
         name = example.name if seen[example.name] == 1 else f"{example.name}#{seen[example.name]}"
         place_of = example.split or split[example.name]
-        found.append(Photograph(name, example.picture, example.caption, place_of))
+        photograph = Photograph(name, example.picture, example.caption, place_of, loser=example.loser)
+        found.append(photograph)
         if mirror:
-            found.append(Photograph(f"{name}#mirrored", example.picture, example.caption, place_of, mirrored=True))
+            found.append(replace(photograph, id=f"{name}#mirrored", mirrored=True))
     if not found:
         raise UserError(f"photographs {place}: none of the {len(examples)} is of split {' or '.join(splits)}; mark "
                         f"some as {splits[-1]}")  # fmt: skip
@@ -154,22 +187,41 @@ def by_shape(
 
 
 def load_images(
-    photographs: list[Photograph], resolution: tuple[int, int]
+    photographs: Sequence[Photograph], resolution: tuple[int, int]
 ) -> tuple[list[Photograph], Float[np.ndarray, "n H W 3"]]:
     """Those that can be read, and their pixels in [-1, 1]: scaled to cover height x width, then cut to the centre.
 
     An unreadable photograph is named in a warning and left out.
     """
-    height, width = resolution
     readable, images = [], []
     for photograph in photographs:
-        try:
-            image = ImageOps.fit(read_image(photograph.picture), (width, height), Image.Resampling.LANCZOS)
-        except UnreadableImage as error:
-            logging.warning("photograph %s cannot be read (%s); left out", photograph.picture, error)
-            continue
-        if photograph.mirrored:
-            image = ImageOps.mirror(image)
-        readable.append(photograph)
-        images.append(np.asarray(image, np.float32) / 127.5 - 1.0)
-    return readable, np.stack(images) if images else np.zeros((0, height, width, 3), np.float32)
+        image = _cut(photograph, photograph.picture, resolution)
+        if image is not None:
+            readable.append(photograph)
+            images.append(image)
+    return readable, np.stack(images) if images else np.zeros((0, *resolution, 3), np.float32)
+
+
+def load_losers(
+    photographs: Sequence[Photograph], images: Float[np.ndarray, "n H W 3"]
+) -> tuple[list[Photograph], Float[np.ndarray, "m H W 3"], Float[np.ndarray, "m H W 3"]]:
+    """The given pairs whose losers can be read too, with the pixels of winners and losers, which are cut alike."""
+    losers = [_cut(photograph, photograph.loser, images.shape[1:3]) for photograph in photographs]
+    kept = [i for i, loser in enumerate(losers) if loser is not None]
+    found = [losers[i] for i in kept]
+    return [photographs[i] for i in kept], images[kept], np.stack(found) if found else images[:0]
+
+
+def _cut(
+    photograph: Photograph, picture: Path | Picture | None, resolution: tuple[int, int]
+) -> Float[np.ndarray, "H W 3"] | None:
+    """A picture of a photograph's example; None, and a warning, where it cannot be read."""
+    height, width = resolution
+    assert picture is not None
+    try:
+        image = ImageOps.fit(read_image(picture), (width, height), Image.Resampling.LANCZOS)
+    except UnreadableImage as error:
+        logging.warning("photograph %s cannot be read (%s); left out", picture, error)
+        return None
+    image = ImageOps.mirror(image) if photograph.mirrored else image
+    return np.asarray(image, np.float32) / 127.5 - 1.0

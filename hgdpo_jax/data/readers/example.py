@@ -22,12 +22,14 @@ class Example(NamedTuple):
         picture: its file, or where in a file it is.
         caption: text.
         split: base, train or heldout, where that is said.
+        loser: of a pair that is given, in which the picture is the winner.
     """
 
     name: str
     picture: Path | Picture
     caption: str
     split: str | None = None
+    loser: Path | Picture | None = None
 
 
 Examples = Iterator[Example]

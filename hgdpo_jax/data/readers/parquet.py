@@ -26,7 +26,7 @@ def read(files: Sequence[Path]) -> Examples:
                         continue
                     split = SPLITS.get(str(entry.get("split", "")).lower()) or split_of_file(path)
                     name = f"{path.name}/{group}/{row}"
-                    yield Example(name, _picture(path, image, group, row), entry[caption], split)
+                    yield Example(name, picture(path, image, group, row), entry[caption], split)
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: is not a parquet file that can be read ({reason}); copy it again") from error
@@ -46,7 +46,9 @@ def _is_image(field: pa.Field) -> bool:
     return pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
 
 
-def _picture(path: Path, column: str, group: int, row: int) -> Picture:
+def picture(path: Path, column: str, group: int, row: int) -> Picture:
+    """The bytes of a row, or of the field `bytes` in it; they are read when they are asked for."""
+
     def content() -> bytes:
         found: Any = _group(path, column, group)[row].as_py()
         found = found["bytes"] if isinstance(found, dict) else found
@@ -54,7 +56,7 @@ def _picture(path: Path, column: str, group: int, row: int) -> Picture:
             raise OSError("has no bytes")
         return found
 
-    return Picture(path, f"row {row} of group {group}", content)
+    return Picture(path, f"{column} of row {row} of group {group}", content)
 
 
 @lru_cache(2)  # pictures are read one after the other
