@@ -16,7 +16,7 @@ Embeddings = Float[np.ndarray, "n k p"]
 class Fitted(NamedTuple):
     """Set b of :func:`frechet_distance`, for each resample: what does not depend on the other set."""
 
-    centre: Float[np.ndarray, "p"]
+    centre: np.ndarray  # [p]
     mean: Float[np.ndarray, "r p"]
     covariance: Float[np.ndarray, "r p p"]
     root: Float[np.ndarray, "r p p"]

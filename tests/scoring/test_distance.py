@@ -20,12 +20,10 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_frechet_equals_the_formula_with_a_matrix_root() -> None:
-    assert frechet_distance(A, fit(B, ONCE), ONCE).value == pytest.approx(
-        frechet(A.reshape(-1, 6), B.reshape(-1, 6)), rel=1e-9
-    )
-    assert frechet_distance(A, fit(A, ONCE), ONCE).value == pytest.approx(
-        0.0, abs=1e-6
-    )  # a root of what is 0 but for rounding
+    expected = frechet(A.reshape(-1, 6), B.reshape(-1, 6))
+    assert frechet_distance(A, fit(B, ONCE), ONCE).value == pytest.approx(expected, rel=1e-9)
+    nothing = frechet_distance(A, fit(A, ONCE), ONCE).value
+    assert nothing == pytest.approx(0.0, abs=1e-6)  # a root of what is 0 but for rounding
 
 
 def test_frechet_of_two_shifted_sets_is_the_squared_shift() -> None:
