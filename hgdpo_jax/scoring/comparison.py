@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from hgdpo_jax.scoring.appearance import hue_angle
 from hgdpo_jax.scoring.bootstrap import Measure, Weights, mean, resamples
-from hgdpo_jax.scoring.distance import frechet_distance, kernel_distance
+from hgdpo_jax.scoring.distance import Fitted, fit, frechet_distance, kernel_distance
 
 # What :class:`hgdpo_jax.scoring.judges.Judges` saw of n people: name → array [n, k, ...], k pictures of each.
 Seen = Mapping[str, np.ndarray]
@@ -38,10 +38,11 @@ def compare(drawn: Mapping[str, Seen], photographs: Seen) -> dict[str, Measures]
         photographs: of the same n > 1 people, with another k.
     """
     weights, base = resamples(len(photographs["score"])), drawn["base"]
-    return {name: _measures(seen, base, photographs, weights) for name, seen in drawn.items()}
+    fitted = {name: fit(photographs[name], weights) for name in ("embedding", "face_embedding")}
+    return {name: _measures(seen, base, photographs, fitted, weights) for name, seen in drawn.items()}
 
 
-def _measures(seen: Seen, base: Seen, photographs: Seen, weights: Weights) -> Measures:
+def _measures(seen: Seen, base: Seen, photographs: Seen, fitted: Mapping[str, Fitted], weights: Weights) -> Measures:
     # The kernel is made for entries of about 1; the face network's embeddings have a length of about 1.
     faces, real = (x["face_embedding"] * x["face_embedding"].shape[-1] ** 0.5 for x in (seen, photographs))
 
@@ -52,11 +53,11 @@ def _measures(seen: Seen, base: Seen, photographs: Seen, weights: Weights) -> Me
         "faces_found": mean(seen["face_found"], weights),
         "face_score": mean(seen["face_score"], weights),
         "face_kernel_distance": kernel_distance(faces, real, weights),
-        "face_frechet_distance": frechet_distance(seen["face_embedding"], photographs["face_embedding"], weights),
+        "face_frechet_distance": frechet_distance(seen["face_embedding"], fitted["face_embedding"], weights),
         "preference_score": mean(seen["score"], weights),
         "win_rate": mean(wins("score"), weights),
         "kernel_distance": kernel_distance(seen["embedding"], photographs["embedding"], weights),
-        "frechet_distance": frechet_distance(seen["embedding"], photographs["embedding"], weights),
+        "frechet_distance": frechet_distance(seen["embedding"], fitted["embedding"], weights),
         "sharpness": mean(seen["sharpness"], weights),
         "hue_distance": mean(hue_angle(seen["hue"], base["hue"]), weights),
     }

@@ -3,6 +3,8 @@
 The sets are of the same people: `n` people, `k` embeddings of each in one set and `v` in the other.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Float
 
@@ -11,18 +13,32 @@ from hgdpo_jax.scoring.bootstrap import Measure, Weights
 Embeddings = Float[np.ndarray, "n k p"]
 
 
-def frechet_distance(a: Embeddings, b: Embeddings, weights: Weights) -> Measure:
+class Fitted(NamedTuple):
+    """Set b of :func:`frechet_distance`, for each resample: what does not depend on the other set."""
+
+    centre: np.ndarray  # [p]
+    mean: Float[np.ndarray, "r p"]
+    covariance: Float[np.ndarray, "r p p"]
+    root: Float[np.ndarray, "r p p"]
+
+
+def fit(b: Embeddings, weights: Weights) -> Fitted:
+    """The normal distribution of a set, n · v ≥ 2."""
+    centre = np.asarray(b, np.float64).mean((0, 1))  # a squared mean loses less in what follows where it is small
+    mean, covariance = _moments(b - centre, weights)
+    return Fitted(centre, mean, covariance, _root(covariance))
+
+
+def frechet_distance(a: Embeddings, b: Fitted, weights: Weights) -> Measure:
     """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) (Heusel et al. 2017) for each resample of the people, n · k ≥ 2.
 
     With fewer embeddings than dimensions it is far too large, but of one number of them models can be compared.
     """
-    centre = np.asarray(b, np.float64).mean((0, 1))  # a squared mean loses less in what follows where it is small
-    (mean_a, covariance_a), (mean_b, covariance_b) = (_moments(x - centre, weights) for x in (a, b))
-    root = _root(covariance_b)
+    mean, covariance = _moments(a - b.centre, weights)
     # The roots of the eigenvalues of Σ_a Σ_b, which are those of the symmetric Σ_b^½ Σ_a Σ_b^½.
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ covariance_a @ root), 0.0)).sum(1)
-    traces = np.trace(covariance_a, axis1=1, axis2=2) + np.trace(covariance_b, axis1=1, axis2=2)
-    return Measure(np.square(mean_a - mean_b).sum(1) + traces - 2.0 * cross)
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(b.root @ covariance @ b.root), 0.0)).sum(1)
+    traces = np.trace(covariance, axis1=1, axis2=2) + np.trace(b.covariance, axis1=1, axis2=2)
+    return Measure(np.square(mean - b.mean).sum(1) + traces - 2.0 * cross)
 
 
 def _moments(x: Embeddings, weights: Weights) -> tuple[Float[np.ndarray, "r p"], Float[np.ndarray, "r p p"]]:
