@@ -47,11 +47,13 @@ MODELS: dict[str, Model] = {
     **{name: Model((stage,)) for name, stage in policies.CURRICULUM.items()},
     _BEST: Model((_HARD, policies.TEXT_ENCODER)),
     "naive": Model((policies.NAIVE,)),
+    "given": Model((policies.GIVEN,)),
     **{f"{name}, whole": Model((stage,), recipe=False) for name, stage in policies.CURRICULUM.items()},
     "naive, whole": Model((policies.NAIVE,), recipe=False),
+    "given, whole": Model((policies.GIVEN,), recipe=False),
 }
 KEPT = 20  # pictures of each model that stay, one of each person
-SHOWN_STAGES = policies.CURRICULUM | {"naive": policies.NAIVE}
+SHOWN_STAGES = policies.CURRICULUM | {"naive": policies.NAIVE, "given": policies.GIVEN}
 # Differences with intervals of their own: what the stages and the curriculum are to bring.
 DIFFERENCES = (("hard", "base"), ("normal", "easy"), ("hard", "easy"), ("hard", "naive"))
 
@@ -89,7 +91,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    if not config.pairs.scorer:
+    if not config.pairs.scorer and config.pairs.loser != "given":
         raise UserError("config key pairs.scorer: is empty; set it to the folder of a CLIPModel such as PickScore v1")
     settings, mesh, index = config.evaluate, runtime.local_mesh(), runtime.index_of(workdir)
     models = {name: model for name, model in MODELS.items() if _asked(config, workdir, model)}
@@ -202,7 +204,9 @@ def _draw(
         keys = painter.keys("evaluate", [p.id for p in prompts], numbers)
         latents = painter.generate(ids, keys, resolution, f"draw {name}")
         seen = painter.measure(latents, {"input_ids": ids}, judges, f"measure {name}")
-        require_finite(seen["score"], prompts, config.pairs.scorer)
+        for key, folder in (("score", config.pairs.scorer), ("second_score", config.evaluate.scorer)):
+            if key in seen:
+                require_finite(seen[key], prompts, folder)
         found = {key: value.reshape(len(held), k, *value.shape[1:]) for key, value in seen.items()}
         found["pictures"] = to_uint8(painter.decode(latents[::k][:KEPT], "decode"))
         with whole(path) as temporary:
@@ -249,7 +253,7 @@ def _page(
         captions=[photograph.caption for photograph in held[: report.COLUMNS]],
         photographs=images[: report.COLUMNS],
         stages=list(stages.items()),
-        compared=("base", [name for name in policies.CURRICULUM if name in drawn][-1]),
+        compared=("base", [name for name in (policies.GIVEN, *policies.CURRICULUM) if name in drawn][-1]),
         people=people,
         measured=personalised.lines(results.get("personalised", {})),
     )

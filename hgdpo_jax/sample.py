@@ -42,7 +42,7 @@ from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.checkpoints import tree_hash
 
 SAMPLER, SHEET = "dpmpp_2m", 100  # images on a contact sheet
-STAGES = {"base": None, **policies.CURRICULUM}
+STAGES = {"base": None, policies.GIVEN: policies.GIVEN, **policies.CURRICULUM}
 BLOCKS = ("all", "up", "up+normal")
 
 

@@ -37,8 +37,8 @@ def compare(drawn: Mapping[str, Seen], photographs: Seen) -> dict[str, Measures]
         drawn: of each model; `base` is among them.
         photographs: of the same n > 1 people, with another k.
     """
-    weights, base = resamples(len(photographs["score"])), drawn["base"]
-    fitted = {name: fit(photographs[name], weights) for name in ("embedding", "face_embedding")}
+    weights, base = resamples(len(photographs["face_embedding"])), drawn["base"]
+    fitted = {name: fit(seen, weights) for name, seen in photographs.items() if name.endswith("embedding")}
     return {name: _measures(seen, base, photographs, fitted, weights) for name, seen in drawn.items()}
 
 
@@ -54,13 +54,14 @@ def _measures(seen: Seen, base: Seen, photographs: Seen, fitted: Mapping[str, Fi
         "face_score": mean(seen["face_score"], weights),
         "face_kernel_distance": kernel_distance(faces, real, weights),
         "face_frechet_distance": frechet_distance(seen["face_embedding"], fitted["face_embedding"], weights),
-        "preference_score": mean(seen["score"], weights),
-        "win_rate": mean(wins("score"), weights),
-        "kernel_distance": kernel_distance(seen["embedding"], photographs["embedding"], weights),
-        "frechet_distance": frechet_distance(seen["embedding"], fitted["embedding"], weights),
         "sharpness": mean(seen["sharpness"], weights),
         "hue_distance": mean(hue_angle(seen["hue"], base["hue"]), weights),
     }
+    if "score" in seen:
+        found["preference_score"] = mean(seen["score"], weights)
+        found["win_rate"] = mean(wins("score"), weights)
+        found["kernel_distance"] = kernel_distance(seen["embedding"], photographs["embedding"], weights)
+        found["frechet_distance"] = frechet_distance(seen["embedding"], fitted["embedding"], weights)
     if "second_score" in seen:
         found["second_score"] = mean(seen["second_score"], weights)
         found["second_win_rate"] = mean(wins("second_score"), weights)

@@ -27,7 +27,7 @@ class Judges:
     """Compiled judges.
 
     Args:
-        scorer: folder of the CLIPModel that chose the winners.
+        scorer: folder of the CLIPModel that chose the winners; empty where none did.
         second: folder of one that did not; empty for none.
         mesh: that pictures lie on.
 
@@ -36,7 +36,7 @@ class Judges:
     """
 
     def __init__(self, scorer: str, second: str, mesh: Mesh) -> None:
-        self._scorer, self._second = Scorer(scorer, mesh), Scorer(second, mesh) if second else None
+        self._scorer, self._second = (Scorer(folder, mesh) if folder else None for folder in (scorer, second))
         self._identity = Identity()
         self._appearance = jax.jit(lambda images: {"sharpness": sharpness(images), "hue": hue_vector(images)})
 
@@ -47,8 +47,9 @@ class Judges:
         `face_score` the detector's best score in [0, 1], `face_embedding` that of the best face, or of the central
         square; `sharpness` and `hue` as in :mod:`hgdpo_jax.scoring.appearance`.
         """
-        judgement, faces = self._scorer(images, input_ids), self._identity.embed(images)
-        seen = {"score": judgement.score, "embedding": judgement.embedding, **self._appearance(images)}
+        seen, faces = self._appearance(images), self._identity.embed(images)
+        if self._scorer:
+            seen |= self._scorer(images, input_ids)._asdict()
         if self._second:
             seen["second_score"] = self._second(images, input_ids).score
         found = faces.found.astype(np.float32)

@@ -21,7 +21,8 @@ from hgdpo_jax.training.checkpoints import Checkpoints
 from hgdpo_jax.training.step import Params, split
 
 CURRICULUM = {"easy": "stage1", "normal": "stage2", "hard": "stage3"}  # the paper's name → our folder
-STAGES = ("stage0", *CURRICULUM.values())
+GIVEN = "given"  # one stage of pairs that exist already
+STAGES = ("stage0", GIVEN, *CURRICULUM.values())
 BASE = content("model.base")  # its name in what a checkpoint is made from
 # Stages beside the curriculum; `naive` is what it is compared with.
 TEXT_ENCODER, PERSONALISE, NAIVE = "text_encoder", "personalise", "naive"
