@@ -19,6 +19,7 @@ from PIL import Image
 from hgdpo_jax.data.photographs import list_photographs, load_images
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import Index
+from tests import mutations
 
 CAPTIONS = {"a": "a woman, ö", "b": "a man", "c": "a child"}
 
@@ -221,3 +222,12 @@ def test_parquet_with_other_columns_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["x"], "caption": ["y"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="has columns url, caption; expects one of images"):
         list_photographs(tmp_path, "train")
+
+
+def test_damaged_files_are_read_named_or_refused_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR)
+    found = mutations.run(200)
+    assert sum(found.values()) == 200
+    for name in mutations.SOUND:
+        assert found[name, "read"] + found[name, "named and left out"] + found[name, "refused"] == 25
+        assert found[name, "read"] < 25

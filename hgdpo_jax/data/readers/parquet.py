@@ -1,6 +1,6 @@
 """Parquet with the images' bytes, as Hugging Face's datasets are stored: a column of images and one of captions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,34 @@ from hgdpo_jax.images import Picture
 def read(files: Sequence[Path]) -> Examples:
     """A field `split` counts before the file's name. Raises UserError for a file that is broken or of other columns."""
     for path in files:
-        try:
-            table = pq.ParquetFile(path)
-            image, caption = _columns(table.schema_arrow, path)
-            columns = [name for name in (caption, "split") if name in table.schema_arrow.names]
-            for group in range(table.num_row_groups):
-                for row, entry in enumerate(table.read_row_group(group, columns=columns).to_pylist()):
-                    if not isinstance(entry[caption], str):
-                        continue
-                    split = SPLITS.get(str(entry.get("split", "")).lower()) or split_of_file(path)
-                    name = f"{path.name}/{group}/{row}"
-                    yield Example(name, picture(path, image, group, row), entry[caption], split)
-        except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{path}: is not a parquet file that can be read ({reason}); copy it again") from error
+        image = caption = ""
+
+        def wanted(schema: pa.Schema, path: Path = path) -> list[str]:
+            nonlocal image, caption
+            image, caption = _columns(schema, path)
+            return [name for name in (caption, "split") if name in schema.names]
+
+        for group, row, entry in rows(path, wanted):
+            if isinstance(entry[caption], str):
+                split = SPLITS.get(str(entry.get("split", "")).lower()) or split_of_file(path)
+                yield Example(f"{path.name}/{group}/{row}", picture(path, image, group, row), entry[caption], split)
+
+
+def rows(path: Path, wanted: Callable[[pa.Schema], Sequence[str]]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(row group, row in it, its values in the columns that `wanted` chooses) of a file.
+
+    Raises:
+        UserError: it is broken.
+    """
+    try:
+        table = pq.ParquetFile(path)
+        columns = list(wanted(table.schema_arrow))
+        for group in range(table.num_row_groups):
+            for row, entry in enumerate(table.read_row_group(group, columns=columns).to_pylist()):
+                yield group, row, entry
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: is not a parquet file that can be read ({reason}); copy it again") from error
 
 
 def _columns(schema: pa.Schema, path: Path) -> tuple[str, str]:

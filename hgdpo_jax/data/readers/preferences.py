@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hgdpo_jax.data.readers import parquet
 from hgdpo_jax.data.readers.example import Example, Examples, split_of_file
@@ -97,26 +96,20 @@ def pick_a_pic(shards: Sequence[Path]) -> Examples:
     """
     dropped: Counter[str] = Counter()
     for path in shards:
-        try:
-            table = pq.ParquetFile(path)
-            names = table.schema_arrow.names
-            if not set(_PICK_A_PIC) <= set(names):
-                raise UserError(f"{path}: has columns {', '.join(names)}; expects {', '.join(_PICK_A_PIC)}")
-            columns = ["label_0", "caption", *(["has_label"] if "has_label" in names else [])]
-            for group in range(table.num_row_groups):
-                for row, entry in enumerate(table.read_row_group(group, columns=columns).to_pylist()):
-                    fault = _fault(entry)
-                    if fault:
-                        dropped[fault] += 1
-                        continue
-                    first = entry["label_0"] == 1
-                    pictures = [parquet.picture(path, column, group, row) for column in ("jpg_0", "jpg_1")]
-                    winner, loser = pictures if first else pictures[::-1]
-                    name = f"{path.name}/{group}/{row}"
-                    yield Example(name, winner, entry["caption"], split_of_file(path), loser)
-        except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{path}: is not a parquet file that can be read ({reason}); copy it again") from error
+
+        def wanted(schema: pa.Schema, path: Path = path) -> list[str]:
+            if not set(_PICK_A_PIC) <= set(schema.names):
+                raise UserError(f"{path}: has columns {', '.join(schema.names)}; expects {', '.join(_PICK_A_PIC)}")
+            return ["label_0", "caption", *(["has_label"] if "has_label" in schema.names else [])]
+
+        for group, row, entry in parquet.rows(path, wanted):
+            fault = _fault(entry)
+            if fault:
+                dropped[fault] += 1
+                continue
+            pictures = [parquet.picture(path, column, group, row) for column in ("jpg_0", "jpg_1")]
+            winner, loser = pictures if entry["label_0"] == 1 else pictures[::-1]
+            yield Example(f"{path.name}/{group}/{row}", winner, entry["caption"], split_of_file(path), loser)
     if dropped:
         logging.warning("pairs: %s dropped", " and ".join(f"{count} {fault}" for fault, count in dropped.items()))
 
