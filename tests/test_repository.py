@@ -8,9 +8,10 @@ import pytest
 from packaging.requirements import Requirement
 
 from hgdpo_jax.export import RECIPE
+from hgdpo_jax.models.weights import CONVERTER
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(set((ROOT / "hgdpo_jax").rglob("*.py")) - {RECIPE})  # that one is for people with PyTorch only
+MODULES = sorted(set((ROOT / "hgdpo_jax").rglob("*.py")) - {RECIPE, CONVERTER})  # those are for where PyTorch is
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))

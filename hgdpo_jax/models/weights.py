@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from hgdpo_jax.config import ASSETS
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import whole
 
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-CONVERTER = Path(__file__).with_name("from_pickle.py")
+CONVERTER = ASSETS / "from_pickle.py"  # for where PyTorch is installed
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 
 
