@@ -125,12 +125,26 @@ def test_pairs_are_given_whole() -> None:
         configuration.load("configs/given.py:sd15", ["pairs.loser=pool"])
 
 
+class Glance:
+    """In place of the judges: what can be seen without a network."""
+
+    def __init__(self, scorer: str, second: str, mesh: object) -> None:
+        assert scorer == second == ""
+
+    def __call__(self, images: np.ndarray, input_ids: np.ndarray) -> dict[str, np.ndarray]:
+        images = np.asarray(images)
+        means = images.mean((1, 2))
+        one = {name: means[:, 0] for name in ("face_found", "face_score", "sharpness")}
+        return one | {"face_embedding": means, "hue": means[:, :2]}
+
+
 def test_one_stage_runs_on_given_pairs_from_building_to_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The steps are left out: they are those of every stage."""
+    """The steps and the judges' networks are left out: they are those of every stage."""
     monkeypatch.setattr(judges, "VIEWS", 2)
     monkeypatch.setattr(loop, "_run", at_once)
+    monkeypatch.setattr("hgdpo_jax.evaluate.Judges", Glance)
     base, folder, workdir = tiny.write_base(tmp_path / "base"), tmp_path / "photographs", tmp_path / "run"
     listing = (tiny.write_photographs(folder, train=9, heldout=0) / "captions.jsonl").read_text()
     photographs = [json.loads(line)["file"] for line in listing.splitlines()]
