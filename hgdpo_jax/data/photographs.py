@@ -99,11 +99,11 @@ def _of_splits(
     found, seen = [], Counter()
     for example in examples:
         seen[example.name] += 1
-        if (example.split or split[example.name]) not in splits:
+        of = example.split or split[example.name]
+        if of not in splits:
             continue
         name = example.name if seen[example.name] == 1 else f"{example.name}#{seen[example.name]}"
-        place_of = example.split or split[example.name]
-        photograph = Photograph(name, example.picture, example.caption, place_of, loser=example.loser)
+        photograph = Photograph(name, example.picture, example.caption, of, loser=example.loser)
         found.append(photograph)
         if mirror:
             found.append(replace(photograph, id=f"{name}#mirrored", mirrored=True))
