@@ -3,8 +3,8 @@
 import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,26 +21,37 @@ from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.export import lora_weights
 from hgdpo_jax.models.convert import to_torch
-from hgdpo_jax.models.lora import add_lora, merge_lora
+from hgdpo_jax.models.lora import LoRALinear, add_lora
 from tests import tiny
 from tests.rounding import EPS, assert_close
 
 
+class Taught(NamedTuple):
+    """A base on disk; the same with a LoRA in UNet and text encoders that does something, alpha half the rank; and the
+    weights of each part with that merged."""
+
+    base: Path
+    pipeline: pipelines.Pipeline
+    merged: dict[str, dict[str, np.ndarray]]
+
+
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def taught(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Taught:
     folder = tmp_path_factory.mktemp("base")
-    return tiny.write_base(folder) if request.param == "sd15" else tiny.write_sdxl(folder)
-
-
-def taught(base: Path) -> pipelines.Pipeline:
-    """With a LoRA in UNet and text encoders that does something, alpha half the rank."""
-    pipeline = pipelines.load(base)
-    for i, (name, model) in enumerate(pipeline.models.items()):
-        if name != "vae":
-            add_lora(model, 4, 2.0, nnx.Rngs(i))
-            lora = nnx.state(model, nnx.LoRAParam)
-            nnx.update(model, jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), lora))
-    return pipeline
+    base = tiny.write_base(folder) if request.param == "sd15" else tiny.write_sdxl(folder)
+    pipeline, merged, rng = pipelines.load(base), {}, np.random.default_rng(0)
+    for name, model in pipeline.models.items():
+        if name == "vae":
+            continue
+        add_lora(model, 4, 2.0, nnx.Rngs(0))
+        merged[name] = to_torch(model)
+        for path, module in nnx.iter_modules(model):
+            if isinstance(module, LoRALinear):
+                a, b = (0.1 * rng.standard_normal(x.shape, np.float32) for x in (module.lora_A, module.lora_B))
+                module.lora_A[...], module.lora_B[...] = jnp.asarray(a), jnp.asarray(b)
+                key = f"{'.'.join(map(str, path))}.weight"
+                merged[name][key] = merged[name][key] + 0.5 * (a @ b).T
+    return Taught(base, pipeline, merged)
 
 
 def older(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -54,29 +65,20 @@ def older(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", ["peft", "kohya", "older"])
-def test_it_is_the_model_with_the_lora_merged(base: Path, tmp_path: Path, kind: str) -> None:
-    pipeline = taught(base)
+def test_it_is_the_model_with_the_lora_merged(taught: Taught, tmp_path: Path, kind: str) -> None:
     weights = {}
     for part in ("unet", "text"):
-        weights |= lora_weights(pipeline.models, "kohya" if kind == "kohya" else "peft", part)
-    weights = older(weights) if kind == "older" else weights
-    save_file(weights, tmp_path / "lora.safetensors")
-    found = pipelines.load(base, lora=tmp_path / "lora.safetensors")
-    for name, model in pipeline.models.items():
-        if name != "vae":
-            before = to_torch(model)[changed(name)].copy()
-            merge_lora(model)
-            assert np.abs(to_torch(model)[changed(name)] - before).max() > 0.01
-        for key, value in to_torch(model).items():
-            assert_close(to_torch(found.models[name])[key], value, 8 * EPS * max(1.0, np.abs(value).max()))
-    assert pipelines.content_hash(base) != pipelines.content_hash(base, lora=tmp_path / "lora.safetensors")
-
-
-def changed(part: str) -> str:
-    """A weight that a LoRA of this part changes."""
-    if part == "unet":
-        return "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
-    return ("text_model." if part == "text_encoder_2" else "") + "encoder.layers.0.self_attn.q_proj.weight"
+        weights |= lora_weights(taught.pipeline.models, "kohya" if kind == "kohya" else "peft", part)
+    save_file(older(weights) if kind == "older" else weights, tmp_path / "lora.safetensors")
+    found = pipelines.load(taught.base, lora=tmp_path / "lora.safetensors")
+    for name, expected in taught.merged.items():
+        model, before = to_torch(found.models[name]), to_torch(taught.pipeline.models[name])
+        assert any(np.abs(model[key] - value).max() > 0.01 for key, value in before.items())
+        for key, value in expected.items():
+            assert_close(model[key], value, 8 * EPS * max(1.0, np.abs(value).max()))
+    assert pipelines.content_hash(taught.base) != pipelines.content_hash(
+        taught.base, lora=tmp_path / "lora.safetensors"
+    )
 
 
 def test_diffusers_alpha_is_read_from_its_metadata(tmp_path: Path) -> None:
@@ -109,7 +111,7 @@ def test_pefts_own_file_has_its_alpha_beside_it_and_kohyas_convolutions_are_merg
     up = rng.standard_normal((outputs, 2, 1, 1)).astype(np.float32)
     change = np.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
     name = f"lora_unet_{key}".replace(".", "_")
-    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": np.asarray(0.5, np.float32)},
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": HALF},
               tmp_path / "kohya.safetensors")  # fmt: skip
     found = to_torch(pipelines.load(base, lora=tmp_path / "kohya.safetensors").unet)
     assert_close(found[f"{key}.weight"], before[f"{key}.weight"] + 0.25 * change, 100 * EPS)
@@ -124,6 +126,7 @@ def test_pefts_own_file_has_its_alpha_beside_it_and_kohyas_convolutions_are_merg
     assert_close(found[f"{key}.weight"], before[f"{key}.weight"] + 3 * up @ down, 100 * EPS)
 
 
+HALF = np.asarray(0.5, np.float32)
 TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
