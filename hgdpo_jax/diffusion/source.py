@@ -4,6 +4,7 @@ It is a folder as diffusers writes it, a single file in the original LDM layout,
 at a pinned revision.
 """
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -179,7 +180,12 @@ def _download(repository: str, revision: str) -> Path:
     small = [f"{folder}/*{kind}" for folder in folders for kind in (".json", ".txt")]
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[*_TOP, *small]))
-        names, weights = set(HfApi().list_repo_files(repository, revision=revision)), []
+        try:
+            names, weights = set(HfApi().list_repo_files(repository, revision=revision)), []
+        except Exception as error:  # the network's errors have no class in common
+            logging.warning("model %s@%s: the hub does not answer (%s); what was fetched before is used", repository,
+                            revision, " ".join(str(error).split())[:200])  # fmt: skip
+            return folder
         for part in MODELS:
             name = chosen({path.removeprefix(f"{part}/") for path in names if path.startswith(f"{part}/")})
             files = [] if name is None else shards(folder / part / name) if name.endswith(".json") else [name]

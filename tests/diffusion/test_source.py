@@ -321,4 +321,9 @@ def test_of_a_repository_only_what_will_be_read_is_fetched(hub: tuple, tmp_path:
     weights = {name for name in sent if name.endswith(".safetensors")}
     assert weights == {"unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
                        "text_encoder/model.safetensors"}  # fmt: skip
+    before = dict(sent)
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # where nobody answers
+    again = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout == done.stdout and sent == before, again.stderr[-2000:]
+    assert "the hub does not answer" in again.stderr
     assert sources.MODELS.keys() >= {"unet", "vae", "text_encoder"} <= {name.partition("/")[0] for name in sent}
