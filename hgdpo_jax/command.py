@@ -2,18 +2,23 @@
 
 import argparse
 import errno
+import json
 import os
-import signal
+import secrets
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax import files, runtime
-from hgdpo_jax.errors import UserError
+from hgdpo_jax import files, processes, runtime
+from hgdpo_jax.errors import Stopped, UserError
+
+_SHOWN = 60  # seconds after which a file has been seen on every host
 
 
 def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[ConfigDict, Path]:
@@ -26,7 +31,7 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[Con
         description=description, epilog="Any setting: --config.train.lr=1e-5 (python -m hgdpo_jax.config lists them)."
     )
     parser.add_argument("--config", required=True, help="config file with its variant, configs/stage1.py:portraits")
-    parser.add_argument("--workdir", required=True, type=Path, help="folder of the run")
+    parser.add_argument("--workdir", required=True, type=files.folder, help="folder of the run")
     known, rest = parser.parse_known_args(arguments)
     files.require_plain(known.workdir)
     overrides = []
@@ -34,37 +39,80 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[Con
         if not argument.startswith("--config."):
             raise UserError(f"argument {argument}: unknown; settings are written --config.key=value")
         overrides.append(argument.removeprefix("--config."))
-    return configuration.load(known.config, overrides), known.workdir
+    config = configuration.load(known.config, overrides)
+    agree(known.workdir, {"stage": config.stage, "config": configuration.to_json(config)})
+    return config, known.workdir
+
+
+def agree(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Raises UserError, which names the host, where a process was asked something else than process 0, is of another
+    version, or does not see the folder that process 0 sees.
+
+    Args:
+        folder: that all processes read and write.
+        asked: what the command line says.
+    """
+    if processes.alone():
+        return
+    code = [files.file_hash(path) for path in sorted(Path(__file__).parent.rglob("*.py"))]
+    processes.agree(
+        {f"version of {name}": version(name) for name in ("jax", "flax", "orbax-checkpoint")}
+        | {"hgdpo_jax": files.json_hash(code)[:12]}
+        | {"settings": files.json_hash({name: str(value) for name, value in asked.items()})[:12]}
+    )
+    mark = folder / ".hosts"
+
+    def write() -> str:
+        token = secrets.token_hex(8)
+        files.write_json(mark, {"token": token})
+        return token
+
+    token, seen = processes.first(write), "nothing"
+    until = time.monotonic() + _SHOWN
+    while seen != token and time.monotonic() < until:
+        try:
+            seen = json.loads(mark.read_text())["token"]
+        except OSError:
+            time.sleep(1)
+    other = "another folder (all hosts need to see one, on a file system that they share: NFS, Lustre, Filestore)"
+    processes.agree({str(folder): "its own" if seen == token else other})
+    if processes.first_process():
+        mark.unlink()
 
 
 def run(command: Callable[[], None]) -> None:
-    """Runs a command. What the user did wrong, and a full disk, become one line on stderr and exit code 1; Ctrl-C one
-    line and exit code 130."""
-    before = signal.signal(signal.SIGINT, _stop)
+    """Runs a command, in one process or in several.
+
+    What the user did wrong, and a full disk, become one line on stderr and exit code 1 on all of them; a signal one
+    line and exit code 130 (Ctrl-C) or 75 (SIGTERM).
+    """
     try:
-        runtime.start()
+        if not {"-h", "--help"} & {*sys.argv[1:]}:  # which need no devices, nor other processes
+            runtime.start()
         command()
+        processes.leave()
     except UserError as error:
         _end(f"error: {error}", 1)
+    except Stopped as stopped:
+        processes.leave()
+        print("stopped; the same command goes on from what is finished", file=sys.stderr)
+        sys.exit(stopped.args[0])
+    except SystemExit as stopped:
+        if stopped.code:
+            _end("error: an argument cannot be read, see above", 2)
+        raise
     except Exception as error:
         reason = _full_disk(error)
-        if reason is None:
+        if reason is not None:
+            _end(f"error: {reason}; free some disk space, the same command then goes on", 1)
+        if processes.alone():
             raise
-        _end(f"error: {reason}; free some disk space, the same command then goes on", 1)
-    finally:
-        signal.signal(signal.SIGINT, before)
+        processes.fail(error)
 
 
-def _stop(*_: object) -> None:
-    """Ctrl-C: the process ends at once, as if it were killed. Files are whole or absent, so that nothing is lost; the
-    exception that Python would raise could be swallowed by a library or a callback."""
-    os.write(2, b"\nstopped; the same command goes on from what is finished\n")
-    with suppress(RuntimeError):  # what is just being written cannot be flushed
-        sys.stdout.flush()
-    os._exit(130)
-
-
-def _end(line: str, code: int) -> None:
+def _end(line: str, code: int) -> NoReturn:
+    if not processes.alone():
+        processes.end_all(line, code)
     print(line, file=sys.stderr)
     sys.exit(code)
 

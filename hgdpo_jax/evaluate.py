@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from hgdpo_jax import command, files, provenance, runtime
+from hgdpo_jax import command, files, processes, provenance, runtime
 from hgdpo_jax import config as configuration
 from hgdpo_jax.curriculum.selection import require_finite
 from hgdpo_jax.data.photographs import Photograph, list_examples, load_images
@@ -116,10 +116,9 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         name: [_as_drawn(configs[stage], stage, trained[stage], model) for stage in model.stages]
         for name, model in models.items()
     }
-    held, images = _heldout(config, index)
+    held, images = runtime.in_turn(index, lambda: _heldout(config, index))
     judges, inputs = Judges(config.pairs.scorer, settings.scorer, mesh), _inputs(config, base, held, index)
     index.save()
-    (workdir / "evaluation").mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, using in acting.items():
         mark = json_hash([[tree_hash(policy) for policy in using], inputs])
@@ -141,11 +140,12 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         chosen = {name: acting[name] for name in ("base", _BEST if _BEST in acting else last)}
         people = personalised.draw(pipeline, painter, encoder, identity, held, images, settings.concept_prompts, chosen)
         results["personalised"] = personalised.measures(people)
-    write_json(workdir / "results.json", results)
     stages = {name: report.stage(workdir, s, painter) for name, s in SHOWN_STAGES.items() if s in trained}
-    page = _page(results, drawn, stages, held, images, _persons(people, held, images, settings.concept_prompts))
-    with whole(workdir / "report.html") as temporary:
-        temporary.write_text(page)
+    if processes.first_process():
+        write_json(workdir / "results.json", results)
+        page = _page(results, drawn, stages, held, images, _persons(people, held, images, settings.concept_prompts))
+        with whole(workdir / "report.html") as temporary:
+            temporary.write_text(page)
     return results
 
 
@@ -191,37 +191,58 @@ def _draw(
     mark: str,
     name: str,
 ) -> Drawn:
-    """Draws and measures with the policies that the painter uses; or reads what has this mark.
+    """Draws and measures with the policies that the painter uses, each process a part; or reads what has this mark.
 
     Raises:
         UserError: a score is not finite.
     """
-    found = dict(np.load(path)) if path.is_file() else {}
-    if str(found.get("mark")) != mark:
-        k, resolution = config.evaluate.images_per_prompt, next(iter(configuration.resolutions(config).values()))
-        prompts, numbers = [p for p in held for _ in range(k)], [i for _ in held for i in range(k)]
+    k, resolution = config.evaluate.images_per_prompt, next(iter(configuration.resolutions(config).values()))
+
+    def generate(people: Sequence[Photograph], k: int) -> tuple[np.ndarray, np.ndarray]:
+        prompts, numbers = [p for p in people for _ in range(k)], [i for _ in people for i in range(k)]
         ids = pipeline.tokenize([p.caption for p in prompts])
         keys = painter.keys("evaluate", [p.id for p in prompts], numbers)
-        latents = painter.generate(ids, keys, resolution, f"draw {name}")
+        return ids, painter.generate(ids, keys, resolution, f"draw {name}")
+
+    shown: list[np.ndarray] = []  # latents of the first picture of process 0's people, who are the first
+
+    def judge(numbers: np.ndarray) -> Seen:
+        people = [held[number] for number in numbers]
+        ids, latents = generate(people, k)
         seen = painter.measure(latents, {"input_ids": ids}, judges, f"measure {name}")
         for key, folder in (("score", config.pairs.scorer), ("second_score", config.evaluate.scorer)):
             if key in seen:
-                require_finite(seen[key], prompts, folder)
-        found = {key: value.reshape(len(held), k, *value.shape[1:]) for key, value in seen.items()}
-        found["pictures"] = to_uint8(painter.decode(latents[::k][:KEPT], "decode"))
-        with whole(path) as temporary:
-            np.savez(temporary, **found, mark=np.array(mark))
+                require_finite(seen[key], [p for p in people for _ in range(k)], folder)
+        shown.append(latents[::k][:KEPT])
+        return {key: value.reshape(len(people), k, *value.shape[1:]) for key, value in seen.items()}
+
+    if not processes.first(lambda: path.is_file() and str(np.load(path)["mark"]) == mark):
+        found = processes.share(len(held), judge)
+        if processes.first_process():
+            others = held[len(shown[0]) : KEPT]
+            first = np.concatenate([shown[0], generate(others, 1)[1]]) if others else shown[0]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole(path) as temporary:
+                pictures = to_uint8(painter.decode(first, "decode"))
+                np.savez(temporary, **found, pictures=pictures, mark=np.array(mark))
+        processes.together()
+    found = dict(np.load(path))
     pictures = found.pop("pictures")[: report.COLUMNS].astype(np.float32) / 127.5 - 1.0
     return Drawn({key: value for key, value in found.items() if key != "mark"}, pictures)
 
 
 def _look(painter: Painter, pipeline: Pipeline, judges: Judges, held: Sequence[Photograph], images: np.ndarray) -> Seen:
     """What the judges see in views of the held-out photographs, [n people, v, ...]."""
-    of_each = views(held, images)
-    n, v = of_each.shape[:2]
-    ids = np.repeat(pipeline.tokenize([p.caption for p in held]), v, axis=0)
-    seen = painter.look(of_each.reshape(n * v, *of_each.shape[2:]), {"input_ids": ids}, judges, "photographs")
-    return {key: value.reshape(n, v, *value.shape[1:]) for key, value in seen.items()}
+
+    def look(numbers: np.ndarray) -> Seen:
+        people = [held[number] for number in numbers]
+        of_each = views(people, images[numbers])
+        n, v = of_each.shape[:2]
+        ids = np.repeat(pipeline.tokenize([p.caption for p in people]), v, axis=0)
+        seen = painter.look(of_each.reshape(n * v, *of_each.shape[2:]), {"input_ids": ids}, judges, "photographs")
+        return {key: value.reshape(n, v, *value.shape[1:]) for key, value in seen.items()}
+
+    return processes.share(len(held), look)
 
 
 def _persons(

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from hgdpo_jax import command, model_card, runtime
+from hgdpo_jax import command, files, model_card, processes, runtime
 from hgdpo_jax import config as configuration
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
@@ -82,13 +82,15 @@ def export(
         "base": content,
         "formats": [name for name in FORMATS if name in formats],
     }
+    if not processes.first_process():  # which has read what process 0 now writes: reading is in step
+        return
     mark = out / "hgdpo.json"
     if mark.is_file() and json.loads(mark.read_text()) == origin:
         print(f"{out}: already holds {stage}")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: holds something else; choose another --out")
-    with runtime.owned(out), whole(out) as partial:
+    with files.owned(out), whole(out) as partial:
         partial.mkdir()
         written = _write(pipeline, workdir, partial, stage, configs, trained, formats, origin)
     print(f"{out}: {stage} as {', '.join(written)}")
@@ -242,13 +244,14 @@ def write_checkpoint(pipeline: pipelines.Pipeline, path: Path, title: str) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Exports a run to diffusers, PEFT and kohya.")
-    parser.add_argument("--workdir", required=True, type=Path, help="folder of the run")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--workdir", required=True, type=files.folder, help="folder of the run")
+    parser.add_argument("--out", required=True, type=files.folder, help="folder to write")
     parser.add_argument("--stage", help="stage to export; the last finished one unless given")
     parser.add_argument("--format", help=f"some of {','.join(FORMATS)}, with commas between; all but ldm unless "
                         "given, of a stage that trained all parameters diffusers and ldm")  # fmt: skip
     parser.add_argument("--base", help="where the run's base model is now, if it was moved")
     arguments = parser.parse_args()
+    command.agree(arguments.workdir, vars(arguments))
     formats = arguments.format.split(",") if arguments.format else None
     export(arguments.workdir, arguments.out, arguments.stage, formats, arguments.base)
 

@@ -79,6 +79,15 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def ends(path: Path) -> str:
+    """sha256 of a file's size, its first and its last megabyte: tells files of weights apart without reading all."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(2**20)
+        file.seek(max(0, size - 2**20))
+        return hashlib.sha256(str(size).encode() + first + file.read()).hexdigest()
+
+
 def json_hash(value: Any) -> str:
     """sha256 of a value that JSON can hold, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -89,6 +98,18 @@ def need_space(folder: Path, size: float, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(f"{folder}: {free / 1e6:,.1f} MB free, {what} needs {size / 1e6:,.1f}; free some disk space")
+
+
+def folder(text: str) -> Path:
+    """A folder as a command line names it.
+
+    Raises:
+        UserError: an address of object storage, which knows neither renames nor locks.
+    """
+    if "://" in text:
+        raise UserError(f"{text}: is object storage, which has no renames and locks; give a folder on a file system "
+                        "that all hosts mount: NFS, Lustre, Filestore (gcsfuse is for photographs only)")  # fmt: skip
+    return Path(text)
 
 
 def require_plain(workdir: Path) -> None:
@@ -195,11 +216,15 @@ class Index:
         self._path, self._keep = path, keep
         self._known: dict[str, list[Any]] = {}  # path → [size, modification time in ns, sha256, [height, width]]
         self._saved = True
-        if path is not None and path.is_file():
+        self.read()
+
+    def read(self) -> None:
+        """Reads what is kept, perhaps of another process."""
+        if self._path is not None and self._path.is_file():
             try:
-                self._known = json.loads(path.read_text())
+                self._known = json.loads(self._path.read_text())
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}: not JSON ({error}); remove it, it will be made again") from error
+                raise UserError(f"{self._path}: not JSON ({error}); remove it, it will be made again") from error
 
     def _entry(self, file: Path | Picture) -> list[Any]:
         held_by = file.path if isinstance(file, Picture) else file

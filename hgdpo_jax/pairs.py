@@ -2,7 +2,8 @@
 
 python -m hgdpo_jax.pairs --config configs/stage1.py[:variant] --workdir W
 
-Shards appear one by one in W/stageN/pairs; a run that was stopped goes on with the next one.
+Shards appear one by one in W/stageN/pairs, the prompts of one group by group; a run that was stopped goes on with the
+next group. Several processes make different shards.
 """
 
 import logging
@@ -13,11 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from hgdpo_jax import command, files, provenance, runtime
+from hgdpo_jax import command, files, processes, provenance, runtime
 from hgdpo_jax import config as configuration
 from hgdpo_jax.curriculum.selection import make_records, uses_pixels
 from hgdpo_jax.data import pairs as shards
@@ -74,21 +74,22 @@ def build(config: ConfigDict, workdir: Path) -> None:
     folder, index = workdir / config.stage / "pairs", runtime.index_of(workdir)
     loser = config.pairs.loser
     earlier = shards.open_stage(workdir, loser.partition("/")[0], index) if loser.startswith("stage") else None
-    photographs = {
-        role: list_examples(config, split, index)
-        for role, split in (("train", config.data.split), ("heldout", "heldout"))
-    }
+    splits = {"train": config.data.split, "heldout": "heldout"}
+    photographs = runtime.in_turn(
+        index, lambda: {role: list_examples(config, split, index) for role, split in splits.items()}
+    )
     if loser not in ("none", "given") and not config.pairs.scorer:
         raise UserError("config key pairs.scorer: is empty; set it to the folder of a CLIPModel such as PickScore v1")
     inputs = made_from(config, photographs, earlier, index)
     with runtime.owned(folder):
-        finished = shards.begin(folder, inputs)
-        plan = _plan(config, folder, photographs, earlier, index)
-        todo = _todo(plan[jax.process_index() :: jax.process_count()], finished, index if uses_pixels(config) else None)
+        finished = processes.first(lambda: shards.begin(folder, inputs))
+        plan = runtime.in_turn(index, lambda: _plan(config, folder, photographs, earlier, index))
+        todo = processes.first(lambda: _todo(plan, finished, index if uses_pixels(config) else None))
         if finished and not todo:
             print(f"{folder}: already built")
         else:
-            _make(config, plan, todo, earlier, index)
+            mine = [plan[number] for number in todo[jax.process_index() :: jax.process_count()]]
+            _make(config, plan, mine, earlier, index)
         index.save()
     done = shards.open_stage(workdir, config.stage, index)
     index.save()
@@ -126,24 +127,24 @@ def _plan(
     return plan
 
 
-def _todo(plan: Sequence[Part], finished: bool, index: Index | None) -> list[Part]:
-    """The shards that are to be made. Finished pairs are never made anew: somebody may have learnt from them.
+def _todo(plan: Sequence[Part], finished: bool, index: Index | None) -> list[int]:
+    """Which shards of the plan are to be made. Finished pairs are never made anew: somebody may have learnt from them.
 
     Args:
-        plan: shards of this process.
+        plan: all shards.
         finished: whether all were there once.
         index: of the photographs' content, where their pixels are used.
     """
     todo = []
-    for part in plan:
+    for number, part in enumerate(plan):
         if not shards.is_there(part.path):
-            todo.append(part)
+            todo.append(number)
         elif not shards.is_made_of(part.path, shards.examples_of(part.photographs, index)):
             if finished:
                 logging.warning("pair shard %s: a photograph that could not be read has changed since; remove the "
                                 "shard and run again to take it in", part.path)  # fmt: skip
             else:
-                todo.append(part)
+                todo.append(number)
     return todo
 
 
@@ -182,35 +183,40 @@ def _make(
     concept = concepts.nothing.shape[1:] if concepts else None
     schema = shards.features(next(iter(latents.values()))[2], tokens, settings.loser != "none", concept)
     records = {role: earlier.by_id(role) if earlier else {} for role in {part.role for part in todo}}
-    for part in tqdm(todo, desc=f"{config.stage} pairs", unit="shard"):
-        readable, images, losers, content = part.photographs, None, None, None
-        if uses_pixels(config):
-            readable, images = load_images(part.photographs, resolutions[part.resolution])
-            content = index
-        if settings.loser == "given":
-            readable, images, losers = load_losers(readable, images)
-        made = make_records(
-            config,
-            painter,
-            scorer,
-            readable,
-            images,
-            resolutions[part.resolution],
-            pipeline.tokenize,
-            records[part.role],
-            concepts,
-            losers,
-        )
-        ids = {photograph.id for photograph in readable}
-        examples = [e._replace(readable=e.id in ids) for e in shards.examples_of(part.photographs, content)]
-        shards.write_shard(part.path, schema, made, examples)
-        index.save()
-    multihost_utils.sync_global_devices("pairs")
-    if jax.process_index() == 0:
+    content = index if uses_pixels(config) else None
+    size = _group_size(settings)
+    groups = [(part, begin) for part in todo for begin in range(0, len(part.photographs), size)]
+    silent = not processes.first_process()
+    for part, begin in tqdm(groups, desc=f"{config.stage} pairs", unit="group", disable=silent):
+        photographs, resolution = part.photographs[begin : begin + size], resolutions[part.resolution]
+        examples, path = shards.examples_of(photographs, content), shards.group_path(part.path, begin)
+        if not shards.is_group_of(path, examples):
+            readable, images, losers = photographs, None, None
+            if uses_pixels(config):
+                readable, images = load_images(photographs, resolution)
+            if settings.loser == "given":
+                readable, images, losers = load_losers(readable, images)
+            before = records[part.role]
+            made = make_records(
+                config, painter, scorer, readable, images, resolution, pipeline.tokenize, before, concepts, losers
+            )
+            ids = {photograph.id for photograph in readable}
+            shards.write_shard(path, schema, made, [e._replace(readable=e.id in ids) for e in examples])
+        if begin + size >= len(part.photographs):
+            shards.join(part.path, [shards.group_path(part.path, b) for b in range(0, len(part.photographs), size)])
+            index.save()
+    processes.together()
+    if processes.first_process():
         splits: dict[str, list[Path]] = {}
         for part in plan:
             splits.setdefault(f"{part.role}_{part.resolution}", []).append(part.path)
         shards.finish(plan[0].path.parent, schema, splits, latents)
+
+
+def _group_size(settings: ConfigDict) -> int:
+    """How many prompts are drawn, scored and kept at a time: as few as fill whole batches."""
+    pooled = "pool" in (settings.winner, settings.loser)
+    return settings.batch // math.gcd(settings.batch, settings.pool_size) if pooled else settings.batch
 
 
 def _warn_of_long(pipeline: pipelines.Pipeline, photographs: Sequence[Photograph]) -> None:

@@ -5,20 +5,23 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from hgdpo_jax import files
+from hgdpo_jax import files, processes
 from hgdpo_jax.errors import UserError
 
+Result = TypeVar("Result")
 AXES = ("data", "fsdp", "tensor")
 _ISA = "--xla_cpu_max_isa"
 
@@ -39,14 +42,10 @@ SHARDING_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def start() -> None:
-    """Joins the other processes of a multi-host run and turns on the persistent compilation cache.
-
-    On a Cloud TPU pod, under Slurm or in a GKE JobSet, JAX finds the coordinator by itself once told to; a single
-    process needs nothing. `HGDPO_DISTRIBUTED=1` asks for it.
-    """
+    """Joins the other processes of a run, see :func:`hgdpo_jax.processes.start`, and turns on the persistent
+    compilation cache."""
     os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""), _processor())
-    if os.environ.get("HGDPO_DISTRIBUTED") == "1":
-        jax.distributed.initialize()
+    processes.start()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         try:
             folder = Path.home() / ".cache" / "hgdpo_jax" / "compiled"
@@ -108,14 +107,31 @@ def local_mesh() -> Mesh:
     return Mesh(devices, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
-def owned(folder: Path) -> AbstractContextManager[None]:
-    """See :func:`hgdpo_jax.files.owned`; one process owns it for all."""
-    return files.owned(folder) if jax.process_index() == 0 else nullcontext()
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """See :func:`hgdpo_jax.files.owned`; process 0 owns it for all, which begin and end together."""
+    with files.owned(folder) if processes.first_process() else nullcontext():
+        processes.together()
+        yield
+        processes.together()
 
 
 def index_of(workdir: Path) -> files.Index:
-    """The index of a run, which one process writes."""
-    return files.Index(workdir / "content.json", keep=jax.process_index() == 0)
+    """The index of a run, which process 0 writes."""
+    return files.Index(workdir / "content.json", keep=processes.first_process())
+
+
+def in_turn(index: files.Index, work: Callable[[], Result]) -> Result:
+    """The same work on every process: on process 0 first, whose index the others then read, so that they need not look
+    into files themselves."""
+    if processes.first_process():
+        found = work()
+        index.save()
+        processes.together()
+        return found
+    processes.together()
+    index.read()
+    return work()
 
 
 def describe(mesh: Mesh) -> str:
@@ -176,15 +192,55 @@ def check_batch(batch: int, mesh: Mesh, key: str) -> None:
         raise UserError(f"config key {key}={batch}: must be a multiple of {ways} (mesh.data x mesh.fsdp)")
 
 
-def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The process's part of a batch becomes its shards of one global array."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+def put(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process holds whole, or that lie on the mesh already, as the shardings say.
+
+    `jax.device_put` does not reach devices of other processes.
+
+    Args:
+        tree: arrays of the host or of one device; PRNG keys too.
+        shardings: one for all, or a pytree of them.
+    """
+
+    def one(x: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+            return jax.device_put(x, sharding)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(x), sharding))
+        value = np.asarray(x)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: one(x, shardings), tree)
+    return jax.tree.map(one, tree, shardings)
+
+
+def rows(batch: int, mesh: Mesh) -> Int[np.ndarray, "n"]:
+    """Which rows of a batch this process's devices hold: with `mesh.tensor` across processes, several hold the same."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in held]))
+
+
+def to_devices(part: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch, see :func:`rows`, become its shards of global arrays."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    blocks = rows(ways, mesh)  # of rows that one device holds: those that are here
+
+    def one(value: np.ndarray) -> jax.Array:
+        size = len(value) // len(blocks)
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            begin = size * int(np.searchsorted(blocks, (index[0].start or 0) // size))
+            return value[begin : begin + size]
+
+        return jax.make_array_from_callback((size * ways, *value.shape[1:]), batch_sharding(mesh), shard)
+
+    return {name: one(value) for name, value in part.items()}
 
 
 def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """The whole array on every process."""
-    if isinstance(array, np.ndarray) or array.is_fully_addressable:
+    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 

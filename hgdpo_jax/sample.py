@@ -22,13 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jaxtyping import Float
 from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from hgdpo_jax import command, runtime
+from hgdpo_jax import command, files, processes, runtime
 from hgdpo_jax import config as configuration
 from hgdpo_jax.config import Range
 from hgdpo_jax.diffusion import pipeline as pipelines
@@ -229,14 +228,14 @@ def draw(
         settings["concept scale"] = concept_scale
     if negative:
         settings["negative prompt"] = negative
-    if jax.process_index() == 0:
+    if processes.first_process():
         claim(out, {**settings, "prompts": list(prompts), "seeds": list(seeds)})
-    multihost_utils.sync_global_devices("sample begins")
+    processes.together()
     for prompt, count in zip(prompts, source.pipeline.count_tokens(prompts), strict=True):
         if count > pipelines.POSITIONS:
             logging.warning("prompt %r has %d tokens: the first %d are used", prompt, count, pipelines.POSITIONS)
     work = [(i, seed, out / f"{i:05d}_{seed}.png") for i in range(len(prompts)) for seed in seeds]
-    files = [path for _, _, path in work]
+    paths = [path for _, _, path in work]
     mine = [item for item in work[jax.process_index() :: jax.process_count()] if not item[2].is_file()]
     mesh = runtime.local_mesh()
     batch = mesh.size * min(per_device, math.ceil(max(len(mine), 1) / mesh.size))
@@ -259,7 +258,8 @@ def draw(
         for image, (i, seed, path) in zip(to_uint8(images), part, strict=True):
             write_png(path, image, {**settings, "prompt": prompts[i], "seed": seed})
 
-    with ThreadPoolExecutor(1) as writer, tqdm(total=len(mine), desc="images", unit="image") as bar:
+    silent = not processes.first_process()
+    with ThreadPoolExecutor(1) as writer, tqdm(total=len(mine), desc="images", unit="image", disable=silent) as bar:
         written = None
         for begin in range(0, len(mine), batch):
             part = mine[begin : begin + batch]
@@ -273,11 +273,11 @@ def draw(
             bar.update(len(part))
         if written is not None:
             written.result()
-    multihost_utils.sync_global_devices("sample ends")
-    if jax.process_index() == 0:
-        for number, begin in enumerate(range(0, len(files), SHEET)):
+    processes.together()
+    if processes.first_process():
+        for number, begin in enumerate(range(0, len(paths), SHEET)):
             columns = len(seeds) if 1 < len(seeds) <= 10 else 10
-            write_png(out / f"sheet_{number:03d}.png", contact_sheet(files[begin : begin + SHEET], columns), {})
+            write_png(out / f"sheet_{number:03d}.png", contact_sheet(paths[begin : begin + SHEET], columns), {})
     return painter
 
 
@@ -300,7 +300,7 @@ def _check(given: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draws images; the recipe of HG-DPO is the default for a run.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--workdir", type=Path, help="folder of a run")
+    what.add_argument("--workdir", type=files.folder, help="folder of a run")
     what.add_argument("--model", help="a diffusers folder, a .safetensors checkpoint, or owner/name@revision")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="what to draw")
@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument(
         "--negative", default="", help="what not to draw: takes the place of the empty prompt in guidance"
     )
-    parser.add_argument("--out", required=True, type=Path, help="folder for the images")
+    parser.add_argument("--out", required=True, type=files.folder, help="folder for the images")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of a prompt's first image, the next has S+1")
     parser.add_argument("--samples", type=int, default=1, help="images for each prompt and --seed")
     parser.add_argument("--steps", type=int, default=50, help="of DPM-Solver++")
@@ -333,6 +333,7 @@ def main() -> None:
     person.add_argument("--concept-scale", type=float, default=1.0, help="strength of the adapter (%(default)s)")
     given = parser.parse_args()
     _check(given)
+    command.agree(given.out, vars(given))
     prompts = [given.prompt] if given.prompt is not None else read_prompts(given.prompts)
     seeds = all_seeds(given.seed, given.samples)
     if given.workdir:

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
+from hgdpo_jax import processes
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import Index
 from hgdpo_jax.models import ip_adapter
@@ -86,6 +87,7 @@ def _require_encoder(kind: str, image_encoder: str) -> None:
 def encoder_hash(config: ConfigDict, index: Index) -> str:
     """sha256 of the network that :func:`encoder_of` reads concept images with."""
     if config.adapter.kind == "face_id":
-        return index.hash(Path(config.adapter.identity)) if config.adapter.identity else "the embedded network"
+        identity = config.adapter.identity
+        return processes.first(lambda: index.hash(Path(identity))) if identity else "the embedded network"
     _require_encoder(config.adapter.kind, config.adapter.image_encoder)
     return folder_hash(config.adapter.image_encoder, index)

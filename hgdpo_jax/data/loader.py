@@ -1,4 +1,4 @@
-"""Grain: which records make the batch of a step. A function of (seed, step) alone, whatever the number of processes.
+"""Grain: which records make the batch of a step. A function of (seed, step) alone, whatever the processes and devices.
 
 A batch comes from one source, so that its latents have one shape; sources take turns in proportion to their sizes. Each
 repeats without end, so what is left over from one pass begins the next and nothing is dropped.
@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
 Batch = dict[str, np.ndarray]
@@ -27,29 +26,40 @@ def arrays(record: dict[str, Any]) -> Batch:
 _PASSES = 2**32  # without end; a length that Grain cannot count with is not taken
 
 
-class PairLoader:
-    """An endless stream of batches: this process's rows of each.
+class _Rows:
+    """Some rows of every batch of a stream, one after the other."""
 
-    All randomness comes before the slice into processes, so that the position is one number, the same for every
-    process count.
+    def __init__(self, stream: Any, batch: int, rows: Sequence[int]) -> None:
+        self._stream, self._batch, self._rows = stream, batch, rows
+
+    def __len__(self) -> int:
+        return len(self._stream) // self._batch * len(self._rows)
+
+    def __getitem__(self, i: int) -> Any:
+        return self._stream[i // len(self._rows) * self._batch + int(self._rows[i % len(self._rows)])]
+
+
+class PairLoader:
+    """An endless stream of batches: some rows of each.
+
+    All randomness comes before the choice of rows, so that a row's example depends on its place in the batch alone, and
+    the position is one number, the same for every process count.
 
     Args:
         sources: random access to decoded records, one source for each resolution.
         batch: rows over all processes.
         seed: of the shuffle; each pass over the records has its own order.
         position: examples already drawn, from :attr:`position` of an earlier stream.
+        rows: those that this process loads, see :func:`hgdpo_jax.runtime.rows`; all unless given.
     """
 
-    def __init__(self, sources: Sequence[Any], batch: int, seed: int, position: int = 0) -> None:
-        here = batch // jax.process_count()
+    def __init__(
+        self, sources: Sequence[Any], batch: int, seed: int, position: int = 0, rows: Sequence[int] | None = None
+    ) -> None:
+        rows = range(batch) if rows is None else rows
+        streams = [grain.MapDataset.source(source).seed(seed).shuffle().repeat(_PASSES) for source in sources]
         batches = [
-            grain.MapDataset.source(source)
-            .seed(seed)
-            .shuffle()
-            .repeat(_PASSES)
-            .map(arrays)[jax.process_index() :: jax.process_count()]
-            .batch(here)
-            for source in sources
+            grain.MapDataset.source(_Rows(stream, batch, rows)).map(arrays).batch(len(rows)) for stream in streams
         ]
         # Mixed by position, after batching: every process takes the same source at the same step.
         dataset = grain.MapDataset.mix(batches, weights=[len(source) for source in sources])
@@ -69,13 +79,12 @@ class PairLoader:
         return self._iterator.get_state()["next_index"] * self._batch
 
 
-def first_batches(source: Any, batch: int, limit: int) -> list[Batch]:
-    """The first records in order, at most `limit`, in full batches; the last wraps around to the first."""
+def first_batches(source: Any, batch: int, limit: int, rows: Sequence[int] | None = None) -> list[Batch]:
+    """Some rows (all unless given) of each full batch of the first records in order, at most `limit`; the last wraps
+    around to the first."""
     count = max(1, min(len(source), limit) // batch) if len(source) >= batch else 1
-    rows = [arrays(source[i % len(source)]) for i in range(count * batch)]
-    here = batch // jax.process_count()
-    start = jax.process_index() * here
-    return [
-        {name: np.stack([row[name] for row in rows[b : b + batch]])[start : start + here] for name in rows[0]}
-        for b in range(0, count * batch, batch)
-    ]
+    found = []
+    for begin in range(0, count * batch, batch):
+        examples = [arrays(source[int(begin + row) % len(source)]) for row in (range(batch) if rows is None else rows)]
+        found.append({name: np.stack([example[name] for example in examples]) for name in examples[0]})
+    return found

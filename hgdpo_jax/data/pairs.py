@@ -2,6 +2,7 @@
 
     W/stageN/pairs/pairs-train_1024x704.array_record-00000-of-00004   records, made one shard at a time
     W/stageN/pairs/….array_record-00000-of-00004.json                 its photographs, ids and hash: it is whole
+    W/stageN/pairs/.….array_record-00000-of-00004.groups              some prompts each of a shard that is being made
     W/stageN/pairs/dataset_info.json, features.json                   for tfds.builder_from_directory
     W/stageN/pairs/building.json                                      what the shards are made from, written first
     W/stageN/pairs/manifest.json                                      the same, counts and hashes, written last
@@ -11,6 +12,7 @@ A record holds latents and token ids, never images or embeddings. For supervised
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from hgdpo_jax import processes
 from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import Index, file_hash, json_hash, need_space, owner, whole, write_json
@@ -152,6 +155,10 @@ def write_shard(
                 )
         example = serializer.get_tf_example(schema.encode_example(record))
         encoded.append(example.SerializeToString(deterministic=True))  # fields in one order in every process
+    return _write(path, encoded, [record["id"] for record in records], examples)
+
+
+def _write(path: Path, encoded: Sequence[bytes], ids: Sequence[str], examples: Sequence[Example]) -> str:
     need_space(path.parent, 2 * sum(map(len, encoded)), "a shard")
     _note_of(path).unlink(missing_ok=True)
     with whole(path) as temporary:
@@ -160,8 +167,31 @@ def write_shard(
             writer.write(data)
         writer.close()
     digest = file_hash(path)
-    note = {"sha256": digest, "records": [record["id"] for record in records], "examples": list(examples)}
-    write_json(_note_of(path), note, indent=None)
+    write_json(_note_of(path), {"sha256": digest, "records": ids, "examples": examples}, indent=None)
+    return digest
+
+
+def group_path(path: Path, begin: int) -> Path:
+    """The file of a part of a shard that is not whole yet, from its photograph `begin` on."""
+    folder = path.with_name(f".{path.name}.groups")
+    folder.mkdir(exist_ok=True)
+    return folder / f"{begin:06d}"
+
+
+def is_group_of(path: Path, examples: Sequence[Example]) -> bool:
+    """Whether a part of a shard is there, and made of these examples."""
+    if not is_there(path) or file_hash(path) != _note(path)["sha256"]:
+        return False
+    return [Example(*entry)._replace(readable=True) for entry in _note(path)["examples"]] == list(examples)
+
+
+def join(path: Path, groups: Sequence[Path]) -> str:
+    """Makes a shard of its parts, which it takes away; returns its sha256."""
+    encoded = [data for group in groups for data in ArrayRecordReader(str(group)).read_all()]
+    notes = [_note(group) for group in groups]
+    ids = [name for note in notes for name in note["records"]]
+    digest = _write(path, encoded, ids, [Example(*entry) for note in notes for entry in note["examples"]])
+    shutil.rmtree(groups[0].parent)
     return digest
 
 
@@ -287,7 +317,7 @@ class RecordsById(Mapping[str, Record]):
 
 
 def open_pairs(folder: Path, build_command: str, index: Index | None = None) -> Pairs:
-    """Opens finished shards after checking every file against its hash.
+    """Opens finished shards after process 0 has checked every file against its hash.
 
     Args:
         folder: W/stageN/pairs.
@@ -297,7 +327,16 @@ def open_pairs(folder: Path, build_command: str, index: Index | None = None) -> 
     Raises:
         UserError: not built or not finished; a shard missing, truncated or altered.
     """
-    index = index or Index()
+    manifest = processes.first(lambda: _verified(folder, build_command, index or Index()))
+    builder = tfds.builder_from_directory(str(folder))
+    sources: dict[str, list[Any]] = {}
+    for name in manifest["splits"]:
+        sources.setdefault(name.partition("_")[0], []).append(builder.as_data_source(name))
+    return Pairs(folder, manifest, sources)
+
+
+def _verified(folder: Path, build_command: str, index: Index) -> dict[str, Any]:
+    """The manifest of finished shards that are what it says."""
     if not (folder / "manifest.json").is_file():
         state, builder = "are missing", owner(folder)
         if (folder / "building.json").is_file():
@@ -312,11 +351,7 @@ def open_pairs(folder: Path, build_command: str, index: Index | None = None) -> 
             if index.hash(path) != entry["sha256"]:
                 raise UserError(f"pair shard {path}: truncated or altered (its hash is not the manifest's); "
                                 f"remove it and run: {build_command}")  # fmt: skip
-    builder = tfds.builder_from_directory(str(folder))
-    sources: dict[str, list[Any]] = {}
-    for name in manifest["splits"]:
-        sources.setdefault(name.partition("_")[0], []).append(builder.as_data_source(name))
-    return Pairs(folder, manifest, sources)
+    return manifest
 
 
 def build_command(stage: str, workdir: Path) -> str:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from hgdpo_jax import runtime
+from hgdpo_jax import processes, runtime
 from hgdpo_jax.diffusion.guidance import guided
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.recipe import text_policy_acts
@@ -34,7 +34,7 @@ class Painter:
         pipeline: ε_base, or any other pipeline.
         mesh: batches are split over its data and fsdp axes.
         sampler, steps, guidance: as in the config; guidance up to 1 means none, as in diffusers.
-        batch: images per call, a multiple of data x fsdp.
+        batch: images per call, rounded up to a multiple of data x fsdp.
         seed: of all that is drawn.
         negative: prompt that takes the place of the empty one in guidance, as in diffusers.
         normalise: latent adaptive normalisation: what :meth:`generate` draws keeps, step by step, the channel
@@ -56,8 +56,9 @@ class Painter:
         normalise: bool = False,
         concept_scale: float = 1.0,
     ) -> None:
-        runtime.check_batch(batch, mesh, "batch")
-        self.batch, self.mesh, self.seed = batch, mesh, seed
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.batch, self.mesh, self.seed = -(-batch // ways) * ways, mesh, seed
+        self._silent = not processes.first_process()
         self._schedule = pipeline.schedule
         self._latent_shape = pipeline.latent_shape
         self._given: dict[str, Any] = {}
@@ -65,7 +66,7 @@ class Painter:
         for name, network in {**pipeline.networks, "vae": pipeline.vae}.items():
             graphs[name], self._given[name] = nnx.split(network)
         self._shardings = runtime.shardings(self._given, mesh)
-        self._given = jax.device_put(self._given, self._shardings)
+        self._given = runtime.put(self._given, self._shardings)
         self._given["early text"] = self._given["text"]
         self._weights = self._given
         with_guidance, factor = guidance > 1.0, pipeline.vae.pixels_per_latent
@@ -132,7 +133,7 @@ class Painter:
             for name, state in policy.items():
                 place = "early text" if name == "text" else name
                 merged = nnx.merge_state(self._given[name], state)
-                self._weights = self._weights | {place: jax.device_put(merged, self._shardings[name])}
+                self._weights = self._weights | {place: runtime.put(merged, self._shardings[name])}
 
     def keys(self, stream: str, example_ids: Sequence[str], numbers: Sequence[int]) -> jax.Array:
         """A key for each (example, number in its pool)."""
@@ -207,8 +208,10 @@ class Painter:
         sharding = runtime.batch_sharding(self.mesh)
         parts = []
         begins = range(0, count, self.batch)
-        for begin in tqdm(begins, desc=note, unit="batch", leave=False, disable=len(begins) == 1 or None):
+        for begin in tqdm(
+            begins, desc=note, unit="batch", leave=False, disable=self._silent or len(begins) == 1 or None
+        ):
             index = np.minimum(np.arange(begin, begin + self.batch), count - 1)
-            part = {name: jax.device_put(value[index], sharding) for name, value in arrays.items()}
+            part = runtime.put({name: value[index] for name, value in arrays.items()}, sharding)
             parts.append(jax.tree.map(runtime.to_host, program(part)))
         return jax.tree.map(lambda *rows: np.concatenate(rows)[:count], *parts)

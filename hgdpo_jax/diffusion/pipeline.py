@@ -12,10 +12,11 @@ from flax import nnx
 from jaxtyping import Float, Int
 from transformers import CLIPTokenizer
 
+from hgdpo_jax import processes
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.diffusion.source import MODELS, Source, find
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import Index, json_hash
+from hgdpo_jax.files import Index, ends, json_hash
 from hgdpo_jax.models.convert import Place, abstract, from_torch, keys
 from hgdpo_jax.models.ip_adapter import IPAdapter
 from hgdpo_jax.models.text import TextConditioner
@@ -162,23 +163,26 @@ def _second_padding(source: Source) -> int:
 
 def content_hash(base: str | Path, vae: str | Path = "", lora: str | Path = "", index: Index | None = None) -> str:
     """sha256 over all that is computed with of a checkpoint: weights, configs, vocabularies, schedule. Neither the
-    names of files nor their place count.
+    names of files nor their place count. Process 0 reads all of it, the others as much as tells checkpoints apart.
 
     Args:
         base, vae, lora: see :func:`find`.
         index: spares reading files that it knows.
+
+    Raises:
+        UserError: see :func:`find`; or the processes' bases differ.
     """
     source, index = find(str(base), str(vae), str(lora)), index or Index()
-    return json_hash(
-        {
-            "weights": [index.hash(file) for file in source.files],
-            "configs": {part: _settings(config) for part, config in source.configs.items()},
-            "vocabularies": {name: tokenizer.get_vocab() for name, tokenizer in source.tokenizers.items()},
-            "padding": {name: tokenizer.pad_token for name, tokenizer in source.tokenizers.items()},
-            "scheduler": _settings(source.scheduler),
-            "pipeline": _settings(source.index),
-        }
-    )
+    about = {
+        "configs": {part: _settings(config) for part, config in source.configs.items()},
+        "vocabularies": {name: tokenizer.get_vocab() for name, tokenizer in source.tokenizers.items()},
+        "padding": {name: tokenizer.pad_token for name, tokenizer in source.tokenizers.items()},
+        "scheduler": _settings(source.scheduler),
+        "pipeline": _settings(source.index),
+    }
+    if not processes.alone():  # a glance, where each host has a base of its own
+        processes.agree({f"content of {base}": json_hash([about, *map(ends, source.files)])[:12]})
+    return processes.first(lambda: json_hash({"weights": [index.hash(file) for file in source.files], **about}))
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hgdpo_jax import processes
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import Index, json_hash, write_json
 from hgdpo_jax.models.layers import SHAPES
@@ -209,14 +210,15 @@ def load_model(
 
 
 def folder_hash(folder: str | Path, index: Index | None = None) -> str:
-    """sha256 over the config and the weights of a model folder, wherever it is.
+    """sha256 over the config and the weights of a model folder, wherever it is. Process 0 reads them.
 
     Args:
         folder: see :func:`load_model`.
         index: spares reading files that it knows.
     """
     folder, index = Path(folder), index or Index()
-    return json_hash({"config": read_config(folder), "weights": [index.hash(f) for f in open_folder(folder).files]})
+    weights = open_folder(folder).files
+    return processes.first(lambda: json_hash({"config": read_config(folder), "weights": [*map(index.hash, weights)]}))
 
 
 def save_model(model: nnx.Module, folder: str | Path, dtype: type[np.floating] = np.float32) -> None:

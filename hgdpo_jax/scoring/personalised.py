@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from hgdpo_jax import processes
 from hgdpo_jax.data.concepts import ConceptEncoder
 from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.diffusion.painter import Painter
@@ -18,7 +19,8 @@ SHOWN = 3  # people in the report
 class Drawn(NamedTuple):
     """What a model drew of n people, the same k prompts and seeds for each.
 
-    `distance` is from a person's photograph, `to_other` from another's; pictures are those of the first people.
+    `distance` is from a person's photograph, `to_other` from another's; pictures are those of the first people that
+    this process drew.
     """
 
     distance: Float[np.ndarray, "n k"]
@@ -94,17 +96,22 @@ def draw(
     concept = np.repeat(encoder(images).features, k, axis=0)
     keys = painter.keys("personalised", [p.id for p in people for _ in range(k)], [i for _ in people for i in range(k)])
     own = np.repeat(identity.embed(images).embedding, k, axis=0)
+    other = np.roll(own, k, axis=0)
     drawn = {}
     for name, policies in models.items():
         painter.use(*policies)
-        latents = painter.generate(ids, keys, resolution, f"draw people, {name}", concept)
-        pictures = painter.decode(latents, "decode")
-        embedding, found, _ = identity.embed(pictures)
-        shape = (len(people), k)
-        drawn[name] = Drawn(
-            identity.distance(embedding, own).reshape(shape),
-            identity.distance(embedding, np.roll(own, k, axis=0)).reshape(shape),
-            found.reshape(shape),
-            pictures[: SHOWN * k],
-        )
+
+        shown: list[np.ndarray] = []
+
+        def draw_some(numbers: np.ndarray, name: str = name, shown: list = shown) -> tuple[np.ndarray, ...]:
+            rows, shape = (numbers[:, None] * k + np.arange(k)).ravel(), (len(numbers), k)
+            latents = painter.generate(ids[rows], keys[rows], resolution, f"draw people, {name}", concept[rows])
+            pictures = painter.decode(latents, "decode")
+            embedding, found, _ = identity.embed(pictures)
+            own_distance, to_other = (identity.distance(embedding, of[rows]) for of in (own, other))
+            shown.append(pictures)
+            return own_distance.reshape(shape), to_other.reshape(shape), found.reshape(shape)
+
+        measured = processes.share(len(people), draw_some)
+        drawn[name] = Drawn(*measured, shown[0][: SHOWN * k])
     return drawn

@@ -19,15 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from hgdpo_jax import processes
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import file_hash, need_space, require_plain, sync, write_json
 from hgdpo_jax.runtime import path_name, to_host
 
 Tree = Any
 KEEP = 2
-_READ_AT_ONCE = 1e9  # bytes
+_READ_AT_ONCE = 2.5e8  # bytes
 
 
 def tree_hash(tree: Tree) -> str:
@@ -54,22 +54,12 @@ def _target(tree: Tree) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in _flat(tree).items()}
 
 
-def _on_host(tree: dict[str, Any]) -> dict[str, Any]:
-    return {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in tree}
-
-
 def _need_space(folder: Path, tree: Tree) -> None:
     need_space(folder, 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + 1e6, "a checkpoint")
 
 
 def _unflat(values: dict[str, Any], like: Tree) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(like), [values[name] for name in _flat(like)])
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    if jax.process_index() == 0:
-        write_json(path, value)
-    multihost_utils.sync_global_devices(path.name)
 
 
 @jax.jit
@@ -86,9 +76,10 @@ def require_finite(step: int, tree: Tree) -> None:
 
 
 def _read_back(tree: Tree, read: Callable[[dict[str, Any]], dict[str, Any]], path: Path) -> None:
-    """Raises UserError unless what `read` finds under some names is, bit for bit, what the tree holds.
+    """Raises UserError unless what `read` finds under some names is, bit for bit, what the tree holds. Each process
+    looks at what its devices hold.
 
-    A part at a time: a whole tree may be too large for a host.
+    A part at a time: there may be no room for a second tree.
     """
     parts: list[dict[str, Any]] = [{}]
     for name, leaf in _flat(tree).items():
@@ -97,11 +88,17 @@ def _read_back(tree: Tree, read: Callable[[dict[str, Any]], dict[str, Any]], pat
         parts[-1][name] = leaf
     for part in parts:
         try:
-            same = tree_hash(read(part)) == tree_hash(part)
+            found = read(part)
+            same = all(_same(leaf, found[name]) for name, leaf in part.items())
         except Exception as error:  # Orbax raises bare Exceptions for damaged files
             raise UserError(f"checkpoint {path}: was written, but cannot be read back") from error
         if not same:
             raise UserError(f"checkpoint {path}: was written, but reads otherwise; is the disk in order?")
+
+
+def _same(a: jax.Array, b: jax.Array) -> bool:
+    shards = zip(a.addressable_shards, b.addressable_shards, strict=True)
+    return all(np.asarray(x.data).tobytes() == np.asarray(y.data).tobytes() for x, y in shards)
 
 
 class Checkpoints:
@@ -121,7 +118,10 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """The newest step whose files match their hashes, or None. Damaged steps are reported."""
+        """The newest step whose files match their hashes, or None. Damaged steps are reported. Process 0 looks."""
+        return processes.first(self._latest)
+
+    def _latest(self) -> int | None:
         for step in sorted(self._manager.all_steps(), reverse=True):
             path = self._policy / f"{step}.sha256.json"
             if path.is_file() and json.loads(path.read_text()) == _hashes(self._policy / str(step)):
@@ -147,14 +147,15 @@ class Checkpoints:
         if not self._manager.save(step, args=items, force=True):
             raise UserError(f"checkpoint {folder}: Orbax did not write it")
         self._manager.wait_until_finished()
-        _read_back(state, lambda part: self._read(step, part, _on_host(part)), folder)
-        if jax.process_index() == 0:
+        _read_back(state, lambda part: self._read(step, _target(part)), folder)
+        processes.together()
+        if processes.first_process():
             sync(folder)
-        _write_json(self._policy / f"{step}.sha256.json", _hashes(folder))
-        if jax.process_index() == 0:
+            write_json(self._policy / f"{step}.sha256.json", _hashes(folder))
             for path in self._policy.glob("*.sha256.json"):
                 if not (self._policy / path.name.partition(".")[0]).is_dir():
                     path.unlink()
+        processes.together()
 
     def meta(self, step: int) -> dict[str, Any]:
         """Config, data position, hash of the reference, and what a step is made from.
@@ -174,17 +175,17 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint holds another tree.
         """
-        target = _target(like)
         try:
-            return _unflat(self._read(step, target, ocp.checkpoint_utils.construct_restore_args(target)), like)
+            return _unflat(self._read(step, _target(like)), like)
         except (ValueError, KeyError) as error:
             line = str(error).strip().splitlines()[0]
             raise UserError(
                 f"checkpoint {self._policy / str(step)}: does not fit this config's model ({line})"
             ) from error
 
-    def _read(self, step: int, target: dict[str, Any], restore_args: dict[str, Any]) -> dict[str, Any]:
-        arguments = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
+    def _read(self, step: int, target: dict[str, Any]) -> dict[str, Any]:
+        restore = ocp.checkpoint_utils.construct_restore_args(target)
+        arguments = ocp.args.PyTreeRestore(target, restore_args=restore, partial_restore=True)
         return self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
 
     def save_reference(self, reference: Tree) -> str:
@@ -194,16 +195,17 @@ class Checkpoints:
         path = self.folder / "reference" / "weights"
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(path, _flat(reference), force=True)
-            _read_back(
-                reference,
-                lambda part: checkpointer.restore(
-                    path, args=ocp.args.PyTreeRestore(part, restore_args=_on_host(part), partial_restore=True)
-                ),
-                path,
-            )
-        if jax.process_index() == 0:
+
+            def read(part: dict[str, Any]) -> dict[str, Any]:
+                restore = ocp.checkpoint_utils.construct_restore_args(_target(part))
+                arguments = ocp.args.PyTreeRestore(_target(part), restore_args=restore, partial_restore=True)
+                return checkpointer.restore(path, args=arguments)
+
+            _read_back(reference, read, path)
+        processes.together()
+        if processes.first_process():
             sync(path)
-        _write_json(self.folder / "reference" / "reference.json", {"sha256": value})
+            write_json(self.folder / "reference" / "reference.json", {"sha256": value})
         return value
 
     def restore_reference(self, like: Tree, expected: str) -> Tree:

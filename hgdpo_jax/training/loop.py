@@ -1,14 +1,16 @@
 """Training of one stage, from its shards and its predecessor to its last checkpoint."""
 
+from collections import deque
 from itertools import chain
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax import files, runtime
+from hgdpo_jax import files, processes, runtime
 from hgdpo_jax.data.loader import PairLoader
 from hgdpo_jax.files import write_json
 from hgdpo_jax.training import inputs as stage_inputs
@@ -20,6 +22,8 @@ from hgdpo_jax.training.monitor import Monitor, announce, warn_of_hours
 from hgdpo_jax.training.optimizer import learning_rate, numbers_of
 from hgdpo_jax.training.start import Start
 from hgdpo_jax.training.step import make_step
+
+_AHEAD = 2  # steps that are given to the devices beside the one they compute: a signal need not wait for more
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -36,13 +40,15 @@ def train(config: ConfigDict, workdir: Path) -> None:
         index.save()
         checkpoints = Checkpoints(folder)
         start = starts.start(config, workdir, inputs, checkpoints)
-        write_json(folder / "config.json", configuration.to_json(config))
+        if processes.first_process():
+            write_json(folder / "config.json", configuration.to_json(config))
         done = int(start.state.step)
-        if done >= config.train.steps and looked(folder / "logs", done):
+        if done >= config.train.steps and processes.first(lambda: looked(folder / "logs", done)):
             print(f"{folder}: already trained to step {done}")
             return
         announce(config, inputs, start.state)
-        _run(config, folder, inputs, start, checkpoints)
+        with processes.stopping:
+            _run(config, folder, inputs, start, checkpoints)
         print(f"{folder}: trained to step {config.train.steps}")
 
 
@@ -53,27 +59,35 @@ def _run(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, checkpo
     done = int(state.step)
     numbers = numbers_of(config, done)
     step = make_step(inputs.loss, inputs.optimizer, settings.accumulate, starts.shardings(config, inputs))
-    loader = PairLoader(inputs.pairs.sources["train"], settings.batch, config.seed, position)
+    mine = runtime.rows(settings.batch, inputs.mesh)
+    loader = PairLoader(inputs.pairs.sources["train"], settings.batch, config.seed, position, mine)
     batches = (runtime.to_devices(batch, inputs.mesh) for batch in loader)
     first = next(batches)
     warn_of_hours(config, inputs, settings.steps - done, step, state, reference, inputs.frozen, first, numbers)
     monitor = Monitor(config, folder, inputs, reference, numbers)
-    if not looked(folder / "logs", done) and (done % settings.eval_every == 0 or done >= settings.steps):
+    seen = processes.first(lambda: looked(folder / "logs", done))
+    if not seen and (done % settings.eval_every == 0 or done >= settings.steps):
         monitor.look(state, done)  # at the start, or where a run was killed between its checkpoint and its look
-    with tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step") as bar:
+    ahead: deque[jax.Array] = deque()
+    silent = not processes.first_process()
+    with tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step", disable=silent) as bar:
         for now, batch in zip(range(done + 1, settings.steps + 1), chain([first], batches), strict=False):
             numbers = numbers._replace(rate=np.float32(learning_rate(settings, now - 1)))
             state, metrics = step(state, reference, inputs.frozen, batch, numbers)
             monitor.log.add(now, metrics)
+            ahead.append(metrics["loss/total"])
+            if len(ahead) > _AHEAD:
+                ahead.popleft().block_until_ready()
             bar.update()
             last = now == settings.steps
-            save = now % settings.checkpoint_every == 0 or last
+            stop = processes.stopping.after(now)
+            save = now % settings.checkpoint_every == 0 or last or stop
             if now % settings.log_every == 0 or save:
                 values = monitor.log.flush(now)  # stops before what is not finite can reach a checkpoint
                 monitor.watch(values, now)
                 shown = {
                     "loss": f"{values['loss/total']:.4f}",
-                    "pairs/s": f"{(bar.format_dict['rate'] or 0) * settings.batch:.1f}",
+                    "pairs/s": f"{(bar.format_dict.get('rate') or 0) * settings.batch:.1f}",
                 }
                 if "dpo/accuracy" in values:
                     shown["accuracy"] = f"{values['dpo/accuracy']:.2f}"
@@ -86,6 +100,8 @@ def _run(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, checkpo
                     "made_from": inputs.made_from,
                 }
                 checkpoints.save(now, state, meta)
+            if stop:
+                processes.stopping.stop()
             if now % settings.eval_every == 0 or last:
                 monitor.look(state, now)
     if config.objective == "dpo":

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from hgdpo_jax import processes
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.training.step import TIMESTEP_BINS, Metrics
 
@@ -16,12 +17,14 @@ class MetricLog:
     """Averages of the steps since the last flush: in TensorBoard, in metrics.jsonl, and returned as plain numbers."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._lines = folder, folder / "metrics.jsonl"
+        self._steps: dict[int, Metrics] = {}
+        if not processes.first_process():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         if self._lines.is_file():  # half a line of a run that was killed
             with self._lines.open("r+b") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
-        self._steps: dict[int, Metrics] = {}
 
     @functools.cached_property
     def _writer(self) -> SummaryWriter:
@@ -51,7 +54,9 @@ class MetricLog:
         return values
 
     def write(self, values: dict[str, float], step: int) -> None:
-        """Scalars as they are."""
+        """Scalars as they are. Process 0 writes."""
+        if not processes.first_process():
+            return
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -59,7 +64,9 @@ class MetricLog:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def images(self, name: str, grid: np.ndarray, step: int) -> None:
-        """A picture uint8 [H, W, 3]."""
+        """A picture uint8 [H, W, 3]. Process 0 writes."""
+        if not processes.first_process():
+            return
         self._writer.add_image(name, grid, step, dataformats="HWC")
         self._writer.flush()
 

@@ -55,12 +55,14 @@ class Monitor:
             seed=config.seed,
         )
         self._resolution = next(iter(configuration.resolutions(config).values()))
+        mine = runtime.rows(self._batch, inputs.mesh)
         self._held = [
             runtime.to_devices(batch, inputs.mesh)
             for source in held
-            for batch in first_batches(source, config.train.batch, HELDOUT_PAIRS // len(held))
+            for batch in first_batches(source, self._batch, HELDOUT_PAIRS // len(held), mine)
         ]
-        self._evaluate = jax.jit(lambda *arguments: inputs.loss(*arguments)[1])
+        everywhere = runtime.replicated(inputs.mesh)
+        self._evaluate = jax.jit(lambda *arguments: inputs.loss(*arguments)[1], out_shardings=everywhere)
         rows = [source[i] for source in held for i in range(min(SAMPLES, len(source)))][:SAMPLES]
         self._ids = np.stack([row["input_ids"] for row in rows])
         self._concept = np.stack([r["concept"] for r in rows]).astype(np.float32) if "concept" in rows[0] else None
@@ -75,7 +77,7 @@ class Monitor:
         found = []
         for i, batch in enumerate(self._held):
             noise = jax.random.split(runtime.stream_key(0, "heldout", i), self._batch)
-            batch = batch | {"key": noise}
+            batch = batch | {"key": runtime.put(noise, runtime.batch_sharding(self._painter.mesh))}
             found.append(self._evaluate(state.policy, self._reference, self._frozen, batch, self._numbers))
         self.log.write({f"heldout/{name}": value for name, value in average(jax.device_get(found)).items()}, step)
 

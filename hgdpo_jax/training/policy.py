@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -64,7 +63,7 @@ def _with_fresh_adapter(
     key = runtime.stream_key(config.seed, "adapter")
     adapter = ip_adapter.fresh(pipeline.unet, config.adapter.kind, encoder.nothing.shape[-1], nnx.Rngs(key))
     state = nnx.state(adapter)
-    nnx.update(adapter, jax.device_put(state, runtime.shardings(state, mesh)))
+    nnx.update(adapter, runtime.put(state, runtime.shardings(state, mesh)))
     return replace(pipeline, adapter=adapter, no_concept=encoder.nothing)
 
 
@@ -114,7 +113,7 @@ def _add_fresh_lora(pipeline: pipelines.Pipeline, config: ConfigDict, mesh: Mesh
             key = runtime.stream_key(config.seed, random_streams[name])
             add_lora(model, config.train.lora_rank, config.train.lora_alpha, nnx.Rngs(key))
             lora = nnx.state(model, nnx.LoRAParam)
-            nnx.update(model, jax.device_put(lora, runtime.shardings(lora, mesh)))
+            nnx.update(model, runtime.put(lora, runtime.shardings(lora, mesh)))
 
 
 def of(pipeline: pipelines.Pipeline, config: ConfigDict) -> Params:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from hgdpo_jax.diffusion.pipeline import Pipeline
@@ -244,7 +245,10 @@ def make_step(
         metrics["gradient_norm"] = optax.tree.norm(grads)
         return TrainState(policy, average, optimizer, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    metrics = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())  # on every device: all hosts read them
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, metrics))
 
 
 def _first(parts: Batch) -> Batch:

@@ -1,6 +1,5 @@
 """The order of the records: resumable from one number, the same for every number of processes."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -41,15 +40,11 @@ def test_it_goes_on_where_it_stood() -> None:
     assert first + numbers(PairLoader([Source()], 4, seed=3, position=loader.position), 4) == whole
 
 
-def test_two_processes_share_the_batches_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = numbers(PairLoader([Source()], 4, seed=3), 5)
-    parts = []
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    for process in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        parts.append(numbers(PairLoader([Source()], 4, seed=3), 5))
-    together = [sorted(a + b) for a, b in zip(*parts, strict=True)]
-    assert together == [sorted(batch) for batch in whole]
+@pytest.mark.parametrize("parts", [([0, 1], [2, 3]), ([0, 2], [1, 3]), ([0, 1], [0, 1], [2, 3], [2, 3])])
+def test_a_row_of_a_batch_is_the_same_whoever_loads_it(parts: tuple[list[int], ...]) -> None:
+    whole = np.array(numbers(PairLoader([Source()], 4, seed=3), 5))
+    for rows in parts:
+        assert numbers(PairLoader([Source()], 4, seed=3, rows=rows), 5) == whole[:, rows].tolist()
 
 
 def test_latents_become_float32_and_other_fields_stay_behind() -> None:
@@ -87,11 +82,12 @@ def test_a_batch_has_one_shape_and_nothing_is_left_out() -> None:
     assert (np.unique(seen, return_counts=True)[1] == 4).all()  # 160 draws of 40 records: four passes
 
 
-def test_processes_take_the_same_shape_at_a_step_and_resume_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    parts = []
-    for process in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        parts.append(numbers(PairLoader([Source(), Wide()], 4, seed=3), 20))
+def test_processes_take_the_same_shape_at_a_step_and_resume_at_it() -> None:
+    parts = [numbers(PairLoader([Source(), Wide()], 4, seed=3, rows=rows), 20) for rows in ([0, 1], [2, 3])]
     assert all((a[0] >= 100) == (b[0] >= 100) for a, b in zip(*parts, strict=True))
-    assert numbers(PairLoader([Source(), Wide()], 4, seed=3, position=4 * 7), 13) == parts[1][7:]
+    assert numbers(PairLoader([Source(), Wide()], 4, seed=3, position=4 * 7, rows=[2, 3]), 13) == parts[1][7:]
+
+
+def test_held_out_rows_are_those_of_the_whole_batch() -> None:
+    whole, part = first_batches(Source(), 4, 8), first_batches(Source(), 4, 8, rows=[1, 3])
+    assert [b["input_ids"].ravel().tolist() for b in part] == [b["input_ids"][[1, 3]].ravel().tolist() for b in whole]
