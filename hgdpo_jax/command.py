@@ -18,7 +18,7 @@ from hgdpo_jax import config as configuration
 from hgdpo_jax import files, processes, runtime
 from hgdpo_jax.errors import Stopped, UserError
 
-_SHOWN = 60  # seconds after which a file has been seen on every host
+_SHOWN = 30  # seconds after which a file has been seen on every host
 
 
 def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[ConfigDict, Path]:
@@ -40,7 +40,7 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[Con
             raise UserError(f"argument {argument}: unknown; settings are written --config.key=value")
         overrides.append(argument.removeprefix("--config."))
     config = configuration.load(known.config, overrides)
-    agree(known.workdir, {"stage": config.stage, "config": configuration.to_json(config)})
+    agree(known.workdir, {f"--config.{key}": configuration.get(config, key) for key in configuration.keys(config)})
     return config, known.workdir
 
 
@@ -58,7 +58,7 @@ def agree(folder: Path, asked: Mapping[str, Any]) -> None:
     processes.agree(
         {f"version of {name}": version(name) for name in ("jax", "flax", "orbax-checkpoint")}
         | {"hgdpo_jax": files.json_hash(code)[:12]}
-        | {"settings": files.json_hash({name: str(value) for name, value in asked.items()})[:12]}
+        | {name: str(value) for name, value in asked.items()}
     )
     mark = folder / ".hosts"
 
@@ -74,8 +74,10 @@ def agree(folder: Path, asked: Mapping[str, Any]) -> None:
             seen = json.loads(mark.read_text())["token"]
         except OSError:
             time.sleep(1)
-    other = "another folder (all hosts need to see one, on a file system that they share: NFS, Lustre, Filestore)"
-    processes.agree({str(folder): "its own" if seen == token else other})
+    if seen != token:
+        raise UserError(f"{folder}: {processes.here()} does not see the folder that process 0 sees; all hosts need one "
+                        "file system that they share, such as NFS, Lustre or Filestore")  # fmt: skip
+    processes.together()
     if processes.first_process():
         mark.unlink()
 

@@ -29,7 +29,7 @@ from hgdpo_jax.errors import Stopped, UserError
 
 STOPPED = {signal.SIGTERM: 75, signal.SIGINT: 130}  # exit codes; schedulers take 75 for "queue it again"
 _TOGETHER = 300  # seconds in which all must have started
-_BEAT, _DEAD, _DEAD_FOR_JAX = 1.0, 30.0, 45  # seconds between two signs of life, and without one
+_BEAT, _DEAD, _DEAD_FOR_JAX = 1.0, 20.0, 60  # seconds between two signs of life, and without one
 _GRACE = 300.0  # seconds in which a training that was asked to stop has saved, or ends as it is
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds: what process 0 does for all may take long
 _numbers = itertools.count()  # of messages; every process counts the same
@@ -71,8 +71,8 @@ def _join() -> None:
     except RuntimeError as error:
         state = distributed.global_state
         raise UserError(
-            f"process {state.process_id} on {socket.gethostname()}: not all {state.num_processes} processes came to "
-            f"{state.coordinator_address} within {_TOGETHER} s; those that say nothing are missing, or cannot reach it"
+            f"{here()}: not all {state.num_processes} processes came to {state.coordinator_address} within "
+            f"{_TOGETHER} s; those that do not say this have not started, or cannot reach it"
         ) from error
     client = distributed.global_state.client
     client.key_value_set(f"hgdpo/host/{jax.process_index()}", socket.gethostname())
@@ -84,6 +84,11 @@ def _join() -> None:
 def alone() -> bool:
     """Whether there is but this process."""
     return distributed.global_state.num_processes == 1
+
+
+def here() -> str:
+    """Which process this is, in words."""
+    return f"process {distributed.global_state.process_id} on {socket.gethostname()}"
 
 
 def first_process() -> bool:
@@ -113,10 +118,10 @@ def together() -> None:
 def agree(what: dict[str, str]) -> None:
     """Raises UserError, which names this host, where it was started with something else than process 0 was."""
     host, wanted = first(lambda: [socket.gethostname(), what])
-    for name, value in what.items():
-        if wanted.get(name) != value:
-            raise UserError(f"process {jax.process_index()} on {socket.gethostname()}: its {name} is {value}, that of "
-                            f"process 0 on {host} is {wanted.get(name)}; start all with the same")  # fmt: skip
+    for key, value in what.items():
+        if wanted.get(key) != value:
+            raise UserError(f"{here()}: its {key} is {value}, that of process 0 on {host} is {wanted.get(key)}; start "
+                            "all with the same")  # fmt: skip
     together()
 
 
@@ -280,7 +285,7 @@ def end_all(line: str, code: int) -> NoReturn:
         with suppress(RuntimeError):  # another said it before, or the service is gone
             client.key_value_set("hgdpo/end", json.dumps({"line": line, "code": code}))
         if first_process():  # its service has to outlive what the others read in it
-            until = time.monotonic() + 10.0
+            until = time.monotonic() + 5.0
             for index in range(1, jax.process_count()):
                 with suppress(RuntimeError):
                     left = max(0.0, until - time.monotonic())
@@ -301,7 +306,7 @@ def fail(error: BaseException) -> NoReturn:
     if isinstance(error, jax.errors.JaxRuntimeError):
         time.sleep(_DEAD + 10 * _BEAT)
     traceback.print_exception(error)
-    end_all(f"error: process {jax.process_index()} on {socket.gethostname()} failed, as it says in its own log", 1)
+    end_all(f"error: {here()} failed, as it says in its own log", 1)
 
 
 def leave() -> None:

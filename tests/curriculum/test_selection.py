@@ -240,4 +240,4 @@ def test_a_score_that_is_no_number_names_the_prompt(make: Make, inputs: Path, tm
     first = list_photographs(config.data.photographs, "train")[0]
     with pytest.raises(UserError, match=f"prompt '{first.caption}' of {first.id}: its score is NaN or infinite"):
         pairs.build(config, tmp_path / "run")
-    assert not list((tmp_path / "run" / "stage1" / "pairs").glob("*.array_record*"))
+    assert not list((tmp_path / "run" / "stage1" / "pairs").glob("pairs-*"))

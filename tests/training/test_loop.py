@@ -194,7 +194,7 @@ def test_what_reads_otherwise_than_it_was_written_is_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = Checkpoints(tmp_path)
-    monkeypatch.setattr(Checkpoints, "_read", lambda *_: {"x": np.zeros(3, np.float32)})
+    monkeypatch.setattr(Checkpoints, "_read", lambda *_: {"x": jnp.zeros(3)})
     with pytest.raises(UserError, match="was written, but reads otherwise"):
         checkpoints.save(1, {"x": jnp.ones(3)}, {})
     assert Checkpoints(tmp_path).latest() is None
