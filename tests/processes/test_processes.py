@@ -30,8 +30,11 @@ RATE, STEPS = 1e-3, 2
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Of a tiny run, as a user types them."""
-    folder = tmp_path_factory.mktemp("inputs")
+    return inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def inputs(folder: Path) -> list[str]:
+    """Writes those of a tiny run; returns its settings, as a user types them."""
     photographs = tiny.write_photographs(folder / "photographs", train=7, heldout=3)
     values = {
         "model.base": tiny.write_base(folder / "base"),
