@@ -27,7 +27,8 @@ from jax.experimental import multihost_utils
 
 from hgdpo_jax.errors import Stopped, UserError
 
-STOPPED = {signal.SIGTERM: 75, signal.SIGINT: 130}  # exit codes; schedulers take 75 for "queue it again"
+GOES_ON = 75  # exit code of what should be started again: the launchers do
+STOPPED = {signal.SIGTERM: GOES_ON, signal.SIGINT: 130}
 _TOGETHER = 300  # seconds in which all must have started
 _BEAT, _DEAD, _DEAD_FOR_JAX = 1.0, 20.0, 60  # seconds between two signs of life, and without one
 _GRACE = 300.0  # seconds in which a training that was asked to stop has saved, or ends as it is
@@ -173,7 +174,7 @@ class _Watch(threading.Thread):
             elif time.monotonic() - at > _DEAD:
                 host = _message(f"hgdpo/host/{next_one}")
                 end_all(f"error: process {next_one} on {host} has given no sign of life for {_DEAD:.0f} s: all stop; "
-                        "the same command goes on from what is finished", 1)  # fmt: skip
+                        "the same command goes on from what is finished", GOES_ON)  # fmt: skip
             time.sleep(_BEAT)
 
 
@@ -301,10 +302,10 @@ def _exit(line: str, code: int) -> NoReturn:
 
 
 def fail(error: BaseException) -> NoReturn:
-    """Ends all processes after an error that is nobody's fault. Where communication failed because a process died, that
-    is what is said: it is missed before this returns from its waiting."""
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        time.sleep(_DEAD + 10 * _BEAT)
+    """Ends all processes after an error that is not the user's. Where it came because another process died, that is
+    what is said: it will have been missed by then."""
+    print(f"{here()}: an error; waiting to see whether another process died", file=sys.stderr)
+    time.sleep(_DEAD + 5 * _BEAT)
     traceback.print_exception(error)
     end_all(f"error: {here()} failed, as it says in its own log", 1)
 
@@ -321,7 +322,7 @@ def leave() -> None:
 def _aborted(_: int) -> None:
     os.write(2, b"\nerror: JAX has ended this process, as it says above; most likely process 0, which the others meet "
                 b"at, is gone. The same command goes on from what is finished\n")  # fmt: skip
-    os._exit(1)
+    os._exit(GOES_ON)
 
 
 def _say_why_jax_aborts() -> None:

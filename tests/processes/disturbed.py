@@ -42,7 +42,7 @@ def parameters(folder: Path) -> np.ndarray:
 
 
 def disturb(folder: Path, kind: str, after: float, who: int, settings: list[str]) -> tuple[str, list[int], float]:
-    """(what was under way, exit codes, seconds until the rest had ended)."""
+    """(what was under way, exit codes, seconds until the rest had ended), and prints the rest's last words."""
     begin = time.monotonic()
     for command in ("pairs", "main"):
         started = Started(folder / "logs", 2, 1, command, *STAGE, "--workdir", f"{folder}/run", *settings)
@@ -54,6 +54,7 @@ def disturb(folder: Path, kind: str, after: float, who: int, settings: list[str]
                 started.processes[who].send_signal(getattr(signal, f"SIG{kind}"))
                 ended = started.ended(100)
                 for process in ended:
+                    print(f"  {process.code}: {(process.errors.strip().splitlines() or [''])[-1][:150]}")
                     assert kind == "TERM" or process.code != 0
                 return command, [process.code for process in ended], max(process.after for process in ended)
             time.sleep(0.01)
