@@ -156,7 +156,8 @@ def _heldout(config: ConfigDict, index: Index) -> tuple[list[Photograph], np.nda
         UserError: fewer than two can be read.
     """
     size = next(iter(configuration.resolutions(config).values()))
-    held, images = load_images([p for p in list_examples(config, "heldout", index) if not p.mirrored], size)
+    (listed,) = list_examples(config, "heldout", index=index)
+    held, images = load_images([p for p in listed if not p.mirrored], size)
     if len(held) < 2:
         raise UserError(f"photographs {config.data.photographs}: of those held out {len(held)} can be read; evaluation "
                         "needs two")  # fmt: skip

@@ -74,10 +74,8 @@ def build(config: ConfigDict, workdir: Path) -> None:
     folder, index = workdir / config.stage / "pairs", runtime.index_of(workdir)
     loser = config.pairs.loser
     earlier = shards.open_stage(workdir, loser.partition("/")[0], index) if loser.startswith("stage") else None
-    splits = {"train": config.data.split, "heldout": "heldout"}
-    photographs = runtime.in_turn(
-        index, lambda: {role: list_examples(config, split, index) for role, split in splits.items()}
-    )
+    listed = runtime.in_turn(index, lambda: list_examples(config, config.data.split, "heldout", index=index))
+    photographs = dict(zip(("train", "heldout"), listed, strict=True))
     if loser not in ("none", "given") and not config.pairs.scorer:
         raise UserError("config key pairs.scorer: is empty; set it to the folder of a CLIPModel such as PickScore v1")
     inputs = made_from(config, photographs, earlier, index)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hgdpo_jax.training import metrics
 from hgdpo_jax.training.checkpoints import Checkpoints
 from tests import tiny
 
@@ -25,7 +26,8 @@ command.run(lambda: train(tiny.config(base, steps=100_000), workdir))
 """
 
 
-def test_ctrl_c_is_one_line_and_130_and_keeps_what_is_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_saves_the_step_and_is_one_line(sent: signal.Signals, code: int, tmp_path: Path) -> None:
     base, workdir = tiny.write_base(tmp_path / "base"), tmp_path / "run"
     tiny.write_pairs(workdir / "stage1" / "pairs")
     command = [sys.executable, "-c", TRAIN, str(base), str(workdir)]
@@ -35,11 +37,12 @@ def test_ctrl_c_is_one_line_and_130_and_keeps_what_is_finished(tmp_path: Path) -
     while not (workdir / "stage1" / "policy" / "2.sha256.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in errors
+    assert process.returncode == code and "Traceback" not in errors
     assert errors.strip().splitlines()[-1] == "stopped; the same command goes on from what is finished"
-    assert Checkpoints(workdir / "stage1").latest() >= 2
+    latest = Checkpoints(workdir / "stage1").latest()
+    assert latest == metrics.read(workdir / "stage1" / "logs")[-1]["step"] >= 2
 
 
 @pytest.mark.parametrize("home", ["/dev/null/nobody", None])
@@ -55,23 +58,35 @@ def test_without_a_home_it_runs_without_a_cache(home: str | None, tmp_path: Path
     assert line.startswith("no compilation cache: ") and "JAX_COMPILATION_CACHE_DIR" in line
 
 
-def test_ctrl_c_ends_a_command_that_swallows_it(tmp_path: Path) -> None:
-    code = """
-import time
-from hgdpo_jax import command
+STUBBORN = """
+import contextlib, sys, time
+from hgdpo_jax import command, processes
 def stubborn():
-    print("begun", flush=True)
-    while True:
-        try:
-            time.sleep(60)
-        except KeyboardInterrupt:
-            pass
+    with processes.stopping if sys.argv[1:] else contextlib.nullcontext():
+        print("begun", flush=True)
+        while True:
+            try:
+                time.sleep(60)
+            except KeyboardInterrupt:
+                pass
 command.run(stubborn)
 """
+
+
+@pytest.mark.parametrize("patient", [[], ["patient"]])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_ends_what_swallows_it_and_a_second_one_what_is_to_save(
+    sent: signal.Signals, code: int, patient: list[str]
+) -> None:
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, text=True, **pipes)
+    process = subprocess.Popen([sys.executable, "-c", STUBBORN, *patient], env=environment, text=True, **pipes)
     assert process.stdout is not None and process.stdout.readline() == "begun\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
+    if patient:
+        assert process.stderr is not None
+        lines = [process.stderr.readline().strip() for _ in range(2)]
+        assert lines == ["", "stopping once this step is saved; a second signal stops at once"]
+        process.send_signal(sent)
     assert process.communicate(timeout=60)[1].strip() == "stopped; the same command goes on from what is finished"
-    assert process.returncode == 130
+    assert process.returncode == code

@@ -143,3 +143,9 @@ def test_a_workdir_that_checkpoints_would_take_for_a_pattern_is_refused(name: st
     with pytest.raises(UserError, match="choose another folder"):
         require_plain(tmp_path / name / "stage1")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["gs://bucket/run", "s3://bucket/run"])
+def test_object_storage_is_no_place_for_a_run(name: str) -> None:
+    with pytest.raises(UserError, match=rf"{name}: is object storage, .* NFS, Lustre, Filestore"):
+        command.parse("", ["--config", "configs/stage1.py:portraits", "--workdir", name])

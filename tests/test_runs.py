@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from hgdpo_jax import config as configuration
 from hgdpo_jax import pairs, runtime, sample
 from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.export import ADAPTER_FILE, KOHYA_FILE, KOHYA_TEXT_FILE, PEFT_FILE, PEFT_TEXT_FILE, RECIPE_FILE, export
 from hgdpo_jax.files import write_json
@@ -106,6 +107,14 @@ def test_a_base_that_moved_is_given_to_export_and_sample(workdir: Path, base: Pa
     export(workdir, tmp_path / "out", formats=["peft"])  # the same by its content: kept
     with runtime.owned(tmp_path / "new"), pytest.raises(UserError, match="new: is being written by"):
         export(workdir, tmp_path / "new", formats=["peft"])
+
+
+def test_a_batch_of_pictures_is_rounded_up_to_the_devices(base: Path) -> None:
+    """The settings' defaults hold for sixteen devices as for a thousand."""
+    settings = {"sampler": "ddim", "steps": 2, "guidance": 1.0, "seed": 0}
+    painter = Painter(pipelines.load(base), tiny.mesh(data=8), batch=3, **settings)
+    assert painter.batch == 8
+    assert painter.encode(np.zeros((3, 32, 32, 3), np.float32), "").shape == (3, *tiny.LATENT)
 
 
 def adapter_config(base: Path, folder: Path) -> ConfigDict:

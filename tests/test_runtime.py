@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -67,3 +68,20 @@ def test_intels_avx512_is_not_compiled_for_where_the_cache_would_refuse_it() -> 
 def test_a_batch_that_the_mesh_cannot_split_is_refused() -> None:
     with pytest.raises(UserError, match=r"train.batch=6: must be a multiple of 4"):
         runtime.check_batch(6, mesh(), "train.batch")
+
+
+def test_rows_of_a_batch_lie_on_the_devices_that_hold_them() -> None:
+    """In one process all rows are here, on whatever mesh; what is put together again is the batch."""
+    batch = {"x": np.arange(16.0).reshape(8, 2)}
+    for shape in ((8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)):
+        found = runtime.to_devices(batch, mesh(*shape))["x"]
+        assert runtime.rows(8, mesh(*shape)).tolist() == list(range(8))
+        np.testing.assert_array_equal(found, batch["x"])
+        assert found.sharding == runtime.batch_sharding(mesh(*shape))
+
+
+def test_keys_and_arrays_are_put_where_they_are_told() -> None:
+    keys = jax.random.split(jax.random.key(0), 8)
+    put = runtime.put({"key": keys, "x": np.arange(8)}, runtime.batch_sharding(mesh()))
+    np.testing.assert_array_equal(jax.random.key_data(put["key"]), jax.random.key_data(keys))
+    assert put["x"].sharding == put["key"].sharding == runtime.batch_sharding(mesh())

@@ -40,17 +40,25 @@ class Photograph:
     loser: Path | Picture | None = None  # of a pair that is given: the picture that lost against this one
 
 
-def list_examples(config: ConfigDict, split: str, index: Index) -> list[Photograph]:
-    """What a stage learns from, or is evaluated on: photographs, or the pairs that are given.
+def list_examples(config: ConfigDict, *splits: str, index: Index) -> list[list[Photograph]]:
+    """What a stage learns from, or is evaluated on, of each split: photographs, or the pairs that are given.
 
     Args:
         config: of the stage.
-        split: one of SPLITS.
+        splits: some of SPLITS.
         index: see :func:`list_photographs`.
+
+    Raises:
+        UserError: see there; or none is in one of the splits.
     """
     given = config.pairs.winner == "given"
     reader, place = (list_pairs, config.data.pairs) if given else (list_photographs, config.data.photographs)
-    return reader(place, split, mirror=config.data.mirror, heldout=config.data.heldout, index=index)
+    every = reader(place, *splits, mirror=config.data.mirror, heldout=config.data.heldout, index=index)
+    found = [[photograph for photograph in every if photograph.split == split] for split in splits]
+    for split, photographs in zip(splits, found, strict=True):
+        if not photographs:
+            raise UserError(f"photographs {place}: none of the {len(every)} is of split {split}; mark some as {split}")
+    return found
 
 
 def list_pairs(
