@@ -30,7 +30,7 @@ from hgdpo_jax.errors import Stopped, UserError
 GOES_ON = 75  # exit code of what should be started again: the launchers do
 STOPPED = {signal.SIGTERM: GOES_ON, signal.SIGINT: 130}
 _TOGETHER = 300  # seconds in which all must have started
-_BEAT, _DEAD, _DEAD_FOR_JAX = 1.0, 20.0, 60  # seconds between two signs of life, and without one
+_BEAT, _DEAD, _DEAD_FOR_JAX = 1.0, 30.0, 80  # seconds between two signs of life, and without one
 _GRACE = 300.0  # seconds in which a training that was asked to stop has saved, or ends as it is
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds: what process 0 does for all may take long
 _numbers = itertools.count()  # of messages; every process counts the same

@@ -147,7 +147,7 @@ def test_a_dead_process_ends_the_other_with_a_line(settings: list[str], tmp_path
     started.processes[1].kill()
     rest, _ = started.ended(60)
     assert rest.code == 75 and rest.after <= 60
-    assert "process 1 on " in last_line(rest) and "no sign of life for 20 s: all stop" in last_line(rest)
+    assert "process 1 on " in last_line(rest) and "no sign of life for 30 s: all stop" in last_line(rest)
 
 
 @pytest.mark.parametrize(
