@@ -88,7 +88,7 @@ def main() -> None:
                 for path in pairs.iterdir():
                     assert file_hash(path) == file_hash(folder / "run" / "stage1" / "pairs" / path.name), path
                 found = "the same bytes"
-            print(f"{number}: {kind} to process {who} {after:.1f} s into {command}: codes {codes} after {seconds:.0f} s",
+            print(f"{number}: {kind} to process {who} {after:.1f} s into {command}: {codes} after {seconds:.0f} s",
                   f"{words or ''}, step {stood}; restarted by {by}: {found}", flush=True)  # fmt: skip
 
 
