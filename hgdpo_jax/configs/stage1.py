@@ -33,7 +33,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.steps = 300_000
     if variant == "portraits":
         config.train.steps = 60
-        config.train.lr = 1.5e-3
+        config.train.lr = 3e-3
         config.train.beta = 3000.0
         config.train.lambda_stat = 100_000.0
     return config
