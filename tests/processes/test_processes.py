@@ -171,7 +171,7 @@ def test_an_error_at_one_is_the_same_line_at_all(
     assert not (tmp_path / "elsewhere" / "stage1").exists()
 
 
-@pytest.mark.parametrize("command", ["pairs", "main", "evaluate", "sample", "export"])
+@pytest.mark.parametrize("command", ["main", "sample", "export"])
 def test_help_needs_no_other_process(command: str) -> None:
     environment = {"HGDPO_DISTRIBUTED": "1", "JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"}
     asked = [sys.executable, "-m", f"hgdpo_jax.{command}", "--help"]
