@@ -41,6 +41,7 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[Con
         overrides.append(argument.removeprefix("--config."))
     config = configuration.load(known.config, overrides)
     agree(known.workdir, {f"--config.{key}": configuration.get(config, key) for key in configuration.keys(config)})
+    runtime.use_precision(config.model.dtype)
     return config, known.workdir
 
 

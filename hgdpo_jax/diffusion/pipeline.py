@@ -112,7 +112,8 @@ def load(
 
     Args:
         base, vae, lora: see :func:`find`.
-        dtype: of the computation of UNet and text encoders.
+        dtype: of the computation of UNet and text encoders, as in the config: tf32 is float32 here, see
+            :func:`hgdpo_jax.runtime.use_precision`.
         param_dtype: of the parameters of UNet and text encoders; by part where they differ.
         place: puts a parameter on its devices.
 
@@ -120,16 +121,15 @@ def load(
         UserError: see :func:`find`; or weights that do not fit their config.
     """
     source = find(str(base), str(vae), str(lora))
-    compute = jnp.dtype(dtype)
 
     def model(part: str) -> Any:
         if part not in source.configs:
             return None
-        found = abstract(MODELS[part], source.configs[part], jnp.float32 if part == "vae" else compute)
+        found = abstract(MODELS[part], source.configs[part], jnp.float32 if part == "vae" else _stored(dtype))
         stored = "float32" if part == "vae" else param_dtype
         stored = stored if isinstance(stored, str) else stored[part]
         weights, name = source.open(part, keys(found)), f"{source.name}, {part}"
-        from_torch(weights, found, name, jnp.dtype(stored), place, source.expected(part))
+        from_torch(weights, found, name, _stored(stored), place, source.expected(part))
         return found
 
     return Pipeline(
@@ -148,6 +148,10 @@ def load(
         index=source.index,
         licence=source.licence,
     )
+
+
+def _stored(dtype: str) -> jnp.dtype:
+    return jnp.dtype("float32" if dtype == "tf32" else dtype)
 
 
 def _second_padding(source: Source) -> int:
