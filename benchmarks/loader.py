@@ -1,9 +1,11 @@
-"""Pairs per second that the loader brings from the page cache, at the size of SD1.5 at 512x512.
+"""Pairs per second that the loader brings from the page cache, at the size of SD1.5 at 512x512, and what a step waits.
 
-python -m benchmarks.loader [--records 2000] [--batch 64] [--batches 100] [--rounds 5]
+python -m benchmarks.loader [--records 2000] [--batch 64] [--batches 100] [--rounds 5] [--rate 2000]
 
 Writes records of random latents to a temporary folder, reads every file once, so that the page cache holds it, and
-times batches after a first pass that does not count. JSON to stdout.
+times batches; a first round does not count. The stall is how much longer steps take with the loader than with one batch
+for all of them, in the order of `hgdpo_jax.training.loop`, on a device that computes `rate` pairs a second and takes
+nothing of the processor: a thread that sleeps. JSON to stdout.
 """
 
 import argparse
@@ -12,6 +14,9 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import jax
@@ -19,7 +24,7 @@ import numpy as np
 
 from hgdpo_jax import runtime
 from hgdpo_jax.data import pairs as shards
-from hgdpo_jax.data.loader import PairLoader
+from hgdpo_jax.data.loader import Batch, PairLoader
 
 LATENT, TOKENS, SHARD, NAME = (64, 64, 4), 77, 500, "512x512"
 
@@ -45,34 +50,48 @@ def write(folder: Path, count: int) -> None:
     shards.finish(folder, schema, paths, {NAME: LATENT})
 
 
+def steps(batches: Iterator[Batch], count: int, seconds: float) -> float:
+    """Seconds of some steps of a sleeping device, each of which is waited for, as where every step is logged."""
+    mesh = runtime.local_mesh()
+    with ThreadPoolExecutor(1) as device:
+        batch = runtime.to_devices(next(batches), mesh)
+        begin = time.perf_counter()
+        for _ in range(count):
+            jax.block_until_ready(batch)
+            step = device.submit(time.sleep, seconds)
+            batch = runtime.to_devices(next(batches), mesh)
+            step.result()
+        return time.perf_counter() - begin
+
+
+def spread(values: list[float], digits: int) -> dict[str, float]:
+    """Median and range."""
+    ordered = {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+    return {name: round(value, digits) for name, value in ordered.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times the loader.")
     parser.add_argument("--records", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--batches", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rate", type=float, default=2000.0)
     given = parser.parse_args()
-    mesh, seconds = runtime.local_mesh(), {"loader": [], "loader and transfer": []}
+    rates, stalls, seconds = [], [], given.batch / given.rate
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "pairs"
-        write(folder, given.records)
-        found = shards.open_pairs(folder, "")  # reads every byte, for its hash
+        write(Path(temporary) / "pairs", given.records)
+        found = shards.open_pairs(Path(temporary) / "pairs", "")  # reads every byte, for its hash
         loader = PairLoader(found.sources["train"], given.batch, seed=0)
-        for round_ in range(given.rounds + 1):
-            for name, times in seconds.items():
-                begin = time.perf_counter()
-                for _ in range(given.batches):
-                    batch = next(loader)
-                    if name != "loader":
-                        jax.block_until_ready(runtime.to_devices(batch, mesh))
-                if round_:
-                    times.append(time.perf_counter() - begin)
-    rates = {name: sorted(given.batch * given.batches / s for s in times) for name, times in seconds.items()}
-    pairs_per_second = {
-        name: {"median": round(statistics.median(r)), "lowest": round(r[0]), "highest": round(r[-1])}
-        for name, r in rates.items()
-    }
-    print(json.dumps({"latent": LATENT, **vars(given), "cores": os.cpu_count(), "pairs_per_second": pairs_per_second}))
+        one = repeat(next(loader))
+        for _ in range(given.rounds + 1):
+            begin = time.perf_counter()
+            for _ in range(given.batches):
+                next(loader)
+            rates.append(given.batch * given.batches / (time.perf_counter() - begin))
+            stalls.append(steps(loader, given.batches, seconds) / steps(one, given.batches, seconds) - 1)
+    print(json.dumps({"latent": LATENT, **vars(given), "cores": os.cpu_count(),
+                      "pairs_per_second": spread(rates[1:], 0), "stall": spread(stalls[1:], 4)}))  # fmt: skip
 
 
 if __name__ == "__main__":
