@@ -5,7 +5,7 @@ python -m benchmarks.loader [--records 2000] [--batch 64] [--batches 40] [--roun
 Writes records of random latents to a temporary folder, reads every file once, so that the page cache holds it, and
 times batches; a first round does not count. The stall is how much longer steps take with the loader than with one batch
 for all of them, in the order of `hgdpo_jax.training.loop`, on a device that computes `rate` pairs a second and takes
-nothing of the processor: a thread that sleeps. JSON to stdout.
+nothing of the processor, which sleeps meanwhile. JSON to stdout.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
@@ -51,18 +50,17 @@ def write(folder: Path, count: int) -> None:
 
 
 def step_seconds(batches: Iterator[Batch], count: int, seconds: float) -> float:
-    """The median step of a sleeping device, each of which is waited for, as where every step is logged. A median, since
-    other programs may take the processor now and then."""
+    """The median step, each of which is waited for, as where every step is logged. A median, since other programs may
+    take the processor now and then."""
     mesh, found = runtime.local_mesh(), []
-    with ThreadPoolExecutor(1) as device:
+    batch = runtime.to_devices(next(batches), mesh)
+    for _ in range(count):
+        begin = time.perf_counter()
+        jax.block_until_ready(batch)
+        end = time.perf_counter() + seconds  # of the step that now begins
         batch = runtime.to_devices(next(batches), mesh)
-        for _ in range(count):
-            begin = time.perf_counter()
-            jax.block_until_ready(batch)
-            step = device.submit(time.sleep, seconds)
-            batch = runtime.to_devices(next(batches), mesh)
-            step.result()
-            found.append(time.perf_counter() - begin)
+        time.sleep(max(0.0, end - time.perf_counter()))
+        found.append(time.perf_counter() - begin)
     return statistics.median(found)
 
 
