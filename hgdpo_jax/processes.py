@@ -109,11 +109,12 @@ def first(decide: Callable[[], Any]) -> Any:
     return json.loads(text)
 
 
-def together() -> None:
-    """Waits until all processes are here."""
-    client, name = distributed.global_state.client, f"hgdpo/together/{next(_numbers)}"
+def together(name: str | None = None) -> None:
+    """Waits until all processes are here. Beside the main thread it takes a name, which is used but once: the number
+    that the main thread's get would differ between processes."""
+    name = f"hgdpo/together/{next(_numbers) if name is None else name}"
     if not alone():
-        client.wait_at_barrier(name, _FOREVER)
+        distributed.global_state.client.wait_at_barrier(name, _FOREVER)
 
 
 def agree(what: dict[str, str]) -> None:

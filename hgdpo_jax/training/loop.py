@@ -47,7 +47,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             print(f"{folder}: already trained to step {done}")
             return
         announce(config, inputs, start.state)
-        with processes.stopping:
+        with processes.stopping, checkpoints:
             _run(config, folder, inputs, start, checkpoints)
         print(f"{folder}: trained to step {config.train.steps}")
 
@@ -72,6 +72,7 @@ def _run(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, checkpo
     silent = not processes.first_process()
     with tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step", disable=silent) as bar:
         for now, batch in zip(range(done + 1, settings.steps + 1), chain([first], batches), strict=False):
+            checkpoints.check()
             numbers = numbers._replace(rate=np.float32(learning_rate(settings, now - 1)))
             state, metrics = step(state, reference, inputs.frozen, batch, numbers)
             monitor.log.add(now, metrics)
