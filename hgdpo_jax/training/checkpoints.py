@@ -4,6 +4,8 @@
     W/stageN/policy/STEP/            policy, its average, optimizer, data position, config
     W/stageN/policy/STEP.sha256.json written last: the hashes of the files of that step
 
+or in a bucket, see `train.checkpoints`; no rename and no lock is needed.
+
 Orbax does not notice a flipped bit and takes an empty folder for a checkpoint, hence the hashes: a step that does not
 match them is reported and passed over. What was written is read back before its hashes are.
 
@@ -15,7 +17,7 @@ import hashlib
 import json
 import logging
 import math
-import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from etils import epath
 
 from hgdpo_jax import processes
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import file_hash, need_space, require_plain, sync, write_json
+from hgdpo_jax.files import bucket, file_hash, in_bucket, need_space, require_plain, sync, write_json
 from hgdpo_jax.runtime import path_name, to_host
 
 Tree = Any
@@ -49,8 +51,13 @@ def tree_hash(tree: Tree) -> str:
     return digest.hexdigest()
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    return {str(f.relative_to(folder)): file_hash(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in sorted(folder.iterdir()):
+        yield from _files(path) if path.is_dir() else [path]
+
+
+def _hashes(folder: epath.Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): file_hash(path) for path in _files(folder)}
 
 
 def _flat(tree: Tree) -> dict[str, Any]:
@@ -63,7 +70,7 @@ def _target(tree: Tree) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in _flat(tree).items()}
 
 
-def _need_space(folder: Path, tree: Tree) -> None:
+def _need_space(folder: epath.Path, tree: Tree) -> None:
     need_space(folder, 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + 1e6, "a checkpoint")
 
 
@@ -95,7 +102,7 @@ def _held(tree: Tree) -> Held:
     return [(name, index, np.asarray(data)) for name, index, data in parts.values()]
 
 
-def _read_back(folder: Path, held: Held) -> None:
+def _read_back(folder: epath.Path, held: Held) -> None:
     """Raises UserError unless what Orbax wrote in `folder` is, bit for bit, what this process held.
 
     A part at a time, to the host: there may be no room for a second state.
@@ -103,7 +110,7 @@ def _read_back(folder: Path, held: Held) -> None:
     context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
 
     def read(name: str, index: tuple[slice, ...]) -> ts.Future:
-        base = {"driver": "file", "path": f"{folder}/"}
+        base = f"{folder}/" if in_bucket(folder) else {"driver": "file", "path": f"{folder}/"}
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/", "cache_pool": "cache_pool#ocdbt"}
         return ts.open({"driver": "zarr", "kvstore": kvstore}, context=context).result()[index].read()
 
@@ -113,10 +120,10 @@ def _read_back(folder: Path, held: Held) -> None:
             parts.append([])
         parts[-1].append(one)
     try:
-        handler, path = ocp.PyTreeCheckpointHandler(), epath.Path(folder)
-        known = handler.metadata(path).tree
+        handler = ocp.PyTreeCheckpointHandler()
+        known = handler.metadata(folder).tree
         same = set(known) == {name for name, *_ in held}
-        handler.restore(path, args=_restore(_smallest(known)))  # Orbax's own notes, which TensorStore does not need
+        handler.restore(folder, args=_restore(_smallest(known)))  # Orbax's own notes, which TensorStore does not need
         for part in parts:
             reading = [(value, read(name, index)) for name, index, value in part]
             same = same and all(_same(value, found.result()) for value, found in reading)
@@ -144,17 +151,25 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 class Checkpoints:
-    """The checkpoints of one stage in `folder` = W/stageN.
+    """The checkpoints of one stage.
+
+    Args:
+        folder: W/stageN.
+        place: `train.checkpoints` of the stage; the folder of the stage's name there takes the place of W/stageN.
+
+    Raises:
+        UserError: the place cannot be reached.
 
     Steps are only ever added; the newest two are kept. Files are written, read back and hashed in the background: who
     saves calls `check` after every step, and `wait` at the end, or uses a `with` block, which waits.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, place: str = "") -> None:
         require_plain(folder)
-        self.folder = folder.absolute()
+        self.folder = bucket(place, "train.checkpoints") / folder.name if place else epath.Path(folder.absolute())
         self._policy = self.folder / "policy"
-        self._policy.mkdir(parents=True, exist_ok=True)
+        if not place:
+            self._policy.mkdir(parents=True, exist_ok=True)
         options = ocp.options.AsyncOptions(timeout_secs=_FOREVER, create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._background = ThreadPoolExecutor(1, "checkpoint")
@@ -167,7 +182,10 @@ class Checkpoints:
         self.wait()
 
     def _steps(self) -> list[int]:
-        return sorted(int(path.name) for path in self._policy.iterdir() if path.name.isdecimal())
+        try:
+            return sorted(int(path.name) for path in self._policy.iterdir() if path.name.isdecimal())
+        except FileNotFoundError:  # a bucket has no empty folders
+            return []
 
     def latest(self) -> int | None:
         """The newest step whose files match their hashes, or None. Damaged steps are reported. Process 0 looks."""
@@ -175,9 +193,12 @@ class Checkpoints:
 
     def _latest(self) -> int | None:
         for step in reversed(self._steps()):
-            path = self._policy / f"{step}.sha256.json"
-            if path.is_file() and json.loads(path.read_text()) == _hashes(self._folder_of(step)):
-                return step
+            try:
+                # `exists` is not asked: where a bucket cannot be reached, it says no.
+                if json.loads((self._policy / f"{step}.sha256.json").read_text()) == _hashes(self._folder_of(step)):
+                    return step
+            except FileNotFoundError:
+                pass
             logging.warning("checkpoint %s: incomplete or altered; going back to the one before", self._folder_of(step))
         return None
 
@@ -210,9 +231,9 @@ class Checkpoints:
     def _remove(self, steps: list[int]) -> None:
         for step in steps:
             (self._policy / f"{step}.sha256.json").unlink(missing_ok=True)
-            shutil.rmtree(self._folder_of(step))
+            self._folder_of(step).rmtree()
 
-    def _folder_of(self, step: int) -> Path:
+    def _folder_of(self, step: int) -> epath.Path:
         return self._policy / str(step)
 
     def check(self) -> None:

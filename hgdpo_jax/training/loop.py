@@ -1,5 +1,6 @@
 """Training of one stage, from its shards and its predecessor to its last checkpoint."""
 
+import json
 from collections import deque
 from itertools import chain
 from pathlib import Path
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from hgdpo_jax import config as configuration
 from hgdpo_jax import files, processes, runtime
 from hgdpo_jax.data.loader import PairLoader
+from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import write_json
 from hgdpo_jax.training import inputs as stage_inputs
 from hgdpo_jax.training import start as starts
@@ -38,7 +40,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     with runtime.owned(folder):
         inputs = stage_inputs.read(config, workdir, index)
         index.save()
-        checkpoints = Checkpoints(folder)
+        checkpoints = Checkpoints(folder, config.train.checkpoints)
+        _require_place(config, folder)
         start = starts.start(config, workdir, inputs, checkpoints)
         if processes.first_process():
             write_json(folder / "config.json", configuration.to_json(config))
@@ -50,6 +53,19 @@ def train(config: ConfigDict, workdir: Path) -> None:
         with processes.stopping, checkpoints:
             _run(config, folder, inputs, start, checkpoints)
         print(f"{folder}: trained to step {config.train.steps}")
+
+
+def _require_place(config: ConfigDict, folder: Path) -> None:
+    """Raises UserError where a stage has begun with its checkpoints in another place, and would begin anew, or where
+    nothing can be written in that place."""
+    place, key = config.train.checkpoints, "train.checkpoints"
+    if (folder / "config.json").is_file():
+        before = configuration.from_json(json.loads((folder / "config.json").read_text())).train.checkpoints
+        if before != place:
+            raise UserError(f"config key {key}={place}: the checkpoints of {folder} are in {before or folder}; use "
+                            "that, or another --workdir")  # fmt: skip
+    if place and processes.first_process():
+        files.require_writable(place, key)
 
 
 def _run(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, checkpoints: Checkpoints) -> None:

@@ -109,7 +109,9 @@ def _row(root: Path, command: str, number: int, settings: list[str]) -> str:
     workdir = folder / "run"
     (workdir / "stage1").mkdir(parents=True)
     (workdir / "stage1" / "pairs").symlink_to(pairs)
-    start.run(folder / "logs", number, 1, command, *STAGE, "--workdir", f"{workdir}", *settings)
+    started = start.Started(folder / "logs", number, 1, command, *STAGE, "--workdir", f"{workdir}", *settings)
+    for process in started.ended(1800):
+        assert process.code == 0, process.errors
     found = [json.loads((folder / f"{index}.json").read_text()) for index in range(number)]
     if os.environ.get("NAMES"):
         print(*(f"{n} {name}" for name, n in found[1]["names"].items()), sep="\n")
