@@ -1,5 +1,6 @@
 """Training of one stage, from its shards and its predecessor to its last checkpoint."""
 
+import json
 from collections import deque
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from hgdpo_jax import config as configuration
 from hgdpo_jax import files, processes, runtime
 from hgdpo_jax.data.loader import PairLoader
+from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import write_json
 from hgdpo_jax.training import inputs as stage_inputs
 from hgdpo_jax.training import start as starts
@@ -44,7 +46,8 @@ def train(config: ConfigDict, workdir: Path, traced: range = range(0)) -> None:
     with runtime.owned(folder):
         inputs = stage_inputs.read(config, workdir, index)
         index.save()
-        checkpoints = Checkpoints(folder)
+        checkpoints = Checkpoints(folder, config.train.checkpoints)
+        _require_place(config, folder)
         start = starts.start(config, workdir, inputs, checkpoints)
         if processes.first_process():
             write_json(folder / "config.json", configuration.to_json(config))
@@ -54,9 +57,22 @@ def train(config: ConfigDict, workdir: Path, traced: range = range(0)) -> None:
             return
         traced = those_left(traced, done, config.train.steps)
         announce(config, inputs, start.state)
-        with processes.stopping:
+        with processes.stopping, checkpoints:
             _run(config, folder, inputs, start, checkpoints, traced)
         print(f"{folder}: trained to step {config.train.steps}")
+
+
+def _require_place(config: ConfigDict, folder: Path) -> None:
+    """Raises UserError where a stage has begun with its checkpoints in another place, and would begin anew, or where
+    nothing can be written in that place."""
+    place, key = config.train.checkpoints, "train.checkpoints"
+    if (folder / "config.json").is_file():
+        before = configuration.from_json(json.loads((folder / "config.json").read_text())).train.checkpoints
+        if before != place:
+            raise UserError(f"config key {key}={place}: the checkpoints of {folder} are in {before or folder}; use "
+                            "that, or another --workdir")  # fmt: skip
+    if place and processes.first_process():
+        files.require_writable(place, key)
 
 
 def _run(
@@ -81,6 +97,7 @@ def _run(
     speed = Speed(step, settings.batch, peak(inputs.mesh, config.model.dtype), traced, folder / "logs")
     with tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step", disable=silent) as bar:
         for now in range(done + 1, settings.steps + 1):
+            checkpoints.check()
             numbers = numbers._replace(rate=np.float32(learning_rate(settings, now - 1)))
             state, metrics = speed.step(now, state, reference, inputs.frozen, batch, numbers)
             position = loader.position

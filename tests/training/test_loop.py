@@ -128,10 +128,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     _copy(finished, tmp_path)
     expected = everything(tmp_path, base, 6)
     newest = tmp_path / "stage1" / "policy" / "6"
-    data = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 1
-    data.write_bytes(content)
+    damage(newest)
     assert Checkpoints(tmp_path / "stage1").latest() == 4
     assert f"{newest}: incomplete or altered" in caplog.text
     train(tiny.config(base, steps=6), tmp_path)
@@ -210,19 +207,65 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path, part: str) -> N
     good = {name: {"x": jnp.ones(3)} for name in ("policy", "ema", "optimizer")}
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, good, {})
+    checkpoints.wait()
     with pytest.raises(UserError, match=f"{part}.x is NaN or infinite after step 2: training stopped, the last good"):
         checkpoints.save(2, good | {part: {"x": jnp.array([1.0, np.inf, 1.0])}}, {})
     assert Checkpoints(tmp_path).latest() == 1
+
+
+def damage(folder: Path) -> None:
+    """Flips a bit in the largest file."""
+    data = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+
+
+def damage_when_written(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that keeps other bytes of a step than it was given."""
+    finish = Checkpoints._finish
+
+    def damaged(checkpoints: Checkpoints, now: int, held: Any) -> None:
+        checkpoints._orbax.wait_until_finished()
+        if now == step:
+            damage(checkpoints.folder / "policy" / str(step) / "state" / "d")
+        finish(checkpoints, now, held)
+
+    monkeypatch.setattr(Checkpoints, "_finish", damaged)
 
 
 def test_what_reads_otherwise_than_it_was_written_is_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = Checkpoints(tmp_path)
-    monkeypatch.setattr(Checkpoints, "_read", lambda *_: {"x": jnp.zeros(3)})
-    with pytest.raises(UserError, match="was written, but reads otherwise"):
-        checkpoints.save(1, {"x": jnp.ones(3)}, {})
-    assert Checkpoints(tmp_path).latest() is None
+    checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    damage_when_written(2, monkeypatch)
+    checkpoints.save(2, {"x": jnp.arange(1000)}, {})
+    with pytest.raises(UserError, match="policy/2/state: was written, but"):
+        checkpoints.wait()
+    assert Checkpoints(tmp_path).latest() == 1
+
+
+def test_what_goes_wrong_in_the_background_ends_the_training_with_its_line(
+    finished: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _copy(finished, tmp_path)
+    damage_when_written(8, monkeypatch)
+    check, steps = Checkpoints.check, []
+
+    def checked(checkpoints: Checkpoints) -> None:
+        """As a step that takes longer than the background."""
+        steps.append(checkpoints)
+        while checkpoints._saving is not None and not checkpoints._saving.done():
+            time.sleep(0.01)
+        check(checkpoints)
+
+    monkeypatch.setattr(Checkpoints, "check", checked)
+    with pytest.raises(UserError, match="policy/8/state: was written, but"):
+        train(tiny.config(base, steps=12), tmp_path)
+    assert len(steps) == 3  # before the steps 7, 8 and 9
+    assert Checkpoints(tmp_path / "stage1").latest() == 6
+    assert everything(tmp_path, base, 6) == everything(finished, base, 6)
 
 
 def test_clip_norm_0_is_no_clipping(base: Path) -> None:

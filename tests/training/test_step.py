@@ -189,7 +189,8 @@ def test_eight_devices_train_as_one_does_and_restore_on_two_and_on_one(base: Pat
     assert np.linalg.norm(b - a) < 0.06 * np.linalg.norm(a - start)
     names = ("fsdp", "tensor")
     assert any(set(names) & set(jax.tree.leaves(tuple(x.sharding.spec))) for x in jax.tree.leaves(eight.policy))
-    Checkpoints(tmp_path).save(10, eight, {"position": 80})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(10, eight, {"position": 80})
     for mesh in (tiny.mesh(1, 2, 1), tiny.mesh()):
         like = jax.device_put(eight, runtime.shardings(eight, mesh))
         found = Checkpoints(tmp_path).restore(10, jax.tree.map(jnp.zeros_like, like))
