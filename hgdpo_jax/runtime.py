@@ -83,14 +83,14 @@ def xla_flags(given: str, processor: str) -> str:
     return f"{given} {_ISA}=AVX2".lstrip() if affected and _ISA not in given else given
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
-    """The mesh (data, fsdp, tensor) over all devices of all processes; see `mesh` in the settings.
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor) over some devices, or over all of all processes; see `mesh` in the settings.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.
     """
     sizes = [config.data, config.fsdp, config.tensor]
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     if sizes.count(-1) == 1:
         rest = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = count // rest
@@ -98,7 +98,7 @@ def make_mesh(config: ConfigDict) -> Mesh:
         raise UserError(
             f"config key mesh: {config.data} x {config.fsdp} x {config.tensor} does not make the {count} devices here"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
 
 
 def local_mesh() -> Mesh:

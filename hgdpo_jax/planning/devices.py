@@ -1,0 +1,182 @@
+"""Devices that a program is compiled for without having them: what they can do, and their compilers."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from hgdpo_jax.errors import UserError
+
+_GIB = 2**30
+_CORE = 2e10  # operations a second that a processor's core was measured to do (benchmarks/results/full_size.md)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one device can do.
+
+    Attributes:
+        platform: of JAX.
+        memory: bytes that a program may fill.
+        peak: operations a second, by dtype of the computation.
+        bandwidth: bytes a second of its memory; 0 where that is not known.
+        interconnect: bytes a second that it sends to the others of its slice or host, all links together; 0 likewise.
+        source: of these numbers.
+        gpu: what XLA wants to know of a GPU beside them.
+    """
+
+    platform: str
+    memory: float
+    peak: dict[str, float]
+    bandwidth: float
+    interconnect: float
+    source: str
+    gpu: dict[str, Any] = field(default_factory=dict)
+
+
+# Products of float32 numbers are computed from bfloat16 on a TPU and from tf32 on a GPU, as JAX does by default.
+_TPU_SOURCE = "cloud.google.com/tpu/docs; memory: what libtpu lets a program fill"
+_GPU_SOURCE = "NVIDIA's data sheets, dense; the others: xla/backends/gpu/target_config/specs in OpenXLA (Apache-2.0)"
+CHIPS = {
+    "v5e": Chip("tpu", 15.75 * _GIB, {"bfloat16": 197e12, "float32": 197e12}, 819e9, 200e9, _TPU_SOURCE),
+    "v5p": Chip("tpu", 95.74 * _GIB, {"bfloat16": 459e12, "float32": 459e12}, 2765e9, 600e9, _TPU_SOURCE),
+    "v6e": Chip("tpu", 31.25 * _GIB, {"bfloat16": 918e12, "float32": 918e12}, 1640e9, 400e9, _TPU_SOURCE),
+    "h100": Chip("cuda", 84_929_347_584, {"bfloat16": 989e12, "float32": 494e12}, 3_352_320_000_000, 450e9, _GPU_SOURCE,
+                 {"name": "NVIDIA H100 80GB HBM3", "major": 9, "cores": 132, "cache": 52_428_800, "clock": 1.98}),
+    "h200": Chip("cuda", 151_397_597_184, {"bfloat16": 989e12, "float32": 494e12}, 4_800_000_000_000, 450e9,
+                 _GPU_SOURCE, {"name": "NVIDIA H200 141GB HBM3e", "major": 9, "cores": 132, "cache": 52_428_800,
+                               "clock": 1.98}),
+    "b200": Chip("cuda", 191_514_411_008, {"bfloat16": 2250e12, "float32": 1125e12}, 7_672_320_000_000, 900e9,
+                 _GPU_SOURCE, {"name": "NVIDIA B200", "major": 10, "cores": 148, "cache": 132_644_864, "clock": 1.965}),
+}  # fmt: skip
+# GpuTargetConfigProto of XLA; what is not filled in is the same for these GPUs.
+_GPU = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: {cores}
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth}
+  l2_cache_size: {cache}
+  clock_rate_ghz: {clock}
+  device_memory_size: {memory}
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: {major} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 12 }}
+runtime_version {{ major: 13 }}
+device_description_str: "{name}"
+"""
+# Without a device XLA cannot try which of its own kernels is the fastest, and stops at the products of a LoRA.
+_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+_ONE_TPU: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)}  # of the four that a host has
+_SHAPES = {"tpu": r"\d+x\d+(x\d+)?", "cuda": r"[1-8]", "cpu": r"[1-9]\d*"}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Devices of one kind that one program runs on.
+
+    Attributes:
+        name: as it was asked for.
+        devices: described ones, which compile and do not run.
+        options: of the compiler.
+        compiler: its version.
+    """
+
+    name: str
+    chip: Chip
+    devices: Sequence[jax.Device]
+    options: dict[str, Any]
+    compiler: str
+
+
+def prepare(names: Sequence[str]) -> None:
+    """Makes ready the compilers of some topologies; to be called before JAX looks for devices.
+
+    Raises:
+        UserError: there is no such topology, or a compiler is not installed.
+    """
+    kinds = {name: _kind(name) for name in names}
+    for name, platform in kinds.items():
+        if platform != "cpu" and not _package(platform):
+            extra = {"tpu": "plan-tpu", "cuda": "plan-gpu"}[platform]
+            raise UserError(f'topology {name}: its compiler is not installed; pip install -e ".[{extra}]"')
+    # The compiler runs beside a program that has the TPUs, and asks no server which these are.
+    for key, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    }.items():
+        os.environ.setdefault(key, value)
+    count = max([int(name.partition(":")[2] or 1) for name, platform in kinds.items() if platform == "cpu"], default=1)
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count} {flags}"
+    jax.config.update("jax_platforms", "cpu,cuda" if "cuda" in kinds.values() else "cpu")
+
+
+def _kind(name: str) -> str:
+    """The platform of a topology. Raises UserError where there is no such one."""
+    chip, colon, shape = name.partition(":")
+    platform = "cpu" if chip == "cpu" else CHIPS[chip].platform if chip in CHIPS else ""
+    if not platform or (colon and not re.fullmatch(_SHAPES[platform], shape)):
+        raise UserError(f"topology {name}: unknown; write v5e:4x4, v5p:2x2x2, v6e:8x8, h100:8, h200:8, b200:8 (to 8, "
+                        "of one host), cpu:2, or a name alone for one device")  # fmt: skip
+    return platform
+
+
+def describe(name: str) -> Topology:
+    """The devices of a topology, see :func:`prepare`.
+
+    Raises:
+        UserError: there is no such topology, or its compiler knows none of this shape.
+    """
+    platform = _kind(name)
+    kind, _, shape = name.partition(":")
+    if platform == "cpu":
+        count = int(shape or 1)
+        devices = jax.devices("cpu")[:count]
+        if len(devices) < count:
+            raise UserError(f"topology {name}: XLA_FLAGS gives {len(devices)} devices; take "
+                            "--xla_force_host_platform_device_count out of it")  # fmt: skip
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
+        peak = _CORE * (os.cpu_count() or 1) / count
+        source = "this machine's memory; operations of a core as measured (benchmarks/results/full_size.md)"
+        chip = Chip("cpu", memory, {"bfloat16": peak, "float32": peak}, 0, 0, source)
+        return Topology(name, chip, devices, {}, f"jaxlib {version('jaxlib')}")
+    chip = CHIPS[kind]
+    if platform == "tpu":
+        asked = {"topology_name": f"{kind}:{shape}"} if shape else _ONE_TPU | {"topology_name": f"{kind}:1x1x1"}
+    else:
+        text = _GPU.format(**chip.gpu, bandwidth=chip.bandwidth, memory=chip.memory)
+        asked = {"target_config": text, "topology": f"1x1x{shape or 1}"}
+    try:
+        devices = topologies.get_topology_desc(platform=platform, **asked).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"topology {name}: its compiler says {' '.join(str(error).split())}") from error
+    package = _package(platform)
+    return Topology(name, chip, devices, _GPU_OPTIONS if platform == "cuda" else {}, f"{package} {version(package)}")
+
+
+def _package(platform: str) -> str:
+    """That has the compiler; empty where there is none."""
+    packages = {"tpu": ("libtpu",), "cuda": ("jax_cuda13_plugin", "jax_cuda12_plugin"), "cpu": ("jaxlib",)}[platform]
+    return next((package for package in packages if importlib.util.find_spec(package)), "")
