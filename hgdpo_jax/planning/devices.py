@@ -128,8 +128,9 @@ def prepare(names: Sequence[str]) -> None:
     }.items():
         os.environ.setdefault(key, value)
     count = max([int(name.partition(":")[2] or 1) for name, platform in kinds.items() if platform == "cpu"], default=1)
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count} {flags}"
+    flag, flags = f"--xla_force_host_platform_device_count={count}", os.environ.get("XLA_FLAGS", "")
+    if flag not in flags.split():
+        os.environ["XLA_FLAGS"] = f"{flag} {flags}"  # what the user sets comes later and wins
     jax.config.update("jax_platforms", "cpu,cuda" if "cuda" in kinds.values() else "cpu")
 
 

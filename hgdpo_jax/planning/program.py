@@ -105,9 +105,10 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
     loss = {"dpo": steps.dpo_loss, "sft": steps.sft_loss}[config.objective](denoiser, pipeline.schedule)
     placed = jax.tree.map(lambda x: x.sharding, state)
 
-    def trace() -> jax.stages.Traced:
-        made = steps.make_step(loss, tx, settings.accumulate, placed)
-        return made.trace(state, reference, frozen, batch, numbers_of(config, 0))
+    arguments = (state, reference, frozen, batch, numbers_of(config, 0))
+
+    def trace(*arguments: Any) -> jax.stages.Traced:
+        return steps.make_step(loss, tx, settings.accumulate, placed).trace(*arguments)
 
     held = {
         "weights": size(frozen),
@@ -116,16 +117,14 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
         "optimizer": size(state.optimizer),
         "VAE": size(_placed(nnx.state(pipeline.vae), mesh)),
     }
-    return Program(trace().lower(), counted(trace), held)
+    return Program(trace(*arguments).lower(), counted(trace, *arguments), held)
 
 
-def counted(trace: Callable[[], jax.stages.Traced]) -> tuple[float, float]:
-    """Operations of a program, (convolutions, products), whatever kernel its attention has."""
+def counted(trace: Callable[..., jax.stages.Traced], *arguments: Any) -> tuple[float, float]:
+    """Operations of a program that is traced here, (convolutions, products), whatever kernel its attention has."""
     with _plain_attention():
-        jaxpr = trace().jaxpr
-    both = operations(jaxpr)
-    convolutions = operations(jaxpr, ("conv_general_dilated",))
-    return convolutions, both - convolutions
+        jaxpr = trace(*arguments).jaxpr
+    return operations(jaxpr, ("conv_general_dilated",)), operations(jaxpr, ("dot_general",))
 
 
 @contextmanager

@@ -1,0 +1,147 @@
+"""A step planned on eight processors' worth of devices, against formulas; and what the user may get wrong."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from safetensors import safe_open
+
+from hgdpo_jax import plan
+from hgdpo_jax.config import ASSETS
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.models import attention
+from hgdpo_jax.planning import devices, figures, program
+from hgdpo_jax.planning.figures import Compiled, Plan
+from hgdpo_jax.training.cost import operations
+
+BASE = ASSETS / "portraits" / "base"
+PORTRAITS = ["--config", "configs/stage3.py:portraits"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """The command in this process; figures are kept in a home of the test's own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XLA_FLAGS", "")
+
+    def command(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["plan", *PORTRAITS, *arguments])
+        plan.main()
+        return capsys.readouterr().out
+
+    return command
+
+
+def elements(part: str) -> int:
+    with safe_open(next((BASE / part).glob("*.safetensors")), "np") as file:
+        return sum(int(jnp.prod(jnp.array(file.get_slice(key).get_shape()))) for key in file.keys())  # noqa: SIM118
+
+
+def lora_elements() -> int:
+    """Rank 8 on the four projections of each attention: 8 numbers for every input and output."""
+    with safe_open(next((BASE / "unet").glob("*.safetensors")), "np") as file:
+        names = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
+        return sum(8 * sum(file.get_slice(key).get_shape()) for key in file.keys() if key.endswith(names))  # noqa: SIM118
+
+
+def test_the_embedded_step_agrees_with_formulas_and_is_compiled_once(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = json.loads(run("--topology", "cpu:8", "--json", "--share", "0.5"))
+    lora, weights = 4 * lora_elements(), 4 * (elements("unet") + elements("text_encoder"))
+    assert found["held"] | {"optimizer": 0} == {
+        "weights": weights,
+        "policy": lora,
+        "reference": lora,
+        "optimizer": 0,
+        "VAE": 4 * elements("vae"),
+    }
+    assert found["held"]["optimizer"] == 2 * lora + 4  # AdamW's moments and its count
+    latents, tokens = 2 * 2 * 16 * 16 * 4, 4 * 77  # of one pair: float16 and int32
+    compiled = found["compiled"]
+    assert compiled["arguments"] == pytest.approx(weights + 4 * lora + latents + tokens, abs=100)
+    # The gradients of all devices are added up, and next to nothing else: some thirty numbers for the log.
+    assert 0 <= compiled["collectives"]["all-reduce"]["bytes"] - lora < 40 * 4
+    moved = sum(each["bytes"] for kind, each in compiled["collectives"].items() if kind != "all-reduce")
+    assert moved < 8 * 100 * latents  # winners and losers change places; no weight does
+    assert compiled["traffic"] > weights and found["fits"] and found["bound"] == "arithmetic"
+    assert found["examples_per_second"] == pytest.approx(8 * 0.5 / found["seconds"]["arithmetic"])
+    assert found["hours"] == pytest.approx(20 * 8 / found["examples_per_second"] / 3600)
+
+    monkeypatch.setattr(figures, "_compile", lambda *_: pytest.fail("it is compiled again"))
+    table = run("--topology", "cpu:8")
+    assert "8 x cpu" in table and "fits" in table and "hours for 20 steps" in table
+
+
+def test_operations_of_known_products() -> None:
+    x, w = jnp.ones((5, 7)), jnp.ones((7, 7))
+    image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
+
+    def looped(x: jax.Array, count: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, count, lambda _, x: x @ w, jax.lax.scan(lambda x, _: (x @ w, None), x, None, 3)[0])
+
+    def convolved(image: jax.Array) -> jax.Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+    one = 2 * 5 * 7 * 7
+    assert operations(jax.make_jaxpr(looped)(x, 11).jaxpr, trips=11) == (3 + 11) * one
+    both = program.counted(jax.jit(lambda x, image: (x @ w, convolved(image))).trace, x, image)
+    assert both == (2 * (2 * 8 * 8 * 4) * (3 * 3 * 3), one)
+
+
+def test_attention_counts_the_same_whatever_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = jax.ShapeDtypeStruct((2, 64, 3, 8), jnp.float32)
+    traced = jax.jit(lambda q: attention.attend(q, q, q)).trace
+    monkeypatch.setattr(attention, "attend", lambda q, k, v: jax.pure_callback(lambda q: q, q, q))
+    assert program.counted(traced, q) == (0, 2 * 2 * (2 * 3 * 64 * 64 * 8))
+
+
+@pytest.mark.parametrize("per_example", [lambda n: 10 * n, lambda n: 10 * n + n * n / 40])
+def test_the_largest_batch_fits_and_one_that_is_a_tenth_larger_does_not(per_example) -> None:
+    tried = []
+
+    def at(count: int) -> Plan:
+        tried.append(count)
+        made = Compiled(arguments=100, temporaries=per_example(count))
+        return Plan("cpu", 1, "", count, {}, made, 1000.0, 0.0, {})
+
+    count, found = figures.largest(at)
+    assert found.fits and found.examples == count and 100 + per_example(1.1 * count) > 1000
+    assert len(tried) <= 5
+
+
+def test_a_compiler_that_refuses_leaves_what_fitted() -> None:
+    def at(count: int) -> Plan:
+        made = Compiled(temporaries=10 * count) if count < 70 else Compiled(refused="RESOURCE_EXHAUSTED: 17 of 16 G")
+        return Plan("v5e", 1, "", count, {}, made, 1000.0, 0.0, {})
+
+    count, found = figures.largest(at)
+    assert 60 < count < 70 and found.fits
+    assert not at(70).fits and figures.largest(lambda count: at(count + 69)) == (0, None)
+
+
+@pytest.mark.parametrize("name", ["v9:4x4", "v5e:4", "h100:9", "h100:2x8", "cpu:0", "cpu:x"])
+def test_an_unknown_topology_is_one_line(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^topology {name}: unknown; write v5e:4x4.*") as caught:
+        devices.prepare([name])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "plan-tpu"), ("h100:8", "plan-gpu")])
+def test_a_missing_compiler_is_one_line_with_its_command(
+    name: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=rf'^topology {name}: its compiler is not installed; pip install -e ".\[{extra}\]"'
+    ):
+        devices.prepare([name])
+
+
+def test_a_share_above_one_and_an_unknown_variant_are_refused(run, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        run("--share", "1.5")
+    with pytest.raises(UserError, match="config key model.base: is empty"):
+        run("--config.model.base=")
