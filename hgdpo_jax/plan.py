@@ -37,6 +37,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
                         "may be given more than once; default cpu")  # fmt: skip
     parser.add_argument("--largest", nargs="*", choices=_CHECKPOINTING, metavar="CHECKPOINTING",
                         help="also find the largest batch, with none, blocks and everything or with these")  # fmt: skip
+    parser.add_argument("--drawing", action="store_true", help="also plan what draws and decodes the pool's images")
     parser.add_argument("--share", type=_share, default=0.4, help="of the roofline that is reached; default 0.4")
     parser.add_argument("--json", action="store_true", help="print JSON")
     known, rest = parser.parse_known_args(arguments)
@@ -54,6 +55,18 @@ def of_step(config: ConfigDict, source: Source, topology: Topology) -> Plan:
     mesh = runtime.make_mesh(config.mesh, topology.devices)
     made = program.step(config, source, mesh)
     return figures.plan(made, topology, mesh, config.model.dtype, config.train.batch)
+
+
+def of_drawing(config: ConfigDict, source: Source, topology: Topology) -> tuple[Plan, Plan]:
+    """The plans of drawing a batch of the pool's images, and of decoding it."""
+    mesh, steps = runtime.make_mesh(config.mesh, topology.devices), config.pairs.steps
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    examples = -(-config.pairs.batch // ways) * ways
+    draw, decode = program.drawing(config, source, mesh)
+    return (
+        figures.plan(draw, topology, mesh, config.model.dtype, examples, steps),
+        figures.plan(decode, topology, mesh, "float32", examples),
+    )
 
 
 def largest(spec: str, overrides: Sequence[str], source: Source, topology: Topology, kept: str) -> dict[str, Any]:
@@ -81,25 +94,41 @@ def main() -> None:
     plans = [of_step(config, source, topology) for topology in topologies]
     modes = () if asked.largest is None else asked.largest or _CHECKPOINTING
     found = [[largest(asked.config, overrides, source, topology, kept) for kept in modes] for topology in topologies]
+    drawings = [of_drawing(config, source, topology) for topology in topologies] if asked.drawing else []
     if asked.json:
-        print(json.dumps([_json(*each, asked.share, config) for each in zip(plans, found, strict=True)], indent=2))
+        each = zip(plans, found, drawings or [None] * len(plans), strict=True)
+        print(json.dumps([_json(config, asked.share, *one) for one in each], indent=2))
     else:
-        print(describe(config, source, plans, found, asked.share))
+        print(describe(config, source, plans, found, drawings, asked.share))
 
 
-def _json(plan: Plan, found: list[dict[str, Any]], share: float, config: ConfigDict) -> dict[str, Any]:
-    rate = plan.rate(share)
-    largest = [each | {"plan": each["plan"] and each["plan"].to_json()} for each in found]
-    time = {"share": share, "examples_per_second": rate, "hours": _hours(plan, rate, config)}
-    return plan.to_json() | time | {"largest": largest}
+def _json(
+    config: ConfigDict, share: float, plan: Plan, found: list[dict[str, Any]], drawing: tuple[Plan, Plan] | None
+) -> dict[str, Any]:
+    result = plan.to_json() | {"share": share, "examples_per_second": plan.rate(share)}
+    result["hours"] = _hours(plan, share, config)
+    result["largest"] = [each | {"plan": each["plan"] and each["plan"].to_json()} for each in found]
+    if drawing:
+        result |= {"drawing": drawing[0].to_json(), "decoding": drawing[1].to_json()}
+        result["images_per_second"] = _images(drawing, share)
+    return result
 
 
-def _hours(plan: Plan, rate: float, config: ConfigDict) -> float:
-    return config.train.steps * plan.examples / rate / 3600
+def _hours(plan: Plan, share: float, config: ConfigDict) -> float:
+    return config.train.steps * plan.examples / plan.rate(share) / 3600
+
+
+def _images(drawing: tuple[Plan, Plan], share: float) -> float:
+    return 1 / sum(1 / plan.rate(share) for plan in drawing)
 
 
 def describe(
-    config: ConfigDict, source: Source, plans: Sequence[Plan], found: Sequence[list[dict[str, Any]]], share: float
+    config: ConfigDict,
+    source: Source,
+    plans: Sequence[Plan],
+    found: Sequence[list[dict[str, Any]]],
+    drawings: Sequence[tuple[Plan, Plan]],
+    share: float,
 ) -> str:
     """The table: a column for each topology."""
     train = config.train
@@ -127,13 +156,23 @@ def describe(
         row(f"{resource} takes", lambda plan, resource=resource: _milliseconds(plan.seconds[resource]))
     row("bound by", lambda plan: plan.bound)
     row(f"{unit} a second at {share:.0%}", lambda plan: f"{plan.rate(share):,.3g}")
-    row(f"hours for {train.steps:,} steps", lambda plan: f"{_hours(plan, plan.rate(share), config):,.3g}")
+    row(f"hours for {train.steps:,} steps", lambda plan: f"{_hours(plan, share, config):,.3g}")
     row("compiled in", lambda plan: f"{plan.compiled.seconds:,.0f} s")
     for position in range(len(found[0])):
         name = f"largest batch, {found[0][position]['checkpointing']}"
         rows.append((name, [_largest(each[position]) for each in found]))
+    for part, name in enumerate(("drawing", "decoding")) if drawings else ():
+        some = [drawing[part] for drawing in drawings]
+        count = f", {config.pairs.steps} steps" if name == "drawing" else ""
+        rows.append((f"{name} {some[0].examples} images{count}", [_occupied(plan) for plan in some]))
+        rows.append(("takes", [f"{_milliseconds(plan.seconds[plan.bound])} ({plan.bound})" for plan in some]))
+    if drawings:
+        rows.append((f"images a second at {share:.0%}", [f"{_images(drawing, share):,.3g}" for drawing in drawings]))
     lines = [about, *_aligned(rows)]
-    for plan in plans:
+    for kind, plan in {plan.topology.partition(":")[0]: plan for plan in plans}.items():
+        speeds = (f"{resource} {_short(peak, '')}/s" for resource, peak in plan.peaks.items() if peak)
+        lines.append(f"{kind}: {', '.join(speeds)} ({plan.source})")
+    for plan in [*plans, *(plan for drawing in drawings for plan in drawing)]:
         if plan.compiled.refused:
             lines.append(f"{plan.topology}: the compiler says {plan.compiled.refused}")
         if plan.compiled.loops:
@@ -163,6 +202,10 @@ def _largest(found: dict[str, Any]) -> str:
     return f"{found['each']} each, {found['batch']} in all"
 
 
+def _occupied(plan: Plan) -> str:
+    return "does not fit" if not plan.fits else _bytes(plan.total)
+
+
 def _bytes(count: float) -> str:
     return f"{count / _GIB:.2f} GiB" if count >= _GIB / 100 else f"{count / 2**20:.2f} MiB"
 
@@ -174,7 +217,7 @@ def _short(count: float, unit: str) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:,.3g} ms" if seconds else "–"
+    return "–" if not seconds else f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{1e3 * seconds:,.0f} ms"
 
 
 if __name__ == "__main__":

@@ -198,11 +198,13 @@ def put(tree: Any, shardings: Any) -> Any:
     `jax.device_put` does not reach devices of other processes.
 
     Args:
-        tree: arrays of the host or of one device; PRNG keys too.
+        tree: arrays of the host or of one device; PRNG keys too. A shape stays one, with its sharding.
         shardings: one for all, or a pytree of them.
     """
 
-    def one(x: Any, sharding: NamedSharding) -> jax.Array:
+    def one(x: Any, sharding: NamedSharding) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
             return jax.device_put(x, sharding)
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

@@ -53,11 +53,13 @@ class Plan:
     Attributes:
         topology, devices, compiler: that it was compiled for and with.
         examples: pairs, photographs or images that all devices compute together.
-        held: what lies in memory throughout, by name.
+        held, beside: see :class:`hgdpo_jax.planning.program.Program`.
         compiled: see :class:`Compiled`.
         memory: that a program may fill.
         operations: floating-point ones.
         seconds: that each resource needs at least: arithmetic, memory, interconnect.
+        peaks: of the same, operations or bytes a second, 0 where that is not known.
+        source: of the peaks.
     """
 
     topology: str
@@ -65,17 +67,20 @@ class Plan:
     compiler: str
     examples: int
     held: dict[str, int]
+    beside: int
     compiled: Compiled
     memory: float
     operations: float
     seconds: dict[str, float]
+    peaks: dict[str, float]
+    source: str
 
     @property
     def total(self) -> float:
         """Bytes in memory while the program runs."""
         made = self.compiled
-        beside = self.held.get("VAE", 0)
-        return math.inf if made.refused else made.arguments + made.outputs + made.temporaries + made.code + beside
+        needed = made.arguments + made.outputs + made.temporaries + made.code + self.beside
+        return math.inf if made.refused else needed
 
     @property
     def fits(self) -> bool:
@@ -112,13 +117,21 @@ def plan(program: Program, topology: Topology, mesh: Mesh, dtype: str, examples:
     convolutions, products = program.operations
     count = convolutions / (mesh.shape["data"] * mesh.shape["fsdp"]) + products / mesh.size
     sent = sum(each["sent"] for each in (compiled.collectives or {}).values())
-    seconds = {
-        "arithmetic": count / chip.peak[dtype],
-        "memory": compiled.traffic / chip.bandwidth if chip.bandwidth else 0.0,
-        "interconnect": sent / chip.interconnect if chip.interconnect else 0.0,
-    }
+    needs = {"arithmetic": count, "memory": compiled.traffic, "interconnect": sent}
+    peaks = {"arithmetic": chip.peak[dtype], "memory": chip.bandwidth, "interconnect": chip.interconnect}
     return Plan(
-        topology.name, mesh.size, topology.compiler, examples, program.held, compiled, _room(chip), count, seconds
+        topology=topology.name,
+        devices=mesh.size,
+        compiler=topology.compiler,
+        examples=examples,
+        held=program.held,
+        beside=program.beside,
+        compiled=compiled,
+        memory=_room(chip),
+        operations=count,
+        seconds={resource: needs[resource] / peak if peak else 0.0 for resource, peak in peaks.items()},
+        peaks=peaks,
+        source=chip.source,
     )
 
 

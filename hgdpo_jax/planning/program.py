@@ -17,6 +17,7 @@ from hgdpo_jax import config as configuration
 from hgdpo_jax import runtime
 from hgdpo_jax.data.concepts import encoder_of
 from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.diffusion.pipeline import POSITIONS, Pipeline
 from hgdpo_jax.diffusion.source import Source, find, without_weights
 from hgdpo_jax.models import attention, ip_adapter
@@ -36,12 +37,14 @@ class Program(NamedTuple):
     Attributes:
         lowered: of which every argument has its place.
         operations: floating-point ones of all devices together, (convolutions, products).
-        held: bytes that a device holds, by what they are.
+        held: bytes that lie on a device throughout, by what they are.
+        beside: those of them that are no arguments of the program.
     """
 
     lowered: jax.stages.Lowered
     operations: tuple[float, float]
     held: dict[str, int]
+    beside: int
 
 
 def source_of(config: ConfigDict, variant: str) -> Source:
@@ -117,14 +120,48 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
         "optimizer": size(state.optimizer),
         "VAE": size(_placed(nnx.state(pipeline.vae), mesh)),
     }
-    return Program(trace(*arguments).lower(), counted(trace, *arguments), held)
+    return Program(trace(*arguments).lower(), counted(trace, *arguments), held, held["VAE"])
 
 
-def counted(trace: Callable[..., jax.stages.Traced], *arguments: Any) -> tuple[float, float]:
-    """Operations of a program that is traced here, (convolutions, products), whatever kernel its attention has."""
+def drawing(config: ConfigDict, source: Source, mesh: Mesh) -> tuple[Program, Program]:
+    """What draws a batch of the pool's images from noise, as `pairs` says, and what decodes it."""
+    pipeline, pairs = pipeline_of(config, source), config.pairs
+    resolution = max(configuration.resolutions(config).values(), key=np.prod)
+
+    def trace(part: int) -> jax.stages.Traced:
+        painter = Painter(
+            pipeline,
+            mesh,
+            sampler=pairs.sampler,
+            steps=pairs.steps,
+            guidance=pairs.guidance,
+            batch=pairs.batch,
+            seed=0,
+            negative=pairs.negative_prompt,
+        )
+        return painter.traced(resolution)[part]
+
+    held = {name: size(_placed(nnx.state(network), mesh)) for name, network in pipeline.networks.items()}
+    networks = sum(held.values())
+    held["VAE"] = size(_placed(nnx.state(pipeline.vae), mesh))
+    draw, decode = (
+        Program(trace(part).lower(), counted(trace, part, trips=pairs.steps), held, beside)
+        for part, beside in enumerate((held["VAE"], networks))
+    )
+    return draw, decode
+
+
+def counted(trace: Callable[..., jax.stages.Traced], *arguments: Any, trips: int = 1) -> tuple[float, float]:
+    """Operations of a program that is traced here, (convolutions, products), whatever kernel its attention has.
+
+    Args:
+        trace: makes the program anew.
+        *arguments: of `trace`.
+        trips: see :func:`hgdpo_jax.training.cost.operations`.
+    """
     with _plain_attention():
         jaxpr = trace(*arguments).jaxpr
-    return operations(jaxpr, ("conv_general_dilated",)), operations(jaxpr, ("dot_general",))
+    return operations(jaxpr, ("conv_general_dilated",), trips), operations(jaxpr, ("dot_general",), trips)
 
 
 @contextmanager

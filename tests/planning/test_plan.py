@@ -105,7 +105,7 @@ def test_the_largest_batch_fits_and_one_that_is_a_tenth_larger_does_not(per_exam
     def at(count: int) -> Plan:
         tried.append(count)
         made = Compiled(arguments=100, temporaries=per_example(count))
-        return Plan("cpu", 1, "", count, {}, made, 1000.0, 0.0, {})
+        return Plan("cpu", 1, "", count, {}, 0, made, 1000.0, 0.0, {}, {}, "")
 
     count, found = figures.largest(at)
     assert found.fits and found.examples == count and 100 + per_example(1.1 * count) > 1000
@@ -115,7 +115,7 @@ def test_the_largest_batch_fits_and_one_that_is_a_tenth_larger_does_not(per_exam
 def test_a_compiler_that_refuses_leaves_what_fitted() -> None:
     def at(count: int) -> Plan:
         made = Compiled(temporaries=10 * count) if count < 70 else Compiled(refused="RESOURCE_EXHAUSTED: 17 of 16 G")
-        return Plan("v5e", 1, "", count, {}, made, 1000.0, 0.0, {})
+        return Plan("v5e", 1, "", count, {}, 0, made, 1000.0, 0.0, {}, {}, "")
 
     count, found = figures.largest(at)
     assert 60 < count < 70 and found.fits
