@@ -155,8 +155,8 @@ def describe(
     for resource in plans[0].seconds:
         row(f"{resource} takes", lambda plan, resource=resource: _milliseconds(plan.seconds[resource]))
     row("bound by", lambda plan: plan.bound)
-    row(f"{unit} a second at {share:.0%}", lambda plan: f"{plan.rate(share):,.3g}")
-    row(f"hours for {train.steps:,} steps", lambda plan: f"{_hours(plan, share, config):,.3g}")
+    row(f"{unit} a second at {share:.0%}", lambda plan: _number(plan.rate(share)))
+    row(f"hours for {train.steps:,} steps", lambda plan: _number(_hours(plan, share, config)))
     row("compiled in", lambda plan: f"{plan.compiled.seconds:,.0f} s")
     for position in range(len(found[0])):
         name = f"largest batch, {found[0][position]['checkpointing']}"
@@ -167,10 +167,11 @@ def describe(
         rows.append((f"{name} {some[0].examples} images{count}", [_occupied(plan) for plan in some]))
         rows.append(("takes", [f"{_milliseconds(plan.seconds[plan.bound])} ({plan.bound})" for plan in some]))
     if drawings:
-        rows.append((f"images a second at {share:.0%}", [f"{_images(drawing, share):,.3g}" for drawing in drawings]))
+        rows.append((f"images a second at {share:.0%}", [_number(_images(drawing, share)) for drawing in drawings]))
     lines = [about, *_aligned(rows)]
     for kind, plan in {plan.topology.partition(":")[0]: plan for plan in plans}.items():
-        speeds = (f"{resource} {_short(peak, '')}/s" for resource, peak in plan.peaks.items() if peak)
+        units = {"arithmetic": "FLOP"}
+        speeds = (f"{name} {_short(peak, units.get(name, 'B'))}/s" for name, peak in plan.peaks.items() if peak)
         lines.append(f"{kind}: {', '.join(speeds)} ({plan.source})")
     for plan in [*plans, *(plan for drawing in drawings for plan in drawing)]:
         if plan.compiled.refused:
@@ -216,8 +217,12 @@ def _short(count: float, unit: str) -> str:
     return f"{count / 1000**power:.3g} {' kMGTP'[power].strip()}{unit}"
 
 
+def _number(value: float) -> str:
+    return "below 0.01" if value < 0.01 else f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
 def _milliseconds(seconds: float) -> str:
-    return "–" if not seconds else f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{1e3 * seconds:,.0f} ms"
+    return f"{_number(1e3 * seconds)} ms" if seconds else "–"
 
 
 if __name__ == "__main__":
