@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -100,6 +100,18 @@ class Plan:
         """All of it, and what follows from it."""
         total = None if self.compiled.refused else self.total
         return asdict(self) | {"total": total, "fits": self.fits, "bound": self.bound}
+
+
+class Largest(NamedTuple):
+    """The most examples a device that fit with one way of checkpointing; 0, and no plan, where a single one does not.
+
+    `batch` is that of all devices.
+    """
+
+    checkpointing: str
+    each: int
+    batch: int
+    plan: Plan | None
 
 
 def plan(program: Program, topology: Topology, mesh: Mesh, dtype: str, examples: int, trips: int = 1) -> Plan:

@@ -59,20 +59,20 @@ def source_of(config: ConfigDict, variant: str) -> Source:
     return without_weights(known[variant])
 
 
-def pipeline_of(config: ConfigDict, source: Source) -> Pipeline:
+def pipeline_of(config: ConfigDict, source: Source, mesh: Mesh) -> Pipeline:
     """The pipeline that :func:`hgdpo_jax.training.policy.load` gives, of shapes."""
     pipeline = pipelines.of_shapes(source, config.model.dtype, policies.stored(config))
     pipeline.unet.checkpoint(config.train.checkpointing)
     policies.add_fresh_lora(pipeline, config)
     if config.train.params == "adapter":
-        concept = _concept(config)
+        concept = concept_shape(config)
         about = ip_adapter.default_config(pipeline.unet, config.adapter.kind, concept[1])
         adapter = abstract(ip_adapter.IPAdapter, about, pipeline.unet.dtype)
         pipeline = replace(pipeline, adapter=adapter, no_concept=np.zeros((1, *concept), np.float32))
     return pipeline
 
 
-def _concept(config: ConfigDict) -> tuple[int, int]:
+def concept_shape(config: ConfigDict) -> tuple[int, int]:
     """(m, f) of what an adapter reads of an image; without an encoder that of CLIP ViT-H/14."""
     settings = config.adapter
     if settings.kind == "face_id":
@@ -91,7 +91,7 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
     Raises:
         UserError: the batch or a resolution does not suit the mesh or the model.
     """
-    settings, pipeline = config.train, pipeline_of(config, source)
+    settings, pipeline = config.train, pipeline_of(config, source, mesh)
     runtime.check_batch(settings.batch // settings.accumulate, mesh, "train.batch / train.accumulate")
     denoiser, policy, frozen = steps.split(pipeline, settings.params)
     tx = make_optimizer(settings)
@@ -125,7 +125,7 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
 
 def drawing(config: ConfigDict, source: Source, mesh: Mesh) -> tuple[Program, Program]:
     """What draws a batch of the pool's images from noise, as `pairs` says, and what decodes it."""
-    pipeline, pairs = pipeline_of(config, source), config.pairs
+    pipeline, pairs = pipeline_of(config, source, mesh), config.pairs
     resolution = max(configuration.resolutions(config).values(), key=np.prod)
 
     def trace(part: int) -> jax.stages.Traced:

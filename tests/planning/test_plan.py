@@ -7,15 +7,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from safetensors import safe_open
 
+from hgdpo_jax import config as configuration
 from hgdpo_jax import plan
 from hgdpo_jax.config import ASSETS
+from hgdpo_jax.data.concepts import encoder_of
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models import attention
 from hgdpo_jax.planning import devices, figures, program
 from hgdpo_jax.planning.figures import Compiled, Plan
+from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.cost import operations
+from tests import tiny
 
 BASE = ASSETS / "portraits" / "base"
 PORTRAITS = ["--config", "configs/stage3.py:portraits"]
@@ -96,6 +101,57 @@ def test_attention_counts_the_same_whatever_its_kernel(monkeypatch: pytest.Monke
     traced = jax.jit(lambda q: attention.attend(q, q, q)).trace
     monkeypatch.setattr(attention, "attend", lambda q, k, v: jax.pure_callback(lambda q: q, q, q))
     assert program.counted(traced, q) == (0, 2 * 2 * (2 * 3 * 64 * 64 * 8))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("params", ["lora", "text_lora", "all", "adapter"])
+def test_every_kind_of_policy_is_planned_and_split_over_the_mesh(params: str, base: Path) -> None:
+    config = tiny.config(base)
+    config.train.params = params
+    if params == "adapter":
+        config.objective, config.pairs.winner, config.pairs.loser = "sft", "photograph", "none"
+        config.adapter.image_encoder = str(ASSETS / "portraits" / "scorer")
+    source, mesh = program.source_of(config, ""), tiny.mesh(data=2, fsdp=4)
+    held = program.step(config, source, mesh).held
+    policy = steps.split(program.pipeline_of(config, source, mesh), params)[1]
+    whole = sum(x.size * 4 for x in jax.tree.leaves(policy))
+    assert (held["policy"] == whole) == params.endswith("lora")  # LoRA is too small to be split
+    assert whole / 4 <= held["policy"] <= whole and held["optimizer"] == pytest.approx(2 * held["policy"], abs=16)
+    assert held["reference"] == (held["policy"] if config.objective == "dpo" else 0)
+
+
+def test_what_an_adapter_reads_is_known_without_its_encoder() -> None:
+    config = configuration.load("configs/personalise.py:portraits")
+    assert program.concept_shape(config) == encoder_of(config).nothing.shape[1:]
+    config = configuration.load("configs/personalise.py:sd15")
+    assert program.concept_shape(config) == (257, 1280)
+
+
+def test_each_step_of_drawing_is_counted(base: Path) -> None:
+    config, mesh = tiny.config(base), tiny.mesh(data=2)
+    config.pairs.update(guidance=3.0, batch=3)
+    source = program.source_of(config, "")
+    totals = []
+    for config.pairs.steps in (4, 9):
+        draw, decode = program.drawing(config, source, mesh)
+        totals.append(sum(draw.operations))
+        assert decode.beside == draw.held["unet"] + draw.held["text"] and draw.beside == draw.held["VAE"]
+    graph, weights = nnx.split(program.pipeline_of(config, source, mesh).unet)
+
+    def step(weights: nnx.State, x: jax.Array, text: jax.Array) -> jax.Array:
+        unet = nnx.merge(graph, weights)
+        return unet(x, jnp.zeros(len(x), jnp.int32), unet.keys_values(text))
+
+    text = jax.ShapeDtypeStruct((8, 77, 8), jnp.float32)  # four images, with and without a caption
+    both = sum(
+        program.counted(jax.jit(step).trace, weights, jax.ShapeDtypeStruct((8, *tiny.LATENT), jnp.float32), text)
+    )
+    memory = jax.jit(lambda weights, text: nnx.merge(graph, weights).keys_values(text)).trace
+    assert totals[1] - totals[0] == 5 * (both - sum(program.counted(memory, weights, text)))
 
 
 @pytest.mark.parametrize("per_example", [lambda n: 10 * n, lambda n: 10 * n + n * n / 40])
