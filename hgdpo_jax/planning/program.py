@@ -113,14 +113,16 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
     def trace(*arguments: Any) -> jax.stages.Traced:
         return steps.make_step(loss, tx, settings.accumulate, placed).trace(*arguments)
 
+    # The pipeline keeps the policy that it was loaded with; where it is the reference, that is all of it.
+    kept = config.objective != "dpo" or (settings.start != "base" and settings.reference != "base")
+    beside = {"policy of the base": size(policy) if kept else 0, "VAE": size(_placed(nnx.state(pipeline.vae), mesh))}
     held = {
         "weights": size(frozen),
         "policy": size(state.policy) + size(state.ema),
         "reference": size(reference),
         "optimizer": size(state.optimizer),
-        "VAE": size(_placed(nnx.state(pipeline.vae), mesh)),
     }
-    return Program(trace(*arguments).lower(), counted(trace, *arguments), held, held["VAE"])
+    return Program(trace(*arguments).lower(), counted(trace, *arguments), held | beside, sum(beside.values()))
 
 
 def drawing(config: ConfigDict, source: Source, mesh: Mesh) -> tuple[Program, Program]:

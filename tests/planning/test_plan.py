@@ -60,6 +60,7 @@ def test_the_embedded_step_agrees_with_formulas_and_is_compiled_once(run, monkey
         "policy": lora,
         "reference": lora,
         "optimizer": 0,
+        "policy of the base": lora,  # stage 3 goes on from stage 2's
         "VAE": 4 * elements("vae"),
     }
     assert found["held"]["optimizer"] == 2 * lora + 4  # AdamW's moments and its count
@@ -121,7 +122,9 @@ def test_every_kind_of_policy_is_planned_and_split_over_the_mesh(params: str, ba
     whole = sum(x.size * 4 for x in jax.tree.leaves(policy))
     assert (held["policy"] == whole) == params.endswith("lora")  # LoRA is too small to be split
     assert whole / 4 <= held["policy"] <= whole and held["optimizer"] == pytest.approx(2 * held["policy"], abs=16)
-    assert held["reference"] == (held["policy"] if config.objective == "dpo" else 0)
+    # The policy lies there twice: the base's, which is the reference of the first stage, and what is trained.
+    twice = (held["policy"], 0) if config.objective == "dpo" else (0, held["policy"])
+    assert (held["reference"], held["policy of the base"]) == twice
 
 
 def test_what_an_adapter_reads_is_known_without_its_encoder() -> None:
