@@ -36,6 +36,7 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[Con
     files.require_plain(known.workdir)
     config = configuration.load(known.config, overrides(rest))
     agree(known.workdir, {f"--config.{key}": configuration.get(config, key) for key in configuration.keys(config)})
+    runtime.use_precision(config.model.dtype)
     return config, known.workdir
 
 

@@ -122,8 +122,9 @@ SETTINGS = (
     Setting("model.base", "", _ANY, "ε_base: a diffusers folder, a .safetensors checkpoint, or owner/name@revision"),
     Setting("model.vae", "", _ANY, "folder or .safetensors of a VAE that replaces that of the base"),
     Setting("model.lora", "", _ANY, "a LoRA to go on from, of PEFT, diffusers or kohya: it is merged into the base"),
-    Setting("model.dtype", "bfloat16", OneOf(("float32", "bfloat16")),
-            "of the computation and of frozen parameters; trained ones stay float32"),
+    Setting("model.dtype", "bfloat16", OneOf(("float32", "tf32", "float16", "bfloat16")),
+            "of the computation and of frozen parameters; trained ones stay float32. tf32: float32 whose products have "
+            "10 bits"),
     Setting("data.photographs", "", _ANY, "photographs with captions, in one of the forms of docs/files.md"),
     Setting("data.pairs", "", _ANY, "preference pairs that are given, in one of the forms of docs/files.md"),
     Setting("data.heldout", 0.02, Range(0, 1, open_high=True),
@@ -164,6 +165,8 @@ SETTINGS = (
     Setting("train.reference", "start", OneOf(("start", "base")), "start: the policy it started from; base: ε_base"),
     Setting("train.params", "lora", OneOf(("lora", "text_lora", "all", "adapter")),
             "lora and all: of the UNet; text_lora: of the text encoders; adapter: an IP-Adapter"),
+    Setting("train.blocks", "all", OneOf(("all", "up")),
+            "of the UNet that learn; up: below them the policy stays the reference, and both are computed as one"),
     Setting("train.lora_rank", 8, _COUNT, "of LoRA"),
     Setting("train.lora_alpha", 8.0, _POSITIVE, "LoRA is scaled by alpha / rank"),
     Setting("train.beta", 5000.0, _POSITIVE, "κ = β/2 multiplies the difference of errors"),
@@ -386,6 +389,9 @@ def validate(config: ConfigDict) -> None:
     if (pairs.loser == "none") != (config.objective == "sft"):
         raise UserError(f"config keys objective={config.objective} and pairs.loser={pairs.loser}: sft learns from "
                         "photographs without losers, dpo from pairs")  # fmt: skip
+    if train.blocks == "up" and (train.params, train.reference, config.objective) != ("lora", "start", "dpo"):
+        raise UserError("config key train.blocks=up: goes with train.params=lora, train.reference=start and "
+                        "objective=dpo: policy and reference share the blocks below")  # fmt: skip
     if train.params == "adapter" and config.objective != "sft":
         raise UserError("config key train.params=adapter: goes with objective=sft")
 

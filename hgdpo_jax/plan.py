@@ -60,9 +60,10 @@ def of_drawing(config: ConfigDict, source: Source, topology: Topology) -> tuple[
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     examples = -(-config.pairs.batch // ways) * ways
     draw, decode = program.drawing(config, source, mesh)
+    vae = "float32" if config.model.dtype == "float32" else "tf32"  # see runtime.use_precision
     return (
         figures.plan(draw, topology, mesh, config.model.dtype, examples, steps),
-        figures.plan(decode, topology, mesh, "float32", examples),
+        figures.plan(decode, topology, mesh, vae, examples),
     )
 
 
@@ -85,6 +86,7 @@ def main() -> None:
     config = configuration.load(asked.config, overrides)
     names = asked.topology or ["cpu"]
     devices.prepare(names)
+    runtime.use_precision(config.model.dtype)
     variant = re.search(r":(\w+)$", asked.config)
     source = program.source_of(config, variant[1] if variant else "")
     topologies = [devices.describe(name) for name in names]

@@ -61,6 +61,17 @@ def start() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+def use_precision(dtype: str) -> None:
+    """How exact products of float32 numbers are from now on, on every kind of device: GPUs and TPUs round them unless
+    told otherwise.
+
+    Args:
+        dtype: `model.dtype`. With float32 products are float32; else they have 10 bits at least, which on GPUs is TF32
+            and on TPUs three products of bfloat16: the VAE and the judges are float32 whatever the UNet is.
+    """
+    jax.config.update("jax_default_matmul_precision", "float32" if dtype == "float32" else "tensorfloat32")
+
+
 def _processor() -> str:
     """What Linux says of it; nothing elsewhere."""
     try:
@@ -183,6 +194,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first dimension is split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def heads_sharding(mesh: Mesh) -> NamedSharding:
+    """Of queries, keys and values [b n heads d]: `tensor` splits the heads, as the table splits what makes them."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor", None))
 
 
 def check_batch(batch: int, mesh: Mesh, key: str) -> None:

@@ -82,6 +82,7 @@ def from_run(
     with_text = text_encoder and folder is not None and (workdir / text / "config.json").is_file()
     text_config = [policies.stage_config(workdir, text)] if with_text else []
     mesh = runtime.local_mesh()
+    runtime.use_precision(config.model.dtype)
     pipeline = policies.load(config, mesh, *text_config)
     used = []
     if folder is not None:
@@ -105,6 +106,7 @@ def from_run(
 def from_checkpoint(model: str) -> Source:
     """A checkpoint as it is, in bfloat16 on accelerators; see `pipeline.find` for what it may be."""
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    runtime.use_precision(dtype)
     pipeline = pipelines.load(model, dtype, param_dtype=dtype, place=runtime.placer(runtime.local_mesh()))
     size = pipeline.unet.config.get("sample_size", 64)  # a number, or height and width
     height, width = (side * pipeline.vae.pixels_per_latent for side in (size if isinstance(size, list) else [size] * 2))

@@ -21,7 +21,7 @@ from hgdpo_jax.diffusion.guidance import guided
 from hgdpo_jax.diffusion.pipeline import POSITIONS, Pipeline
 from hgdpo_jax.diffusion.recipe import text_policy_acts
 from hgdpo_jax.diffusion.samplers import Trajectory, from_noise, sample, sdrecon
-from hgdpo_jax.models.attention import Memory
+from hgdpo_jax.models.attention import Memory, spread
 from hgdpo_jax.models.ip_adapter import join
 
 Arrays = dict[str, np.ndarray]
@@ -64,6 +64,7 @@ class Painter:
         self._given: dict[str, Any] = {}
         graphs = {}
         for name, network in {**pipeline.networks, "vae": pipeline.vae}.items():
+            spread(network, runtime.heads_sharding(mesh))
             graphs[name], self._given[name] = nnx.split(network)
         self._shardings = runtime.shardings(self._given, mesh)
         self._given = runtime.put(self._given, self._shardings)

@@ -112,7 +112,8 @@ def load(
 
     Args:
         base, vae, lora: see :func:`find`.
-        dtype: of the computation of UNet and text encoders.
+        dtype: of the computation of UNet and text encoders, as in the config: tf32 is float32 here, see
+            :func:`hgdpo_jax.runtime.use_precision`.
         param_dtype: of the parameters of UNet and text encoders; by part where they differ.
         place: puts a parameter on its devices.
 
@@ -147,9 +148,9 @@ def _assemble(
     def model(part: str) -> Any:
         if part not in source.configs:
             return None
-        found = abstract(MODELS[part], source.configs[part], jnp.float32 if part == "vae" else jnp.dtype(dtype))
+        found = abstract(MODELS[part], source.configs[part], jnp.float32 if part == "vae" else _stored(dtype))
         stored = "float32" if part == "vae" else param_dtype
-        return fill(part, found, jnp.dtype(stored if isinstance(stored, str) else stored[part]))
+        return fill(part, found, _stored(stored if isinstance(stored, str) else stored[part]))
 
     return Pipeline(
         unet=model("unet"),
@@ -167,6 +168,10 @@ def _assemble(
         index=source.index,
         licence=source.licence,
     )
+
+
+def _stored(dtype: str) -> jnp.dtype:
+    return jnp.dtype("float32" if dtype == "tf32" else dtype)
 
 
 def _second_padding(source: Source) -> int:

@@ -5,32 +5,17 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
+from hgdpo_jax.models.attend import attend
 from hgdpo_jax.models.layers import conv, group_norm, layer_norm, linear
+from hgdpo_jax.models.lora import together
 from hgdpo_jax.models.resnet import checkpointed
 
 # What cross-attention looks up: for each of the UNet's, by name, its keys and values. More than one pair, [b m heads d]
 # each, is attended to one by one and the results are added.
 Memory = Mapping[str, Sequence[tuple[Array, Array]]]
-_PROBABILITIES = 2**26  # held at once on a device: 256 MB in float32
-
-
-def attend(
-    q: Float[Array, "b n heads d"], k: Float[Array, "b m heads d"], v: Float[Array, "b m heads d"]
-) -> Float[Array, "b n heads d"]:
-    """softmax(q kᵀ / √d) v for each head, some queries at a time where the probabilities of all are too many.
-
-    The gradient then computes them again, chunk by chunk, instead of keeping them.
-    """
-    (b, n, heads, d), m = q.shape, k.shape[1]
-    allowed = _PROBABILITIES * jax.device_count()  # the shapes are those of all devices together
-    chunks = next(c for c in range(1, n + 1) if n % c == 0 and (b * heads * (n // c) * m <= allowed or c == n))
-    if chunks == 1:
-        return jax.nn.dot_product_attention(q, k, v)
-    parts = q.reshape(b, chunks, n // chunks, heads, d).swapaxes(0, 1)
-    out = jax.lax.map(jax.checkpoint(lambda part: jax.nn.dot_product_attention(part, k, v)), parts)
-    return out.swapaxes(0, 1).reshape(q.shape)
 
 
 class Identity(nnx.Module):
@@ -48,6 +33,7 @@ class Attention(nnx.Module):
         self, width: int, context_width: int, heads: int, *, bias: bool, rngs: nnx.Rngs, dtype: jnp.dtype
     ) -> None:
         self.heads = heads
+        self.sharding: NamedSharding | None = None
         self.to_q = linear(width, width, use_bias=bias, dtype=dtype, rngs=rngs)
         self.to_k = linear(context_width, width, use_bias=bias, dtype=dtype, rngs=rngs)
         self.to_v = linear(context_width, width, use_bias=bias, dtype=dtype, rngs=rngs)
@@ -59,15 +45,32 @@ class Attention(nnx.Module):
 
     def keys_values(self, context: Float[Array, "b m e"]) -> tuple[Array, Array]:
         """Keys and values of a context, [b m heads d_head] each."""
-        return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
+        k, v = together([self.to_k, self.to_v], context)
+        return self.split_heads(k), self.split_heads(v)
 
     def __call__(
         self, x: Float[Array, "b n d"], pairs: Sequence[tuple[Array, Array]] | None = None
     ) -> Float[Array, "b n d"]:
         """Attention over x, or the sum of attention over each (keys, values); projected."""
-        q = self.split_heads(self.to_q(x))
-        out = sum(attend(q, k, v) for k, v in pairs or [self.keys_values(x)])
+        if pairs is None:
+            q, *own = (self.split_heads(y) for y in together([self.to_q, self.to_k, self.to_v], x))
+            pairs = [tuple(own)]
+        else:
+            q = self.split_heads(self.to_q(x))
+        out = sum(attend(q, k, v, self.sharding) for k, v in pairs)
         return self.to_out[0](out.reshape(x.shape))
+
+
+def spread(network: nnx.Module, sharding: NamedSharding) -> None:
+    """Attention of a network runs from now on where its inputs lie.
+
+    Args:
+        network: changed in place.
+        sharding: of queries, keys and values [b n heads d_head].
+    """
+    for _, module in nnx.iter_modules(network):
+        if hasattr(module, "sharding"):
+            module.sharding = sharding
 
 
 class GEGLU(nnx.Module):

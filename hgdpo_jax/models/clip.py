@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.layers import conv, embed, layer_norm, linear, normal
+from hgdpo_jax.models.lora import together
 from hgdpo_jax.models.model_config import ModelConfig, check_only
 
 _ONLY: dict[str, tuple[Any, ...]] = {"attention_dropout": (0.0, 0), "dropout": (0.0, 0), "num_channels": (3,)}
@@ -47,9 +48,8 @@ class CLIPAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"], causal: bool) -> Float[Array, "b n d"]:
         """Each token sees all, or with `causal` those up to itself."""
-        q, k, v = (
-            project(x).reshape(*x.shape[:2], self.heads, -1) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = together([self.q_proj, self.k_proj, self.v_proj], x)
+        q, k, v = (y.reshape(*x.shape[:2], self.heads, -1) for y in projected)
         return self.out_proj(jax.nn.dot_product_attention(q, k, v, is_causal=causal).reshape(x.shape))
 
 

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021) on the linear layers of the attention modules, and its file formats: PEFT's and kohya's."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,26 @@ class LoRALinear(nnx.Linear):
         dtype = self.dtype or x.dtype
         low = x.astype(dtype) @ self.lora_A[...].astype(dtype) @ self.lora_B[...].astype(dtype)
         return super().__call__(x) + self.scale * low
+
+
+def together(layers: Sequence[nnx.Linear], x: Float[Array, "*b i"]) -> list[Float[Array, "*b o"]]:
+    """What each of some layers of one size and dtype makes of x, in one product, and with LoRA in two more.
+
+    Kernels are stacked between their two dimensions, so that each stays split over the mesh as it is.
+    """
+    first = layers[0]
+    dtype = first.dtype or x.dtype
+    x = x.astype(dtype)
+    found = jnp.tensordot(x, jnp.stack([layer.kernel[...].astype(dtype) for layer in layers], 1), 1)
+    if first.use_bias:
+        found += jnp.stack([layer.bias[...].astype(dtype) for layer in layers])
+    if isinstance(first, LoRALinear):
+        down = jnp.concatenate([layer.lora_A[...] for layer in layers], 1)
+        up = jnp.stack([layer.scale * layer.lora_B[...] for layer in layers])
+        # Block by block on a diagonal: each layer's correction comes from its own part of the rank.
+        up = (jnp.eye(len(layers))[:, None, :, None] * up[:, :, None]).reshape(-1, *up.shape[::2])
+        found += jnp.tensordot(x @ down.astype(dtype), up.astype(dtype), 1)
+    return [found[..., i, :] for i in range(len(layers))]
 
 
 def add_lora(model: nnx.Module, rank: int, alpha: float, rngs: nnx.Rngs) -> None:

@@ -214,7 +214,8 @@ class UNet2DConditionModel(nnx.Module):
             up.append(Block(channels, transformer=attention, up=level > 0, **shared))
         self.up_blocks = nnx.List(up)
         self.conv_norm_out = group_norm(widths[0], groups, settings["eps"], rngs=rngs, dtype=dtype)
-        self.conv_out = conv(widths[0], config.get("out_channels", 4), 3, rngs=rngs, dtype=dtype)
+        # What follows amplifies the rounding of the prediction, and this layer is a small one.
+        self.conv_out = conv(widths[0], config.get("out_channels", 4), 3, rngs=rngs, dtype=jnp.float32)
         for name, block in self.transformer_blocks().items():
             block.name = name
 
@@ -282,8 +283,7 @@ class UNet2DConditionModel(nnx.Module):
                 x = block.layer(i, jnp.concatenate([x, skips.pop()], axis=-1), temb, memory)
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x)
-        x = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
-        return x.astype(jnp.float32)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
 def _per_level(value: int | Sequence[int], levels: int, key: str) -> list[int]:

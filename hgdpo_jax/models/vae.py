@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from hgdpo_jax.models.attention import Attention, attend
+from hgdpo_jax.models.attend import attend
+from hgdpo_jax.models.attention import Attention
 from hgdpo_jax.models.layers import conv, group_norm
 from hgdpo_jax.models.model_config import ModelConfig, check_only
 from hgdpo_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
@@ -29,6 +31,7 @@ class VAEAttention(nnx.Module):
     """Single-head self-attention over the pixels, plus its input."""
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.sharding: NamedSharding | None = None
         self.group_norm = group_norm(channels, groups, _EPS, rngs=rngs, dtype=dtype)
         attention = Attention(channels, channels, 1, bias=True, rngs=rngs, dtype=dtype)
         self.to_q, self.to_k, self.to_v, self.to_out = attention.to_q, attention.to_k, attention.to_v, attention.to_out
@@ -37,7 +40,7 @@ class VAEAttention(nnx.Module):
         """Pixels are the tokens."""
         tokens = self.group_norm(x).reshape(x.shape[0], -1, 1, x.shape[-1])
         q, k, v = (project(tokens) for project in (self.to_q, self.to_k, self.to_v))
-        return x + self.to_out[0](attend(q, k, v)).reshape(x.shape)
+        return x + self.to_out[0](attend(q, k, v, self.sharding)).reshape(x.shape)
 
 
 class VAEMidBlock(nnx.Module):

@@ -24,7 +24,7 @@ class Chip:
     Attributes:
         platform: of JAX.
         memory: bytes that a program may fill.
-        peak: operations a second, by dtype of the computation.
+        peak: operations a second, by `model.dtype`.
         bandwidth: bytes a second of its memory; 0 where that is not known.
         interconnect: bytes a second that it sends to the others of its slice or host, all links together; 0 likewise.
         source: of these numbers.
@@ -40,21 +40,32 @@ class Chip:
     gpu: dict[str, Any] = field(default_factory=dict)
 
 
-# Products of float32 numbers are computed from bfloat16 on a TPU and from tf32 on a GPU, as JAX does by default.
-_TPU_SOURCE = "cloud.google.com/tpu/docs; memory: what libtpu lets a program fill"
-_GPU_SOURCE = "NVIDIA's data sheets, dense; the others: xla/backends/gpu/target_config/specs in OpenXLA (Apache-2.0)"
+def _tpu(memory: float, peak: float, bandwidth: float, interconnect: float) -> Chip:
+    """Products of float32 numbers are six of bfloat16, of tf32 three."""
+    peaks = {"bfloat16": peak, "float16": peak, "tf32": peak / 3, "float32": peak / 6}
+    source = "cloud.google.com/tpu/docs; memory: what libtpu lets a program fill"
+    return Chip("tpu", memory * _GIB, peaks, bandwidth, interconnect, source)
+
+
+def _gpu(memory: int, peak: float, bandwidth: int, interconnect: float, **gpu: Any) -> Chip:
+    """Products of tf32 take twice as long as those of half precision; float32 has but the ordinary cores."""
+    ordinary = gpu["cores"] * 128 * 2 * gpu["clock"] * 1e9
+    peaks = {"bfloat16": peak, "float16": peak, "tf32": peak / 2, "float32": ordinary}
+    source = "NVIDIA's data sheets, dense; memory: xla/backends/gpu/target_config/specs of OpenXLA, Apache-2.0"
+    return Chip("cuda", memory, peaks, bandwidth, interconnect, source, gpu)
+
+
+_HOPPER = {"major": 9, "cores": 132, "cache": 52_428_800, "clock": 1.98}
+_BLACKWELL = {"major": 10, "cores": 148, "cache": 132_644_864, "clock": 1.965}
 CHIPS = {
-    "v5e": Chip("tpu", 15.75 * _GIB, {"bfloat16": 197e12, "float32": 197e12}, 819e9, 200e9, _TPU_SOURCE),
-    "v5p": Chip("tpu", 95.74 * _GIB, {"bfloat16": 459e12, "float32": 459e12}, 2765e9, 600e9, _TPU_SOURCE),
-    "v6e": Chip("tpu", 31.25 * _GIB, {"bfloat16": 918e12, "float32": 918e12}, 1640e9, 400e9, _TPU_SOURCE),
-    "h100": Chip("cuda", 84_929_347_584, {"bfloat16": 989e12, "float32": 494e12}, 3_352_320_000_000, 450e9, _GPU_SOURCE,
-                 {"name": "NVIDIA H100 80GB HBM3", "major": 9, "cores": 132, "cache": 52_428_800, "clock": 1.98}),
-    "h200": Chip("cuda", 151_397_597_184, {"bfloat16": 989e12, "float32": 494e12}, 4_800_000_000_000, 450e9,
-                 _GPU_SOURCE, {"name": "NVIDIA H200 141GB HBM3e", "major": 9, "cores": 132, "cache": 52_428_800,
-                               "clock": 1.98}),
-    "b200": Chip("cuda", 191_514_411_008, {"bfloat16": 2250e12, "float32": 1125e12}, 7_672_320_000_000, 900e9,
-                 _GPU_SOURCE, {"name": "NVIDIA B200", "major": 10, "cores": 148, "cache": 132_644_864, "clock": 1.965}),
-}  # fmt: skip
+    "v5e": _tpu(15.75, 197e12, 819e9, 200e9),
+    "v5p": _tpu(95.74, 459e12, 2765e9, 600e9),
+    "v6e": _tpu(31.25, 918e12, 1640e9, 400e9),
+    "h100": _gpu(84_929_347_584, 989e12, 3_352_320_000_000, 450e9, name="NVIDIA H100 80GB HBM3", **_HOPPER),
+    "h200": _gpu(151_397_597_184, 989e12, 4_800_000_000_000, 450e9, name="NVIDIA H200 141GB HBM3e", **_HOPPER),
+    "b200": _gpu(191_514_411_008, 2250e12, 7_672_320_000_000, 900e9, name="NVIDIA B200", **_BLACKWELL),
+}
+
 # GpuTargetConfigProto of XLA; what is not filled in is the same for these GPUs.
 _GPU = """
 gpu_device_info {{
@@ -161,7 +172,8 @@ def describe(name: str) -> Topology:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
         peak = _CORE * (os.cpu_count() or 1) / count
         source = "this machine's memory; operations of a core as measured (benchmarks/results/full_size.md)"
-        chip = Chip("cpu", memory, {"bfloat16": peak, "float32": peak}, 0, 0, source)
+        peaks = dict.fromkeys(("bfloat16", "float16", "tf32", "float32"), peak)
+        chip = Chip("cpu", memory, peaks, 0, 0, source)
         return Topology(name, chip, devices, {}, f"jaxlib {version('jaxlib')}")
     chip = CHIPS[kind]
     if platform == "tpu":

@@ -20,7 +20,7 @@ from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.diffusion.pipeline import POSITIONS, Pipeline
 from hgdpo_jax.diffusion.source import Source, find, without_weights
-from hgdpo_jax.models import attention, ip_adapter
+from hgdpo_jax.models import attend, attention, ip_adapter
 from hgdpo_jax.models.architectures import SD15, SDXL
 from hgdpo_jax.models.convert import abstract
 from hgdpo_jax.training import policy as policies
@@ -63,6 +63,7 @@ def pipeline_of(config: ConfigDict, source: Source, mesh: Mesh) -> Pipeline:
     """The pipeline that :func:`hgdpo_jax.training.policy.load` gives, of shapes."""
     pipeline = pipelines.of_shapes(source, config.model.dtype, policies.stored(config))
     pipeline.unet.checkpoint(config.train.checkpointing)
+    attention.spread(pipeline.unet, runtime.heads_sharding(mesh))
     policies.add_fresh_lora(pipeline, config)
     if config.train.params == "adapter":
         concept = concept_shape(config)
@@ -105,7 +106,9 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
     if pipeline.no_concept is not None:
         batch["concept"] = _rows(mesh, (settings.batch, *pipeline.no_concept.shape[1:]), np.float16)
     reference = policy if config.objective == "dpo" else {}
-    loss = {"dpo": steps.dpo_loss, "sft": steps.sft_loss}[config.objective](denoiser, pipeline.schedule)
+    loss = steps.sft_loss(denoiser, pipeline.schedule)
+    if config.objective == "dpo":
+        loss = steps.dpo_loss(denoiser, pipeline.schedule, settings.blocks)
     placed = jax.tree.map(lambda x: x.sharding, state)
 
     arguments = (state, reference, frozen, batch, numbers_of(config, 0))
@@ -170,12 +173,12 @@ def counted(trace: Callable[..., jax.stages.Traced], *arguments: Any, trips: int
 def _plain_attention() -> Iterator[None]:
     """Inside, attention is two products: what a kernel computes cannot be seen, and what it computes again is not
     counted."""
-    kept = attention.attend
-    attention.attend = jax.nn.dot_product_attention
+    kept = attend.kernel
+    attend.kernel = lambda *_: jax.nn.dot_product_attention
     try:
         yield
     finally:
-        attention.attend = kept
+        attend.kernel = kept
 
 
 def _placed(tree: Any, mesh: Mesh) -> Any:

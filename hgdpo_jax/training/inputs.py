@@ -52,7 +52,9 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
     pipeline = policies.load(config, mesh)
     pairs.require({name: pipeline.latent_shape(size) for name, size in configuration.resolutions(config).items()})
     denoiser, policy, frozen = steps.split(pipeline, settings.params)
-    loss = {"dpo": steps.dpo_loss, "sft": steps.sft_loss}[config.objective](denoiser, pipeline.schedule)
+    loss = steps.sft_loss(denoiser, pipeline.schedule)
+    if config.objective == "dpo":
+        loss = steps.dpo_loss(denoiser, pipeline.schedule, settings.blocks)
     inputs = {
         "model.base": pipelines.content_hash(config.model.base, config.model.vae, config.model.lora, index),
         "the pairs": pairs.hash,
@@ -69,6 +71,7 @@ def depends_on(config: ConfigDict) -> list[str]:
     `train.checkpointing`."""
     train = config.train
     keys = ["stage", "seed", "objective", "model.dtype", "train.start", "train.reference", "train.params"]
+    keys += ["train.blocks"] if train.params == "lora" else []
     keys += ["train.lora_rank", "train.lora_alpha"] if train.params in ("lora", "text_lora") else []
     keys += ["train.beta", "train.lambda_stat"] if config.objective == "dpo" else []
     keys += ["data.caption_dropout", "data.concept_dropout"] if config.objective == "sft" else []

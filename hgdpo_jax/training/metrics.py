@@ -48,7 +48,8 @@ class MetricLog:
             for name in checked:
                 if not np.isfinite(value := metrics[name]):
                     raise UserError(f"{name} is {value} at step {number}: training stopped, the last good checkpoint "
-                                    "is kept; lower config.train.lr or config.train.beta and run again")  # fmt: skip
+                                    "is kept; lower config.train.lr or config.train.beta, or take bfloat16 where "
+                                    "config.model.dtype is float16, and run again")  # fmt: skip
         values = average(list(steps.values()))
         self.write(values, step)
         return values

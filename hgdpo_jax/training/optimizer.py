@@ -8,7 +8,9 @@ import optax
 from ml_collections import ConfigDict
 
 from hgdpo_jax import runtime
-from hgdpo_jax.training.step import Numbers
+from hgdpo_jax.training.step import GRADIENT_NORM, Numbers
+
+LOSS_SCALE = 2.0**10  # of float16
 
 
 def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
@@ -24,7 +26,11 @@ def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
     else:
         b1, b2 = train.adam
         chosen = optax.adamw(1.0, b1=b1, b2=b2, weight_decay=train.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(train.clip_norm), chosen) if train.clip_norm else chosen
+    clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
+    chosen = optax.chain(optax.snapshot(GRADIENT_NORM, optax.tree.norm), clip, chosen)
+    # LoRA is some hundred small arrays, each of which would cost a GPU a few programs: they are one vector here.
+    whole = train.optimizer == "adamw" and train.params.endswith("lora")
+    return optax.flatten(chosen) if whole else chosen
 
 
 def learning_rate(train: ConfigDict, step: int) -> float:
@@ -42,5 +48,6 @@ def numbers_of(config: ConfigDict, step: int) -> Numbers:
     """What the config gives the step after `step` others."""
     train, data = config.train, config.data
     key = np.asarray(jax.random.key_data(runtime.stream_key(config.seed, config.stage, "step")))
-    scalars = (train.ema, train.beta, train.lambda_stat, data.caption_dropout, data.concept_dropout)
+    scale = LOSS_SCALE if config.model.dtype == "float16" else 1.0
+    scalars = (train.ema, scale, train.beta, train.lambda_stat, data.caption_dropout, data.concept_dropout)
     return Numbers(key, np.float32(learning_rate(train, step)), *map(np.float32, scalars))

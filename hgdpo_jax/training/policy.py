@@ -14,6 +14,7 @@ from hgdpo_jax.data.concepts import ConceptEncoder, encoder_of
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models import ip_adapter
+from hgdpo_jax.models.attention import spread
 from hgdpo_jax.models.lora import add_lora
 from hgdpo_jax.provenance import content, require_same
 from hgdpo_jax.training.checkpoints import Checkpoints
@@ -46,6 +47,7 @@ def load(config: ConfigDict, mesh: Mesh, *others: ConfigDict) -> pipelines.Pipel
         place=runtime.placer(mesh),
     )
     pipeline.unet.checkpoint(config.train.checkpointing)
+    spread(pipeline.unet, runtime.heads_sharding(mesh))
     for stage in (config, *others):
         add_fresh_lora(pipeline, stage, mesh)
         if stage.train.params == "adapter":

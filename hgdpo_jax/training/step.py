@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from hgdpo_jax.diffusion.pipeline import Pipeline
+from hgdpo_jax.diffusion.recipe import in_up_blocks
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.models.ip_adapter import join
 from hgdpo_jax.training import objectives
@@ -24,19 +25,22 @@ Params = PyTree[Array]
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
 TIMESTEP_BINS = 10
+GRADIENT_NORM = "gradient_norm"  # in the optimizer's state, before clipping
 
 
 class Numbers(NamedTuple):
     """What a stage gives its step beside arrays of parameters and examples: scalars, all arguments of the program.
 
     `key` holds the data of a PRNG key, uint32: the stage's. `rate` is the learning rate of this step, `ema` the decay
-    of the averaged policy, the others are the config's `train.beta`, `train.lambda_stat`, `data.caption_dropout` and
-    `data.concept_dropout`, float32.
+    of the averaged policy; `scale` multiplies the loss while it is differentiated, so that no gradient is too small for
+    float16 (Micikevicius et al. 2018). The others are the config's `train.beta`, `train.lambda_stat`,
+    `data.caption_dropout` and `data.concept_dropout`, float32.
     """
 
     key: np.ndarray
     rate: np.float32
     ema: np.float32
+    scale: np.float32
     beta: np.float32
     lambda_stat: np.float32
     caption_dropout: np.float32
@@ -68,8 +72,8 @@ class Denoiser(NamedTuple):
 
         Args:
             policy, frozen: the weights.
-            x_t, t: noisy latents and their timesteps; n is a multiple of b: captions are repeated, for winners and
-                losers.
+            x_t, t: noisy latents and their timesteps; n is a multiple of b: each caption is repeated, for its winner
+                and its loser.
             input_ids: of the captions.
             concept: what an adapter reads.
             drop: which captions are replaced by the empty one, and which concepts by none.
@@ -84,7 +88,7 @@ class Denoiser(NamedTuple):
                 for d, both in zip(drop, zip(given, empty, strict=True), strict=True)
             )
         repeats = x_t.shape[0] // input_ids.shape[0]
-        condition, concept = jax.tree.map(lambda x: jnp.concatenate([x] * repeats), given)
+        condition, concept = jax.tree.map(lambda x: jnp.repeat(x, repeats, 0), given)
         memory = networks["unet"].keys_values(condition.encoder_hidden_states)
         if concept is not None:
             memory = join(memory, networks["adapter"](concept), 1.0)
@@ -122,23 +126,33 @@ def _noise(key: PRNGKeyArray, shape: tuple[int, ...], steps: int) -> tuple[Int[A
     return t, jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 1])
 
 
-def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule) -> Loss:
-    """L_D-DPO + λ_stat · L_stat on batches {winner, loser [b h w c], input_ids [b s], key [b]}."""
+def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all") -> Loss:
+    """L_D-DPO + λ_stat · L_stat on batches {winner, loser [b h w c], input_ids [b s], key [b]}.
+
+    Args:
+        denoiser, schedule: of ε_base.
+        blocks: `up`: only the UNet's up blocks learn. The policy is the reference's below them, so that the compiler
+            finds both passes the same as far as that and computes one, and no gradient goes there.
+    """
 
     def loss(
         policy: Params, reference: Params, frozen: Params, batch: Batch, numbers: Numbers
     ) -> tuple[Float[Array, ""], Metrics]:
         b = batch["winner"].shape[0]
         t, noise = _noise(batch["key"], batch["winner"].shape[1:], schedule.num_train_timesteps)
-        pair = jnp.concatenate([batch["winner"], batch["loser"]])
-        t_pair, noise_pair = jnp.tile(t, 2), jnp.tile(noise, (2, 1, 1, 1))
+        # Winner and loser stand side by side, so that both stay on the device that holds their pair.
+        pair = jnp.stack([batch["winner"], batch["loser"]], 1).reshape(2 * b, *noise.shape[1:])
+        t_pair, noise_pair = jnp.repeat(t, 2), jnp.repeat(noise, 2, 0)
         x_t = schedule.add_noise(pair, noise_pair, t_pair)
         target = schedule.target(pair, noise_pair, t_pair)
+        if blocks == "up":
+            policy = in_up_blocks(policy, reference)
         # Where the text encoder is frozen both are given the same embeddings, which XLA computes once.
         pred = denoiser(policy, frozen, x_t, t_pair, batch["input_ids"])
         ref = jax.lax.stop_gradient(denoiser(reference, frozen, x_t, t_pair, batch["input_ids"]))
-        dpo = objectives.diffusion_dpo(pred[:b], pred[b:], ref[:b], ref[b:], target[:b], target[b:], numbers.beta)
-        stat = objectives.statistics_loss(pred[:b], ref[:b], schedule.mean_shift(t))
+        (pred_w, pred_l), (ref_w, ref_l), (target_w, target_l) = ((x[::2], x[1::2]) for x in (pred, ref, target))
+        dpo = objectives.diffusion_dpo(pred_w, pred_l, ref_w, ref_l, target_w, target_l, numbers.beta)
+        stat = objectives.statistics_loss(pred_w, ref_w, schedule.mean_shift(t))
         bins = jax.nn.one_hot(t * TIMESTEP_BINS // schedule.num_train_timesteps, TIMESTEP_BINS)
         metrics = {
             "loss/dpo": dpo.loss.mean(),
@@ -148,6 +162,7 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule) -> Loss:
             "error/winner_reference": dpo.ref_error_w.mean(),
             "error/loser_reference": dpo.ref_error_l.mean(),
             "dpo/margin": dpo.margin.mean(),
+            "dpo/margin_deviation": dpo.margin.std(),
             "dpo/sigmoid_minus_z": jax.nn.sigmoid(-dpo.margin).mean(),
             "dpo/accuracy": dpo.accuracy.mean(),
             "bins/accuracy": dpo.accuracy @ bins / b,
@@ -223,11 +238,14 @@ def make_step(
         size = batch["input_ids"].shape[0]
         step_key = jax.random.fold_in(jax.random.wrap_key_data(numbers.key), state.step)
         batch = batch | {"key": jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(size))}
-        gradient = jax.value_and_grad(loss, has_aux=True)
+
+        def scaled(policy: Params, part: Batch) -> tuple[Float[Array, ""], Metrics]:
+            total, metrics = loss(policy, reference, frozen, part, numbers)
+            return numbers.scale * total, metrics
 
         def microbatch(part: Batch) -> tuple[Params, Metrics]:
-            (_, metrics), grads = gradient(state.policy, reference, frozen, part, numbers)
-            return grads, metrics
+            grads, metrics = jax.grad(scaled, has_aux=True)(state.policy, part)
+            return jax.tree.map(lambda x: x / numbers.scale, grads), metrics
 
         if accumulate == 1:
             grads, metrics = microbatch(batch)
@@ -242,7 +260,7 @@ def make_step(
         average = None
         if state.ema is not None:
             average = optax.incremental_update(policy, state.ema, 1.0 - numbers.ema)
-        metrics["gradient_norm"] = optax.tree.norm(grads)
+        metrics["gradient_norm"] = optax.tree.get(optimizer, GRADIENT_NORM)
         return TrainState(policy, average, optimizer, state.step + 1), metrics
 
     if shardings is None:

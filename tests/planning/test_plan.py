@@ -15,7 +15,7 @@ from hgdpo_jax import plan
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.data.concepts import encoder_of
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.models import attention
+from hgdpo_jax.models import attend
 from hgdpo_jax.planning import devices, figures, program
 from hgdpo_jax.planning.figures import Compiled, Plan
 from hgdpo_jax.training import step as steps
@@ -63,7 +63,7 @@ def test_the_embedded_step_agrees_with_formulas_and_is_compiled_once(run, monkey
         "policy of the base": lora,  # stage 3 goes on from stage 2's
         "VAE": 4 * elements("vae"),
     }
-    assert found["held"]["optimizer"] == 2 * lora + 4  # AdamW's moments and its count
+    assert found["held"]["optimizer"] == pytest.approx(2 * lora, abs=16)  # AdamW's moments; its count, the last norm
     latents, tokens = 2 * 2 * 16 * 16 * 4, 4 * 77  # of one pair: float16 and int32
     compiled = found["compiled"]
     assert compiled["arguments"] == pytest.approx(weights + 4 * lora + latents + tokens, abs=100)
@@ -93,14 +93,16 @@ def test_operations_of_known_products() -> None:
 
     one = 2 * 5 * 7 * 7
     assert operations(jax.make_jaxpr(looped)(x, 11).jaxpr, trips=11) == (3 + 11) * one
+    twice = jax.make_jaxpr(lambda x: (jnp.tanh(x) @ w + jnp.tanh(x) @ w, x @ w))(x)
+    assert operations(twice.jaxpr) == 2 * one
     both = program.counted(jax.jit(lambda x, image: (x @ w, convolved(image))).trace, x, image)
     assert both == (2 * (2 * 8 * 8 * 4) * (3 * 3 * 3), one)
 
 
 def test_attention_counts_the_same_whatever_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     q = jax.ShapeDtypeStruct((2, 64, 3, 8), jnp.float32)
-    traced = jax.jit(lambda q: attention.attend(q, q, q)).trace
-    monkeypatch.setattr(attention, "attend", lambda q, k, v: jax.pure_callback(lambda q: q, q, q))
+    traced = jax.jit(lambda q: attend.attend(q, q, q)).trace
+    monkeypatch.setattr(attend, "kernel", lambda *_: lambda q, k, v: jax.pure_callback(lambda q: q, q, q))
     assert program.counted(traced, q) == (0, 2 * 2 * (2 * 3 * 64 * 64 * 8))
 
 

@@ -1,0 +1,127 @@
+"""softmax(q kᵀ / √d) v, by the kernel that each kind of device has for it.
+
+| device | tokens | heads | numbers | kernel |
+|---|---|---|---|---|
+| TPU | from 1024 queries and keys | any | any | splash, in Pallas |
+| NVIDIA | from 1024 queries | multiples of 8 up to 128 wide | float16, bfloat16 | cuDNN |
+| any | else | any | any | XLA |
+
+Splash and cuDNN hold no probabilities in memory. Of fewer tokens they spare little, or nothing.
+
+Legend: `b n heads d` queries, `b m heads d` keys and values.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as pallas
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+Queries, Keys = Float[Array, "b n heads d"], Float[Array, "b m heads d"]
+_LONG = 1024
+_PROBABILITIES = 2**26  # that XLA may hold at once on a device: 256 MB in float32
+# Splash: a block is a multiple of the lanes. The gradient of queries is a sum over the blocks of keys, each of which is
+# written: these are as large as fit on the chip.
+_LANES, _BLOCK, _KEYS_OF_GRADIENT = 128, 512, 4096
+
+
+def attend(q: Queries, k: Keys, v: Keys, sharding: NamedSharding | None = None) -> Queries:
+    """softmax(q kᵀ / √d) v for each head; the softmax is float32.
+
+    Args:
+        q, k, v: of one dtype.
+        sharding: of the three, where they lie on a mesh: each device computes its part. An axis that does not divide
+            its dimension is left out.
+    """
+    if sharding is None:
+        return kernel(jax.devices()[0], q, k)(q, k, v)
+    mesh = sharding.mesh
+    axes = [(entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec]
+    ways = [math.prod(mesh.shape[axis] for axis in some) for some in axes]
+    spec = PartitionSpec(*(some if n % w == 0 else None for some, n, w in zip(axes, q.shape, ways, strict=False)))
+    part = NamedSharding(mesh, spec).shard_shape
+    q_part, k_part = (jax.ShapeDtypeStruct(part(x.shape), x.dtype) for x in (q, k))
+    found = kernel(mesh.devices.flat[0], q_part, k_part)
+    if mesh.size == 1 or found is jax.nn.dot_product_attention:  # which the compiler splits by itself
+        return found(q, k, v)
+    # Neither replicated nor varying values are told apart inside a Pallas kernel.
+    return jax.shard_map(found, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+
+def kernel(device: jax.Device, q: Queries, k: Keys) -> Callable[[Queries, Keys, Keys], Queries]:
+    """The table above, for what one device computes; `device` may be a described one, q and k shapes."""
+    n, m, width = q.shape[1], k.shape[1], q.shape[3]
+    if device.platform == "tpu" and min(n, m) >= _LONG:
+        return splash
+    half = q.dtype in (jnp.float16, jnp.bfloat16)
+    if device.device_kind.startswith("NVIDIA") and n >= _LONG and half and width % 8 == 0 and width <= 128:
+        return cudnn
+    return jax.nn.dot_product_attention if _chunks(q, k) == 1 else in_chunks
+
+
+def splash(q: Queries, k: Keys, v: Keys, interpret: bool = False) -> Queries:
+    """Pallas' kernel for TPUs; numbers of tokens that are no multiple of 128 are padded.
+
+    Args:
+        q, k, v: as for :func:`attend`.
+        interpret: runs on any device, slowly.
+    """
+    (_, n, heads, width), m = q.shape, k.shape[1]
+    padded = n + -n % _LANES, m + -m % _LANES
+    block_q, (block_k, block_gradient) = _divisor(padded[0], _LANES, _BLOCK), _blocks_of_keys(padded[1])
+    sizes = pallas.BlockSizes(
+        block_q=block_q,
+        block_kv=block_k,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_gradient,
+        block_kv_dkv_compute=block_k,
+        use_fused_bwd_kernel=True,
+    )
+    mask = pallas.MultiHeadMask([pallas.FullMask(padded)] * heads)
+    run = pallas.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    # A query attends to the keys of its own segment: those that were added are of another.
+    segments = pallas.SegmentIds(jnp.zeros(padded[0], jnp.int32), (jnp.arange(padded[1]) >= m).astype(jnp.int32))
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+        for x, size in ((q * width**-0.5, padded[0]), (k, padded[1]), (v, padded[1]))
+    )
+    found = jax.vmap(lambda *one: run(*one, segment_ids=None if padded[1] == m else segments))(q, k, v)
+    return found.swapaxes(1, 2)[:, :n]
+
+
+def _divisor(size: int, of: int, most: int) -> int:
+    """The largest multiple of `of` up to `most` that divides `size`; 0 if there is none."""
+    return max((x for x in range(of, most + 1, of) if size % x == 0), default=0)
+
+
+def _blocks_of_keys(m: int) -> tuple[int, int]:
+    """(block of a product, block that is on the chip for the gradient): the second, a multiple of the first, counts."""
+    blocks = ((x, _divisor(m, x, _KEYS_OF_GRADIENT)) for x in range(_LANES, _BLOCK + 1, _LANES) if m % x == 0)
+    return max(blocks, key=lambda block: (block[1], block[0]))
+
+
+def cudnn(q: Queries, k: Keys, v: Keys) -> Queries:
+    """cuDNN's kernel, which wants an even number of keys: text has 77."""
+    (b, m), more = k.shape[:2], -k.shape[1] % 8
+    if not more:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (k, v))
+    lengths = jnp.full(b, m, jnp.int32)
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
+
+
+def in_chunks(q: Queries, k: Keys, v: Keys) -> Queries:
+    """As XLA does it, some queries at a time. The gradient computes their probabilities again."""
+    (b, n, heads, width), chunks = q.shape, _chunks(q, k)
+    parts = q.reshape(b, chunks, n // chunks, heads, width).swapaxes(0, 1)
+    found = jax.lax.map(jax.checkpoint(lambda part: jax.nn.dot_product_attention(part, k, v)), parts)
+    return found.swapaxes(0, 1).reshape(q.shape)
+
+
+def _chunks(q: Queries, k: Keys) -> int:
+    """In how many parts of the queries XLA holds few enough probabilities."""
+    (b, n, heads, _), m = q.shape, k.shape[1]
+    return next(c for c in range(1, n + 1) if n % c == 0 and (b * heads * (n // c) * m <= _PROBABILITIES or c == n))

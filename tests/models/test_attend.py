@@ -1,0 +1,98 @@
+"""Every kernel of attention is attention; which one is chosen; and each device computes its own part."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from hgdpo_jax import runtime
+from hgdpo_jax.models import attend
+from tests import tiny
+from tests.rounding import EPS, assert_close
+
+TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+NVIDIA = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+AMD = SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X")
+CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
+XLA = jax.nn.dot_product_attention
+
+
+def numbers(b: int, n: int, m: int, heads: int, width: int) -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    shapes = (b, n, heads, width), (b, m, heads, width), (b, m, heads, width)
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def with_gradients(function, arrays):
+    return jax.jit(jax.value_and_grad(lambda *x: jnp.sin(function(*x)).sum(), (0, 1, 2)))(*arrays)
+
+
+def formula(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    logits = jnp.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(q.shape[-1])
+    return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits), v)
+
+
+@pytest.mark.parametrize(("n", "m"), [(256, 384), (200, 77)])
+def test_splash_is_attention(n: int, m: int) -> None:
+    arrays = numbers(2, n, m, 2, 40)
+    found, wanted = (with_gradients(f, arrays) for f in (partial(attend.splash, interpret=True), formula))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert_close(a, b, 40 * EPS, size=arrays[0].size if a.ndim == 0 else None)  # sums of m terms, twice
+
+
+@pytest.mark.parametrize(("queries", "loops"), [(12, 6), (7, 7)])
+def test_chunks_of_queries_are_attention(monkeypatch: pytest.MonkeyPatch, queries: int, loops: int) -> None:
+    arrays = numbers(2, queries, 10, 3, 4)
+    monkeypatch.setattr(attend, "_PROBABILITIES", 2 * 3 * 2 * 10)  # of two queries
+    assert f"length={loops}" in str(jax.make_jaxpr(attend.attend)(*arrays))
+    found, wanted = (with_gradients(f, arrays) for f in (attend.attend, formula))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert_close(a, b, 20 * EPS, size=arrays[0].size if a.ndim == 0 else None)
+
+
+def test_devices_compute_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few enough probabilities for a device's part, but not for the whole, nothing is cut; a third of that, and
+    each device cuts its own part. Three heads are not split over two devices."""
+    mesh = tiny.mesh(2, 2, 2)
+    for heads in (4, 3):
+        arrays = numbers(4, 6, 10, heads, 4)
+        sharding = runtime.heads_sharding(mesh)
+        kept = sharding if heads == 4 else NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        placed = [jax.device_put(x, kept) for x in arrays]
+        wanted = with_gradients(formula, arrays)
+        on_one_device = 4 * heads * 6 * 10 // (8 if heads == 4 else 4)
+        for allowed, loops in ((on_one_device, ""), (on_one_device // 3, "length=3")):
+            monkeypatch.setattr(attend, "_PROBABILITIES", allowed)
+            run = partial(attend.attend, sharding=sharding)  # a new one, which is traced anew
+            assert ("length=" in str(jax.make_jaxpr(run)(*placed))) == bool(loops)
+            assert loops in str(jax.make_jaxpr(run)(*placed))
+            found = with_gradients(run, placed)
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+                assert_close(a, b, 20 * EPS, size=arrays[0].size if a.ndim == 0 else None)
+
+
+@pytest.mark.parametrize(
+    ("device", "n", "m", "width", "dtype", "wanted"),
+    [
+        (TPU, 4096, 4096, 40, "bfloat16", attend.splash),
+        (TPU, 1024, 1024, 80, "float32", attend.splash),
+        (TPU, 256, 256, 160, "bfloat16", XLA),
+        (TPU, 4096, 77, 40, "bfloat16", XLA),
+        (TPU, 16384, 16384, 512, "float32", attend.splash),  # of a VAE
+        (NVIDIA, 4096, 4096, 40, "bfloat16", attend.cudnn),
+        (NVIDIA, 4096, 77, 40, "float16", attend.cudnn),
+        (NVIDIA, 1024, 1024, 160, "bfloat16", XLA),
+        (NVIDIA, 256, 256, 64, "bfloat16", XLA),
+        (NVIDIA, 4096, 4096, 40, "float32", attend.in_chunks),
+        (AMD, 4096, 4096, 40, "bfloat16", attend.in_chunks),
+        (CPU, 4096, 4096, 40, "bfloat16", attend.in_chunks),
+        (CPU, 1024, 1024, 40, "float32", XLA),
+    ],
+)
+def test_the_table(device, n: int, m: int, width: int, dtype: str, wanted) -> None:
+    q, k = (jax.ShapeDtypeStruct((2, tokens, 8, width), jnp.dtype(dtype)) for tokens in (n, m))
+    assert attend.kernel(device, q, k) is wanted
