@@ -43,15 +43,18 @@ def parse(
     parser.add_argument("--workdir", required=True, type=files.folder, help="folder of the run")
     known, rest = parser.parse_known_args(arguments)
     files.require_plain(known.workdir)
-    overrides = []
-    for argument in rest:
-        if not argument.startswith("--config."):
-            raise UserError(f"argument {argument}: unknown; settings are written --config.key=value")
-        overrides.append(argument.removeprefix("--config."))
-    config = configuration.load(known.config, overrides)
+    config = configuration.load(known.config, overrides(rest))
     agree(known.workdir, {f"--config.{key}": configuration.get(config, key) for key in configuration.keys(config)})
     runtime.use_precision(config.model.dtype)
     return config, known.workdir
+
+
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """`key=value` of each `--config.key=value`. Raises UserError for any other argument."""
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            raise UserError(f"argument {argument}: unknown; settings are written --config.key=value")
+    return [argument.removeprefix("--config.") for argument in arguments]
 
 
 def agree(folder: Path, asked: Mapping[str, Any]) -> None:

@@ -95,14 +95,14 @@ def xla_flags(given: str, processor: str) -> str:
     return f"{given} {_ISA}=AVX2".lstrip() if affected and _ISA not in given else given
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
-    """The mesh (data, fsdp, tensor) over all devices of all processes; see `mesh` in the settings.
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor) over some devices, or over all of all processes; see `mesh` in the settings.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.
     """
     sizes = [config.data, config.fsdp, config.tensor]
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     if sizes.count(-1) == 1:
         rest = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = count // rest
@@ -110,7 +110,7 @@ def make_mesh(config: ConfigDict) -> Mesh:
         raise UserError(
             f"config key mesh: {config.data} x {config.fsdp} x {config.tensor} does not make the {count} devices here"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
 
 
 def local_mesh() -> Mesh:
@@ -215,11 +215,13 @@ def put(tree: Any, shardings: Any) -> Any:
     `jax.device_put` does not reach devices of other processes.
 
     Args:
-        tree: arrays of the host or of one device; PRNG keys too.
+        tree: arrays of the host or of one device; PRNG keys too. A shape stays one, with its sharding.
         shardings: one for all, or a pytree of them.
     """
 
-    def one(x: Any, sharding: NamedSharding) -> jax.Array:
+    def one(x: Any, sharding: NamedSharding) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
             return jax.device_put(x, sharding)
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

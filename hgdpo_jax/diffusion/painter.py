@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from hgdpo_jax import processes, runtime
 from hgdpo_jax.diffusion.guidance import guided
-from hgdpo_jax.diffusion.pipeline import Pipeline
+from hgdpo_jax.diffusion.pipeline import POSITIONS, Pipeline
 from hgdpo_jax.diffusion.recipe import text_policy_acts
 from hgdpo_jax.diffusion.samplers import Trajectory, from_noise, sample, sdrecon
 from hgdpo_jax.models.attention import Memory, spread
@@ -135,6 +135,15 @@ class Painter:
                 place = "early text" if name == "text" else name
                 merged = nnx.merge_state(self._given[name], state)
                 self._weights = self._weights | {place: runtime.put(merged, self._shardings[name])}
+
+    def traced(self, resolution: tuple[int, int]) -> tuple[jax.stages.Traced, jax.stages.Traced]:
+        """The programs that draw and decode a batch of a resolution from noise; the pipeline may be one of shapes."""
+        rows = {"ids": ((POSITIONS,), jnp.int32), "key": ((), jax.random.key(0).dtype)}
+        rows["latent"] = (self._latent_shape(resolution), jnp.float32)
+        inputs = {name: jax.ShapeDtypeStruct((self.batch, *shape), dtype) for name, (shape, dtype) in rows.items()}
+        inputs = runtime.put(inputs, runtime.batch_sharding(self.mesh))
+        draw = self._draw.trace(self._weights, self._given, inputs, self._from_noise, *self._guidance)
+        return draw, self._decode.trace(self._weights, inputs["latent"])
 
     def keys(self, stream: str, example_ids: Sequence[str], numbers: Sequence[int]) -> jax.Array:
         """A key for each (example, number in its pool)."""

@@ -1,6 +1,6 @@
 """A Stable Diffusion checkpoint in memory: UNet, VAE, text encoders, tokenizer and noise schedule."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,15 +122,35 @@ def load(
     """
     source = find(str(base), str(vae), str(lora))
 
+    def model(part: str, found: Any, stored: Any) -> Any:
+        weights, name = source.open(part, keys(found)), f"{source.name}, {part}"
+        from_torch(weights, found, name, stored, place, source.expected(part))
+        return found
+
+    return _assemble(source, dtype, param_dtype, model)
+
+
+def of_shapes(source: Source, dtype: str = "float32", param_dtype: Mapping[str, str] | str = "float32") -> Pipeline:
+    """The pipeline that :func:`load` gives, with shapes in place of its parameters."""
+
+    def model(part: str, found: Any, stored: Any) -> Any:
+        nnx.update(found, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored), nnx.state(found, nnx.Param)))
+        return found
+
+    return _assemble(source, dtype, param_dtype, model)
+
+
+def _assemble(
+    source: Source, dtype: str, param_dtype: Mapping[str, str] | str, fill: Callable[[str, Any, Any], Any]
+) -> Pipeline:
+    """A pipeline whose models `fill` gives: from the part, the model without weights, and their dtype."""
+
     def model(part: str) -> Any:
         if part not in source.configs:
             return None
         found = abstract(MODELS[part], source.configs[part], jnp.float32 if part == "vae" else _stored(dtype))
         stored = "float32" if part == "vae" else param_dtype
-        stored = stored if isinstance(stored, str) else stored[part]
-        weights, name = source.open(part, keys(found)), f"{source.name}, {part}"
-        from_torch(weights, found, name, _stored(stored), place, source.expected(part))
-        return found
+        return fill(part, found, _stored(stored if isinstance(stored, str) else stored[part]))
 
     return Pipeline(
         unet=model("unet"),

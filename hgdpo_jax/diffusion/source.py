@@ -20,7 +20,7 @@ from transformers import CLIPTokenizer
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models import ldm
-from hgdpo_jax.models.architectures import recognise
+from hgdpo_jax.models.architectures import Architecture, recognise
 from hgdpo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from hgdpo_jax.models.convert import abstract, keys, read_config, read_json
 from hgdpo_jax.models.merged import LoRAFile
@@ -155,20 +155,31 @@ def _single_file(path: Path, with_vae: bool) -> Source:
         prefix, translate = architecture.parts[name]
         return ldm.Part(weights, prefix, translate, keys, architecture.configs[name])
 
+    return replace(
+        without_weights(architecture),
+        name=str(path),
+        open=part,
+        files=[path],
+        licence=weights.metadata.get("modelspec.license"),
+        fit=dict.fromkeys(architecture.configs, f"{architecture.name}, which it was taken for"),
+    )
+
+
+def without_weights(architecture: Architecture) -> Source:
+    """What a checkpoint of an architecture is, its weights left out."""
     folder = ASSETS / "portraits" / "base" / "tokenizer"  # CLIP's: all Stable Diffusions have it
     tokenizers = {"tokenizer": CLIPTokenizer.from_pretrained(folder)}
     if "tokenizer_2" in architecture.index:
         tokenizers["tokenizer_2"] = CLIPTokenizer.from_pretrained(folder, pad_token="!")
     return Source(
-        name=str(path),
+        name=architecture.name,
         configs=architecture.configs,
-        open=part,
-        files=[path],
+        open=lambda part, keys: {},
+        files=[],
         tokenizers=tokenizers,
         scheduler=architecture.scheduler,
         index=architecture.index,
-        licence=weights.metadata.get("modelspec.license"),
-        fit=dict.fromkeys(architecture.configs, f"{architecture.name}, which it was taken for"),
+        licence=None,
     )
 
 

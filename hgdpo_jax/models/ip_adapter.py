@@ -195,18 +195,24 @@ def load_image_encoder(
         UserError: it is neither, a file is missing or damaged, or the weights do not fit the config.
     """
     folder = Path(folder)
-    config = read_config(folder)
     weights: Mapping[str, np.ndarray] = open_folder(folder)
+    if "vision_config" in read_config(folder):
+        weights = {key: weights[key] for key in weights if key.startswith(("vision_model.", "visual_projection."))}
+    model = abstract(CLIPVisionModelWithProjection, image_encoder_config(folder), dtype)
+    from_torch(weights, model, str(folder), param_dtype, place)
+    return model
+
+
+def image_encoder_config(folder: Path) -> dict[str, Any]:
+    """The config of an image encoder; see :func:`load_image_encoder`."""
+    config = read_config(folder)
     if "vision_config" in config:
         config = config["vision_config"] | {"projection_dim": config.get("projection_dim", 512)}
-        weights = {key: weights[key] for key in weights if key.startswith(("vision_model.", "visual_projection."))}
     if not {"patch_size", "projection_dim"} <= config.keys():
         raise UserError(
             f"{folder}: is not an image encoder; expected a folder of CLIPVisionModelWithProjection or CLIPModel"
         )
-    model = abstract(CLIPVisionModelWithProjection, config, dtype)
-    from_torch(weights, model, str(folder), param_dtype, place)
-    return model
+    return config
 
 
 def image_features(

@@ -5,20 +5,43 @@ from typing import Any
 
 import jax.extend
 
+PRODUCTS = ("dot_general", "conv_general_dilated")
 
-def operations(jaxpr: Any) -> float:
+
+def operations(jaxpr: Any, of: tuple[str, ...] = PRODUCTS, trips: int = 1) -> float:
     """Floating-point operations of all products and convolutions, recomputed ones included; the compiler's own count
-    takes the body of a loop once."""
-    total = 0.0
+    takes the body of a loop once.
+
+    What is computed twice from the same values counts once, as the compiler computes it: so do a text encoder that is
+    given the same captions again, and blocks that policy and reference share.
+
+    Args:
+        jaxpr: of a traced program.
+        of: which of the two.
+        trips: of loops whose number of turns is an argument of the program.
+    """
+    total, seen, same = 0.0, {}, {}
     for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        out = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
-        if name == "dot_general":
-            shape = equation.invars[0].aval.shape
-            total += 2.0 * out * math.prod(shape[i] for i in params["dimension_numbers"][0][0])
-        elif name == "conv_general_dilated":
-            shape, outputs = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
-            total += 2.0 * out * math.prod(shape) / shape[outputs] / math.prod(params["lhs_dilation"])
-        inner = sum(operations(sub) for sub in jax.extend.core.jaxprs_in_params(params))
-        total += inner * (params["length"] if name == "scan" else 1)
+        inputs = tuple(x if isinstance(x, jax.extend.core.Var) else str(x) for x in equation.invars)
+        inputs = tuple(same.get(x, x) for x in inputs)
+        outputs = seen.setdefault((equation.primitive, inputs, str(equation.params)), equation.outvars)
+        if outputs is not equation.outvars and not equation.effects:
+            same |= zip(equation.outvars, outputs, strict=True)
+            continue
+        total += _operations(equation, of, trips)
     return total
+
+
+def _operations(equation: Any, of: tuple[str, ...], trips: int) -> float:
+    name, params = equation.primitive.name, equation.params
+    out = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
+    if name in PRODUCTS and name not in of:
+        return 0.0
+    if name == "dot_general":
+        shape = equation.invars[0].aval.shape
+        return 2.0 * out * math.prod(shape[i] for i in params["dimension_numbers"][0][0])
+    if name == "conv_general_dilated":
+        shape, outputs = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
+        return 2.0 * out * math.prod(shape) / shape[outputs] / math.prod(params["lhs_dilation"])
+    turns = {"scan": params.get("length"), "while": trips}.get(name, 1)
+    return turns * sum(operations(sub, of, trips) for sub in jax.extend.core.jaxprs_in_params(params))

@@ -38,24 +38,28 @@ def load(config: ConfigDict, mesh: Mesh, *others: ConfigDict) -> pipelines.Pipel
         mesh: to put the weights on.
         others: configs of further stages, for which fresh LoRA is added too.
     """
-    frozen = config.model.dtype
-    stored = {"unet": "float32" if config.train.params == "all" else frozen}
-    stored |= {"text_encoder": frozen, "text_encoder_2": frozen}
     pipeline = pipelines.load(
         config.model.base,
         config.model.dtype,
         vae=config.model.vae,
         lora=config.model.lora,
-        param_dtype=stored,
+        param_dtype=stored(config),
         place=runtime.placer(mesh),
     )
     pipeline.unet.checkpoint(config.train.checkpointing)
     spread(pipeline.unet, runtime.heads_sharding(mesh))
     for stage in (config, *others):
-        _add_fresh_lora(pipeline, stage, mesh)
+        add_fresh_lora(pipeline, stage, mesh)
         if stage.train.params == "adapter":
             pipeline = _with_fresh_adapter(pipeline, stage, encoder_of(stage), mesh)
     return pipeline
+
+
+def stored(config: ConfigDict) -> dict[str, str]:
+    """The dtype of each part's parameters: what is trained whole is float32."""
+    frozen = config.model.dtype
+    unet = "float32" if config.train.params == "all" else frozen
+    return {"unet": unet, "text_encoder": frozen, "text_encoder_2": frozen}
 
 
 def _with_fresh_adapter(
@@ -102,8 +106,9 @@ def with_trained_adapter(
     return pipeline, encoder
 
 
-def _add_fresh_lora(pipeline: pipelines.Pipeline, config: ConfigDict, mesh: Mesh) -> None:
-    """Gives the UNet (`train.params=lora`), or every text encoder (`text_lora`), the LoRA that a stage trains."""
+def add_fresh_lora(pipeline: pipelines.Pipeline, config: ConfigDict, mesh: Mesh | None = None) -> None:
+    """Gives the UNet (`train.params=lora`), or every text encoder (`text_lora`), the LoRA that a stage trains; on the
+    mesh, if there is one."""
     random_streams = {
         "lora": {"unet": "lora"},
         "text_lora": {"text_encoder": "text lora", "text_encoder_2": "text lora 2"},
@@ -115,7 +120,8 @@ def _add_fresh_lora(pipeline: pipelines.Pipeline, config: ConfigDict, mesh: Mesh
             key = runtime.stream_key(config.seed, random_streams[name])
             add_lora(model, config.train.lora_rank, config.train.lora_alpha, nnx.Rngs(key))
             lora = nnx.state(model, nnx.LoRAParam)
-            nnx.update(model, runtime.put(lora, runtime.shardings(lora, mesh)))
+            if mesh is not None:
+                nnx.update(model, runtime.put(lora, runtime.shardings(lora, mesh)))
 
 
 def of(pipeline: pipelines.Pipeline, config: ConfigDict) -> Params:

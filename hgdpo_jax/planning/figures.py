@@ -1,0 +1,227 @@
+"""What a compiled program needs of each device: memory, and time at least."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from hgdpo_jax.files import file_hash, json_hash, write_json
+from hgdpo_jax.planning import hlo
+from hgdpo_jax.planning.devices import Chip, Topology
+from hgdpo_jax.planning.program import Program
+
+_JAX_TAKES = 0.75  # of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a program, for one device. Sizes in bytes.
+
+    Attributes:
+        refused: what the compiler says where it finds no room; everything else is then 0.
+        arguments, outputs, temporaries, code: in memory, padded as the device needs it; outputs without those that
+            take the place of arguments.
+        traffic: read from and written to memory.
+        collectives: kind → count, bytes, sent; see :class:`hgdpo_jax.planning.hlo.Collective`.
+        loops: how many there are of which nobody knows how often they run, so that they count once.
+        seconds: that compiling took.
+    """
+
+    refused: str = ""
+    arguments: int = 0
+    outputs: int = 0
+    temporaries: int = 0
+    code: int = 0
+    traffic: int = 0
+    collectives: dict[str, dict[str, float]] | None = None
+    loops: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A program on a topology. Sizes in bytes and operations are those of one device.
+
+    Attributes:
+        topology, devices, compiler: that it was compiled for and with.
+        examples: pairs, photographs or images that all devices compute together.
+        held, beside: see :class:`hgdpo_jax.planning.program.Program`.
+        compiled: see :class:`Compiled`.
+        memory: that a program may fill.
+        operations: floating-point ones.
+        seconds: that each resource needs at least: arithmetic, memory, interconnect.
+        peaks: of the same, operations or bytes a second, 0 where that is not known.
+        source: of the peaks.
+    """
+
+    topology: str
+    devices: int
+    compiler: str
+    examples: int
+    held: dict[str, int]
+    beside: int
+    compiled: Compiled
+    memory: float
+    operations: float
+    seconds: dict[str, float]
+    peaks: dict[str, float]
+    source: str
+
+    @property
+    def total(self) -> float:
+        """Bytes in memory while the program runs."""
+        made = self.compiled
+        needed = made.arguments + made.outputs + made.temporaries + made.code + self.beside
+        return math.inf if made.refused else needed
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has room for it."""
+        return self.total <= self.memory
+
+    @property
+    def bound(self) -> str:
+        """The resource that is needed longest."""
+        return max(self.seconds, key=self.seconds.__getitem__)
+
+    def rate(self, share: float) -> float:
+        """Examples a second where a share of the roofline is reached."""
+        return self.examples * share / self.seconds[self.bound]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, and what follows from it."""
+        total = None if self.compiled.refused else self.total
+        return asdict(self) | {"total": total, "fits": self.fits, "bound": self.bound}
+
+
+class Largest(NamedTuple):
+    """The most examples a device that fit with one way of checkpointing; 0, and no plan, where a single one does not.
+
+    `batch` is that of all devices.
+    """
+
+    checkpointing: str
+    each: int
+    batch: int
+    plan: Plan | None
+
+
+def plan(program: Program, topology: Topology, mesh: Mesh, dtype: str, examples: int, trips: int = 1) -> Plan:
+    """Compiles a program, unless the same one was compiled for the same topology before, and counts what it needs.
+
+    Args:
+        program: for the mesh.
+        topology: whose devices the mesh has.
+        mesh: its `tensor` axis splits products, not convolutions.
+        dtype: of the computation.
+        examples: that it computes at a time.
+        trips: of its loops whose number of turns is an argument.
+    """
+    chip, compiled = topology.chip, _compiled(program.lowered, topology, trips)
+    convolutions, products = program.operations
+    count = convolutions / (mesh.shape["data"] * mesh.shape["fsdp"]) + products / mesh.size
+    sent = sum(each["sent"] for each in (compiled.collectives or {}).values())
+    needs = {"arithmetic": count, "memory": compiled.traffic, "interconnect": sent}
+    peaks = {"arithmetic": chip.peak[dtype], "memory": chip.bandwidth, "interconnect": chip.interconnect}
+    return Plan(
+        topology=topology.name,
+        devices=mesh.size,
+        compiler=topology.compiler,
+        examples=examples,
+        held=program.held,
+        beside=program.beside,
+        compiled=compiled,
+        memory=_room(chip),
+        operations=count,
+        seconds={resource: needs[resource] / peak if peak else 0.0 for resource, peak in peaks.items()},
+        peaks=peaks,
+        source=chip.source,
+    )
+
+
+def _room(chip: Chip) -> float:
+    share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _JAX_TAKES)) if chip.platform == "cuda" else 1.0
+    return share * chip.memory
+
+
+def _compiled(lowered: jax.stages.Lowered, topology: Topology, trips: int) -> Compiled:
+    counting = [file_hash(Path(module)) for module in (__file__, hlo.__file__)]
+    about = [topology.name, topology.compiler, topology.options, jax.__version__, trips, os.environ.get("XLA_FLAGS")]
+    folder = _folder()
+    path = folder and folder / f"{json_hash([lowered.as_text(), about, counting])}.json"
+    if path and path.is_file():
+        return Compiled(**json.loads(path.read_text()))
+    found = _compile(lowered, topology, trips)
+    if path:
+        write_json(path, asdict(found))
+    return found
+
+
+def _folder() -> Path | None:
+    """Where figures are kept; None where there is no place for them."""
+    try:
+        folder = Path.home() / ".cache" / "hgdpo_jax" / "planned"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # the latter where there is no home
+        print(f"figures are not kept: {error}", file=sys.stderr)
+        return None
+    return folder
+
+
+def _compile(lowered: jax.stages.Lowered, topology: Topology, trips: int) -> Compiled:
+    begin = time.perf_counter()
+    try:
+        compiled = lowered.compile(compiler_options=topology.options)
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        return Compiled(refused=str(error).splitlines()[0], seconds=time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    sizes, counted = compiled.memory_analysis(), hlo.Program(compiled.as_text(), trips, len(topology.devices))
+    return Compiled(
+        arguments=sizes.argument_size_in_bytes,
+        outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        temporaries=sizes.temp_size_in_bytes,
+        code=sizes.generated_code_size_in_bytes,
+        traffic=counted.traffic(),
+        collectives={kind: found._asdict() for kind, found in counted.collectives().items()},
+        loops=len(counted.unknown) if trips == 1 else 0,
+        seconds=seconds,
+    )
+
+
+def largest(at: Callable[[int], Plan]) -> tuple[int, Plan | None]:
+    """The most examples a device that fit, and their plan; (0, None) where a single one does not.
+
+    What two programs need is extended in a straight line, and a third one tells whether that is right; where it is not,
+    the line goes through the third.
+
+    Args:
+        at: the plan for a number of examples a device.
+    """
+    first, second = at(1), at(2)
+    if not first.fits:
+        return 0, None
+    if not second.fits:
+        return 1, first
+    count, tried, most = 2, second, math.inf
+    while True:
+        if not math.isinf(tried.total):
+            each = max((tried.total - first.total) / (count - 1), 1.0)
+            line = 1 + int((first.memory - first.total) / each)
+        count = int(min(line, most))
+        if count <= 2:
+            return 2, second
+        tried = at(count)
+        if tried.fits:
+            return count, tried
+        # A compiler that refuses does not say how much is too much.
+        most = count - 1 if not tried.compiled.refused else int(0.9 * count)

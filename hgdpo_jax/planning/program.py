@@ -1,0 +1,199 @@
+"""The programs of a config on described devices: shapes and shardings in place of weights and pairs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from hgdpo_jax import config as configuration
+from hgdpo_jax import runtime
+from hgdpo_jax.data.concepts import encoder_of
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.painter import Painter
+from hgdpo_jax.diffusion.pipeline import POSITIONS, Pipeline
+from hgdpo_jax.diffusion.source import Source, find, without_weights
+from hgdpo_jax.models import attend, attention, ip_adapter
+from hgdpo_jax.models.architectures import SD15, SDXL
+from hgdpo_jax.models.convert import abstract
+from hgdpo_jax.training import policy as policies
+from hgdpo_jax.training import step as steps
+from hgdpo_jax.training.cost import operations
+from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
+
+_VIT_H = {"hidden_size": 1280, "image_size": 224, "patch_size": 14, "projection_dim": 1024}  # that published ones read
+
+
+class Program(NamedTuple):
+    """A program that is ready to be compiled.
+
+    Attributes:
+        lowered: of which every argument has its place.
+        operations: floating-point ones of all devices together, (convolutions, products).
+        held: bytes that lie on a device throughout, by what they are.
+        beside: those of them that are no arguments of the program.
+    """
+
+    lowered: jax.stages.Lowered
+    operations: tuple[float, float]
+    held: dict[str, int]
+    beside: int
+
+
+def source_of(config: ConfigDict, variant: str) -> Source:
+    """ε_base of a config, of which no weight is read; without one the architecture that the variant is for.
+
+    Raises:
+        UserError: there is neither, or ε_base cannot be opened.
+    """
+    known = {"": SD15, "sd15": SD15, "sdxl": SDXL}
+    if config.model.base or variant not in known:
+        return find(config.model.base, config.model.vae, config.model.lora)
+    return without_weights(known[variant])
+
+
+def pipeline_of(config: ConfigDict, source: Source, mesh: Mesh) -> Pipeline:
+    """The pipeline that :func:`hgdpo_jax.training.policy.load` gives, of shapes."""
+    pipeline = pipelines.of_shapes(source, config.model.dtype, policies.stored(config))
+    pipeline.unet.checkpoint(config.train.checkpointing)
+    attention.spread(pipeline.unet, runtime.heads_sharding(mesh))
+    policies.add_fresh_lora(pipeline, config)
+    if config.train.params == "adapter":
+        concept = concept_shape(config)
+        about = ip_adapter.default_config(pipeline.unet, config.adapter.kind, concept[1])
+        adapter = abstract(ip_adapter.IPAdapter, about, pipeline.unet.dtype)
+        pipeline = replace(pipeline, adapter=adapter, no_concept=np.zeros((1, *concept), np.float32))
+    return pipeline
+
+
+def concept_shape(config: ConfigDict) -> tuple[int, int]:
+    """(m, f) of what an adapter reads of an image; without an encoder that of CLIP ViT-H/14."""
+    settings = config.adapter
+    if settings.kind == "face_id":
+        return encoder_of(config).nothing.shape[1:]
+    about = _VIT_H
+    if settings.image_encoder:
+        about = ip_adapter.image_encoder_config(Path(settings.image_encoder))
+    if settings.kind == "ip_adapter":
+        return 1, about["projection_dim"]
+    return (about["image_size"] // about["patch_size"]) ** 2 + 1, about["hidden_size"]
+
+
+def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
+    """The optimizer step, as :mod:`hgdpo_jax.training.loop` runs it.
+
+    Raises:
+        UserError: the batch or a resolution does not suit the mesh or the model.
+    """
+    settings, pipeline = config.train, pipeline_of(config, source, mesh)
+    runtime.check_batch(settings.batch // settings.accumulate, mesh, "train.batch / train.accumulate")
+    denoiser, policy, frozen = steps.split(pipeline, settings.params)
+    tx = make_optimizer(settings)
+    state = _placed(jax.eval_shape(lambda p: steps.init_state(p, tx, settings.ema), policy), mesh)
+    policy, frozen = _placed(policy, mesh), _placed(frozen, mesh)
+    latent = ("winner", "loser") if config.objective == "dpo" else ("winner",)
+    # Of several resolutions the largest: each has a program of its own.
+    shape = max((pipeline.latent_shape(size) for size in configuration.resolutions(config).values()), key=np.prod)
+    batch = {name: _rows(mesh, (settings.batch, *shape), np.float16) for name in latent}
+    batch["input_ids"] = _rows(mesh, (settings.batch, POSITIONS), np.int32)
+    if pipeline.no_concept is not None:
+        batch["concept"] = _rows(mesh, (settings.batch, *pipeline.no_concept.shape[1:]), np.float16)
+    reference = policy if config.objective == "dpo" else {}
+    loss = steps.sft_loss(denoiser, pipeline.schedule)
+    if config.objective == "dpo":
+        loss = steps.dpo_loss(denoiser, pipeline.schedule, settings.blocks)
+    placed = jax.tree.map(lambda x: x.sharding, state)
+
+    arguments = (state, reference, frozen, batch, numbers_of(config, 0))
+
+    def trace(*arguments: Any) -> jax.stages.Traced:
+        return steps.make_step(loss, tx, settings.accumulate, placed).trace(*arguments)
+
+    # The pipeline keeps the policy that it was loaded with; where it is the reference, that is all of it.
+    kept = config.objective != "dpo" or (settings.start != "base" and settings.reference != "base")
+    beside = {"policy of the base": size(policy) if kept else 0, "VAE": size(_placed(nnx.state(pipeline.vae), mesh))}
+    held = {
+        "weights": size(frozen),
+        "policy": size(state.policy) + size(state.ema),
+        "reference": size(reference),
+        "optimizer": size(state.optimizer),
+    }
+    return Program(trace(*arguments).lower(), counted(trace, *arguments), held | beside, sum(beside.values()))
+
+
+def drawing(config: ConfigDict, source: Source, mesh: Mesh) -> tuple[Program, Program]:
+    """What draws a batch of the pool's images from noise, as `pairs` says, and what decodes it."""
+    pipeline, pairs = pipeline_of(config, source, mesh), config.pairs
+    resolution = max(configuration.resolutions(config).values(), key=np.prod)
+
+    def trace(part: int) -> jax.stages.Traced:
+        painter = Painter(
+            pipeline,
+            mesh,
+            sampler=pairs.sampler,
+            steps=pairs.steps,
+            guidance=pairs.guidance,
+            batch=pairs.batch,
+            seed=0,
+            negative=pairs.negative_prompt,
+        )
+        return painter.traced(resolution)[part]
+
+    held = {name: size(_placed(nnx.state(network), mesh)) for name, network in pipeline.networks.items()}
+    networks = sum(held.values())
+    held["VAE"] = size(_placed(nnx.state(pipeline.vae), mesh))
+    draw, decode = (
+        Program(trace(part).lower(), counted(trace, part, trips=pairs.steps), held, beside)
+        for part, beside in enumerate((held["VAE"], networks))
+    )
+    return draw, decode
+
+
+def counted(trace: Callable[..., jax.stages.Traced], *arguments: Any, trips: int = 1) -> tuple[float, float]:
+    """Operations of a program that is traced here, (convolutions, products), whatever kernel its attention has.
+
+    Args:
+        trace: makes the program anew.
+        *arguments: of `trace`.
+        trips: see :func:`hgdpo_jax.training.cost.operations`.
+    """
+    with _plain_attention():
+        jaxpr = trace(*arguments).jaxpr
+    return operations(jaxpr, ("conv_general_dilated",), trips), operations(jaxpr, ("dot_general",), trips)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Inside, attention is two products: what a kernel computes cannot be seen, and what it computes again is not
+    counted."""
+    kept = attend.kernel
+    attend.kernel = lambda *_: jax.nn.dot_product_attention
+    try:
+        yield
+    finally:
+        attend.kernel = kept
+
+
+def _placed(tree: Any, mesh: Mesh) -> Any:
+    """Shapes with the shardings of the table."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        runtime.shardings(tree, mesh),
+    )
+
+
+def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=runtime.batch_sharding(mesh))
+
+
+def size(tree: Any) -> int:
+    """Bytes of a device's part of some placed shapes."""
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))

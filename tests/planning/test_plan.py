@@ -1,0 +1,216 @@
+"""A step planned on eight processors' worth of devices, against formulas; and what the user may get wrong."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from safetensors import safe_open
+
+from hgdpo_jax import config as configuration
+from hgdpo_jax import plan
+from hgdpo_jax.config import ASSETS
+from hgdpo_jax.data.concepts import encoder_of
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.models import attend
+from hgdpo_jax.planning import devices, figures, program
+from hgdpo_jax.planning.figures import Compiled, Plan
+from hgdpo_jax.training import step as steps
+from hgdpo_jax.training.cost import operations
+from tests import tiny
+
+BASE = ASSETS / "portraits" / "base"
+PORTRAITS = ["--config", "configs/stage3.py:portraits"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """The command in this process; figures are kept in a home of the test's own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XLA_FLAGS", "")
+
+    def command(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["plan", *PORTRAITS, *arguments])
+        plan.main()
+        return capsys.readouterr().out
+
+    return command
+
+
+def elements(part: str) -> int:
+    with safe_open(next((BASE / part).glob("*.safetensors")), "np") as file:
+        return sum(int(jnp.prod(jnp.array(file.get_slice(key).get_shape()))) for key in file.keys())  # noqa: SIM118
+
+
+def lora_elements() -> int:
+    """Rank 8 on the four projections of each attention: 8 numbers for every input and output."""
+    with safe_open(next((BASE / "unet").glob("*.safetensors")), "np") as file:
+        names = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
+        return sum(8 * sum(file.get_slice(key).get_shape()) for key in file.keys() if key.endswith(names))  # noqa: SIM118
+
+
+def transformer_width() -> int:
+    """Of all transformer blocks together."""
+    with safe_open(next((BASE / "unet").glob("*.safetensors")), "np") as file:
+        return sum(file.get_slice(key).get_shape()[0] for key in file.keys() if key.endswith("attn1.to_q.weight"))  # noqa: SIM118
+
+
+def test_the_embedded_step_agrees_with_formulas_and_is_compiled_once(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = json.loads(run("--topology", "cpu:8", "--json", "--share", "0.5"))
+    lora, weights = 4 * lora_elements(), 4 * (elements("unet") + elements("text_encoder"))
+    assert found["held"] | {"optimizer": 0} == {
+        "weights": weights,
+        "policy": lora,
+        "reference": lora,
+        "optimizer": 0,
+        "policy of the base": lora,  # stage 3 goes on from stage 2's
+        "VAE": 4 * elements("vae"),
+    }
+    assert found["held"]["optimizer"] == pytest.approx(2 * lora, abs=16)  # AdamW's moments; its count, the last norm
+    latents, tokens = 2 * 2 * 16 * 16 * 4, 4 * 77  # of one pair: float16 and int32
+    compiled = found["compiled"]
+    assert compiled["arguments"] == pytest.approx(weights + 4 * lora + latents + tokens, abs=100)
+    # Gradients are added up, and some thirty numbers for the log. Where q, k and v (k and v) are one product, those of
+    # their LoRA's B come as three by three (two by two) blocks, of which three (two) are kept.
+    blocks = 4 * 8 * (6 + 2) * transformer_width()
+    assert 0 <= compiled["collectives"]["all-reduce"]["bytes"] - lora - blocks < 40 * 4
+    moved = sum(each["bytes"] for kind, each in compiled["collectives"].items() if kind != "all-reduce")
+    assert moved < 8 * 100 * latents  # winners and losers change places; no weight does
+    assert compiled["traffic"] > weights and found["fits"] and found["bound"] == "arithmetic"
+    assert found["examples_per_second"] == pytest.approx(8 * 0.5 / found["seconds"]["arithmetic"])
+    assert found["hours"] == pytest.approx(20 * 8 / found["examples_per_second"] / 3600)
+
+    monkeypatch.setattr(figures, "_compile", lambda *_: pytest.fail("it is compiled again"))
+    table = run("--topology", "cpu:8")
+    assert "8 x cpu" in table and "fits" in table and "hours for 20 steps" in table
+
+
+def test_operations_of_known_products() -> None:
+    x, w = jnp.ones((5, 7)), jnp.ones((7, 7))
+    image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
+
+    def looped(x: jax.Array, count: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, count, lambda _, x: x @ w, jax.lax.scan(lambda x, _: (x @ w, None), x, None, 3)[0])
+
+    def convolved(image: jax.Array) -> jax.Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+    one = 2 * 5 * 7 * 7
+    assert operations(jax.make_jaxpr(looped)(x, 11).jaxpr, trips=11) == (3 + 11) * one
+    twice = jax.make_jaxpr(lambda x: (jnp.tanh(x) @ w + jnp.tanh(x) @ w, x @ w))(x)
+    assert operations(twice.jaxpr) == 2 * one
+    both = program.counted(jax.jit(lambda x, image: (x @ w, convolved(image))).trace, x, image)
+    assert both == (2 * (2 * 8 * 8 * 4) * (3 * 3 * 3), one)
+
+
+def test_attention_counts_the_same_whatever_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = jax.ShapeDtypeStruct((2, 64, 3, 8), jnp.float32)
+    traced = jax.jit(lambda q: attend.attend(q, q, q)).trace
+    monkeypatch.setattr(attend, "kernel", lambda *_: lambda q, k, v: jax.pure_callback(lambda q: q, q, q))
+    assert program.counted(traced, q) == (0, 2 * 2 * (2 * 3 * 64 * 64 * 8))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("params", ["lora", "text_lora", "all", "adapter"])
+def test_every_kind_of_policy_is_planned_and_split_over_the_mesh(params: str, base: Path) -> None:
+    config = tiny.config(base)
+    config.train.params = params
+    if params == "adapter":
+        config.objective, config.pairs.winner, config.pairs.loser = "sft", "photograph", "none"
+        config.adapter.image_encoder = str(ASSETS / "portraits" / "scorer")
+    source, mesh = program.source_of(config, ""), tiny.mesh(data=2, fsdp=4)
+    held = program.step(config, source, mesh).held
+    policy = steps.split(program.pipeline_of(config, source, mesh), params)[1]
+    whole = sum(x.size * 4 for x in jax.tree.leaves(policy))
+    assert (held["policy"] == whole) == params.endswith("lora")  # LoRA is too small to be split
+    assert whole / 4 <= held["policy"] <= whole and held["optimizer"] == pytest.approx(2 * held["policy"], abs=16)
+    # The policy lies there twice: the base's, which is the reference of the first stage, and what is trained.
+    twice = (held["policy"], 0) if config.objective == "dpo" else (0, held["policy"])
+    assert (held["reference"], held["policy of the base"]) == twice
+
+
+def test_what_an_adapter_reads_is_known_without_its_encoder() -> None:
+    config = configuration.load("configs/personalise.py:portraits")
+    assert program.concept_shape(config) == encoder_of(config).nothing.shape[1:]
+    config = configuration.load("configs/personalise.py:sd15")
+    assert program.concept_shape(config) == (257, 1280)
+
+
+def test_each_step_of_drawing_is_counted(base: Path) -> None:
+    config, mesh = tiny.config(base), tiny.mesh(data=2)
+    config.pairs.update(guidance=3.0, batch=3)
+    source = program.source_of(config, "")
+    totals = []
+    for config.pairs.steps in (4, 9):
+        draw, decode = program.drawing(config, source, mesh)
+        totals.append(sum(draw.operations))
+        assert decode.beside == draw.held["unet"] + draw.held["text"] and draw.beside == draw.held["VAE"]
+    graph, weights = nnx.split(program.pipeline_of(config, source, mesh).unet)
+
+    def step(weights: nnx.State, x: jax.Array, text: jax.Array) -> jax.Array:
+        unet = nnx.merge(graph, weights)
+        return unet(x, jnp.zeros(len(x), jnp.int32), unet.keys_values(text))
+
+    text = jax.ShapeDtypeStruct((8, 77, 8), jnp.float32)  # four images, with and without a caption
+    both = sum(
+        program.counted(jax.jit(step).trace, weights, jax.ShapeDtypeStruct((8, *tiny.LATENT), jnp.float32), text)
+    )
+    memory = jax.jit(lambda weights, text: nnx.merge(graph, weights).keys_values(text)).trace
+    assert totals[1] - totals[0] == 5 * (both - sum(program.counted(memory, weights, text)))
+
+
+@pytest.mark.parametrize("per_example", [lambda n: 10 * n, lambda n: 10 * n + n * n / 40])
+def test_the_largest_batch_fits_and_one_that_is_a_tenth_larger_does_not(per_example) -> None:
+    tried = []
+
+    def at(count: int) -> Plan:
+        tried.append(count)
+        made = Compiled(arguments=100, temporaries=per_example(count))
+        return Plan("cpu", 1, "", count, {}, 0, made, 1000.0, 0.0, {}, {}, "")
+
+    count, found = figures.largest(at)
+    assert found.fits and found.examples == count and 100 + per_example(1.1 * count) > 1000
+    assert len(tried) <= 5
+
+
+def test_a_compiler_that_refuses_leaves_what_fitted() -> None:
+    def at(count: int) -> Plan:
+        made = Compiled(temporaries=10 * count) if count < 70 else Compiled(refused="RESOURCE_EXHAUSTED: 17 of 16 G")
+        return Plan("v5e", 1, "", count, {}, 0, made, 1000.0, 0.0, {}, {}, "")
+
+    count, found = figures.largest(at)
+    assert 60 < count < 70 and found.fits
+    assert not at(70).fits and figures.largest(lambda count: at(count + 69)) == (0, None)
+
+
+@pytest.mark.parametrize("name", ["v9:4x4", "v5e:4", "h100:9", "h100:2x8", "cpu:0", "cpu:x"])
+def test_an_unknown_topology_is_one_line(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^topology {name}: unknown; write v5e:4x4.*") as caught:
+        devices.prepare([name])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "plan-tpu"), ("h100:8", "plan-gpu")])
+def test_a_missing_compiler_is_one_line_with_its_command(
+    name: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=rf'^topology {name}: its compiler is not installed; pip install -e ".\[{extra}\]"'
+    ):
+        devices.prepare([name])
+
+
+def test_a_share_above_one_and_an_unknown_variant_are_refused(run, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        run("--share", "1.5")
+    with pytest.raises(UserError, match="config key model.base: is empty"):
+        run("--config.model.base=")
