@@ -12,8 +12,10 @@ import jax
 from jax.experimental import topologies
 
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.peaks import peak
 
 _GIB = 2**30
+_DTYPES = ("float32", "tf32", "float16", "bfloat16")
 _CORE = 2e10  # operations a second that a processor's core was measured to do (benchmarks/results/full_size.md)
 
 
@@ -40,30 +42,29 @@ class Chip:
     gpu: dict[str, Any] = field(default_factory=dict)
 
 
-def _tpu(memory: float, peak: float, bandwidth: float, interconnect: float) -> Chip:
-    """Products of float32 numbers are six of bfloat16, of tf32 three."""
-    peaks = {"bfloat16": peak, "float16": peak, "tf32": peak / 3, "float32": peak / 6}
+def _peaks(kind: str) -> dict[str, float]:
+    return {dtype: peak(kind, dtype) or 0.0 for dtype in _DTYPES}
+
+
+def _tpu(kind: str, memory: float, bandwidth: float, interconnect: float) -> Chip:
     source = "cloud.google.com/tpu/docs; memory: what libtpu lets a program fill"
-    return Chip("tpu", memory * _GIB, peaks, bandwidth, interconnect, source)
+    return Chip("tpu", memory * _GIB, _peaks(kind), bandwidth, interconnect, source)
 
 
-def _gpu(memory: int, peak: float, bandwidth: int, interconnect: float, **gpu: Any) -> Chip:
-    """Products of tf32 take twice as long as those of half precision; float32 has but the ordinary cores."""
-    ordinary = gpu["cores"] * 128 * 2 * gpu["clock"] * 1e9
-    peaks = {"bfloat16": peak, "float16": peak, "tf32": peak / 2, "float32": ordinary}
+def _gpu(name: str, memory: int, bandwidth: int, interconnect: float, **gpu: Any) -> Chip:
     source = "NVIDIA's data sheets, dense; memory: xla/backends/gpu/target_config/specs of OpenXLA, Apache-2.0"
-    return Chip("cuda", memory, peaks, bandwidth, interconnect, source, gpu)
+    return Chip("cuda", memory, _peaks(name), bandwidth, interconnect, source, {"name": name, **gpu})
 
 
 _HOPPER = {"major": 9, "cores": 132, "cache": 52_428_800, "clock": 1.98}
 _BLACKWELL = {"major": 10, "cores": 148, "cache": 132_644_864, "clock": 1.965}
 CHIPS = {
-    "v5e": _tpu(15.75, 197e12, 819e9, 200e9),
-    "v5p": _tpu(95.74, 459e12, 2765e9, 600e9),
-    "v6e": _tpu(31.25, 918e12, 1640e9, 400e9),
-    "h100": _gpu(84_929_347_584, 989e12, 3_352_320_000_000, 450e9, name="NVIDIA H100 80GB HBM3", **_HOPPER),
-    "h200": _gpu(151_397_597_184, 989e12, 4_800_000_000_000, 450e9, name="NVIDIA H200 141GB HBM3e", **_HOPPER),
-    "b200": _gpu(191_514_411_008, 2250e12, 7_672_320_000_000, 900e9, name="NVIDIA B200", **_BLACKWELL),
+    "v5e": _tpu("TPU v5e", 15.75, 819e9, 200e9),
+    "v5p": _tpu("TPU v5p", 95.74, 2765e9, 600e9),
+    "v6e": _tpu("TPU v6e", 31.25, 1640e9, 400e9),
+    "h100": _gpu("NVIDIA H100 80GB HBM3", 84_929_347_584, 3_352_320_000_000, 450e9, **_HOPPER),
+    "h200": _gpu("NVIDIA H200 141GB HBM3e", 151_397_597_184, 4_800_000_000_000, 450e9, **_HOPPER),
+    "b200": _gpu("NVIDIA B200", 191_514_411_008, 7_672_320_000_000, 900e9, **_BLACKWELL),
 }
 
 # GpuTargetConfigProto of XLA; what is not filled in is the same for these GPUs.
@@ -170,10 +171,9 @@ def describe(name: str) -> Topology:
             raise UserError(f"topology {name}: XLA_FLAGS gives {len(devices)} devices; take "
                             "--xla_force_host_platform_device_count out of it")  # fmt: skip
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
-        peak = _CORE * (os.cpu_count() or 1) / count
+        operations = _CORE * (os.cpu_count() or 1) / count
         source = "this machine's memory; operations of a core as measured (benchmarks/results/full_size.md)"
-        peaks = dict.fromkeys(("bfloat16", "float16", "tf32", "float32"), peak)
-        chip = Chip("cpu", memory, peaks, 0, 0, source)
+        chip = Chip("cpu", memory, dict.fromkeys(_DTYPES, operations), 0, 0, source)
         return Topology(name, chip, devices, {}, f"jaxlib {version('jaxlib')}")
     chip = CHIPS[kind]
     if platform == "tpu":

@@ -313,7 +313,7 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
         if line.endswith("{") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) ", line)):
             name, lines = header[2], []
             entry = name if header[1] else entry
-        elif line.startswith("}") and name:
+        elif line.rstrip() == "}" and name:  # a kernel's notes have lines that begin with brackets
             computations[name] = Computation(lines, root)
             name = ""
         elif name and " = " in line:

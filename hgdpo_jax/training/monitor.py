@@ -19,7 +19,7 @@ from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.metrics import MetricLog, average
 from hgdpo_jax.training.speed import peak
-from hgdpo_jax.training.step import Numbers, Params, TrainState
+from hgdpo_jax.training.step import Metrics, Numbers, Params, TrainState
 
 HELDOUT_PAIRS = 256
 SAMPLES = 8
@@ -43,7 +43,8 @@ class Monitor:
     def __init__(self, config: ConfigDict, folder: Path, inputs: Inputs, reference: Params, numbers: Numbers) -> None:
         self.log = MetricLog(folder / "logs")
         self._reference, self._frozen, self._numbers = reference, inputs.frozen, numbers
-        self._batch = config.train.batch
+        self._stage, self._dtype = config.stage, config.model.dtype
+        self._batch, self._rate = config.train.batch, config.train.lr
         settings, held = config.evaluate, inputs.pairs.sources["heldout"]
         self._painter = Painter(
             inputs.pipeline,
@@ -75,12 +76,30 @@ class Monitor:
         self._painter.use(state.result)
         latents = self._painter.generate(self._ids, self._keys, self._resolution, "samples", self._concept)
         self.log.images("samples", grid(self._painter.decode(latents, "decode"), 4), step)
-        found = []
-        for i, batch in enumerate(self._held):
-            noise = jax.random.split(runtime.stream_key(0, "heldout", i), self._batch)
-            batch = batch | {"key": runtime.put(noise, runtime.batch_sharding(self._painter.mesh))}
-            found.append(self._evaluate(state.policy, self._reference, self._frozen, batch, self._numbers))
+        if step == 0 and self._reference:
+            self._say_noise(state.policy)
+        found = [self._measured(state.policy, self._reference, i) for i in range(len(self._held))]
         self.log.write({f"heldout/{name}": value for name, value in average(jax.device_get(found)).items()}, step)
+
+    def _measured(self, policy: Params, reference: Params, i: int) -> Metrics:
+        """The loss's metrics on a batch of held-out pairs, at the noise that this batch always has."""
+        noise = jax.random.split(runtime.stream_key(0, "heldout", i), self._batch)
+        batch = self._held[i] | {"key": runtime.put(noise, runtime.batch_sharding(self._painter.mesh))}
+        return self._evaluate(policy, reference, self._frozen, batch, self._numbers)
+
+    def _say_noise(self, policy: Params) -> None:
+        """Prints how far apart the margins are of a policy that has gone as far as an optimizer step goes, but in no
+        direction, and of itself: with few bits that is rounding, times κ."""
+
+        def moved(path: tuple, x: jax.Array) -> jax.Array:
+            key = runtime.stream_key(0, "noise", runtime.path_name(path))
+            return x + self._rate * jax.random.rademacher(key, x.shape, x.dtype)
+
+        where = jax.tree.map(lambda x: x.sharding, policy)
+        apart = jax.jit(lambda tree: jax.tree.map_with_path(moved, tree), out_shardings=where)(policy)
+        noise = float(self._measured(apart, policy, 0)["dpo/margin_deviation"])
+        print(f"{self._stage}: {self._dtype} tells margins apart from {noise:.2g} on: rounding alone moves them so far "
+              f"after a step of {self._rate:g} in no direction; of smaller ones accuracies say little")  # fmt: skip
 
     def watch(self, values: dict[str, float], step: int) -> None:
         """Warns of a policy that unlearns the winners: both errors grow, and the pictures turn to noise.

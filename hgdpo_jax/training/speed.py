@@ -4,40 +4,16 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from hgdpo_jax import peaks as peaks_of
 from hgdpo_jax import processes
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.step import Batch, Metrics, Numbers, Params, TrainState
-
-
-class Peak(NamedTuple):
-    """Operations a second of one device in dense products, in 1e12: of bfloat16 and float16; of float32 as JAX
-    multiplies it unless told otherwise (TF32 on a GPU, one pass in bfloat16 on a TPU); of float32 in full."""
-
-    half: float
-    float32: float
-    float32_in_full: float | None
-
-
-# What JAX calls a device → its peak, without sparsity, as its maker says: for a TPU, cloud.google.com/tpu/docs/v4, v5e,
-# v5p and v6e (a chip is one device); for a GPU, the data sheets of A100, H100 and H200 and the page of HGX (B200: an
-# eighth of a board). A part of a GPU (MIG) is none of them.
-PEAKS: tuple[tuple[str, Peak], ...] = (
-    (r"TPU v4", Peak(275.0, 275.0, None)),
-    (r"TPU v5e|TPU v5 lite", Peak(197.0, 197.0, None)),
-    (r"TPU v5p?", Peak(459.0, 459.0, None)),
-    (r"TPU v6e|TPU v6 lite", Peak(918.0, 918.0, None)),
-    (r"NVIDIA A100(-SXM4-\d\dGB|-PCIE-40GB| 80GB PCIe)", Peak(312.0, 156.0, 19.5)),
-    (r"NVIDIA H100 80GB HBM3|NVIDIA H200", Peak(989.0, 494.5, 67.0)),
-    (r"NVIDIA H100 NVL|NVIDIA H200 NVL", Peak(835.5, 417.5, 60.0)),
-    (r"NVIDIA H100 PCIe", Peak(756.0, 378.0, 51.0)),
-    (r"NVIDIA B200", Peak(2250.0, 1125.0, 75.0)),
-)
 
 
 def peak(mesh: Mesh, dtype: str) -> float | None:
@@ -45,19 +21,10 @@ def peak(mesh: Mesh, dtype: str) -> float | None:
 
     Args:
         mesh: of any devices.
-        dtype: float32, bfloat16 or float16: what the model computes in.
+        dtype: `model.dtype`.
     """
-    plain = jax.config.jax_default_matmul_precision in (None, "default")
-    total = 0.0
-    for device in mesh.devices.flat:
-        found = next((peak for pattern, peak in PEAKS if re.fullmatch(pattern, device.device_kind)), None)
-        if found is None:
-            return None
-        value = found.half if dtype != "float32" else found.float32 if plain else found.float32_in_full
-        if value is None:
-            return None
-        total += 1e12 * value
-    return total
+    peaks = [peaks_of.peak(device.device_kind, dtype) for device in mesh.devices.flat]
+    return None if None in peaks else sum(peaks)
 
 
 def steps_to_trace(text: str) -> range:

@@ -56,7 +56,9 @@ ENTRY %main (weights: f32[4,1024], table: f32[64,1024], x: f32[1024], stack: f32
   %x = f32[1024]{0} parameter(2)
   %stack = f32[5,1024]{1,0} parameter(3)
   %one = s32[] constant(1)
-  %begin = s32[] copy(%one)
+  %begin = s32[] copy(%one), frontend_attributes={kernel_metadata={
+"notes": "in lines of their own"
+}}, metadata={op_name="begin"}
   %state = (s32[], f32[1024]{0}, f32[5,1024]{1,0}) tuple(%begin, %x, %stack)
   %loop = (s32[], f32[1024]{0}, /*index=2*/f32[5,1024]{1,0}) while(%state), condition=%condition, body=%body
   %gemm = (f32[4,1024]{1,0:S(1)}, s8[4194304]{0}) custom-call(%copy-done, %slice-done), custom_call_target="gemm"

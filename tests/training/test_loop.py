@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -339,7 +340,7 @@ def test_half_a_line_of_the_log_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_the_checkpoint_comes_before_the_pictures_which_a_resumed_run_makes_up_for(
-    finished: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     _copy(finished, tmp_path)
     with monkeypatch.context() as killed:
@@ -348,10 +349,18 @@ def test_the_checkpoint_comes_before_the_pictures_which_a_resumed_run_makes_up_f
             train(tiny.config(base, steps=8), tmp_path)
     assert Checkpoints(tmp_path / "stage1").latest() == 8 and not metrics.looked(tmp_path / "stage1" / "logs", 8)
     made: list[int] = []
-    monkeypatch.setattr(Monitor, "look", lambda self, state, step: made.append(step) or LOOK(self, state, step))
+
+    def look(monitor: Monitor, state: steps.TrainState, step: int) -> None:
+        made.append(step)
+        LOOK(monitor, state, step)
+        monitor._say_noise(state.policy)
+
+    monkeypatch.setattr(Monitor, "look", look)
     for _ in range(2):
         train(tiny.config(base, steps=8), tmp_path)
     assert made == [8] and metrics.looked(tmp_path / "stage1" / "logs", 8)
+    noise = re.search(r"stage1: float32 tells margins apart from ([\d.e-]+) on", capsys.readouterr().out)
+    assert 0.0 < float(noise[1]) < 100.0
 
 
 def test_a_resumed_state_is_restored_into_nothing(

@@ -73,10 +73,8 @@ def devices(*kinds: str) -> Any:
 
 def test_a_peak_is_of_all_devices_and_of_those_that_are_known() -> None:
     assert peak(devices(*["NVIDIA H100 80GB HBM3"] * 8), "bfloat16") == 8 * 989e12
-    assert peak(devices("NVIDIA A100-SXM4-40GB"), "float32") == 156e12  # TF32
-    with jax.default_matmul_precision("highest"):
-        assert peak(devices("NVIDIA A100-SXM4-40GB"), "float32") == 19.5e12
-        assert peak(devices("TPU v4"), "float32") is None
+    assert peak(devices("NVIDIA A100-SXM4-40GB"), "tf32") == 156e12
+    assert peak(devices("NVIDIA A100-SXM4-40GB"), "float32") == 19.5e12
     assert peak(devices("TPU v5 lite"), "bfloat16") == 197e12 and peak(devices("TPU v5"), "bfloat16") == 459e12
     assert peak(devices("cpu"), "float32") is None
     assert peak(devices("NVIDIA A100-SXM4-40GB MIG 1g.5gb"), "bfloat16") is None

@@ -1,0 +1,88 @@
+"""What float16 and bfloat16 make of the step: gradients that do not vanish, margins that mean something."""
+
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hgdpo_jax import runtime
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.training import optimizer
+from hgdpo_jax.training import policy as policies
+from hgdpo_jax.training import step as steps
+from hgdpo_jax.training.loop import train
+from hgdpo_jax.training.monitor import Monitor
+from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
+from tests import tiny
+from tests.training.test_step import batch
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("base"))
+
+
+@cache
+def measured(base: Path, dtype: str) -> tuple[float, np.ndarray]:
+    """(mean margin of a policy against one that is next to it, at κ = 2500; its gradient at κ = 50, times a
+    constant)."""
+    config = tiny.config(base, clip_norm=0.0, lambda_stat=0.0)
+    config.model.dtype = dtype
+    pipeline = policies.load(config, tiny.mesh())
+    denoiser, policy, frozen = steps.split(pipeline, "lora")
+    signs = np.random.default_rng(0)
+    apart = jax.tree.map(lambda x: x + 1e-6 * signs.choice([-1.0, 1.0], x.shape).astype(np.float32), policy)
+    tx = make_optimizer(config.train)
+    step = steps.make_step(steps.dpo_loss(denoiser, pipeline.schedule), tx, 1)
+
+    def run(beta: float) -> tuple[steps.TrainState, steps.Metrics]:
+        numbers = numbers_of(config, 0)._replace(beta=np.float32(beta))
+        return step(steps.init_state(policy, tx, 0.0), apart, frozen, batch(), numbers)
+
+    noise = float(run(5000.0)[1]["dpo/margin_deviation"])
+    state, found = run(100.0)
+    values = [x for x in jax.tree.leaves((state.policy, state.optimizer, found)) if jnp.issubdtype(x.dtype, float)]
+    assert all(x.dtype == jnp.float32 for x in values)
+    return noise, np.asarray(optax.tree.get(state.optimizer, "mu"))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8)])
+def test_gradients_are_those_of_float32_as_far_as_the_bits_go(base: Path, dtype: str, bits: int) -> None:
+    wanted, found = measured(base, "float32")[1], measured(base, dtype)[1]
+    # Weights and every value in between are rounded: by the half of a last bit, some dozens of times on the way.
+    assert np.linalg.norm(found - wanted) <= 24 * 2.0**-bits * np.linalg.norm(wanted)
+
+
+def test_margins_in_float16_have_a_fraction_of_the_noise_of_bfloat16(base: Path) -> None:
+    """The policies are so near to each other that their margins are rounding, but for float32's."""
+    noise = {dtype: measured(base, dtype)[0] for dtype in ("float32", "float16", "bfloat16")}
+    assert noise["float32"] < noise["float16"] < noise["bfloat16"] / 3  # it is eight times as fine
+
+
+def test_float16_trains_and_stops_where_a_number_is_too_large(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Monitor, "look", tiny.glance)
+    tiny.write_pairs(tmp_path / "stage1" / "pairs")
+    config = tiny.config(base, steps=2)
+    config.model.dtype = "float16"
+    train(config, tmp_path)
+    monkeypatch.setattr(optimizer, "LOSS_SCALE", 2.0**100)
+    config.train.steps = 4
+    with pytest.raises(UserError, match="gradient_norm is (nan|inf) at step 3.*take bfloat16 where config.model.dtype"):
+        train(config, tmp_path)
+
+
+def test_float32_products_are_exact_unless_tf32_is_asked_for() -> None:
+    """On every device: products of a program say how many bits they need."""
+    try:
+        for dtype, wanted in (("float32", "HIGHEST"), ("tf32", "HIGH"), ("bfloat16", "HIGH")):
+            runtime.use_precision(dtype)
+            text = jax.jit(lambda x: x @ x).lower(jnp.ones((8, 8))).as_text()
+            assert f"precision = [{wanted}, {wanted}]" in text
+    finally:
+        jax.config.update("jax_default_matmul_precision", None)
