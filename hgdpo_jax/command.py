@@ -21,14 +21,23 @@ from hgdpo_jax.errors import Stopped, UserError
 _SHOWN = 30  # seconds after which a file has been seen on every host
 
 
-def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[ConfigDict, Path]:
+def parse(
+    description: str, arguments: Sequence[str] | None = None, parents: Sequence[argparse.ArgumentParser] = ()
+) -> tuple[ConfigDict, Path]:
     """(validated config, workdir) of a command line.
+
+    Args:
+        description: of the command.
+        arguments: those of this process unless given.
+        parents: of further options, which the caller has read; they are shown by --help.
 
     Raises:
         UserError: an argument or override that does not exist, or a workdir that cannot be used.
     """
     parser = argparse.ArgumentParser(
-        description=description, epilog="Any setting: --config.train.lr=1e-5 (python -m hgdpo_jax.config lists them)."
+        description=description,
+        epilog="Any setting: --config.train.lr=1e-5 (python -m hgdpo_jax.config lists them).",
+        parents=parents,
     )
     parser.add_argument("--config", required=True, help="config file with its variant, configs/stage1.py:portraits")
     parser.add_argument("--workdir", required=True, type=files.folder, help="folder of the run")

@@ -108,6 +108,7 @@ class Setting(NamedTuple):
 _COUNT, _SHARE, _NOT_NEGATIVE = Range(1), Range(0, 1), Range(0)
 _POSITIVE = Range(0, open_low=True)
 _DECAY = Range(0, 1, open_high=True)
+_BUCKET = Text(r"(gs://[\w.-]+(/[\w.-]+)+)?", "gs://bucket/folder, or nothing")
 _ANY, _FLAG = Text(r"[\s\S]*", "text"), Flag()
 _FOLDER = Text(r"(?!\.+$)[^/\\\[\]*?]+", "a name of a folder, without / \\ [ ] * ?")
 _RESOLUTION = Text(r"[1-9]\d*x[1-9]\d*", "HEIGHTxWIDTH in pixels, like 1024x704")
@@ -186,6 +187,8 @@ SETTINGS = (
     Setting("train.ema", 0.0, _DECAY,
             "decay of the averaged policy; 0: none. What is averaged is what the stage hands on"),
     Setting("train.checkpoint_every", 1000, _COUNT, "steps"),
+    Setting("train.checkpoints", "", _BUCKET,
+            "where policy and reference are kept: a folder of this run alone in a bucket; empty: the workdir"),
     Setting("train.log_every", 50, _COUNT, "steps"),
     Setting("train.eval_every", 1000, _COUNT, "steps between looks at held-out pairs and pictures"),
     Setting("evaluate.scorer", "", _ANY,

@@ -4,15 +4,19 @@ import codecs
 import errno
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import fsspec
+from etils import epath
 
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.images import Picture, image_shape
@@ -22,9 +26,16 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".partial.{path.name}")
 
 
+def in_bucket(path: Path) -> bool:
+    """Whether a path is an address of object storage: an object appears whole, and is on the disk when it appears."""
+    return "://" in str(path)
+
+
 def sync(path: Path) -> None:
     """Waits until a file, or a folder with all that is below it, is on the disk."""
-    for entry in [*path.rglob("*"), path]:  # a file has nothing below it
+    if in_bucket(path):
+        return
+    for entry in [*Path(path).rglob("*"), path]:  # a file has nothing below it
         _sync_entry(entry)
 
 
@@ -67,10 +78,14 @@ def _remove(path: Path) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) -> None:
-    """Readable JSON; makes the folder."""
+    """Readable JSON; makes the folder. Also in a bucket."""
+    text = json.dumps(value, indent=indent, sort_keys=True) + "\n"
+    if in_bucket(path):
+        path.write_text(text)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=indent, sort_keys=True) + "\n")
+        temporary.write_text(text)
 
 
 def file_hash(path: Path) -> str:
@@ -94,7 +109,9 @@ def json_hash(value: Any) -> str:
 
 
 def need_space(folder: Path, size: float, what: str) -> None:
-    """Raises UserError unless `size` bytes are free where `folder` is."""
+    """Raises UserError unless `size` bytes are free where `folder` is. A bucket has room."""
+    if in_bucket(folder):
+        return
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(f"{folder}: {free / 1e6:,.1f} MB free, {what} needs {size / 1e6:,.1f}; free some disk space")
@@ -108,8 +125,44 @@ def folder(text: str) -> Path:
     """
     if "://" in text:
         raise UserError(f"{text}: is object storage, which has no renames and locks; give a folder on a file system "
-                        "that all hosts mount: NFS, Lustre, Filestore (gcsfuse is for photographs only)")  # fmt: skip
+                        "that all hosts mount: NFS, Lustre, Filestore (gcsfuse is for photographs only). Checkpoints "
+                        "may lie in a bucket: --config.train.checkpoints=gs://bucket/folder")  # fmt: skip
     return Path(text)
+
+
+def bucket(address: str, key: str) -> epath.Path:
+    """A folder in object storage, which need not exist.
+
+    Args:
+        address: gs://bucket/folder.
+        key: of the config that gives it.
+
+    Raises:
+        UserError: the package that reaches it is not installed, or it cannot be read.
+    """
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"config key {key}={address}: needs the package gcsfs; pip install -e '.[gcs]'")
+    # Other processes, and TensorStore, write there too: what was listed before is out of date.
+    fsspec.config.conf["gcs"] = {"use_listings_cache": False}
+    with _reached(address, key), suppress(FileNotFoundError):
+        list(epath.Path(address).iterdir())
+    return epath.Path(address)
+
+
+def require_writable(address: str, key: str) -> None:
+    """Raises UserError where nothing can be written in a folder of :func:`bucket`."""
+    with _reached(address, key):
+        (epath.Path(address) / ".written").write_text("")
+        (epath.Path(address) / ".written").unlink()
+
+
+@contextmanager
+def _reached(address: str, key: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of gcsfs, of Google's packages and of the network, which share no class
+        raise UserError(f"config key {key}={address}: cannot be reached ({' '.join(str(error).split())}); give a "
+                        "bucket that this host's credentials may read and write") from error  # fmt: skip
 
 
 def require_plain(workdir: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -16,6 +17,7 @@ _ORIENTATION = 0x0112
 SUFFIXES = frozenset(Image.registered_extensions())
 _OF_PROFILE = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # colour space → Pillow's mode
 _SRGB = ImageCms.createProfile("sRGB")
+_filters = Lock()  # of warnings: all threads share them
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class UnreadableImage(Exception):
 def _opened(image: Path | Picture) -> Iterator[Image.Image]:
     """The image, opened; what goes wrong meanwhile is an UnreadableImage."""
     try:
-        with warnings.catch_warnings():
+        content = image if isinstance(image, Path) else io.BytesIO(image.read())
+        with _filters, warnings.catch_warnings():
             # Pillow's limit is for what strangers upload; beyond twice that it raises.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(image if isinstance(image, Path) else io.BytesIO(image.read())) as file:
-                yield file
+            opened = Image.open(content)  # which reads no more than the header
+        with opened as file:
+            yield file
     except Exception as error:  # Pillow's plugins raise whatever they stumble over: SyntaxError, struct.error, …
         raise UnreadableImage(" ".join(str(error).split()) or type(error).__name__) from error
 

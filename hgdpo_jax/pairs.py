@@ -9,6 +9,7 @@ next group. Several processes make different shards.
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import Index, json_hash
 from hgdpo_jax.models.convert import folder_hash
 from hgdpo_jax.scoring.preference import Scorer
+
+Pixels = tuple[Sequence[Photograph], np.ndarray | None, np.ndarray | None]
 
 
 def depends_on(config: ConfigDict) -> list[str]:
@@ -184,31 +187,47 @@ def _make(
     content = index if uses_pixels(config) else None
     size = _group_size(settings)
     groups = [(part, begin) for part in todo for begin in range(0, len(part.photographs), size)]
-    silent = not processes.first_process()
-    for part, begin in tqdm(groups, desc=f"{config.stage} pairs", unit="group", disable=silent):
-        photographs, resolution = part.photographs[begin : begin + size], resolutions[part.resolution]
+
+    def begun(group: tuple[Part, int]) -> tuple[Part, int, Path, list[shards.Example], Future[Pixels] | None]:
+        """A group, where it is written, what it is made of, and its pixels, which are being read; None where it is
+        there."""
+        part, begin = group
+        photographs = part.photographs[begin : begin + size]
         examples, path = shards.examples_of(photographs, content), shards.group_path(part.path, begin)
-        if not shards.is_group_of(path, examples):
-            readable, images, losers = photographs, None, None
-            if uses_pixels(config):
-                readable, images = load_images(photographs, resolution)
-            if settings.loser == "given":
-                readable, images, losers = load_losers(readable, images)
-            before = records[part.role]
-            made = make_records(
-                config, painter, scorer, readable, images, resolution, pipeline.tokenize, before, concepts, losers
-            )
-            ids = {photograph.id for photograph in readable}
-            shards.write_shard(path, schema, made, [e._replace(readable=e.id in ids) for e in examples])
-        if begin + size >= len(part.photographs):
-            shards.join(part.path, [shards.group_path(part.path, b) for b in range(0, len(part.photographs), size)])
-            index.save()
+        there = shards.is_group_of(path, examples)
+        pixels = None if there else reader.submit(_pixels, config, photographs, resolutions[part.resolution])
+        return part, begin, path, examples, pixels
+
+    silent = not processes.first_process()
+    with ThreadPoolExecutor(1) as reader:
+        bar = tqdm(groups, desc=f"{config.stage} pairs", unit="group", disable=silent)
+        for part, begin, path, examples, pixels in runtime.ahead(begun, bar):
+            if pixels is not None:
+                readable, images, losers = pixels.result()
+                resolution, before = resolutions[part.resolution], records[part.role]
+                made = make_records(
+                    config, painter, scorer, readable, images, resolution, pipeline.tokenize, before, concepts, losers
+                )
+                ids = {photograph.id for photograph in readable}
+                shards.write_shard(path, schema, made, [e._replace(readable=e.id in ids) for e in examples])
+            if begin + size >= len(part.photographs):
+                shards.join(part.path, [shards.group_path(part.path, b) for b in range(0, len(part.photographs), size)])
+                index.save()
     processes.together()
     if processes.first_process():
         splits: dict[str, list[Path]] = {}
         for part in plan:
             splits.setdefault(f"{part.role}_{part.resolution}", []).append(part.path)
         shards.finish(plan[0].path.parent, schema, splits, latents)
+
+
+def _pixels(config: ConfigDict, photographs: Sequence[Photograph], resolution: tuple[int, int]) -> Pixels:
+    """The photographs that can be read, their pixels, and those of the losers that are given; None where not used."""
+    if not uses_pixels(config):
+        return photographs, None, None
+    if config.pairs.loser == "given":
+        return load_losers(*load_images(photographs, resolution))
+    return *load_images(photographs, resolution), None
 
 
 def _group_size(settings: ConfigDict) -> int:

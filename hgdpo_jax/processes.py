@@ -9,6 +9,7 @@ process alone decides, and is signalled, in the same way without them.
 import ctypes
 import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -109,11 +110,12 @@ def first(decide: Callable[[], Any]) -> Any:
     return json.loads(text)
 
 
-def together() -> None:
-    """Waits until all processes are here."""
-    client, name = distributed.global_state.client, f"hgdpo/together/{next(_numbers)}"
+def together(name: str | None = None) -> None:
+    """Waits until all processes are here. Beside the main thread it takes a name, which is used but once: the number
+    that the main thread's get would differ between processes."""
+    name = f"hgdpo/together/{next(_numbers) if name is None else name}"
     if not alone():
-        client.wait_at_barrier(name, _FOREVER)
+        distributed.global_state.client.wait_at_barrier(name, _FOREVER)
 
 
 def agree(what: dict[str, str]) -> None:
@@ -190,6 +192,17 @@ def _message(key: str) -> str | None:
         raise
 
 
+def _of_all(folder: str, count: int, seconds: float) -> list[str]:
+    """The messages below a name, once there are `count`, or those that have come by then. However many processes there
+    are, it asks no oftener."""
+    client, until = distributed.global_state.client, time.monotonic() + seconds
+    while True:
+        found = client.key_value_dir_get(f"{folder}/")
+        if len(found) >= count or time.monotonic() > until:
+            return [value for _, value in found]
+        time.sleep(0.1)
+
+
 class Stopping:
     """A training that a signal does not end at once, but after a step, whose state is saved. A second signal does.
 
@@ -234,12 +247,8 @@ class Stopping:
             self._step = max(self._step, step)
             if self._asked is None or step < self._promise:
                 return False
-        agreed = self._promise
-        if not alone():
-            client = distributed.global_state.client
-            names = [f"hgdpo/promise/{index}" for index in range(jax.process_count())]
-            agreed = max(int(client.blocking_key_value_get(name, _FOREVER)) for name in names)
-        return step >= agreed
+        promises = [self._promise] if alone() else map(int, _of_all("hgdpo/promise", jax.process_count(), math.inf))
+        return step >= max(promises)
 
     def stop(self) -> NoReturn:
         """Raises Stopped, once the state is saved."""
@@ -286,11 +295,8 @@ def end_all(line: str, code: int) -> NoReturn:
         with suppress(RuntimeError):  # another said it before, or the service is gone
             client.key_value_set("hgdpo/end", json.dumps({"line": line, "code": code}))
         if first_process():  # its service has to outlive what the others read in it
-            until = time.monotonic() + 5.0
-            for index in range(1, jax.process_count()):
-                with suppress(RuntimeError):
-                    left = max(0.0, until - time.monotonic())
-                    client.blocking_key_value_get(f"hgdpo/ended/{index}", int(1000 * left) + 1)
+            with suppress(RuntimeError):
+                _of_all("hgdpo/ended", jax.process_count() - 1, 5.0)
     _exit(line, code)
 
 

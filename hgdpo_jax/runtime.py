@@ -5,7 +5,8 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 from hgdpo_jax import files, processes
 from hgdpo_jax.errors import UserError
 
-Result = TypeVar("Result")
+Item, Result = TypeVar("Item"), TypeVar("Result")
 AXES = ("data", "fsdp", "tensor")
 _ISA = "--xla_cpu_max_isa"
 
@@ -254,6 +255,16 @@ def to_devices(part: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
         return jax.make_array_from_callback((size * ways, *value.shape[1:]), batch_sharding(mesh), shard)
 
     return {name: one(value) for name, value in part.items()}
+
+
+def ahead(begin: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """What `begin` makes of each item: it begins the next before the last is used, which it does not wait for."""
+    begun: deque[Result] = deque()
+    for item in items:
+        begun.append(begin(item))
+        if len(begun) > 1:
+            yield begun.popleft()
+    yield from begun
 
 
 def to_host(array: jax.Array | np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ prepare() {
   "${vm[@]}" scp "$archive" "$name:" --zone "$zone" --worker=all
   on_all "tar xzf hgdpo_jax.tar.gz && { [ -x hgdpo/bin/python ] ||
     { sudo apt-get install -y -qq python3.11-venv && python3.11 -m venv hgdpo; }; } &&
-    hgdpo/bin/pip install --quiet ./hgdpo_jax[tpu]"
+    hgdpo/bin/pip install --quiet ./hgdpo_jax[tpu,gcs]"
 }
 
 prepare

@@ -44,7 +44,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return tiny.write_sdxl(tmp_path_factory.mktemp("sdxl"))
 
 
-def at_once(config: ConfigDict, folder: Path, inputs: Any, start: Any, checkpoints: Checkpoints) -> None:
+def at_once(config: ConfigDict, folder: Path, inputs: Any, start: Any, checkpoints: Checkpoints, traced: range) -> None:
     """In place of the steps, which would only have to be compiled: the checkpoint of a LoRA that does something."""
     moved = lambda x: np.asarray(x) + 0.1 * np.cos(np.arange(x.size, dtype=np.float32)).reshape(x.shape)  # noqa: E731
     policy = jax.tree.map(lambda x: jax.device_put(moved(x), x.sharding), start.state.policy)

@@ -12,31 +12,37 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 _FIELDS = ("winner", "loser", "input_ids", "concept")
-
-
-def arrays(record: dict[str, Any]) -> Batch:
-    """What a step needs of a record: latents and concept features float32, token ids int32."""
-    return {
-        name: np.asarray(record[name], np.int32 if name == "input_ids" else np.float32)
-        for name in _FIELDS
-        if name in record
-    }
-
-
 _PASSES = 2**32  # without end; a length that Grain cannot count with is not taken
 
 
-class _Rows:
-    """Some rows of every batch of a stream, one after the other."""
+def _stacked(source: Sequence[dict[str, Any]], numbers: Sequence[int]) -> Batch:
+    """What a step needs of some records, as they are stored: latents and concept features float16, token ids int32.
 
-    def __init__(self, stream: Any, batch: int, rows: Sequence[int]) -> None:
-        self._stream, self._batch, self._rows = stream, batch, rows
+    Each is copied before the next is read: memory that the processor has at hand is used again.
+    """
+    batch: Batch = {}
+    for row, number in enumerate(numbers):
+        record = source[int(number)]
+        for name in _FIELDS:
+            if name in record:
+                value = np.asarray(record[name])
+                if name not in batch:
+                    batch[name] = np.empty((len(numbers), *value.shape), value.dtype)
+                batch[name][row] = value
+    return batch
+
+
+class _Batches:
+    """Some rows of every batch of a source whose records are taken in an order."""
+
+    def __init__(self, source: Sequence[Any], order: Sequence[int], batch: int, rows: Sequence[int]) -> None:
+        self._source, self._order, self._batch, self._rows = source, order, batch, rows
 
     def __len__(self) -> int:
-        return len(self._stream) // self._batch * len(self._rows)
+        return len(self._order) // self._batch
 
-    def __getitem__(self, i: int) -> Any:
-        return self._stream[i // len(self._rows) * self._batch + int(self._rows[i % len(self._rows)])]
+    def __getitem__(self, i: int) -> Batch:
+        return _stacked(self._source, [self._order[i * self._batch + int(row)] for row in self._rows])
 
 
 class PairLoader:
@@ -57,9 +63,10 @@ class PairLoader:
         self, sources: Sequence[Any], batch: int, seed: int, position: int = 0, rows: Sequence[int] | None = None
     ) -> None:
         rows = range(batch) if rows is None else rows
-        streams = [grain.MapDataset.source(source).seed(seed).shuffle().repeat(_PASSES) for source in sources]
+        orders = [grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(_PASSES) for source in sources]
         batches = [
-            grain.MapDataset.source(_Rows(stream, batch, rows)).map(arrays).batch(len(rows)) for stream in streams
+            grain.MapDataset.source(_Batches(source, order, batch, rows))
+            for source, order in zip(sources, orders, strict=True)
         ]
         # Mixed by position, after batching: every process takes the same source at the same step.
         dataset = grain.MapDataset.mix(batches, weights=[len(source) for source in sources])
@@ -83,8 +90,5 @@ def first_batches(source: Any, batch: int, limit: int, rows: Sequence[int] | Non
     """Some rows (all unless given) of each full batch of the first records in order, at most `limit`; the last wraps
     around to the first."""
     count = max(1, min(len(source), limit) // batch) if len(source) >= batch else 1
-    found = []
-    for begin in range(0, count * batch, batch):
-        examples = [arrays(source[int(begin + row) % len(source)]) for row in (range(batch) if rows is None else rows)]
-        found.append({name: np.stack([example[name] for example in examples]) for name in examples[0]})
-    return found
+    rows = range(batch) if rows is None else rows
+    return [_stacked(source, [(begin + row) % len(source) for row in rows]) for begin in range(0, count * batch, batch)]

@@ -213,15 +213,16 @@ class Painter:
         return self._run(lambda part: self._encode(self._weights, part["image"]), {"image": images}, note)
 
     def _run(self, program: Callable[[dict[str, jax.Array]], Any], arrays: dict[str, Any], note: str) -> Any:
-        """Batches of one size through a jitted program; the last is padded with its last row."""
+        """Batches of one size through a jitted program; the last is padded with its last row. The devices have the next
+        one while a result is fetched."""
         count = len(next(iter(arrays.values())))
         sharding = runtime.batch_sharding(self.mesh)
-        parts = []
-        begins = range(0, count, self.batch)
-        for begin in tqdm(
-            begins, desc=note, unit="batch", leave=False, disable=self._silent or len(begins) == 1 or None
-        ):
+
+        def run(begin: int) -> Any:
             index = np.minimum(np.arange(begin, begin + self.batch), count - 1)
-            part = runtime.put({name: value[index] for name, value in arrays.items()}, sharding)
-            parts.append(jax.tree.map(runtime.to_host, program(part)))
+            return program(runtime.put({name: value[index] for name, value in arrays.items()}, sharding))
+
+        begins = range(0, count, self.batch)
+        bar = tqdm(begins, desc=note, unit="batch", leave=False, disable=self._silent or len(begins) == 1 or None)
+        parts = [jax.tree.map(runtime.to_host, part) for part in runtime.ahead(run, bar)]
         return jax.tree.map(lambda *rows: np.concatenate(rows)[:count], *parts)

@@ -25,7 +25,7 @@ _LONG = 1024
 _PROBABILITIES = 2**26  # that XLA may hold at once on a device: 256 MB in float32
 # Splash: a block is a multiple of the lanes. The gradient of queries is a sum over the blocks of keys, each of which is
 # written: these are as large as fit on the chip.
-_LANES, _BLOCK, _KEYS_OF_GRADIENT = 128, 512, 4096
+_LANES, _BLOCK, _KEYS_OF_GRADIENT = 128, 512, 2048
 
 
 def attend(q: Queries, k: Keys, v: Keys, sharding: NamedSharding | None = None) -> Queries:
@@ -45,7 +45,7 @@ def attend(q: Queries, k: Keys, v: Keys, sharding: NamedSharding | None = None) 
     part = NamedSharding(mesh, spec).shard_shape
     q_part, k_part = (jax.ShapeDtypeStruct(part(x.shape), x.dtype) for x in (q, k))
     found = kernel(mesh.devices.flat[0], q_part, k_part)
-    if mesh.size == 1 or found is jax.nn.dot_product_attention:  # which the compiler splits by itself
+    if mesh.size == 1 or found is xla:  # which the compiler splits by itself
         return found(q, k, v)
     # Neither replicated nor varying values are told apart inside a Pallas kernel.
     return jax.shard_map(found, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
@@ -59,7 +59,15 @@ def kernel(device: jax.Device, q: Queries, k: Keys) -> Callable[[Queries, Keys, 
     half = q.dtype in (jnp.float16, jnp.bfloat16)
     if device.device_kind.startswith("NVIDIA") and n >= _LONG and half and width % 8 == 0 and width <= 128:
         return cudnn
-    return jax.nn.dot_product_attention if _chunks(q, k) == 1 else in_chunks
+    return xla if _chunks(q, k) == 1 else in_chunks
+
+
+def xla(q: Queries, k: Keys, v: Keys, is_causal: bool = False) -> Queries:
+    """JAX's own; `is_causal`: a query sees the keys up to its own place."""
+    if q.dtype == jnp.float16 and jax.default_backend() == "cpu":  # which has no such products with float32 sums
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal).astype(jnp.float16)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal)
 
 
 def splash(q: Queries, k: Keys, v: Keys, interpret: bool = False) -> Queries:
@@ -117,7 +125,7 @@ def in_chunks(q: Queries, k: Keys, v: Keys) -> Queries:
     """As XLA does it, some queries at a time. The gradient computes their probabilities again."""
     (b, n, heads, width), chunks = q.shape, _chunks(q, k)
     parts = q.reshape(b, chunks, n // chunks, heads, width).swapaxes(0, 1)
-    found = jax.lax.map(jax.checkpoint(lambda part: jax.nn.dot_product_attention(part, k, v)), parts)
+    found = jax.lax.map(jax.checkpoint(lambda part: xla(part, k, v)), parts)
     return found.swapaxes(0, 1).reshape(q.shape)
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.models.attend import xla
 from hgdpo_jax.models.layers import conv, embed, layer_norm, linear, normal
 from hgdpo_jax.models.lora import together
 from hgdpo_jax.models.model_config import ModelConfig, check_only
@@ -50,7 +51,7 @@ class CLIPAttention(nnx.Module):
         """Each token sees all, or with `causal` those up to itself."""
         projected = together([self.q_proj, self.k_proj, self.v_proj], x)
         q, k, v = (y.reshape(*x.shape[:2], self.heads, -1) for y in projected)
-        return self.out_proj(jax.nn.dot_product_attention(q, k, v, is_causal=causal).reshape(x.shape))
+        return self.out_proj(xla(q, k, v, causal).reshape(x.shape))
 
 
 class CLIPMLP(nnx.Module):

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.models.attend import xla
 from hgdpo_jax.models.attention import Identity, Memory
 from hgdpo_jax.models.clip import CLIPVisionModelWithProjection
 from hgdpo_jax.models.convert import Place, abstract, from_torch, read_config, to_torch
@@ -78,7 +79,7 @@ class PerceiverAttention(nnx.Module):
         context = jnp.concatenate([self.norm1(x), latents], axis=1)
         projected = (self.to_q(latents), *jnp.split(self.to_kv(context), 2, axis=-1))
         q, k, v = (part.reshape(*part.shape[:2], -1, _HEAD_WIDTH) for part in projected)
-        return self.to_out(jax.nn.dot_product_attention(q, k, v).reshape(*latents.shape[:2], -1))
+        return self.to_out(xla(q, k, v).reshape(*latents.shape[:2], -1))
 
 
 class Resampler(nnx.Module):

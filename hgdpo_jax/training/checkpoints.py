@@ -4,14 +4,21 @@
     W/stageN/policy/STEP/            policy, its average, optimizer, data position, config
     W/stageN/policy/STEP.sha256.json written last: the hashes of the files of that step
 
+or in a bucket, see `train.checkpoints`; no rename and no lock is needed.
+
 Orbax does not notice a flipped bit and takes an empty folder for a checkpoint, hence the hashes: a step that does not
 match them is reported and passed over. What was written is read back before its hashes are.
+
+Training waits only until a step is copied to the host. The host's memory then holds this process's part of the state
+(and once more, at most, what Orbax has sliced of it to write) until it is written and read back.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +26,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
 
 from hgdpo_jax import processes
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import file_hash, need_space, require_plain, sync, write_json
+from hgdpo_jax.files import bucket, file_hash, in_bucket, need_space, require_plain, sync, write_json
 from hgdpo_jax.runtime import path_name, to_host
 
 Tree = Any
+Held = list[tuple[str, tuple[slice, ...], np.ndarray]]
 KEEP = 2
 _READ_AT_ONCE = 2.5e8  # bytes
+_FOREVER = 7 * 24 * 3600  # seconds that processes wait for each other's files: one that died is missed elsewhere
 
 
 def tree_hash(tree: Tree) -> str:
@@ -40,8 +51,13 @@ def tree_hash(tree: Tree) -> str:
     return digest.hexdigest()
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    return {str(f.relative_to(folder)): file_hash(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in sorted(folder.iterdir()):
+        yield from _files(path) if path.is_dir() else [path]
+
+
+def _hashes(folder: epath.Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): file_hash(path) for path in _files(folder)}
 
 
 def _flat(tree: Tree) -> dict[str, Any]:
@@ -54,7 +70,7 @@ def _target(tree: Tree) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in _flat(tree).items()}
 
 
-def _need_space(folder: Path, tree: Tree) -> None:
+def _need_space(folder: epath.Path, tree: Tree) -> None:
     need_space(folder, 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + 1e6, "a checkpoint")
 
 
@@ -75,87 +91,165 @@ def require_finite(step: int, tree: Tree) -> None:
                             "checkpoint is kept; lower config.train.lr and run again")  # fmt: skip
 
 
-def _read_back(tree: Tree, read: Callable[[dict[str, Any]], dict[str, Any]], path: Path) -> None:
-    """Raises UserError unless what `read` finds under some names is, bit for bit, what the tree holds. Each process
-    looks at what its devices hold.
+def _held(tree: Tree) -> Held:
+    """What this process's devices hold, on the host: names, places in the arrays, values. Each part once.
 
-    A part at a time: there may be no room for a second tree.
+    They stay as they are: where they are the device's own memory, XLA does not write into what NumPy looks at.
     """
-    parts: list[dict[str, Any]] = [{}]
-    for name, leaf in _flat(tree).items():
-        if parts[-1] and sum(x.nbytes for x in parts[-1].values()) + leaf.nbytes > _READ_AT_ONCE:
-            parts.append({})
-        parts[-1][name] = leaf
-    for part in parts:
-        try:
-            found = read(part)
-            same = all(_same(leaf, found[name]) for name, leaf in part.items())
-        except Exception as error:  # Orbax raises bare Exceptions for damaged files
-            raise UserError(f"checkpoint {path}: was written, but cannot be read back") from error
-        if not same:
-            raise UserError(f"checkpoint {path}: was written, but reads otherwise; is the disk in order?")
+    parts = {(n, str(s.index)): (n, s.index, s.data) for n, x in _flat(tree).items() for s in x.addressable_shards}
+    for *_, data in parts.values():
+        data.copy_to_host_async()
+    return [(name, index, np.asarray(data)) for name, index, data in parts.values()]
 
 
-def _same(a: jax.Array, b: jax.Array) -> bool:
-    shards = zip(a.addressable_shards, b.addressable_shards, strict=True)
-    return all(np.asarray(x.data).tobytes() == np.asarray(y.data).tobytes() for x, y in shards)
+def _read_back(folder: epath.Path, held: Held) -> None:
+    """Raises UserError unless what Orbax wrote in `folder` is, bit for bit, what this process held.
+
+    A part at a time, to the host: there may be no room for a second state.
+    """
+    context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
+
+    def read(name: str, index: tuple[slice, ...]) -> ts.Future:
+        base = f"{folder}/" if in_bucket(folder) else {"driver": "file", "path": f"{folder}/"}
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/", "cache_pool": "cache_pool#ocdbt"}
+        return ts.open({"driver": "zarr", "kvstore": kvstore}, context=context).result()[index].read()
+
+    parts: list[Held] = [[]]
+    for one in held:
+        if parts[-1] and sum(value.nbytes for *_, value in parts[-1]) + one[2].nbytes > _READ_AT_ONCE:
+            parts.append([])
+        parts[-1].append(one)
+    try:
+        handler = ocp.PyTreeCheckpointHandler()
+        known = handler.metadata(folder).tree
+        same = set(known) == {name for name, *_ in held}
+        handler.restore(folder, args=_restore(_smallest(known)))  # Orbax's own notes, which TensorStore does not need
+        for part in parts:
+            reading = [(value, read(name, index)) for name, index, value in part]
+            same = same and all(_same(value, found.result()) for value, found in reading)
+    except Exception as error:  # Orbax and TensorStore raise all sorts of them for damaged files
+        raise UserError(f"checkpoint {folder}: was written, but cannot be read back") from error
+    if not same:
+        raise UserError(f"checkpoint {folder}: was written, but reads otherwise; is the disk in order?")
+
+
+def _smallest(known: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The smallest array, on one device of this process."""
+    name = min(known, key=lambda name: math.prod(known[name].shape))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return {name: jax.ShapeDtypeStruct(known[name].shape, known[name].dtype, sharding=here)}
+
+
+def _restore(target: dict[str, jax.ShapeDtypeStruct]) -> ocp.args.PyTreeRestore:
+    """To restore arrays of a tree, which may have others."""
+    arguments = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=True)
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and np.array_equal(*(np.ascontiguousarray(x).view(np.uint8) for x in (a, b)))
 
 
 class Checkpoints:
-    """The checkpoints of one stage in `folder` = W/stageN.
+    """The checkpoints of one stage.
 
-    Steps are only ever added; the newest two are kept.
+    Args:
+        folder: W/stageN.
+        place: `train.checkpoints` of the stage; the folder of the stage's name there takes the place of W/stageN.
+
+    Raises:
+        UserError: the place cannot be reached.
+
+    Steps are only ever added; the newest two are kept. Files are written, read back and hashed in the background: who
+    saves calls `check` after every step, and `wait` at the end, or uses a `with` block, which waits.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, place: str = "") -> None:
         require_plain(folder)
-        self.folder = folder.absolute()
+        self.folder = bucket(place, "train.checkpoints") / folder.name if place else epath.Path(folder.absolute())
         self._policy = self.folder / "policy"
-        self._policy.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
-            self._policy,
-            options=ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=False),
-        )
+        if not place:
+            self._policy.mkdir(parents=True, exist_ok=True)
+        options = ocp.options.AsyncOptions(timeout_secs=_FOREVER, create_directories_asynchronously=False)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+    def _steps(self) -> list[int]:
+        try:
+            return sorted(int(path.name) for path in self._policy.iterdir() if path.name.isdecimal())
+        except FileNotFoundError:  # a bucket has no empty folders
+            return []
 
     def latest(self) -> int | None:
         """The newest step whose files match their hashes, or None. Damaged steps are reported. Process 0 looks."""
         return processes.first(self._latest)
 
     def _latest(self) -> int | None:
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            path = self._policy / f"{step}.sha256.json"
-            if path.is_file() and json.loads(path.read_text()) == _hashes(self._policy / str(step)):
-                return step
-            logging.warning(
-                "checkpoint %s: incomplete or altered; going back to the one before", self._policy / str(step)
-            )
+        for step in reversed(self._steps()):
+            try:
+                # `exists` is not asked: where a bucket cannot be reached, it says no.
+                if json.loads((self._policy / f"{step}.sha256.json").read_text()) == _hashes(self._folder_of(step)):
+                    return step
+            except FileNotFoundError:
+                pass
+            logging.warning("checkpoint %s: incomplete or altered; going back to the one before", self._folder_of(step))
         return None
 
     def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
-        """Writes a step, reads it back and waits until it is on the disk.
+        """Copies a step to the host; what is left to do is done in the background. Waits for the one before.
 
         Raises:
-            UserError: the state is not finite, the disk is full, or the step is not newer than what is there.
+            UserError: the state is not finite, or the disk is full; or the one before could not be saved.
         """
+        self.wait()
         require_finite(step, state)
         _need_space(self.folder, state)
-        # A damaged newer step would make Orbax refuse an older one.
-        for damaged in [s for s in self._manager.all_steps() if s >= step]:
-            self._manager.delete(damaged)
+        if processes.first_process():
+            self._remove([damaged for damaged in self._steps() if damaged >= step])
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(_flat(state)), meta=ocp.args.JsonSave(meta))
-        folder = self._policy / str(step)
-        if not self._manager.save(step, args=items, force=True):
-            raise UserError(f"checkpoint {folder}: Orbax did not write it")
-        self._manager.wait_until_finished()
-        _read_back(state, lambda part: self._read(step, _target(part)), folder)
-        processes.together()
+        self._orbax.save(self._folder_of(step), args=items, force=True)
+        self._saving = self._background.submit(self._finish, step, _held(state))
+
+    def _finish(self, step: int, held: Held) -> None:
+        """In the background, where no arrays of several processes may be computed with."""
+        folder = self._folder_of(step)
+        self._orbax.wait_until_finished()
+        _read_back(folder / "state", held)
+        processes.together(f"checkpoint/{self.folder.name}/{step}")
         if processes.first_process():
             sync(folder)
             write_json(self._policy / f"{step}.sha256.json", _hashes(folder))
-            for path in self._policy.glob("*.sha256.json"):
-                if not (self._policy / path.name.partition(".")[0]).is_dir():
-                    path.unlink()
-        processes.together()
+            self._remove(self._steps()[:-KEEP])
+
+    def _remove(self, steps: list[int]) -> None:
+        for step in steps:
+            (self._policy / f"{step}.sha256.json").unlink(missing_ok=True)
+            self._folder_of(step).rmtree()
+
+    def _folder_of(self, step: int) -> epath.Path:
+        return self._policy / str(step)
+
+    def check(self) -> None:
+        """Raises what went wrong in the background, if that is known by now."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what was saved is on the disk and counts.
+
+        Raises:
+            UserError: it cannot be read back as it was. Others for what else went wrong.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def meta(self, step: int) -> dict[str, Any]:
         """Config, data position, hash of the reference, and what a step is made from.
@@ -163,9 +257,9 @@ class Checkpoints:
         Raises:
             UserError: it was written before that was kept.
         """
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        meta = self._orbax.restore(self._folder_of(step), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if "made_from" not in meta:
-            raise UserError(f"checkpoint {self._policy / str(step)}: was written by an older hgdpo_jax, which did not "
+            raise UserError(f"checkpoint {self._folder_of(step)}: was written by an older hgdpo_jax, which did not "
                             "say what it was made from; choose another --workdir")  # fmt: skip
         return meta
 
@@ -179,14 +273,10 @@ class Checkpoints:
             return _unflat(self._read(step, _target(like)), like)
         except (ValueError, KeyError) as error:
             line = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"checkpoint {self._policy / str(step)}: does not fit this config's model ({line})"
-            ) from error
+            raise UserError(f"checkpoint {self._folder_of(step)}: does not fit this config's model ({line})") from error
 
     def _read(self, step: int, target: dict[str, Any]) -> dict[str, Any]:
-        restore = ocp.checkpoint_utils.construct_restore_args(target)
-        arguments = ocp.args.PyTreeRestore(target, restore_args=restore, partial_restore=True)
-        return self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        return self._orbax.restore(self._folder_of(step), args=ocp.args.Composite(state=_restore(target)))["state"]
 
     def save_reference(self, reference: Tree) -> str:
         """Writes the reference once and reads it back; returns its hash."""
@@ -195,13 +285,7 @@ class Checkpoints:
         path = self.folder / "reference" / "weights"
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(path, _flat(reference), force=True)
-
-            def read(part: dict[str, Any]) -> dict[str, Any]:
-                restore = ocp.checkpoint_utils.construct_restore_args(_target(part))
-                arguments = ocp.args.PyTreeRestore(_target(part), restore_args=restore, partial_restore=True)
-                return checkpointer.restore(path, args=arguments)
-
-            _read_back(reference, read, path)
+        _read_back(path, _held(reference))
         processes.together()
         if processes.first_process():
             sync(path)

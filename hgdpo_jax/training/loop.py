@@ -1,7 +1,7 @@
 """Training of one stage, from its shards and its predecessor to its last checkpoint."""
 
+import json
 from collections import deque
-from itertools import chain
 from pathlib import Path
 
 import jax
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from hgdpo_jax import config as configuration
 from hgdpo_jax import files, processes, runtime
 from hgdpo_jax.data.loader import PairLoader
+from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import write_json
 from hgdpo_jax.training import inputs as stage_inputs
 from hgdpo_jax.training import start as starts
@@ -20,25 +21,33 @@ from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.metrics import looked
 from hgdpo_jax.training.monitor import Monitor, announce, warn_of_hours
 from hgdpo_jax.training.optimizer import learning_rate, numbers_of
+from hgdpo_jax.training.speed import Speed, peak, those_left
 from hgdpo_jax.training.start import Start
 from hgdpo_jax.training.step import make_step
 
 _AHEAD = 2  # steps that are given to the devices beside the one they compute: a signal need not wait for more
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
+def train(config: ConfigDict, workdir: Path, traced: range = range(0)) -> None:
     """Trains `config.stage` in `workdir`, or goes on from its newest whole checkpoint.
+
+    Args:
+        config: of the stage.
+        workdir: of the run.
+        traced: steps of which a JAX trace is written into the stage's logs.
 
     Raises:
         UserError: an input is missing or is not what it claims to be; a checkpoint was made from something else; a
-            loss, a gradient or a parameter is NaN or infinite; another command trains the stage.
+            loss, a gradient or a parameter is NaN or infinite; another command trains the stage; no step that is to be
+            traced is left.
     """
     files.require_plain(workdir)
     folder, index = workdir / config.stage, runtime.index_of(workdir)
     with runtime.owned(folder):
         inputs = stage_inputs.read(config, workdir, index)
         index.save()
-        checkpoints = Checkpoints(folder)
+        checkpoints = Checkpoints(folder, config.train.checkpoints)
+        _require_place(config, folder)
         start = starts.start(config, workdir, inputs, checkpoints)
         if processes.first_process():
             write_json(folder / "config.json", configuration.to_json(config))
@@ -46,13 +55,29 @@ def train(config: ConfigDict, workdir: Path) -> None:
         if done >= config.train.steps and processes.first(lambda: looked(folder / "logs", done)):
             print(f"{folder}: already trained to step {done}")
             return
+        traced = those_left(traced, done, config.train.steps)
         announce(config, inputs, start.state)
-        with processes.stopping:
-            _run(config, folder, inputs, start, checkpoints)
+        with processes.stopping, checkpoints:
+            _run(config, folder, inputs, start, checkpoints, traced)
         print(f"{folder}: trained to step {config.train.steps}")
 
 
-def _run(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, checkpoints: Checkpoints) -> None:
+def _require_place(config: ConfigDict, folder: Path) -> None:
+    """Raises UserError where a stage has begun with its checkpoints in another place, and would begin anew, or where
+    nothing can be written in that place."""
+    place, key = config.train.checkpoints, "train.checkpoints"
+    if (folder / "config.json").is_file():
+        before = configuration.from_json(json.loads((folder / "config.json").read_text())).train.checkpoints
+        if before != place:
+            raise UserError(f"config key {key}={place}: the checkpoints of {folder} are in {before or folder}; use "
+                            "that, or another --workdir")  # fmt: skip
+    if place and processes.first_process():
+        files.require_writable(place, key)
+
+
+def _run(
+    config: ConfigDict, folder: Path, inputs: Inputs, start: Start, checkpoints: Checkpoints, traced: range
+) -> None:
     """The steps that are left, with a checkpoint and a look now and then."""
     settings = config.train
     state, reference, reference_hash, position = start
@@ -61,19 +86,22 @@ def _run(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, checkpo
     step = make_step(inputs.loss, inputs.optimizer, settings.accumulate, starts.shardings(config, inputs))
     mine = runtime.rows(settings.batch, inputs.mesh)
     loader = PairLoader(inputs.pairs.sources["train"], settings.batch, config.seed, position, mine)
-    batches = (runtime.to_devices(batch, inputs.mesh) for batch in loader)
-    first = next(batches)
-    warn_of_hours(config, inputs, settings.steps - done, step, state, reference, inputs.frozen, first, numbers)
+    batch = runtime.to_devices(next(loader), inputs.mesh)
+    warn_of_hours(config, inputs, settings.steps - done, step, state, reference, inputs.frozen, batch, numbers)
     monitor = Monitor(config, folder, inputs, reference, numbers)
     seen = processes.first(lambda: looked(folder / "logs", done))
     if not seen and (done % settings.eval_every == 0 or done >= settings.steps):
         monitor.look(state, done)  # at the start, or where a run was killed between its checkpoint and its look
     ahead: deque[jax.Array] = deque()
     silent = not processes.first_process()
+    speed = Speed(step, settings.batch, peak(inputs.mesh, config.model.dtype), traced, folder / "logs")
     with tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step", disable=silent) as bar:
-        for now, batch in zip(range(done + 1, settings.steps + 1), chain([first], batches), strict=False):
+        for now in range(done + 1, settings.steps + 1):
+            checkpoints.check()
             numbers = numbers._replace(rate=np.float32(learning_rate(settings, now - 1)))
-            state, metrics = step(state, reference, inputs.frozen, batch, numbers)
+            state, metrics = speed.step(now, state, reference, inputs.frozen, batch, numbers)
+            position = loader.position
+            batch = runtime.to_devices(next(loader), inputs.mesh)  # the next is on its way while this one is computed
             monitor.log.add(now, metrics)
             ahead.append(metrics["loss/total"])
             if len(ahead) > _AHEAD:
@@ -82,27 +110,31 @@ def _run(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, checkpo
             last = now == settings.steps
             stop = processes.stopping.after(now)
             save = now % settings.checkpoint_every == 0 or last or stop
-            if now % settings.log_every == 0 or save:
-                values = monitor.log.flush(now)  # stops before what is not finite can reach a checkpoint
+            look = now % settings.eval_every == 0 or last
+            if now % settings.log_every == 0 or save or look:
+                values = monitor.log.means()  # stops before what is not finite can reach a checkpoint
+                values |= speed.lap(settings.steps - now) | {"train/learning_rate": float(numbers.rate)}
+                monitor.log.write(values, now)
                 monitor.watch(values, now)
-                shown = {
-                    "loss": f"{values['loss/total']:.4f}",
-                    "pairs/s": f"{(bar.format_dict.get('rate') or 0) * settings.batch:.1f}",
-                }
+                shown = {"loss": f"{values['loss/total']:.4f}"}
+                if "speed/pairs_per_second" in values:
+                    shown["pairs/s"] = f"{values['speed/pairs_per_second']:.1f}"
                 if "dpo/accuracy" in values:
                     shown["accuracy"] = f"{values['dpo/accuracy']:.2f}"
                 bar.set_postfix(shown)
             if save:
                 meta = {
                     "config": configuration.to_json(config),
-                    "position": loader.position,
+                    "position": position,
                     "reference": reference_hash,
                     "made_from": inputs.made_from,
                 }
                 checkpoints.save(now, state, meta)
             if stop:
                 processes.stopping.stop()
-            if now % settings.eval_every == 0 or last:
+            if look:
                 monitor.look(state, now)
+            if save or look:
+                speed.restart()
     if config.objective == "dpo":
         assert tree_hash(reference) == reference_hash, "the reference changed during training"

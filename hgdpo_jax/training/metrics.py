@@ -14,7 +14,7 @@ from hgdpo_jax.training.step import TIMESTEP_BINS, Metrics
 
 
 class MetricLog:
-    """Averages of the steps since the last flush: in TensorBoard, in metrics.jsonl, and returned as plain numbers."""
+    """Averages of the steps since they were last asked for, and what is written to TensorBoard and metrics.jsonl."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._lines = folder, folder / "metrics.jsonl"
@@ -35,8 +35,8 @@ class MetricLog:
         """Remembers one step's metrics without waiting for them."""
         self._steps[step] = metrics
 
-    def flush(self, step: int) -> dict[str, float]:
-        """Means over the remembered steps, written under `step`.
+    def means(self) -> dict[str, float]:
+        """Means over the remembered steps, for which it waits.
 
         Raises:
             UserError: a loss or a gradient is NaN or infinite.
@@ -50,9 +50,7 @@ class MetricLog:
                     raise UserError(f"{name} is {value} at step {number}: training stopped, the last good checkpoint "
                                     "is kept; lower config.train.lr or config.train.beta, or take bfloat16 where "
                                     "config.model.dtype is float16, and run again")  # fmt: skip
-        values = average(list(steps.values()))
-        self.write(values, step)
-        return values
+        return average(list(steps.values()))
 
     def write(self, values: dict[str, float], step: int) -> None:
         """Scalars as they are. Process 0 writes."""

@@ -18,6 +18,7 @@ from hgdpo_jax.scoring.pictures import grid
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.metrics import MetricLog, average
+from hgdpo_jax.training.speed import peak
 from hgdpo_jax.training.step import Numbers, Params, TrainState
 
 HELDOUT_PAIRS = 256
@@ -107,6 +108,25 @@ def announce(config: ConfigDict, inputs: Inputs, state: TrainState) -> None:
         print(f"{config.stage}: {config.model.lora} is merged into the base: policy and reference go on from it")
     print(f"{config.stage}: trains {config.train.params}, {trained:,} of {trained + frozen:,} parameters of UNet and "
           f"text, in float32; the others are {config.model.dtype}")  # fmt: skip
+    for line in _table({"trained": state.policy, "frozen": inputs.frozen}):
+        print(f"{config.stage}:   {line}")
+    for source in inputs.pairs.sources["train"]:
+        (row,) = first_batches(source, 1, 1)
+        fields = [f"{name} {x.dtype} {[config.train.batch, *x.shape[1:]]}" for name, x in row.items()]
+        print(f"{config.stage}: a batch of {len(source):,} {unit} is {', '.join(fields)}")
+    if peak(inputs.mesh, config.model.dtype) is None:
+        print(f"{config.stage}: peak unknown of {inputs.mesh.devices.flat[0].device_kind} in {config.model.dtype}: the "
+              "log says no speed/share_of_peak")  # fmt: skip
+
+
+def _table(trees: dict[str, Params]) -> list[str]:
+    """Lines of how many parameters each module has, of which type, and whether they are trained or frozen."""
+    counts: dict[tuple[str, str, str], int] = {}
+    for use, tree in trees.items():
+        for path, x in jax.tree.leaves_with_path(tree):
+            row = (".".join(runtime.path_name(path).split(".")[:2]), x.dtype.name, use)
+            counts[row] = counts.get(row, 0) + x.size
+    return [f"{name:28} {count:>13,}  {dtype:8}  {use}" for (name, dtype, use), count in sorted(counts.items())]
 
 
 def warn_of_hours(config: ConfigDict, inputs: Inputs, left: int, step: Callable, *arguments: Any) -> None:

@@ -167,7 +167,7 @@ def require_base(workdir: Path, stage: str, base: str) -> None:
         workdir, stage: of the run.
         base: content hash of ε_base.
     """
-    checkpoints = Checkpoints(workdir / stage)
+    checkpoints = Checkpoints(workdir / stage, stage_config(workdir, stage).train.checkpoints)
     step = checkpoints.latest()
     if step is not None:
         found = {BASE: checkpoints.meta(step)["made_from"][BASE]}
@@ -206,7 +206,7 @@ def finished(workdir: Path, stage: str, like: Params) -> Params:
         UserError: the stage was not trained, or not to its end, or with another kind of policy.
     """
     wanted = stage_config(workdir, stage).train
-    checkpoints = Checkpoints(workdir / stage)
+    checkpoints = Checkpoints(workdir / stage, wanted.checkpoints)
     step = checkpoints.latest()
     if step is None or step < wanted.steps:
         raise UserError(

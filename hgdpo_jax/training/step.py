@@ -126,6 +126,11 @@ def _noise(key: PRNGKeyArray, shape: tuple[int, ...], steps: int) -> tuple[Int[A
     return t, jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 1])
 
 
+def _float32(batch: Batch) -> Batch:
+    """Latents and concepts come to the devices as they are stored, float16; everything is computed in float32."""
+    return {name: x.astype(jnp.float32) if x.dtype == jnp.float16 else x for name, x in batch.items()}
+
+
 def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all") -> Loss:
     """L_D-DPO + λ_stat · L_stat on batches {winner, loser [b h w c], input_ids [b s], key [b]}.
 
@@ -138,6 +143,7 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all") -
     def loss(
         policy: Params, reference: Params, frozen: Params, batch: Batch, numbers: Numbers
     ) -> tuple[Float[Array, ""], Metrics]:
+        batch = _float32(batch)
         b = batch["winner"].shape[0]
         t, noise = _noise(batch["key"], batch["winner"].shape[1:], schedule.num_train_timesteps)
         # Winner and loser stand side by side, so that both stay on the device that holds their pair.
@@ -187,6 +193,7 @@ def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule) -> Loss:
         policy: Params, reference: Params, frozen: Params, batch: Batch, numbers: Numbers
     ) -> tuple[Float[Array, ""], Metrics]:
         del reference
+        batch = _float32(batch)
         latent = batch["winner"]
         t, noise = _noise(batch["key"], latent.shape[1:], schedule.num_train_timesteps)
         x_t = schedule.add_noise(latent, noise, t)

@@ -14,7 +14,7 @@ class Source:
 
     def __getitem__(self, i: int) -> dict:
         latent = np.full((1, 1, 1), i, np.float16)
-        return {"winner": latent, "loser": -latent, "input_ids": np.array([i]), "id": b"x"}
+        return {"winner": latent, "loser": -latent, "input_ids": np.array([i], np.int32), "id": b"x"}
 
 
 def numbers(loader: PairLoader, count: int) -> list[list[int]]:
@@ -47,10 +47,10 @@ def test_a_row_of_a_batch_is_the_same_whoever_loads_it(parts: tuple[list[int], .
         assert numbers(PairLoader([Source()], 4, seed=3, rows=rows), 5) == whole[:, rows].tolist()
 
 
-def test_latents_become_float32_and_other_fields_stay_behind() -> None:
+def test_latents_stay_as_they_are_stored_and_other_fields_behind() -> None:
     batch = next(PairLoader([Source()], 2, seed=0))
     assert set(batch) == {"winner", "loser", "input_ids"}
-    assert batch["winner"].dtype == np.float32 and batch["winner"].shape == (2, 1, 1, 1)
+    assert batch["winner"].dtype == np.float16 and batch["winner"].shape == (2, 1, 1, 1)
     assert batch["input_ids"].dtype == np.int32
 
 
@@ -68,7 +68,7 @@ class Wide(Source):
 
     def __getitem__(self, i: int) -> dict:
         record = super().__getitem__(i)
-        return record | {"winner": np.zeros((1, 2, 1), np.float16), "input_ids": np.array([100 + i])}
+        return record | {"winner": np.zeros((1, 2, 1), np.float16), "input_ids": np.array([100 + i], np.int32)}
 
 
 def test_a_batch_has_one_shape_and_nothing_is_left_out() -> None:

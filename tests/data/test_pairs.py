@@ -31,9 +31,28 @@ def test_tfds_opens_what_was_written(workdir: Path) -> None:
             assert np.array_equal(source[i][name], record[name])
             assert source[i][name].dtype == record[name].dtype
     found = shards.open_stage(workdir, "stage1")
+    for ours, theirs in zip(found.sources["train"][0], source, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert type(ours[name]) is type(value) and np.array_equal(ours[name], value)
+            assert np.asarray(ours[name]).dtype == np.asarray(value).dtype and np.shape(ours[name]) == np.shape(value)
     by_id = found.by_id("train")
     assert list(by_id)[0] == "train0-0" and np.array_equal(by_id["train1-2"]["winner"], expected[5]["winner"])
     assert found.manifest["splits"]["train_32x32"]["records"] == 6
+
+
+def test_features_of_a_concept_read_as_they_were_written(tmp_path: Path) -> None:
+    folder, schema = tmp_path / "personalise" / "pairs", shards.features(8, 77, loser=False, concept=(2, 3))
+    rng = np.random.default_rng(0)
+    record = {name: value for name, value in tiny.record("a", rng).items() if not name.startswith("loser")}
+    record["concept"] = rng.standard_normal((2, 3)).astype(np.float16)
+    shards.begin(folder, {})
+    paths = {f"{role}_32x32": [shards.shard_path(folder, f"{role}_32x32", 0, 1)] for role in ("train", "heldout")}
+    for (path,) in paths.values():
+        shards.write_shard(path, schema, [record])
+    shards.finish(folder, schema, paths, {"32x32": tiny.LATENT})
+    found = shards.open_stage(tmp_path, "personalise").sources["train"][0][0]
+    assert found["concept"].dtype == np.float16 and np.array_equal(found["concept"], record["concept"])
 
 
 def test_a_split_may_have_empty_shards_but_not_only_empty_ones(tmp_path: Path) -> None:

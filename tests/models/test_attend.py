@@ -18,7 +18,6 @@ TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
 NVIDIA = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
 AMD = SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X")
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
-XLA = jax.nn.dot_product_attention
 
 
 def numbers(b: int, n: int, m: int, heads: int, width: int) -> list[jax.Array]:
@@ -80,17 +79,17 @@ def test_devices_compute_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None
     [
         (TPU, 4096, 4096, 40, "bfloat16", attend.splash),
         (TPU, 1024, 1024, 80, "float32", attend.splash),
-        (TPU, 256, 256, 160, "bfloat16", XLA),
-        (TPU, 4096, 77, 40, "bfloat16", XLA),
+        (TPU, 256, 256, 160, "bfloat16", attend.xla),
+        (TPU, 4096, 77, 40, "bfloat16", attend.xla),
         (TPU, 16384, 16384, 512, "float32", attend.splash),  # of a VAE
         (NVIDIA, 4096, 4096, 40, "bfloat16", attend.cudnn),
         (NVIDIA, 4096, 77, 40, "float16", attend.cudnn),
-        (NVIDIA, 1024, 1024, 160, "bfloat16", XLA),
-        (NVIDIA, 256, 256, 64, "bfloat16", XLA),
+        (NVIDIA, 1024, 1024, 160, "bfloat16", attend.xla),
+        (NVIDIA, 256, 256, 64, "bfloat16", attend.xla),
         (NVIDIA, 4096, 4096, 40, "float32", attend.in_chunks),
         (AMD, 4096, 4096, 40, "bfloat16", attend.in_chunks),
         (CPU, 4096, 4096, 40, "bfloat16", attend.in_chunks),
-        (CPU, 1024, 1024, 40, "float32", XLA),
+        (CPU, 1024, 1024, 40, "float32", attend.xla),
     ],
 )
 def test_the_table(device, n: int, m: int, width: int, dtype: str, wanted) -> None:

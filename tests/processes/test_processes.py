@@ -33,9 +33,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def inputs(folder: Path) -> list[str]:
+def inputs(folder: Path, train: int = 7, heldout: int = 3) -> list[str]:
     """Writes those of a tiny run; returns its settings, as a user types them."""
-    photographs = tiny.write_photographs(folder / "photographs", train=7, heldout=3)
+    photographs = tiny.write_photographs(folder / "photographs", train, heldout)
     values = {
         "model.base": tiny.write_base(folder / "base"),
         "pairs.scorer": tiny.write_scorer(folder / "scorer"),

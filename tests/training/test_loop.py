@@ -29,6 +29,7 @@ from hgdpo_jax.training.loop import train
 from hgdpo_jax.training.metrics import MetricLog
 from hgdpo_jax.training.monitor import UNLEARNING, Monitor
 from hgdpo_jax.training.optimizer import make_optimizer
+from hgdpo_jax.training.speed import Speed
 from tests import tiny
 
 RUN = """
@@ -97,16 +98,37 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(finished: Path, bas
     assert everything(tmp_path, base, 6) == everything(finished, base, 6)
 
 
+def test_the_log_says_how_fast_it_is(finished: Path) -> None:
+    lines = metrics.read(finished / "stage1" / "logs")[1:]  # before the first step there was a look
+    assert [line["step"] for line in lines] == [*range(1, 7)]
+    assert all(line["train/learning_rate"] == np.float32(1e-2) for line in lines)
+    assert "speed/step_seconds" not in lines[0]  # it was compiled
+    for line in lines[1:]:
+        assert line["speed/pairs_per_second"] == pytest.approx(8 / line["speed/step_seconds"])
+        assert line["speed/hours_left"] == pytest.approx((6 - line["step"]) * line["speed/step_seconds"] / 3600)
+        assert line["speed/tflops_per_second"] > 0 and "speed/share_of_peak" not in line
+
+
+def test_a_batch_is_fetched_while_the_step_before_is_computed_and_not_counted_before_its_own(
+    finished: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _copy(finished, tmp_path)
+    assert Checkpoints(tmp_path / "stage1").meta(6)["position"] == 6 * 8
+    order: list[str] = []
+    for owner, name in ((Speed, "step"), (PairLoader, "__next__"), (MetricLog, "means")):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, f=function, n=name: order.append(n) or f(*given))
+    train(tiny.config(base, steps=8), tmp_path)
+    assert order == ["__next__"] + ["step", "__next__", "means"] * 2
+
+
 def test_a_damaged_checkpoint_is_passed_over(
     finished: Path, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _copy(finished, tmp_path)
     expected = everything(tmp_path, base, 6)
     newest = tmp_path / "stage1" / "policy" / "6"
-    data = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 1
-    data.write_bytes(content)
+    damage(newest)
     assert Checkpoints(tmp_path / "stage1").latest() == 4
     assert f"{newest}: incomplete or altered" in caplog.text
     train(tiny.config(base, steps=6), tmp_path)
@@ -177,7 +199,7 @@ def test_a_gradient_that_is_no_number_stops_at_its_step_whatever_the_loss(tmp_pa
     for step, norm in ((1, 1.0), (2, np.nan), (3, 1.0)):
         log.add(step, {"loss/total": np.float32(0.7), "gradient_norm": np.float32(norm)})
     with pytest.raises(UserError, match="gradient_norm is nan at step 2: training stopped"):
-        log.flush(3)
+        log.means()
 
 
 @pytest.mark.parametrize("part", ["policy", "ema", "optimizer"])
@@ -185,19 +207,65 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path, part: str) -> N
     good = {name: {"x": jnp.ones(3)} for name in ("policy", "ema", "optimizer")}
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, good, {})
+    checkpoints.wait()
     with pytest.raises(UserError, match=f"{part}.x is NaN or infinite after step 2: training stopped, the last good"):
         checkpoints.save(2, good | {part: {"x": jnp.array([1.0, np.inf, 1.0])}}, {})
     assert Checkpoints(tmp_path).latest() == 1
+
+
+def damage(folder: Path) -> None:
+    """Flips a bit in the largest file."""
+    data = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+
+
+def damage_when_written(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that keeps other bytes of a step than it was given."""
+    finish = Checkpoints._finish
+
+    def damaged(checkpoints: Checkpoints, now: int, held: Any) -> None:
+        checkpoints._orbax.wait_until_finished()
+        if now == step:
+            damage(checkpoints.folder / "policy" / str(step) / "state" / "d")
+        finish(checkpoints, now, held)
+
+    monkeypatch.setattr(Checkpoints, "_finish", damaged)
 
 
 def test_what_reads_otherwise_than_it_was_written_is_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = Checkpoints(tmp_path)
-    monkeypatch.setattr(Checkpoints, "_read", lambda *_: {"x": jnp.zeros(3)})
-    with pytest.raises(UserError, match="was written, but reads otherwise"):
-        checkpoints.save(1, {"x": jnp.ones(3)}, {})
-    assert Checkpoints(tmp_path).latest() is None
+    checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    damage_when_written(2, monkeypatch)
+    checkpoints.save(2, {"x": jnp.arange(1000)}, {})
+    with pytest.raises(UserError, match="policy/2/state: was written, but"):
+        checkpoints.wait()
+    assert Checkpoints(tmp_path).latest() == 1
+
+
+def test_what_goes_wrong_in_the_background_ends_the_training_with_its_line(
+    finished: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _copy(finished, tmp_path)
+    damage_when_written(8, monkeypatch)
+    check, steps = Checkpoints.check, []
+
+    def checked(checkpoints: Checkpoints) -> None:
+        """As a step that takes longer than the background."""
+        steps.append(checkpoints)
+        while checkpoints._saving is not None and not checkpoints._saving.done():
+            time.sleep(0.01)
+        check(checkpoints)
+
+    monkeypatch.setattr(Checkpoints, "check", checked)
+    with pytest.raises(UserError, match="policy/8/state: was written, but"):
+        train(tiny.config(base, steps=12), tmp_path)
+    assert len(steps) == 3  # before the steps 7, 8 and 9
+    assert Checkpoints(tmp_path / "stage1").latest() == 6
+    assert everything(tmp_path, base, 6) == everything(finished, base, 6)
 
 
 def test_clip_norm_0_is_no_clipping(base: Path) -> None:
@@ -321,10 +389,16 @@ def test_it_says_where_it_runs_what_it_trains_and_how_long_a_processor_takes_for
     monkeypatch.setattr(monitor, "_LARGE", 1e3)
     monkeypatch.setattr(monitor, "_CORE", 1e4)
     monkeypatch.setattr(monitor.logging, "warning", lambda text, *values: warned.append(text % values))
-    train(tiny.config(base, steps=7), tmp_path)
+    train(tiny.config(base, steps=7), tmp_path, range(7, 10))
     said = capsys.readouterr().out
     assert "stage1: cpu, 8 x cpu, mesh data 8 x fsdp 1 x tensor 1, 8 pairs a step" in said
     assert "stage1: trains lora, 1,248 of 449,688 parameters" in said
+    parameters = [line.split()[1:] for line in said.splitlines() if line.endswith(("trained", "frozen"))]
+    assert ["unet.mid_block", "480", "float32", "trained"] in parameters
+    assert sum(int(count.replace(",", "")) for _, count, *_ in parameters) == 449_688
+    assert "winner float16 [8, 4, 4, 8], loser float16 [8, 4, 4, 8], input_ids int32 [8, 77]" in said
+    assert said.count("peak unknown") == 1
+    assert list((tmp_path / "stage1" / "logs").rglob("*.xplane.pb"))
     assert [line for line in warned if "is trained on a processor: 1 steps will take about" in line]
     hours = float(warned[0].split("about ")[1].split(" hours")[0])
     assert hours >= 1.0  # a step of this model is about a billion operations

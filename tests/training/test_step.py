@@ -16,8 +16,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hgdpo_jax import runtime
+from hgdpo_jax.assets.base import SCHEDULER
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.pipeline import Pipeline
+from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.models.convert import to_torch, to_torch_layout, torch_key
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import step as steps
@@ -44,8 +46,7 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batch(rows: int = 8) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(5)
     records = [tiny.record(str(i), rng) for i in range(rows)]
-    stacked = {name: np.stack([r[name] for r in records]) for name in ("winner", "loser", "input_ids")}
-    return {name: x if x.dtype == np.int32 else x.astype(np.float32) for name, x in stacked.items()}
+    return {name: np.stack([r[name] for r in records]) for name in ("winner", "loser", "input_ids")}
 
 
 def half_square(policy: Any, reference: Any, frozen: Any, batch: Any, numbers: Any) -> tuple[jax.Array, dict]:
@@ -120,6 +121,22 @@ def test_it_starts_at_ln_2_and_the_reference_stays_bit_for_bit(base: Path, xl: P
     assert tree_hash(state.policy) != before == after
 
 
+@pytest.mark.parametrize("make", [steps.dpo_loss, steps.sft_loss])
+def test_what_comes_as_float16_is_computed_in_float32(make: Callable, base: Path) -> None:
+    seen = []
+
+    def denoiser(policy: Any, frozen: Any, x_t: Any, t: Any, ids: Any, concept: Any = None, drop: Any = None) -> Any:
+        seen.extend(x.dtype for x in (x_t, concept) if x is not None)
+        return policy * x_t
+
+    half = batch() | {"concept": np.ones((8, 1, 2), np.float16)}
+    whole = {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in half.items()}
+    schedule = NoiseSchedule.from_config(SCHEDULER | {"prediction_type": "v_prediction"})
+    key, numbers = {"key": jax.random.split(jax.random.key(3), 8)}, numbers_of(tiny.config(base), 0)
+    a, b = (make(denoiser, schedule)(0.9, 1.1, None, data | key, numbers)[1] for data in (half, whole))
+    assert set(seen) == {jnp.dtype(jnp.float32)} and tree_hash(a) == tree_hash(b)
+
+
 def test_stages_share_one_program(base: Path) -> None:
     """What they differ in is an argument: a later process finds the program of an earlier one in the cache."""
     step, compiled, start, policy, frozen = program(base, tiny.mesh(), loss=half_square)
@@ -172,7 +189,8 @@ def test_eight_devices_train_as_one_does_and_restore_on_two_and_on_one(base: Pat
     assert np.linalg.norm(b - a) < 0.06 * np.linalg.norm(a - start)
     names = ("fsdp", "tensor")
     assert any(set(names) & set(jax.tree.leaves(tuple(x.sharding.spec))) for x in jax.tree.leaves(eight.policy))
-    Checkpoints(tmp_path).save(10, eight, {"position": 80})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(10, eight, {"position": 80})
     for mesh in (tiny.mesh(1, 2, 1), tiny.mesh()):
         like = jax.device_put(eight, runtime.shardings(eight, mesh))
         found = Checkpoints(tmp_path).restore(10, jax.tree.map(jnp.zeros_like, like))

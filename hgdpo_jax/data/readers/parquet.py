@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
@@ -64,13 +65,17 @@ def picture(path: Path, column: str, group: int, row: int) -> Picture:
     """The bytes of a row, or of the field `bytes` in it; they are read when they are asked for."""
 
     def content() -> bytes:
-        found: Any = _group(path, column, group)[row].as_py()
+        with _one_reads:
+            found: Any = _group(path, column, group)[row].as_py()
         found = found["bytes"] if isinstance(found, dict) else found
         if not found:
             raise OSError("has no bytes")
         return found
 
     return Picture(path, f"{column} of row {row} of group {group}", content)
+
+
+_one_reads = Lock()  # several threads would each read the group
 
 
 @lru_cache(2)  # pictures are read one after the other
