@@ -13,6 +13,7 @@ Legend: `b n heads d` queries, `b m heads d` keys and values.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import jax
 import jax.numpy as jnp
@@ -96,8 +97,34 @@ def splash(q: Queries, k: Keys, v: Keys, interpret: bool = False) -> Queries:
         jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
         for x, size in ((q * width**-0.5, padded[0]), (k, padded[1]), (v, padded[1]))
     )
-    found = jax.vmap(lambda *one: run(*one, segment_ids=None if padded[1] == m else segments))(q, k, v)
+    found = _whole_precision(jax.vmap(lambda *one: run(*one, segment_ids=None if padded[1] == m else segments)))(
+        q, k, v
+    )
     return found.swapaxes(1, 2)[:, :n]
+
+
+def _whole_precision(function: Callable[[Array, Array, Array], Array]) -> Callable[[Array, Array, Array], Array]:
+    """The same function and gradient for kernels of Pallas, which for TPUs know products of float32 as they are and as
+    they come, but not the precision between that :func:`hgdpo_jax.runtime.use_precision` may ask for."""
+
+    def precision(x: Array) -> AbstractContextManager:
+        return jax.default_matmul_precision("float32" if x.dtype == jnp.float32 else "default")
+
+    def forward(*inputs: Array) -> tuple[Array, Callable]:
+        with precision(inputs[0]):
+            return jax.vjp(function, *inputs)
+
+    def backward(gradient: Callable, out: Array) -> tuple[Array, ...]:
+        with precision(out):
+            return gradient(out)
+
+    @jax.custom_vjp
+    def whole(*inputs: Array) -> Array:
+        with precision(inputs[0]):
+            return function(*inputs)
+
+    whole.defvjp(forward, backward)
+    return whole
 
 
 def _divisor(size: int, of: int, most: int) -> int:

@@ -313,10 +313,10 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
         if line.endswith("{") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) ", line)):
             name, lines = header[2], []
             entry = name if header[1] else entry
-        elif line.rstrip() == "}" and name:  # a kernel's notes have lines that begin with brackets
+        elif line == "}" and name:
             computations[name] = Computation(lines, root)
             name = ""
-        elif name and " = " in line:
+        elif name and re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", line):  # notes of a kernel may have lines of their own
             instruction = _instruction(line)
             lines.append(instruction)
             if line.lstrip().startswith("ROOT "):

@@ -43,6 +43,16 @@ def test_splash_is_attention(n: int, m: int) -> None:
         assert_close(a, b, 40 * EPS, size=arrays[0].size if a.ndim == 0 else None)  # sums of m terms, twice
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["tensorfloat32", "float32", "default"])
+def test_splash_can_be_compiled_for_a_tpu_whatever_precision_is_asked_for(dtype: str, precision: str) -> None:
+    arrays = [x.astype(dtype) for x in numbers(1, 128, 128, 1, 8)]
+    gradient = jax.grad(lambda *x: attend.splash(*x).astype(jnp.float32).sum(), (0, 1, 2))
+    with jax.default_matmul_precision(precision):
+        text = jax.jit(gradient).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in text
+
+
 @pytest.mark.parametrize(("queries", "loops"), [(12, 6), (7, 7)])
 def test_chunks_of_queries_are_attention(monkeypatch: pytest.MonkeyPatch, queries: int, loops: int) -> None:
     arrays = numbers(2, queries, 10, 3, 4)

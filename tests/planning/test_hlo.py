@@ -61,7 +61,9 @@ ENTRY %main (weights: f32[4,1024], table: f32[64,1024], x: f32[1024], stack: f32
 }}, metadata={op_name="begin"}
   %state = (s32[], f32[1024]{0}, f32[5,1024]{1,0}) tuple(%begin, %x, %stack)
   %loop = (s32[], f32[1024]{0}, /*index=2*/f32[5,1024]{1,0}) while(%state), condition=%condition, body=%body
-  %gemm = (f32[4,1024]{1,0:S(1)}, s8[4194304]{0}) custom-call(%copy-done, %slice-done), custom_call_target="gemm"
+  %gemm = (f32[4,1024]{1,0:S(1)}, s8[4194304]{0}) custom-call(%copy-done, %slice-done), custom_call_target="mm", notes={
+"block": "512 = 4 * 128"
+}, metadata={op_name="gemm"}
   %product = f32[4,1024]{1,0:S(1)} get-tuple-element(%gemm), index=0
   ROOT %result = f32[5,1024]{1,0} get-tuple-element(%loop), index=2
 }
