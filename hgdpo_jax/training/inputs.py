@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
     frozen: steps.Params
     pairs: Pairs
     loss: steps.Loss
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     made_from: dict[str, Any]
 
 

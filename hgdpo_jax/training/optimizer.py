@@ -1,6 +1,7 @@
 """The optimizer and the numbers of a step, as the config says."""
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,16 +9,17 @@ import optax
 from ml_collections import ConfigDict
 
 from hgdpo_jax import runtime
-from hgdpo_jax.training.step import GRADIENT_NORM, Numbers
+from hgdpo_jax.training.step import GRADIENT_NORM, Numbers, Params
 
 LOSS_SCALE = 2.0**10  # of float16
 
 
-def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(train: ConfigDict) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW or Adafactor with a rate of 1: the step multiplies by :func:`learning_rate`.
 
-    `train.clip_norm` 0 is no clipping. Moments are float32, like the parameters: AdamW keeps two numbers for each,
-    Adafactor (Shazeer & Stern 2018) a row and a column for each large matrix. Weight decay is decoupled.
+    Its `update` takes the `scale` of the loss, see :class:`Numbers`. `train.clip_norm` 0 is no clipping. Moments are
+    float32, like the parameters: AdamW keeps two numbers for each, Adafactor (Shazeer & Stern 2018) a row and a column
+    for each large matrix. Weight decay is decoupled.
     """
     if train.optimizer == "adafactor":
         # The rate is absolute, as AdamW's is: relative to the parameters, a LoRA would stay at its zero.
@@ -27,10 +29,17 @@ def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
         b1, b2 = train.adam
         chosen = optax.adamw(1.0, b1=b1, b2=b2, weight_decay=train.weight_decay)
     clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
-    chosen = optax.chain(optax.snapshot(GRADIENT_NORM, optax.tree.norm), clip, chosen)
+    chosen = optax.chain(_without_scale(), optax.snapshot(GRADIENT_NORM, optax.tree.norm), clip, chosen)
     # LoRA is some hundred small arrays, each of which would cost a GPU a few programs: they are one vector here.
     whole = train.optimizer == "adamw" and train.params.endswith("lora")
     return optax.flatten(chosen) if whole else chosen
+
+
+def _without_scale() -> optax.GradientTransformationExtraArgs:
+    def update(gradient: Params, state: Any, params: Any = None, *, scale: Any = 1.0, **_: Any) -> tuple[Params, Any]:
+        return jax.tree.map(lambda x: x / scale, gradient), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def learning_rate(train: ConfigDict, step: int) -> float:

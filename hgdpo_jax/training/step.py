@@ -221,14 +221,14 @@ class TrainState(NamedTuple):
         return self.policy if self.ema is None else self.ema
 
 
-def init_state(policy: Params, tx: optax.GradientTransformation, ema: float) -> TrainState:
+def init_state(policy: Params, tx: optax.GradientTransformationExtraArgs, ema: float) -> TrainState:
     """The state before the first step. Copies the policy, since a step donates its input."""
     average = jax.tree.map(jnp.copy, policy) if ema else None
     return TrainState(jax.tree.map(jnp.copy, policy), average, tx.init(policy), jnp.zeros((), jnp.int32))
 
 
 def make_step(
-    loss: Loss, tx: optax.GradientTransformation, accumulate: int, shardings: PyTree | None = None
+    loss: Loss, tx: optax.GradientTransformationExtraArgs, accumulate: int, shardings: PyTree | None = None
 ) -> Callable[[TrainState, Params, Params, Batch, Numbers], tuple[TrainState, Metrics]]:
     """The jitted update `step(state, reference, frozen, batch, numbers) -> (state, metrics)`; `state` is donated.
 
@@ -251,8 +251,7 @@ def make_step(
             return numbers.scale * total, metrics
 
         def microbatch(part: Batch) -> tuple[Params, Metrics]:
-            grads, metrics = jax.grad(scaled, has_aux=True)(state.policy, part)
-            return jax.tree.map(lambda x: x / numbers.scale, grads), metrics
+            return jax.grad(scaled, has_aux=True)(state.policy, part)
 
         if accumulate == 1:
             grads, metrics = microbatch(batch)
@@ -262,7 +261,7 @@ def make_step(
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch, _first(parts)))
             total, _ = jax.lax.scan(lambda s, part: (jax.tree.map(jnp.add, s, microbatch(part)), None), zeros, parts)
             grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
-        updates, optimizer = tx.update(grads, state.optimizer, state.policy)
+        updates, optimizer = tx.update(grads, state.optimizer, state.policy, scale=numbers.scale)
         policy = jax.tree.map(lambda p, u: p + numbers.rate * u, state.policy, updates)
         average = None
         if state.ema is not None:
