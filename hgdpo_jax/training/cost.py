@@ -44,4 +44,6 @@ def _operations(equation: Any, of: tuple[str, ...], trips: int) -> float:
         shape, outputs = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
         return 2.0 * out * math.prod(shape) / shape[outputs] / math.prod(params["lhs_dilation"])
     turns = {"scan": params.get("length"), "while": trips}.get(name, 1)
+    if name == "shard_map":  # whose shapes are those of one device
+        turns = params["mesh"].size
     return turns * sum(operations(sub, of, trips) for sub in jax.extend.core.jaxprs_in_params(params))

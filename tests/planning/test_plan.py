@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors import safe_open
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax import plan
+from hgdpo_jax import plan, runtime
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.data.concepts import encoder_of
 from hgdpo_jax.errors import UserError
@@ -108,10 +108,12 @@ def test_operations_of_known_products() -> None:
 
 
 def test_attention_counts_the_same_whatever_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    q = jax.ShapeDtypeStruct((2, 64, 3, 8), jnp.float32)
-    traced = jax.jit(lambda q: attend.attend(q, q, q)).trace
+    q, sharding = jax.ShapeDtypeStruct((8, 64, 3, 8), jnp.float32), runtime.heads_sharding(tiny.mesh(data=8))
+    traced = jax.jit(lambda q: attend.attend(q, q, q, sharding)).trace
     monkeypatch.setattr(attend, "kernel", lambda *_: lambda q, k, v: jax.pure_callback(lambda q: q, q, q))
-    assert program.counted(traced, q) == (0, 2 * 2 * (2 * 3 * 64 * 64 * 8))
+    assert program.counted(traced, q) == (0, 2 * 2 * (8 * 3 * 64 * 64 * 8))
+    part = jax.shard_map(lambda q: q @ q.mT, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec)
+    assert operations(jax.make_jaxpr(part)(q).jaxpr) == 2 * 8 * 64 * 3 * 3 * 8
 
 
 @pytest.fixture(scope="module")
