@@ -216,7 +216,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path, part: str) -> N
 
 def damage(folder: Path) -> None:
     """Flips a bit in the largest file."""
-    data = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    data = max((f for f in Path(folder).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
@@ -275,7 +275,7 @@ def test_clip_norm_0_is_no_clipping(base: Path) -> None:
     for norm in (0.0, 1e6, 1e-6):
         tx = make_optimizer(tiny.config(base, clip_norm=norm, warmup=0).train)
         moments = tx.update(gradient, tx.init(policy), policy)[1]
-        updates.append(np.asarray(optax.tree.get(moments, "mu")["x"]))
+        updates.append(np.asarray(optax.tree.get(moments, "mu")))
     assert np.array_equal(updates[0], updates[1])  # a norm that nothing reaches
     assert abs(updates[0]).min() > 1e6 * abs(updates[2]).max()
 

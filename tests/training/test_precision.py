@@ -53,7 +53,7 @@ def measured(base: Path, dtype: str) -> tuple[float, np.ndarray]:
 @pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8)])
 def test_gradients_are_those_of_float32_as_far_as_the_bits_go(base: Path, dtype: str, bits: int) -> None:
     wanted, found = measured(base, "float32")[1], measured(base, dtype)[1]
-    # Weights and every value in between are rounded, by half of a last bit: some hundred times on the way there and back.
+    # Weights and every value in between are rounded, by half of a last bit: some hundred times there and back.
     assert np.linalg.norm(found - wanted) <= 64 * 2.0**-bits * np.linalg.norm(wanted)
 
 
