@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
 
 
 class _Shapes:
@@ -44,6 +45,27 @@ def normal(rngs: nnx.Rngs, shape: Sequence[int], deviation: float) -> nnx.Param:
     return nnx.Param(_initialiser(nnx.initializers.normal(deviation))(rngs.params(), shape))
 
 
+class Conv(nnx.Conv):
+    """nnx.Conv; on a processor as one product where a feature map is small against its kernel.
+
+    There XLA would bring such a kernel, of up to 59 MB, into another order for every gradient, which takes longer than
+    the convolution.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b h w inputs] → [b h2 w2 outputs]."""
+        b, h, w, channels = x.shape
+        small = b * h * w < channels and self.kernel_size == (3, 3) and self.strides == 1 and self.padding == 1
+        if not small or jax.default_backend() != "cpu":
+            return super().__call__(x)
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = dtypes.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
+        around = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        patches = [around[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+        found = jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
+        return found if bias is None else found + bias
+
+
 def conv(
     inputs: int,
     outputs: int,
@@ -59,7 +81,7 @@ def conv(
 
     Unless it is given, a convolution of stride 1 and odd size keeps height and width.
     """
-    return nnx.Conv(
+    return Conv(
         inputs,
         outputs,
         (size, size),

@@ -1,0 +1,151 @@
+"""An optimizer step of Stable Diffusion 1.5 beside PyTorch's, with diffusers and peft, doing the same work.
+
+python -m benchmarks.step_peer [--size 256x256] [--pairs 1] [--rounds 5]
+
+Random weights, float32, on this machine's processor: stage 1 of `configs/stage1.py` with LoRA of rank 8 on every
+attention, the text encoder in the step, forwards and backwards through the policy, forwards through the reference (in
+PyTorch: the adapter switched off), clipping, AdamW. A process each, steps alternately; compilation does not count. JSON
+to stdout.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from hgdpo_jax import config as configuration
+from hgdpo_jax import runtime
+from hgdpo_jax.configs import stage1
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.source import without_weights
+from hgdpo_jax.models.architectures import SD15
+from hgdpo_jax.training import policy as policies
+from hgdpo_jax.training import step as steps
+from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
+
+
+def ours(size: str, pairs: int) -> Callable[[], float]:
+    """A function that takes a step and returns the loss."""
+    config = stage1.get_config("sd15")
+    config.model.dtype, config.data.resolutions = "float32", (size,)
+    config.train.batch, config.train.checkpointing = pairs, "none"
+    configuration.validate(config)
+    runtime.use_precision("float32")
+    pipeline = pipelines.of_shapes(without_weights(SD15), "float32")
+    policies.add_fresh_lora(pipeline, config)
+    denoiser, *parts = steps.split(pipeline, "lora")
+    rng = np.random.default_rng(0)
+
+    def filled(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array):
+            return x
+        if len(x.shape) < 2:
+            return jnp.zeros(x.shape)
+        return jnp.asarray(rng.standard_normal(x.shape, np.float32) / np.sqrt(np.prod(x.shape[:-1])))
+
+    policy, frozen = jax.tree.map(filled, parts)
+    tx = make_optimizer(config.train)
+    step = steps.make_step(steps.dpo_loss(denoiser, pipeline.schedule), tx, 1)
+    shape = (pairs, *pipeline.latent_shape(next(iter(configuration.resolutions(config).values()))))
+    batch = {name: rng.standard_normal(shape, np.float32).astype(np.float16) for name in ("winner", "loser")}
+    batch["input_ids"] = np.full((pairs, 77), 49407, np.int32)
+    held = [steps.init_state(policy, tx, 0.0)]
+
+    def run() -> float:
+        held[0], metrics = step(held[0], policy, frozen, batch, numbers_of(config, 0))
+        return float(metrics["loss/total"])
+
+    return run
+
+
+def theirs(size: str, pairs: int) -> Callable[[], float]:
+    """The same with PyTorch."""
+    train = stage1.get_config("sd15").train
+    unet = UNet2DConditionModel.from_config(dict(SD15.configs["unet"]))
+    unet.requires_grad_(False)
+    lora = LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    unet.add_adapter(lora)
+    text = CLIPTextModel(CLIPTextConfig(**dict(SD15.configs["text_encoder"]))).requires_grad_(False)
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=train.lr, weight_decay=0.0)
+    height, width = (int(side) // 8 for side in size.split("x"))
+    latents, ids = torch.randn(2 * pairs, 4, height, width), torch.full((pairs, 77), 49407)
+    alphas = torch.linspace(0.9999, 0.005, 1000)
+
+    def run() -> float:
+        t = torch.randint(0, 1000, (pairs,)).repeat(2)
+        noise = torch.randn(pairs, 4, height, width).repeat(2, 1, 1, 1)
+        alpha = alphas[t].view(-1, 1, 1, 1)
+        x_t = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        with torch.no_grad():
+            memory = text(ids).last_hidden_state.repeat(2, 1, 1)
+            unet.disable_adapters()
+            reference = unet(x_t, t, memory).sample
+            unet.enable_adapters()
+        predicted = unet(x_t, t, memory).sample
+        gain = ((predicted - reference) * (predicted + reference - 2 * noise)).mean((1, 2, 3))
+        loss = -torch.nn.functional.logsigmoid(-0.5 * train.beta * (gain[:pairs] - gain[pairs:])).mean()
+        moved = ((predicted - reference)[:pairs]).mean((2, 3)).square().sum(1).mean()  # the statistics loss
+        optimizer.zero_grad()
+        (loss + train.lambda_stat * moved).backward()
+        torch.nn.utils.clip_grad_norm_(trained, train.clip_norm)
+        optimizer.step()
+        return float(loss)
+
+    return run
+
+
+RUNS = {"hgdpo_jax": ours, "diffusers + peft": theirs}
+
+
+def take_steps(name: str, size: str, pairs: int) -> None:
+    """Takes a step for each line that comes in, and says how many seconds it took."""
+    run = RUNS[name](size, pairs)
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        run()
+        print(time.perf_counter() - begin, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times a step of SD1.5 here and in PyTorch.")
+    parser.add_argument("--size", default="256x256")
+    parser.add_argument("--pairs", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=RUNS, help="is how each of the two is started")
+    given = parser.parse_args()
+    if given.only:
+        return take_steps(given.only, given.size, given.pairs)
+    command = [sys.executable, "-W", "ignore", *["-m", "benchmarks.step_peer", *sys.argv[1:], "--only"]]
+    started = {
+        name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        for name in RUNS
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in RUNS}
+    for number in range(given.rounds + 1):
+        for name, process in started.items():
+            process.stdin.write("\n")
+            found = float(process.stdout.readline())
+            if number:  # the first one compiles
+                seconds[name].append(found)
+    for process in started.values():
+        process.stdin.close()
+    figures = {name: {"median": statistics.median(x), "low": min(x), "high": max(x)} for name, x in seconds.items()}
+    one, other = (statistics.median(x) for x in seconds.values())
+    print(json.dumps({"size": given.size, "pairs": given.pairs, "seconds": figures, "ratio": other / one}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""A convolution over few pixels is the same as one product."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hgdpo_jax.models.layers import conv
+from tests.rounding import EPS, assert_close
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_pixels_are_convolved_as_one_product(bias: bool) -> None:
+    ours = conv(40, 24, 3, bias=bias, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    if bias:
+        ours.bias[...] = jnp.arange(24.0)
+
+    def theirs(x: jax.Array) -> jax.Array:
+        return nnx.Conv.__call__(ours, x)
+
+    for shape, one_product in (((2, 3, 4, 40), True), ((2, 4, 5, 40), False)):
+        x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+        assert ("conv_general_dilated" not in str(jax.make_jaxpr(ours)(x))) == one_product
+        assert_close(ours(x), theirs(x), 40 * EPS)  # sums of 360 products in another order
+        gradients = (jax.grad(lambda x, f=f: jnp.sin(f(x)).sum())(x) for f in (ours, theirs))
+        assert_close(*gradients, 40 * EPS)
