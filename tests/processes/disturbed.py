@@ -36,9 +36,15 @@ def start(folder: Path, count: int, command: str, settings: list[str]) -> Starte
     return Started(folder / "logs", count, 1, command, *STAGE, "--workdir", f"{folder}/run", *settings)
 
 
-def undisturbed(folder: Path, count: int, command: str, settings: list[str]) -> float:
+def undisturbed(folder: Path, count: int, command: str, settings: list[str]) -> None:
+    """Runs a command to its end."""
+    for ended in start(folder, count, command, settings).ended(600):
+        assert ended.code == 0, ended.errors
+
+
+def length(folder: Path, command: str, settings: list[str]) -> float:
     """Runs a command to its end; returns how many seconds it took once it was under way."""
-    started = start(folder, count, command, settings)
+    started = start(folder, 2, command, settings)
     started.wait_for(folder / BEGUN[command])
     begin = time.monotonic()
     for ended in started.ended():
@@ -58,9 +64,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         settings = inputs(root / "inputs") + [f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=4"]
-        length = {command: undisturbed(root / "undisturbed", 2, command, settings) for command in BEGUN}
+        lengths = {command: length(root / "undisturbed", command, settings) for command in BEGUN}
         pairs, wanted = root / "undisturbed" / "run" / "stage1" / "pairs", parameters(root / "undisturbed")
-        print(f"undisturbed: {length}", flush=True)
+        print(f"undisturbed: {lengths}", flush=True)
         for number in range(count):
             folder, who, by = root / str(number), chance.randrange(2), RESTARTED_BY[number % 3]
             command = "main" if kind == "TERM" or chance.random() < 0.6 else "pairs"
@@ -68,7 +74,7 @@ def main() -> None:
                 shutil.copytree(pairs, folder / "run" / "stage1" / "pairs")
             started = start(folder, 2, command, settings)
             started.wait_for(folder / (FIRST_LINE if kind == "TERM" else BEGUN[command]))
-            after = chance.uniform(0, length[command] if kind == "KILL" else 3.0)
+            after = chance.uniform(0, lengths[command] if kind == "KILL" else 3.0)
             time.sleep(after)
             if any(process.poll() is not None for process in started.processes):
                 after = float("nan")  # too late, it had finished
