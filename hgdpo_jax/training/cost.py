@@ -6,6 +6,8 @@ from typing import Any
 import jax.extend
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
+# Attention in cuDNN, which JAX cannot look into → how many products it is: the gradient computes the first again.
+_CUDNN = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def operations(jaxpr: Any, of: tuple[str, ...] = PRODUCTS, trips: int = 1) -> float:
@@ -43,7 +45,12 @@ def _operations(equation: Any, of: tuple[str, ...], trips: int) -> float:
     if name == "conv_general_dilated":
         shape, outputs = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
         return 2.0 * out * math.prod(shape) / shape[outputs] / math.prod(params["lhs_dilation"])
+    if name in _CUDNN and "dot_general" in of:
+        (b, n, heads, width), m = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
+        return _CUDNN[name] * 2.0 * b * heads * n * m * width
     turns = {"scan": params.get("length"), "while": trips}.get(name, 1)
+    if name == "pallas_call":
+        turns = math.prod(params["grid_mapping"].grid)
     if name == "shard_map":  # whose shapes are those of one device
         turns = params["mesh"].size
     return turns * sum(operations(sub, of, trips) for sub in jax.extend.core.jaxprs_in_params(params))

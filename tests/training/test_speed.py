@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.models import attend
 from hgdpo_jax.training import speed
+from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.speed import Speed, peak, steps_to_trace, those_left
 
 
@@ -104,3 +106,16 @@ def test_a_trace_is_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         seen.append(number)
         found.step(number, None, None, None, {"winner": np.zeros((1, 1))}, None)
     assert seen == [1, 2, tmp_path, 3, "stop", 4, 5]
+
+
+def test_kernels_of_attention_count_as_the_products_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splash keeps its blocks whole; cuDNN cannot be looked into, and is not here: only its call is traced."""
+    for name, found in (("check_cudnn_version", 91200), ("check_compute_capability", True)):
+        monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{name}", lambda *_, found=found: found)
+    product = 2.0 * 2 * 8 * 256 * 384 * 40
+    q, k = (jax.ShapeDtypeStruct((2, n, 8, 40), jnp.bfloat16) for n in (256, 384))
+    for kernel in (attend.splash, attend.cudnn):
+        gradient = jax.grad(lambda *x, kernel=kernel: kernel(*x).astype(jnp.float32).sum(), (0, 1, 2))
+        assert operations(jax.make_jaxpr(kernel)(q, k, k).jaxpr) == 2 * product
+        found = operations(jax.make_jaxpr(gradient)(q, k, k).jaxpr)
+        assert found == pytest.approx(7 * product, rel=1e-3)  # and a sum for each query
