@@ -71,16 +71,18 @@ def _join() -> None:
         raise UserError(f"HGDPO_DISTRIBUTED=1: the other processes are not found ({error}); set {', '.join(names)}, or "
                         "start it on a TPU pod, under Slurm or in a JobSet") from error  # fmt: skip
     except RuntimeError as error:
-        state = distributed.global_state
-        raise UserError(
-            f"{here()}: not all {state.num_processes} processes came to {state.coordinator_address} within "
-            f"{_TOGETHER} s; those that do not say this have not started, or cannot reach it"
-        ) from error
+        raise UserError(_not_all()) from error
     client = distributed.global_state.client
     client.key_value_set(f"hgdpo/host/{jax.process_index()}", socket.gethostname())
     if not first_process():  # one voice: errors and warnings come from all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     _watch.start()
+
+
+def _not_all() -> str:
+    state = distributed.global_state
+    return (f"{here()}: not all {state.num_processes} processes came to {state.coordinator_address} within "
+            f"{_TOGETHER} s; those that do not say this have not started, or cannot reach it")  # fmt: skip
 
 
 def alone() -> bool:
@@ -326,6 +328,9 @@ def leave() -> None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(_: int) -> None:
+    if _watch.ident is None:  # they have not met yet
+        os.write(2, f"\nerror: {_not_all()}\n".encode())
+        os._exit(1)
     os.write(2, b"\nerror: JAX has ended this process, as it says above; most likely process 0, which the others meet "
                 b"at, is gone. The same command goes on from what is finished\n")  # fmt: skip
     os._exit(GOES_ON)

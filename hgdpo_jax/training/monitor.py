@@ -98,8 +98,8 @@ class Monitor:
         where = jax.tree.map(lambda x: x.sharding, policy)
         apart = jax.jit(lambda tree: jax.tree.map_with_path(moved, tree), out_shardings=where)(policy)
         noise = float(self._measured(apart, policy, 0)["dpo/margin_deviation"])
-        print(f"{self._stage}: {self._dtype} tells margins apart from {noise:.2g} on: rounding alone moves them so far "
-              f"after a step of {self._rate:g} in no direction; of smaller ones accuracies say little")  # fmt: skip
+        print(f"{self._stage}: {self._dtype} tells margins apart from {noise:.2g} on: so far rounding and a step of "
+              f"{self._rate:g} in no direction move them; of smaller ones accuracies say little")  # fmt: skip
 
     def watch(self, values: dict[str, float], step: int) -> None:
         """Warns of a policy that unlearns the winners: both errors grow, and the pictures turn to noise.

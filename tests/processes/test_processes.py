@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -187,3 +188,20 @@ def test_help_needs_no_other_process(command: str) -> None:
     asked = [sys.executable, "-m", f"hgdpo_jax.{command}", "--help"]
     env = os.environ | environment | {"JAX_PROCESS_ID": "1"}
     assert "usage:" in subprocess.run(asked, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+@pytest.mark.parametrize("index", ["0", "1"])
+def test_who_comes_names_that_not_all_do(index: str) -> None:
+    """JAX aborts it, in C++; ours is the last word."""
+    program = "from hgdpo_jax import command, processes; processes._TOGETHER = 3; command.run(lambda: None)"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {"HGDPO_DISTRIBUTED": "1", "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    env = os.environ | environment | {"JAX_PROCESS_ID": index, "PYTHONPATH": os.getcwd()}
+    ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1
+    line = (
+        f"error: process {index} on .*: not all 2 processes came to localhost:{port} within 3 s; those that do not say"
+    )
+    assert re.match(line, ended.stderr.strip().splitlines()[-1])
