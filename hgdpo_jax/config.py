@@ -164,6 +164,9 @@ SETTINGS = (
             "the stage whose pairs are learnt from; empty: this one"),
     Setting("train.start", "base", _FOLDER, "base, or the stage whose policy this one starts from"),
     Setting("train.reference", "start", OneOf(("start", "base")), "start: the policy it started from; base: ε_base"),
+    Setting("train.reference_cache", 0, Range(0, 1000),
+            "dpo: draws of noise of each pair, for which the reference's predictions are computed once and kept; 0: "
+            "each step draws anew"),
     Setting("train.params", "lora", OneOf(("lora", "text_lora", "all", "adapter")),
             "lora and all: of the UNet; text_lora: of the text encoders; adapter: an IP-Adapter"),
     Setting("train.blocks", "all", OneOf(("all", "up")),
@@ -395,6 +398,8 @@ def validate(config: ConfigDict) -> None:
     if train.blocks == "up" and (train.params, train.reference, config.objective) != ("lora", "start", "dpo"):
         raise UserError("config key train.blocks=up: goes with train.params=lora, train.reference=start and "
                         "objective=dpo: policy and reference share the blocks below")  # fmt: skip
+    if train.reference_cache and config.objective != "dpo":
+        raise UserError("config key train.reference_cache: goes with objective=dpo; sft has no reference")
     if train.params == "adapter" and config.objective != "sft":
         raise UserError("config key train.params=adapter: goes with objective=sft")
 

@@ -11,12 +11,13 @@ import grain
 import numpy as np
 
 Batch = dict[str, np.ndarray]
-_FIELDS = ("winner", "loser", "input_ids", "concept")
+_FIELDS = ("winner", "loser", "input_ids", "concept", "example", "reference")
 _PASSES = 2**32  # without end; a length that Grain cannot count with is not taken
 
 
-def _stacked(source: Sequence[dict[str, Any]], numbers: Sequence[int]) -> Batch:
-    """What a step needs of some records, as they are stored: latents and concept features float16, token ids int32.
+def stacked(source: Sequence[dict[str, Any]], numbers: Sequence[int]) -> Batch:
+    """What a step needs of some records, as they are stored: latents and concept features float16, token ids int32, and
+    perhaps what :class:`hgdpo_jax.training.reference_cache.Draws` adds.
 
     Each is copied before the next is read: memory that the processor has at hand is used again.
     """
@@ -42,7 +43,7 @@ class _Batches:
         return len(self._order) // self._batch
 
     def __getitem__(self, i: int) -> Batch:
-        return _stacked(self._source, [self._order[i * self._batch + int(row)] for row in self._rows])
+        return stacked(self._source, [self._order[i * self._batch + int(row)] for row in self._rows])
 
 
 class PairLoader:
@@ -91,4 +92,4 @@ def first_batches(source: Any, batch: int, limit: int, rows: Sequence[int] | Non
     around to the first."""
     count = max(1, min(len(source), limit) // batch) if len(source) >= batch else 1
     rows = range(batch) if rows is None else rows
-    return [_stacked(source, [(begin + row) % len(source) for row in rows]) for begin in range(0, count * batch, batch)]
+    return [stacked(source, [(begin + row) % len(source) for row in rows]) for begin in range(0, count * batch, batch)]

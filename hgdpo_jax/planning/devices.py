@@ -4,7 +4,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -29,6 +29,7 @@ class Chip:
         peak: operations a second, by `model.dtype`.
         bandwidth: bytes a second of its memory; 0 where that is not known.
         interconnect: bytes a second that it sends to the others of its slice or host, all links together; 0 likewise.
+            Of GPUs of several hosts: to another host.
         source: of these numbers.
         gpu: what XLA wants to know of a GPU beside them.
     """
@@ -56,6 +57,7 @@ def _gpu(name: str, memory: int, bandwidth: int, interconnect: float, **gpu: Any
     return Chip("cuda", memory, _peaks(name), bandwidth, interconnect, source, {"name": name, **gpu})
 
 
+_HOST, _BETWEEN_HOSTS = 8, 50e9  # GPUs of a host, and bytes a second to others: an adapter of 400 Gb/s each (DGX)
 _HOPPER = {"major": 9, "cores": 132, "cache": 52_428_800, "clock": 1.98}
 _BLACKWELL = {"major": 10, "cores": 148, "cache": 132_644_864, "clock": 1.965}
 CHIPS = {
@@ -97,7 +99,7 @@ device_description_str: "{name}"
 # Without a device XLA cannot try which of its own kernels is the fastest, and stops at the products of a LoRA.
 _GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 _ONE_TPU: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)}  # of the four that a host has
-_SHAPES = {"tpu": r"\d+x\d+(x\d+)?", "cuda": r"[1-8]", "cpu": r"[1-9]\d*"}
+_SHAPES = {"tpu": r"\d+x\d+(x\d+)?", "cuda": r"[1-8]|[1-9]\d+", "cpu": r"[1-9]\d*"}
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,10 @@ def _kind(name: str) -> str:
     """The platform of a topology. Raises UserError where there is no such one."""
     chip, colon, shape = name.partition(":")
     platform = "cpu" if chip == "cpu" else CHIPS[chip].platform if chip in CHIPS else ""
-    if not platform or (colon and not re.fullmatch(_SHAPES[platform], shape)):
-        raise UserError(f"topology {name}: unknown; write v5e:4x4, v5p:2x2x2, v6e:8x8, h100:8, h200:8, b200:8 (to 8, "
-                        "of one host), cpu:2, or a name alone for one device")  # fmt: skip
+    good = platform and (not colon or re.fullmatch(_SHAPES[platform], shape))
+    if not good or (platform == "cuda" and int(shape or 1) > _HOST and int(shape) % _HOST):
+        raise UserError(f"topology {name}: unknown; write v5e:4x4, v5p:2x2x2, v6e:8x8, h100:8, h100:64, h200:8, "
+                        "b200:8 (up to 8, or whole hosts of 8), cpu:2, or a name alone for one device")  # fmt: skip
     return platform
 
 
@@ -180,7 +183,11 @@ def describe(name: str) -> Topology:
         asked = {"topology_name": f"{kind}:{shape}"} if shape else _ONE_TPU | {"topology_name": f"{kind}:1x1x1"}
     else:
         text = _GPU.format(**chip.gpu, bandwidth=chip.bandwidth, memory=chip.memory)
-        asked = {"target_config": text, "topology": f"1x1x{shape or 1}"}
+        count = int(shape or 1)
+        hosts = max(1, count // _HOST)
+        if hosts > 1:
+            chip = replace(chip, interconnect=_BETWEEN_HOSTS)
+        asked = {"target_config": text, "topology": f"1x{hosts}x{count // hosts}"}
     try:
         devices = topologies.get_topology_desc(platform=platform, **asked).devices
     except jax.errors.JaxRuntimeError as error:

@@ -103,6 +103,9 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
     shape = max((pipeline.latent_shape(size) for size in configuration.resolutions(config).values()), key=np.prod)
     batch = {name: _rows(mesh, (settings.batch, *shape), np.float16) for name in latent}
     batch["input_ids"] = _rows(mesh, (settings.batch, POSITIONS), np.int32)
+    if settings.reference_cache:
+        batch["example"] = _rows(mesh, (settings.batch,), np.int32)
+        batch["reference"] = _rows(mesh, (settings.batch, 2, *shape), np.float32)
     if pipeline.no_concept is not None:
         batch["concept"] = _rows(mesh, (settings.batch, *pipeline.no_concept.shape[1:]), np.float16)
     reference = policy if config.objective == "dpo" else {}

@@ -74,6 +74,7 @@ def depends_on(config: ConfigDict) -> list[str]:
     keys += ["train.blocks"] if train.params == "lora" else []
     keys += ["train.lora_rank", "train.lora_alpha"] if train.params in ("lora", "text_lora") else []
     keys += ["train.beta", "train.lambda_stat"] if config.objective == "dpo" else []
+    keys += ["train.reference_cache"] if train.reference_cache else []
     keys += ["data.caption_dropout", "data.concept_dropout"] if config.objective == "sft" else []
     keys += ["train.batch", "train.lr", "train.optimizer", "train.schedule", "train.warmup", "train.weight_decay"]
     keys += ["train.clip_norm", "train.ema"] + (["train.adam"] if train.optimizer == "adamw" else [])

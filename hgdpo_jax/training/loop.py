@@ -15,6 +15,7 @@ from hgdpo_jax.data.loader import PairLoader
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import write_json
 from hgdpo_jax.training import inputs as stage_inputs
+from hgdpo_jax.training import reference_cache
 from hgdpo_jax.training import start as starts
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
 from hgdpo_jax.training.inputs import Inputs
@@ -56,6 +57,9 @@ def train(config: ConfigDict, workdir: Path, traced: range = range(0)) -> None:
             print(f"{folder}: already trained to step {done}")
             return
         traced = those_left(traced, done, config.train.steps)
+        if config.train.reference_cache:
+            inputs = reference_cache.attach(config, folder, inputs, start, index)
+            index.save()
         announce(config, inputs, start.state)
         with processes.stopping, checkpoints:
             _run(config, folder, inputs, start, checkpoints, traced)

@@ -132,7 +132,8 @@ def announce(config: ConfigDict, inputs: Inputs, state: TrainState) -> None:
     for source in inputs.pairs.sources["train"]:
         (row,) = first_batches(source, 1, 1)
         fields = [f"{name} {x.dtype} {[config.train.batch, *x.shape[1:]]}" for name, x in row.items()]
-        print(f"{config.stage}: a batch of {len(source):,} {unit} is {', '.join(fields)}")
+        count = len(source) // max(1, config.train.reference_cache)
+        print(f"{config.stage}: a batch of {count:,} {unit} is {', '.join(fields)}")
     if peak(inputs.mesh, config.model.dtype) is None:
         print(f"{config.stage}: peak unknown of {inputs.mesh.devices.flat[0].device_kind} in {config.model.dtype}: the "
               "log says no speed/share_of_peak")  # fmt: skip

@@ -131,8 +131,43 @@ def _float32(batch: Batch) -> Batch:
     return {name: x.astype(jnp.float32) if x.dtype == jnp.float16 else x for name, x in batch.items()}
 
 
+class Noised(NamedTuple):
+    """Winner and loser of each pair side by side, so that both stay on the device that holds their pair: timesteps
+    [2b], noisy latents and what is to be predicted of them [2b h w c]; and the timestep of each pair [b]."""
+
+    t_pair: Int[Array, "2b"]
+    x_t: Float[Array, "2b h w c"]
+    target: Float[Array, "2b h w c"]
+    t: Int[Array, "b"]
+
+
+def _noised(batch: Batch, schedule: NoiseSchedule) -> Noised:
+    """A batch of pairs, at the noise of its keys, which winner and loser share."""
+    t, noise = _noise(batch["key"], batch["winner"].shape[1:], schedule.num_train_timesteps)
+    pair = jnp.stack([batch["winner"], batch["loser"]], 1).reshape(-1, *noise.shape[1:])
+    t_pair, noise_pair = jnp.repeat(t, 2), jnp.repeat(noise, 2, 0)
+    x_t = schedule.add_noise(pair, noise_pair, t_pair)
+    return Noised(t_pair, x_t, schedule.target(pair, noise_pair, t_pair), t)
+
+
+def reference_predictions(
+    denoiser: Denoiser, schedule: NoiseSchedule
+) -> Callable[[Params, Params, Batch], Float[Array, "b 2 h w c"]]:
+    """`predict(reference, frozen, batch)`: what the reference predicts for winners and losers of batches as
+    :func:`dpo_loss` takes them, float32."""
+
+    def predict(reference: Params, frozen: Params, batch: Batch) -> Float[Array, "b 2 h w c"]:
+        batch = _float32(batch)
+        noised = _noised(batch, schedule)
+        pred = denoiser(reference, frozen, noised.x_t, noised.t_pair, batch["input_ids"])
+        return pred.reshape(-1, 2, *pred.shape[1:])
+
+    return predict
+
+
 def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all") -> Loss:
-    """L_D-DPO + λ_stat · L_stat on batches {winner, loser [b h w c], input_ids [b s], key [b]}.
+    """L_D-DPO + λ_stat · L_stat on batches {winner, loser [b h w c], input_ids [b s], key [b]}; with `reference`
+    [b 2 h w c] they bring what :func:`reference_predictions` says of them, and it is not computed.
 
     Args:
         denoiser, schedule: of ε_base.
@@ -144,18 +179,14 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all") -
         policy: Params, reference: Params, frozen: Params, batch: Batch, numbers: Numbers
     ) -> tuple[Float[Array, ""], Metrics]:
         batch = _float32(batch)
-        b = batch["winner"].shape[0]
-        t, noise = _noise(batch["key"], batch["winner"].shape[1:], schedule.num_train_timesteps)
-        # Winner and loser stand side by side, so that both stay on the device that holds their pair.
-        pair = jnp.stack([batch["winner"], batch["loser"]], 1).reshape(2 * b, *noise.shape[1:])
-        t_pair, noise_pair = jnp.repeat(t, 2), jnp.repeat(noise, 2, 0)
-        x_t = schedule.add_noise(pair, noise_pair, t_pair)
-        target = schedule.target(pair, noise_pair, t_pair)
+        t_pair, x_t, target, t = _noised(batch, schedule)
         if blocks == "up":
             policy = in_up_blocks(policy, reference)
-        # Where the text encoder is frozen both are given the same embeddings, which XLA computes once.
         pred = denoiser(policy, frozen, x_t, t_pair, batch["input_ids"])
-        ref = jax.lax.stop_gradient(denoiser(reference, frozen, x_t, t_pair, batch["input_ids"]))
+        if "reference" in batch:
+            ref = batch["reference"].reshape(pred.shape)
+        else:  # where the text encoder is frozen both are given the same embeddings, which XLA computes once
+            ref = jax.lax.stop_gradient(denoiser(reference, frozen, x_t, t_pair, batch["input_ids"]))
         (pred_w, pred_l), (ref_w, ref_l), (target_w, target_l) = ((x[::2], x[1::2]) for x in (pred, ref, target))
         dpo = objectives.diffusion_dpo(pred_w, pred_l, ref_w, ref_l, target_w, target_l, numbers.beta)
         stat = objectives.statistics_loss(pred_w, ref_w, schedule.mean_shift(t))
@@ -171,7 +202,7 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all") -
             "dpo/margin_deviation": dpo.margin.std(),
             "dpo/sigmoid_minus_z": jax.nn.sigmoid(-dpo.margin).mean(),
             "dpo/accuracy": dpo.accuracy.mean(),
-            "bins/accuracy": dpo.accuracy @ bins / b,
+            "bins/accuracy": dpo.accuracy @ bins / len(t),
             "bins/share": bins.mean(0),
         }
         total = dpo.loss.mean() + numbers.lambda_stat * stat.mean()
@@ -207,6 +238,16 @@ def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule) -> Loss:
     return loss
 
 
+def example_keys(key: Array, examples: Int[Array, "b"]) -> PRNGKeyArray:
+    """Of examples that draw the same whenever they come.
+
+    Args:
+        key: see :class:`Numbers`.
+        examples: their numbers.
+    """
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.wrap_key_data(key), i))(examples)
+
+
 class TrainState(NamedTuple):
     """What a step changes: policy, its running average (None without EMA), optimizer state, step count."""
 
@@ -236,15 +277,19 @@ def make_step(
     given, are those of the new state too, so that a second step compiles nothing.
 
     Every example draws from a key folded from (the stage's key, step, position in the batch), so neither the number of
-    devices nor the number of microbatches changes what is drawn.
+    devices nor the number of microbatches changes what is drawn; or, where the batch has `example` [b], from
+    :func:`example_keys`.
     """
 
     def step(
         state: TrainState, reference: Params, frozen: Params, batch: Batch, numbers: Numbers
     ) -> tuple[TrainState, Metrics]:
-        size = batch["input_ids"].shape[0]
-        step_key = jax.random.fold_in(jax.random.wrap_key_data(numbers.key), state.step)
-        batch = batch | {"key": jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(size))}
+        if "example" in batch:
+            keys = example_keys(numbers.key, batch["example"])
+        else:
+            step_key = jax.random.fold_in(jax.random.wrap_key_data(numbers.key), state.step)
+            keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(batch["input_ids"].shape[0]))
+        batch = batch | {"key": keys}
 
         def scaled(policy: Params, part: Batch) -> tuple[Float[Array, ""], Metrics]:
             total, metrics = loss(policy, reference, frozen, part, numbers)

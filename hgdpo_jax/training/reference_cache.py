@@ -1,0 +1,184 @@
+"""What the reference predicts, computed once: for `train.reference_cache` draws of noise of each pair, K below.
+
+    W/stageN/reference_cache/made_from.json   what is predicted, written first
+    W/stageN/reference_cache/SHARD.npy        of a shard's pairs: [pairs, K, 2, h, w, c] float32, of winners and losers
+    W/stageN/reference_cache/SHARD.npy.json   its hash: it is whole
+
+A draw of a pair takes 8 · h · w · c bytes, 128 KiB at 512x512 and 512 KiB at 1024x1024. Predictions are kept and not
+errors, whose differences would cancel, see :func:`hgdpo_jax.training.objectives.diffusion_dpo`.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from hgdpo_jax import processes, provenance, runtime
+from hgdpo_jax.data.loader import stacked
+from hgdpo_jax.data.pairs import Record
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import Index, file_hash, need_space, whole, write_json
+from hgdpo_jax.training import step as steps
+from hgdpo_jax.training.inputs import Inputs
+from hgdpo_jax.training.optimizer import numbers_of
+from hgdpo_jax.training.start import Start
+
+
+class Draws(Sequence[Record]):
+    """Every record K times, each time as another `example`, int32, which decides its noise.
+
+    Args:
+        records: of a resolution.
+        draws: K.
+        parts: what the reference predicts of them, shard by shard, which records then bring as `reference`.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], draws: int, parts: Sequence[Float[np.ndarray, "n k 2 h w c"]] = ()
+    ) -> None:
+        self._records, self._draws, self._parts = records, draws, parts
+        self._begins = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return len(self._records) * self._draws
+
+    def __getitem__(self, i: int) -> Record:
+        number, draw = divmod(i, self._draws)
+        record = self._records[number] | {"example": np.int32(i)}
+        if self._parts:
+            part = int(np.searchsorted(self._begins, number, side="right")) - 1
+            record["reference"] = self._parts[part][number - self._begins[part], draw]
+        return record
+
+
+class Shard(NamedTuple):
+    """The predictions of a shard of pairs: their file; its pairs' resolution, first record and number; [h, w, c]."""
+
+    path: Path
+    resolution: int
+    begin: int
+    pairs: int
+    latent: tuple[int, int, int]
+
+    @property
+    def note(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.json")
+
+    def size(self, draws: int) -> int:
+        """Bytes of its predictions."""
+        return 8 * draws * self.pairs * math.prod(self.latent)
+
+
+def _shards(cache: Path, manifest: Mapping[str, Any]) -> list[Shard]:
+    """Of all pairs to train on, in the order of their sources."""
+    found = []
+    splits = [split for name, split in manifest["splits"].items() if name.startswith("train_")]
+    for resolution, split in enumerate(splits):
+        begin = 0
+        for entry in split["shards"]:
+            path = cache / f"{entry['file']}.npy"
+            found.append(Shard(path, resolution, begin, entry["records"], tuple(split["latent"])))
+            begin += entry["records"]
+    return found
+
+
+def attach(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, index: Index) -> Inputs:
+    """The inputs with pairs that bring what the reference predicts of them, which is computed where it is missing.
+
+    Args:
+        config, inputs, start: of the stage.
+        folder: W/stageN.
+        index: spares reading files that it knows.
+
+    Raises:
+        UserError: the folder holds predictions of something else, or one that was altered; one is not finite; the disk
+            is full.
+    """
+    cache, draws, train = folder / "reference_cache", config.train.reference_cache, inputs.pairs.sources["train"]
+    processes.first(lambda: _begin(cache, _made_from(config, inputs, start)))
+    shards = _shards(cache, inputs.pairs.manifest)
+    todo = [shards[i] for i in processes.first(lambda: [i for i, s in enumerate(shards) if not s.note.is_file()])]
+    size = sum(shard.size(draws) for shard in shards)
+    print(f"{config.stage}: keeps what the reference predicts for {draws} draws of noise of {sum(map(len, train)):,} "
+          f"pairs, {size / 1e9:,.2f} GB; {config.train.steps * config.train.batch:,} examples will use it")  # fmt: skip
+    processes.first(lambda: need_space(cache, sum(s.size(draws) for s in todo) + 1e6, "what the reference predicts"))
+    _make(config, todo, inputs, start.reference)
+    processes.first(lambda: [_require_whole(shard, index) for shard in shards])
+    parts: list[list[np.ndarray]] = [[] for _ in train]
+    for shard in shards:
+        parts[shard.resolution].append(np.load(shard.path, mmap_mode="r", allow_pickle=False))
+    sources = [Draws(records, draws, found) for records, found in zip(train, parts, strict=True)]
+    return inputs._replace(pairs=replace(inputs.pairs, sources=inputs.pairs.sources | {"train": sources}))
+
+
+def _made_from(config: ConfigDict, inputs: Inputs, start: Start) -> dict[str, Any]:
+    made_from = provenance.settings(config, ["stage", "seed", "model.dtype", "train.reference_cache"])
+    base = provenance.content("model.base")
+    reference = {"the pairs": inputs.pairs.hash, "the reference": start.reference_hash}
+    return made_from | {base: inputs.made_from[base]} | {provenance.content(k): v for k, v in reference.items()}
+
+
+def _begin(cache: Path, made_from: Mapping[str, Any]) -> None:
+    path = cache / "made_from.json"
+    if path.is_file():
+        provenance.require_same(
+            json.loads(path.read_text()), made_from, str(cache), "use that, or remove the folder to compute it again"
+        )
+    else:
+        write_json(path, made_from)
+
+
+def _make(config: ConfigDict, todo: Sequence[Shard], inputs: Inputs, reference: steps.Params) -> None:
+    """Computes and writes some shards, as many examples at a time as a step does."""
+    draws, size = config.train.reference_cache, config.train.batch // config.train.accumulate
+    denoiser = steps.split(inputs.pipeline, config.train.params)[0]
+    predict = steps.reference_predictions(denoiser, inputs.pipeline.schedule)
+    key, mine = numbers_of(config, 0).key, runtime.rows(size, inputs.mesh)
+
+    @jax.jit(out_shardings=runtime.replicated(inputs.mesh))
+    def predicted(reference: steps.Params, frozen: steps.Params, batch: steps.Batch, key: jax.Array) -> jax.Array:
+        return predict(reference, frozen, batch | {"key": steps.example_keys(key, batch["example"])})
+
+    silent = not processes.first_process()
+    with tqdm(total=draws * sum(s.pairs for s in todo), desc="reference", unit="draw", disable=silent) as bar:
+        for shard in todo:
+            source = Draws(inputs.pairs.sources["train"][shard.resolution], draws)
+            first, end = draws * shard.begin, draws * (shard.begin + shard.pairs)
+
+            def begun(number: int, source: Draws = source, end: int = end) -> tuple[int, jax.Array]:
+                """Examples from `number` on, which devices are given; after the shard's last one it comes again."""
+                batch = stacked(source, [min(number + row, end - 1) for row in mine])
+                return number, predicted(reference, inputs.frozen, runtime.to_devices(batch, inputs.mesh), key)
+
+            values = np.empty((end - first, 2, *shard.latent), np.float32)
+            for number, found in runtime.ahead(begun, range(first, end, size)):
+                part = values[number - first : number - first + size]
+                part[:] = runtime.to_host(found)[: len(part)]
+                bar.update(len(part))
+            if processes.first_process():
+                _write(shard, values.reshape(shard.pairs, draws, *values.shape[1:]))
+    processes.together()
+
+
+def _write(shard: Shard, values: Float[np.ndarray, "n k 2 h w c"]) -> None:
+    if not np.isfinite(values).all():
+        raise UserError(f"what the reference predicts of {shard.path.stem}: NaN or infinite; its policy or the pairs "
+                        "are broken")  # fmt: skip
+    with whole(shard.path) as temporary, temporary.open("wb") as file:
+        np.save(file, values)
+    write_json(shard.note, {"sha256": file_hash(shard.path)}, indent=None)
+
+
+def _require_whole(shard: Shard, index: Index) -> None:
+    known = json.loads(shard.note.read_text())["sha256"]
+    if not shard.path.is_file() or index.hash(shard.path) != known:
+        raise UserError(f"{shard.path}: missing or altered (its hash is not that of its note); remove it and its note, "
+                        "and it is computed again")  # fmt: skip

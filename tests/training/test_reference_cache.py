@@ -1,0 +1,163 @@
+"""The reference's predictions, computed once: the margins they give, what goes on with them, what is refused."""
+
+import functools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from hgdpo_jax import config as configuration
+from hgdpo_jax.data.loader import stacked
+from hgdpo_jax.errors import UserError
+from hgdpo_jax.files import Index, file_hash
+from hgdpo_jax.training import inputs as stage_inputs
+from hgdpo_jax.training import policy as policies
+from hgdpo_jax.training import reference_cache, start
+from hgdpo_jax.training import step as steps
+from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
+from hgdpo_jax.training.cost import operations
+from hgdpo_jax.training.inputs import Inputs
+from hgdpo_jax.training.loop import train
+from hgdpo_jax.training.monitor import Monitor
+from hgdpo_jax.training.optimizer import numbers_of
+from hgdpo_jax.training.reference_cache import Draws
+from hgdpo_jax.training.start import Start
+from tests import tiny
+from tests.rounding import NETWORK, assert_close
+
+DRAWS, RECORDS = 2, 24
+CACHE = Path("stage1") / "reference_cache"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _glance() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "look", tiny.glance)
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("base"))
+
+
+def config(base: Path, **train: object) -> ConfigDict:
+    return tiny.config(base, reference_cache=DRAWS, **train)
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workdir with stage 1 trained for six steps."""
+    workdir = tmp_path_factory.mktemp("run")
+    tiny.write_pairs(workdir / "stage1" / "pairs", RECORDS)
+    train(config(base, steps=6), workdir)
+    return workdir
+
+
+def begun(config: ConfigDict, workdir: Path) -> tuple[Inputs, Start]:
+    """A stage as it is read, without predictions."""
+    inputs = stage_inputs.read(config, workdir, Index())
+    return inputs, start.start(config, workdir, inputs, Checkpoints(workdir / "stage1"))
+
+
+def test_margins_are_those_of_a_reference_that_is_computed_in_the_step(finished: Path, base: Path) -> None:
+    """As close as κ · 1e-6 for every pair and draw, and a quarter of the operations is spared."""
+    chosen = config(base, steps=6)
+    inputs, begin = begun(chosen, finished)
+    numbers = numbers_of(chosen, 0)
+    (source,) = reference_cache.attach(chosen, finished / "stage1", inputs, begin, Index()).pairs.sources["train"]
+    assert len(source) == DRAWS * RECORDS
+    margin = jax.jit(lambda policy, batch: inputs.loss(policy, begin.reference, inputs.frozen, batch, numbers)[1])
+    kappa, largest, seen = chosen.train.beta / 2, 0.0, set()
+    for i in range(len(source)):
+        batch = jax.tree.map(jnp.asarray, stacked(source, [i]))
+        example, reference = batch.pop("example"), batch.pop("reference")
+        batch["key"] = steps.example_keys(numbers.key, example)
+        computed, kept = (margin(begin.state.policy, data) for data in (batch, batch | {"reference": reference}))
+        assert abs(float(kept["dpo/margin"] - computed["dpo/margin"])) < 1e-6 * kappa
+        largest = max(largest, abs(float(computed["dpo/margin"])))
+        seen.add(reference.tobytes())
+    assert largest > 1e-3 * kappa and len(seen) == DRAWS * RECORDS
+    counted = []
+    for data in (batch, batch | {"reference": reference}):
+        loss = functools.partial(
+            inputs.loss, reference=begin.reference, frozen=inputs.frozen, batch=data, numbers=numbers
+        )
+        counted.append(operations(jax.make_jaxpr(jax.grad(loss, has_aux=True))(begin.state.policy).jaxpr))
+    assert counted[1] < 0.75 * counted[0]
+
+
+def test_it_goes_on_with_what_is_kept(
+    finished: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after four steps, with one of two files lost: that alone is computed again, and all ends as it did."""
+    tiny.write_pairs(tmp_path / "stage1" / "pairs", RECORDS)
+    train(config(base, steps=4), tmp_path)
+    first, second = sorted((tmp_path / CACHE).glob("*.npy"))
+    expected = file_hash(second)
+    second.with_name(f"{second.name}.json").unlink()
+    second.unlink()
+    written, write = [], reference_cache._write
+    monkeypatch.setattr(reference_cache, "_write", lambda shard, x: written.append(shard.path) or write(shard, x))
+    train(config(base, steps=6), tmp_path)
+    assert written == [second] and file_hash(second) == expected
+    assert np.load(first).shape == (RECORDS // 2, DRAWS, 2, *tiny.LATENT)
+    like = policies.of(policies.load(config(base), tiny.mesh()), config(base))
+    ended = [tree_hash(policies.finished(workdir, "stage1", like)) for workdir in (finished, tmp_path)]
+    assert ended[0] == ended[1]
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_mesh_predicts_the_same(finished: Path, base: Path, tmp_path: Path, mesh: dict[str, int]) -> None:
+    chosen = config(base)
+    chosen.mesh.update(mesh)
+    tiny.write_pairs(tmp_path / "stage1" / "pairs", RECORDS)
+    inputs, begin = begun(chosen, tmp_path)
+    reference_cache.attach(chosen, tmp_path / "stage1", inputs, begin, Index())
+    for path in (finished / CACHE).glob("*.npy"):
+        assert_close(np.load(tmp_path / CACHE / path.name), np.load(path), NETWORK)
+
+
+def test_other_predictions_are_refused(finished: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    other = tiny.config(base, steps=8, reference_cache=DRAWS + 1)
+    with pytest.raises(UserError, match="config key train.reference_cache=3: the checkpoint in .* was made with 2"):
+        train(other, tmp_path)
+    shutil.rmtree(tmp_path / "stage1" / "policy")
+    with pytest.raises(UserError, match="train.reference_cache=3: .*reference_cache was made with 2; use that, or"):
+        train(other, tmp_path)
+    damaged = max((tmp_path / CACHE).glob("*.npy"))
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match=f"{damaged}: missing or altered"):
+        train(config(base), tmp_path)
+
+
+def test_what_is_not_finite_is_not_kept(finished: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "stage1" / "pairs", tmp_path / "stage1" / "pairs")
+    inputs, begin = begun(config(base), tmp_path)
+    broken = begin._replace(reference=jax.tree.map(lambda x: x * np.nan, begin.reference))
+    with pytest.raises(UserError, match="what the reference predicts of pairs-train_32x32.*: NaN or infinite"):
+        reference_cache.attach(config(base), tmp_path / "stage1", inputs, broken, Index())
+    assert not list((tmp_path / CACHE).glob("*.npy*"))
+
+
+def test_supervised_fine_tuning_has_no_reference() -> None:
+    with pytest.raises(UserError, match="config key train.reference_cache: goes with objective=dpo"):
+        configuration.load("configs/stage0_sft.py:portraits", ["train.reference_cache=1"])
+
+
+def test_every_pass_sees_each_draw_of_each_pair_once() -> None:
+    records = [{"winner": np.full(1, i, np.float16)} for i in range(5)]
+    parts = [np.arange(6.0).reshape(2, 3, 1), np.arange(6.0, 15.0).reshape(3, 3, 1)]
+    source = Draws(records, 3, parts)
+    found = [source[i] for i in range(len(source))]
+    assert [int(one["example"]) for one in found] == list(range(15))
+    assert [int(one["winner"][0]) for one in found] == [i // 3 for i in range(15)]
+    assert [float(one["reference"][0]) for one in found] == list(range(15))
