@@ -30,8 +30,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         epilog="Any setting: --config.train.batch=8 (python -m hgdpo_jax.config lists them).",
     )
     parser.add_argument("--config", required=True, help="config file with its variant, configs/stage3.py:sd15")
-    parser.add_argument("--topology", action="append", help="v5e:4x4, v5p:2x2x2, v6e:8x8, h100:8, h100:64, b200:8, cpu; "
-                        "may be given more than once; default cpu")  # fmt: skip
+    parser.add_argument("--topology", action="append", help="v5e:4x4, v5p:2x2x2, v6e:8x8, h100:8, h100:64, h200:8, "
+                        "b200:8, cpu; may be given more than once; default cpu")  # fmt: skip
     parser.add_argument("--largest", nargs="*", choices=_CHECKPOINTING, metavar="CHECKPOINTING",
                         help="also find the largest batch, with none, blocks and everything or with these")  # fmt: skip
     parser.add_argument("--drawing", action="store_true", help="also plan what draws and decodes the pool's images")
