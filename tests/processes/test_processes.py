@@ -24,7 +24,7 @@ from tests.processes.start import Ended, Started, run
 STAGE = ("--config", "configs/stage1.py:portraits")
 MESHES = {
     "all, sharded": (2, ["--config.train.params=all", "--config.mesh.data=1", "--config.mesh.fsdp=-1"]),
-    "tensor": (1, ["--config.mesh.tensor=2"]),
+    "tensor, reference cached": (1, ["--config.mesh.tensor=2", "--config.train.reference_cache=2"]),
 }
 RATE, STEPS = 1e-3, 2
 
