@@ -24,7 +24,7 @@ from hgdpo_jax.errors import UserError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 AXES = ("data", "fsdp", "tensor")
-_ISA = "--xla_cpu_max_isa"
+_ISA, _JOINED = "--xla_cpu_max_isa", "--xla_gpu_dot_merger_threshold_mb"
 
 # First match decides. A Linear kernel is [in, out], a Conv kernel [height, width, in, out]; a 1x1 one is split like a
 # Linear. Projections into heads or hidden units are split over `tensor` by output, projections back by input, so that
@@ -82,17 +82,21 @@ def _processor() -> str:
 
 
 def xla_flags(given: str, processor: str) -> str:
-    """`XLA_FLAGS` with which programs in the compilation cache can be used again.
+    """`XLA_FLAGS` with what programs are compiled with here.
 
-    On Intel's processors with AVX-512 XLA complains of each that it finds there with a screen of errors, or refuses it,
-    though it compiled it itself (jax-ml/jax#38445); compiled for AVX2 they are taken.
+    On Intel's processors with AVX-512 XLA complains of each that it finds in the compilation cache with a screen of
+    errors, or refuses it, though it compiled it itself (jax-ml/jax#38445); compiled for AVX2 they are taken. For GPUs
+    XLA joins products of one input, LoRA's with its layer's: cutting large results apart again costs a step of SD1.5 a
+    tenth of its memory traffic (benchmarks/LOG.md).
 
     Args:
         given: what the user set, which wins.
         processor: what Linux says of it.
     """
-    affected = "GenuineIntel" in processor and "avx512f" in processor
-    return f"{given} {_ISA}=AVX2".lstrip() if affected and _ISA not in given else given
+    flags = {_JOINED: "8"}  # MB
+    if "GenuineIntel" in processor and "avx512f" in processor:
+        flags[_ISA] = "AVX2"
+    return " ".join([*given.split(), *(f"{name}={value}" for name, value in flags.items() if name not in given)])
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -53,16 +53,17 @@ def test_streams_differ_by_name_and_repeat_by_name() -> None:
 
 
 def test_intels_avx512_is_not_compiled_for_where_the_cache_would_refuse_it() -> None:
-    intel = "vendor_id : GenuineIntel\nflags : fpu avx2 avx512f avx512vl"
-    assert runtime.xla_flags("", intel) == "--xla_cpu_max_isa=AVX2"
-    assert runtime.xla_flags("--a=1", intel) == "--a=1 --xla_cpu_max_isa=AVX2"
+    intel, always = "vendor_id : GenuineIntel\nflags : fpu avx2 avx512f avx512vl", "--xla_gpu_dot_merger_threshold_mb=8"
+    assert runtime.xla_flags("", intel) == f"{always} --xla_cpu_max_isa=AVX2"
+    assert runtime.xla_flags("--a=1", intel) == f"--a=1 {always} --xla_cpu_max_isa=AVX2"
     for given, processor in (
         ("--xla_cpu_max_isa=AVX512", intel),  # what the user set wins
         ("--a=1", intel.replace("avx512f avx512vl", "")),
         ("--a=1", intel.replace("GenuineIntel", "AuthenticAMD")),
         ("", ""),
     ):
-        assert runtime.xla_flags(given, processor) == given
+        assert runtime.xla_flags(given, processor) == f"{given} {always}".lstrip()
+    assert runtime.xla_flags("--xla_gpu_dot_merger_threshold_mb=1", "") == "--xla_gpu_dot_merger_threshold_mb=1"
 
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused() -> None:

@@ -14,6 +14,7 @@ Legend: `b n heads d` queries, `b m heads d` keys and values.
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -65,10 +66,13 @@ def kernel(device: jax.Device, q: Queries, k: Keys) -> Callable[[Queries, Keys, 
 
 def xla(q: Queries, k: Keys, v: Keys, is_causal: bool = False) -> Queries:
     """JAX's own; `is_causal`: a query sees the keys up to its own place."""
-    if q.dtype == jnp.float16 and jax.default_backend() == "cpu":  # which has no such products with float32 sums
-        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-        return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal).astype(jnp.float16)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal)
+    own = partial(jax.nn.dot_product_attention, is_causal=is_causal)
+
+    def wide(*inputs: Array) -> Array:
+        return own(*(x.astype(jnp.float32) for x in inputs)).astype(jnp.float16)
+
+    # A processor has no products of float16 with float32 sums.
+    return jax.lax.platform_dependent(q, k, v, cpu=wide, default=own) if q.dtype == jnp.float16 else own(q, k, v)
 
 
 def splash(q: Queries, k: Keys, v: Keys, interpret: bool = False) -> Queries:

@@ -62,11 +62,11 @@ class Attention(nnx.Module):
 
 
 def spread(network: nnx.Module, sharding: NamedSharding) -> None:
-    """Attention of a network runs from now on where its inputs lie.
+    """Attention of a network runs from now on where its inputs lie, and convolutions as is best there.
 
     Args:
         network: changed in place.
-        sharding: of queries, keys and values [b n heads d_head].
+        sharding: of queries, keys and values [b n heads d_head]; its devices may be described ones.
     """
     for _, module in nnx.iter_modules(network):
         if hasattr(module, "sharding"):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
+from jax.sharding import NamedSharding
 
 
 class _Shapes:
@@ -50,13 +51,19 @@ class Conv(nnx.Conv):
 
     There XLA would bring such a kernel, of up to 59 MB, into another order for every gradient, which takes longer than
     the convolution.
+
+    Attributes:
+        sharding: names the devices that it runs on, which may be described ones; those that are here unless given.
     """
+
+    sharding: NamedSharding | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b h w inputs] → [b h2 w2 outputs]."""
         b, h, w, channels = x.shape
         small = b * h * w < channels and self.kernel_size == (3, 3) and self.strides == 1 and self.padding == 1
-        if not small or jax.default_backend() != "cpu":
+        devices = self.sharding.mesh.devices.flat if self.sharding else jax.devices()
+        if not small or devices[0].platform != "cpu":
             return super().__call__(x)
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = dtypes.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)

@@ -53,4 +53,5 @@ def _operations(equation: Any, of: tuple[str, ...], trips: int) -> float:
         turns = math.prod(params["grid_mapping"].grid)
     if name == "shard_map":  # whose shapes are those of one device
         turns = params["mesh"].size
-    return turns * sum(operations(sub, of, trips) for sub in jax.extend.core.jaxprs_in_params(params))
+    found = [operations(sub, of, trips) for sub in jax.extend.core.jaxprs_in_params(params)]
+    return turns * (max(found) if name == "cond" else sum(found))

@@ -105,3 +105,11 @@ def test_devices_compute_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_table(device, n: int, m: int, width: int, dtype: str, wanted) -> None:
     q, k = (jax.ShapeDtypeStruct((2, tokens, 8, width), jnp.dtype(dtype)) for tokens in (n, m))
     assert attend.kernel(device, q, k) is wanted
+
+
+def test_float16_is_computed_in_float32_on_a_processor_alone() -> None:
+    x = jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.float16)
+    traced = jax.jit(attend.xla).trace(x, x, x)
+    texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}
+    wide = [name for name, text in texts.items() if "tensor<1x4x2x8xf32>" in text]
+    assert wide == ["cpu"] and all("tensor<1x4x2x8xf16>" in text for text in texts.values())

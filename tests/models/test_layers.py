@@ -1,5 +1,7 @@
 """A convolution over few pixels is the same as one product."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,3 +27,10 @@ def test_few_pixels_are_convolved_as_one_product(bias: bool) -> None:
         assert_close(ours(x), theirs(x), 40 * EPS)  # sums of 360 products in another order
         gradients = (jax.grad(lambda x, f=f: jnp.sin(f(x)).sum())(x) for f in (ours, theirs))
         assert_close(*gradients, 40 * EPS)
+
+
+def test_a_described_device_decides_whether_they_are() -> None:
+    ours, x = conv(40, 24, 3, rngs=nnx.Rngs(0), dtype=jnp.float32), jnp.ones((2, 3, 4, 40))
+    for platform, one_product in (("cpu", True), ("cuda", False), ("tpu", False)):
+        ours.sharding = SimpleNamespace(mesh=SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)])))
+        assert ("conv_general_dilated" not in str(jax.make_jaxpr(lambda x: ours(x))(x))) == one_product
