@@ -398,6 +398,9 @@ def validate(config: ConfigDict) -> None:
     if train.blocks == "up" and (train.params, train.reference, config.objective) != ("lora", "start", "dpo"):
         raise UserError("config key train.blocks=up: goes with train.params=lora, train.reference=start and "
                         "objective=dpo: policy and reference share the blocks below")  # fmt: skip
+    if train.blocks == "up" and train.weight_decay:
+        raise UserError(f"config key train.weight_decay={train.weight_decay}: with train.blocks=up the blocks below "
+                        "would decay, which do not learn; expects 0")  # fmt: skip
     if train.reference_cache and config.objective != "dpo":
         raise UserError("config key train.reference_cache: goes with objective=dpo; sft has no reference")
     if train.params == "adapter" and config.objective != "sft":

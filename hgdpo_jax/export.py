@@ -73,6 +73,7 @@ def export(
         raise UserError(f"--format {','.join(formats)}: {stage} trained all parameters and has no LoRA; add diffusers "
                         "or ldm")  # fmt: skip
     config.model.dtype = "float32"  # what is merged into is kept in full precision
+    runtime.use_precision(config.model.dtype)
     content = policies.find_base(workdir, config, base)
     pipeline = policies.load(config, runtime.local_mesh(), *(configs[name] for name in beside if name != stage))
     trained = {name: policies.finished(workdir, name, policies.of(pipeline, c)) for name, c in configs.items()}

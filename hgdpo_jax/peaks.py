@@ -3,6 +3,8 @@
 import re
 from typing import NamedTuple
 
+CORE = 2e10  # operations a second that a processor's core was measured to do (benchmarks/results/full_size.md)
+
 
 class Peak(NamedTuple):
     """Operations a second of one device, in 1e12: of float16 and bfloat16, of tf32, of float32."""

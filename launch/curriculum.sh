@@ -9,4 +9,4 @@ for stage in stage1 stage2 stage3; do
   python -m hgdpo_jax.main --config "configs/$stage.py:$variant" --workdir "$workdir" "$@"
 done
 python -m hgdpo_jax.main --config "configs/text_encoder.py:$variant" --workdir "$workdir" "$@" \
-  --config.train.params=text_lora  # whatever the stages train
+  --config.train.params=text_lora --config.train.blocks=all  # whatever the stages train

@@ -81,6 +81,11 @@ def test_a_bad_override_is_one_line_that_names_it(override: str, message: str) -
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_blocks_that_do_not_learn_do_not_decay() -> None:
+    with pytest.raises(UserError, match="train.weight_decay=0.1: with train.blocks=up the blocks below would decay"):
+        load("train.blocks=up", "train.weight_decay=0.1")
+
+
 @pytest.mark.parametrize("setting", config.SETTINGS, ids=lambda setting: setting.key)
 def test_every_number_has_a_range_with_its_default_inside_and_refuses_what_is_no_number(
     setting: config.Setting,

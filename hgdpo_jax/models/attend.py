@@ -2,8 +2,8 @@
 
 | device | tokens | heads | numbers | kernel |
 |---|---|---|---|---|
-| TPU | from 1024 queries and keys | any | any | splash, in Pallas |
-| NVIDIA | from 1024 queries | multiples of 8 up to 128 wide | float16, bfloat16 | cuDNN |
+| TPU | from 1024 queries and keys | any | float32, bfloat16 | splash, in Pallas |
+| NVIDIA since Ampere | from 1024 queries | multiples of 8 up to 128 wide | float16, bfloat16 | cuDNN |
 | any | else | any | any | XLA |
 
 Splash and cuDNN hold no probabilities in memory. Of fewer tokens they spare little, or nothing.
@@ -56,10 +56,10 @@ def attend(q: Queries, k: Keys, v: Keys, sharding: NamedSharding | None = None) 
 def kernel(device: jax.Device, q: Queries, k: Keys) -> Callable[[Queries, Keys, Keys], Queries]:
     """The table above, for what one device computes; `device` may be a described one, q and k shapes."""
     n, m, width = q.shape[1], k.shape[1], q.shape[3]
-    if device.platform == "tpu" and min(n, m) >= _LONG:
+    if device.platform == "tpu" and min(n, m) >= _LONG and q.dtype != jnp.float16:  # of which Mosaic loads no vectors
         return splash
-    half = q.dtype in (jnp.float16, jnp.bfloat16)
-    if device.device_kind.startswith("NVIDIA") and n >= _LONG and half and width % 8 == 0 and width <= 128:
+    suits = q.dtype in (jnp.float16, jnp.bfloat16) and width % 8 == 0 and width <= 128
+    if suits and n >= _LONG and device.device_kind.startswith("NVIDIA") and float(device.compute_capability) >= 8:
         return cudnn
     return xla if _chunks(q, k) == 1 else in_chunks
 
@@ -87,7 +87,7 @@ def splash(q: Queries, k: Keys, v: Keys, interpret: bool = False) -> Queries:
     block_q, (block_k, block_gradient) = _divisor(padded[0], _LANES, _BLOCK), _blocks_of_keys(padded[1])
     sizes = pallas.BlockSizes(
         block_q=block_q,
-        block_kv=block_k,
+        block_kv=_divisor(padded[1], _LANES, _BLOCK),
         block_q_dkv=block_q,
         block_kv_dkv=block_gradient,
         block_kv_dkv_compute=block_k,

@@ -12,11 +12,10 @@ import jax
 from jax.experimental import topologies
 
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.peaks import peak
+from hgdpo_jax.peaks import CORE, peak
 
 _GIB = 2**30
 _DTYPES = ("float32", "tf32", "float16", "bfloat16")
-_CORE = 2e10  # operations a second that a processor's core was measured to do (benchmarks/results/full_size.md)
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ def describe(name: str) -> Topology:
             raise UserError(f"topology {name}: XLA_FLAGS gives {len(devices)} devices; take "
                             "--xla_force_host_platform_device_count out of it")  # fmt: skip
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
-        operations = _CORE * (os.cpu_count() or 1) / count
+        operations = CORE * (os.cpu_count() or 1) / count
         source = "this machine's memory; operations of a core as measured (benchmarks/results/full_size.md)"
         chip = Chip("cpu", memory, dict.fromkeys(_DTYPES, operations), 0, 0, source)
         return Topology(name, chip, devices, {}, f"jaxlib {version('jaxlib')}")

@@ -26,6 +26,7 @@ from hgdpo_jax.models.convert import abstract
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.cost import operations
+from hgdpo_jax.training.inputs import loss_of
 from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
 
 _VIT_H = {"hidden_size": 1280, "image_size": 224, "patch_size": 14, "projection_dim": 1024}  # that published ones read
@@ -109,9 +110,7 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
     if pipeline.no_concept is not None:
         batch["concept"] = _rows(mesh, (settings.batch, *pipeline.no_concept.shape[1:]), np.float16)
     reference = policy if config.objective == "dpo" else {}
-    loss = steps.sft_loss(denoiser, pipeline.schedule)
-    if config.objective == "dpo":
-        loss = steps.dpo_loss(denoiser, pipeline.schedule, settings.blocks)
+    loss = loss_of(config, denoiser, pipeline.schedule)
     placed = jax.tree.map(lambda x: x.sharding, state)
 
     arguments = (state, reference, frozen, batch, numbers_of(config, 0))
@@ -128,6 +127,8 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
         "reference": size(reference),
         "optimizer": size(state.optimizer),
     }
+    if settings.reference_cache and settings.blocks != "up":  # whose reference is looked at between steps only
+        beside["reference"] = held["reference"]
     return Program(trace(*arguments).lower(), counted(trace, *arguments), held | beside, sum(beside.values()))
 
 
@@ -184,13 +185,9 @@ def _plain_attention() -> Iterator[None]:
         attend.kernel = kept
 
 
-def _placed(tree: Any, mesh: Mesh) -> Any:
-    """Shapes with the shardings of the table."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        tree,
-        runtime.shardings(tree, mesh),
-    )
+def _placed(shapes: Any, mesh: Mesh) -> Any:
+    """With the shardings of the table."""
+    return runtime.put(shapes, runtime.shardings(shapes, mesh))
 
 
 def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

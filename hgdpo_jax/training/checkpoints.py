@@ -212,7 +212,8 @@ class Checkpoints:
         require_finite(step, state)
         _need_space(self.folder, state)
         if processes.first_process():
-            self._remove([damaged for damaged in self._steps() if damaged >= step])
+            whole = [kept for kept in self._steps() if (self._policy / f"{kept}.sha256.json").exists()]
+            self._remove([damaged for damaged in self._steps() if damaged >= step or damaged not in whole])
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(_flat(state)), meta=ocp.args.JsonSave(meta))
         self._orbax.save(self._folder_of(step), args=items, force=True)
         self._saving = self._background.submit(self._finish, step, _held(state))

@@ -13,6 +13,7 @@ from hgdpo_jax.data.concepts import encoder_hash
 from hgdpo_jax.data.pairs import Pairs, open_stage
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.pipeline import Pipeline
+from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.files import Index
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import step as steps
@@ -52,9 +53,7 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
     pipeline = policies.load(config, mesh)
     pairs.require({name: pipeline.latent_shape(size) for name, size in configuration.resolutions(config).items()})
     denoiser, policy, frozen = steps.split(pipeline, settings.params)
-    loss = steps.sft_loss(denoiser, pipeline.schedule)
-    if config.objective == "dpo":
-        loss = steps.dpo_loss(denoiser, pipeline.schedule, settings.blocks)
+    loss = loss_of(config, denoiser, pipeline.schedule)
     inputs = {
         "model.base": pipelines.content_hash(config.model.base, config.model.vae, config.model.lora, index),
         "the pairs": pairs.hash,
@@ -64,6 +63,13 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
     made_from = provenance.settings(config, depends_on(config))
     made_from |= {provenance.content(name): value for name, value in inputs.items()}
     return Inputs(mesh, pipeline, policy, frozen, pairs, loss, make_optimizer(settings), made_from)
+
+
+def loss_of(config: ConfigDict, denoiser: steps.Denoiser, schedule: NoiseSchedule) -> steps.Loss:
+    """What a stage minimises."""
+    if config.objective == "sft":
+        return steps.sft_loss(denoiser, schedule)
+    return steps.dpo_loss(denoiser, schedule, config.train.blocks)
 
 
 def depends_on(config: ConfigDict) -> list[str]:

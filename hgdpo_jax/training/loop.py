@@ -98,8 +98,8 @@ def _run(
         monitor.look(state, done)  # at the start, or where a run was killed between its checkpoint and its look
     ahead: deque[jax.Array] = deque()
     silent = not processes.first_process()
-    speed = Speed(step, settings.batch, peak(inputs.mesh, config.model.dtype), traced, folder / "logs")
-    with tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step", disable=silent) as bar:
+    bar = tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step", disable=silent)
+    with bar, Speed(step, settings.batch, peak(inputs.mesh, config.model.dtype), traced, folder / "logs") as speed:
         for now in range(done + 1, settings.steps + 1):
             checkpoints.check()
             numbers = numbers._replace(rate=np.float32(learning_rate(settings, now - 1)))

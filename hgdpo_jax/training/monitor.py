@@ -14,6 +14,7 @@ from hgdpo_jax import config as configuration
 from hgdpo_jax import runtime
 from hgdpo_jax.data.loader import first_batches
 from hgdpo_jax.diffusion.painter import Painter
+from hgdpo_jax.peaks import CORE
 from hgdpo_jax.scoring.pictures import grid
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.inputs import Inputs
@@ -23,10 +24,10 @@ from hgdpo_jax.training.step import Metrics, Numbers, Params, TrainState
 
 HELDOUT_PAIRS = 256
 SAMPLES = 8
+_NOISY = 8  # held-out batches
 # A policy that learns makes the winner's error no larger than the reference's by more than a few parts in a hundred.
 UNLEARNING = 1.2
 _LARGE = 2e8  # parameters; the UNets of SD1.5 and XL have 0.9e9 and 2.6e9
-_CORE = 2e10  # operations a second that a processor's core was measured to do (benchmarks/results/full_size.md)
 
 
 class Monitor:
@@ -97,7 +98,9 @@ class Monitor:
 
         where = jax.tree.map(lambda x: x.sharding, policy)
         apart = jax.jit(lambda tree: jax.tree.map_with_path(moved, tree), out_shardings=where)(policy)
-        noise = float(self._measured(apart, policy, 0)["dpo/margin_deviation"])
+        found = [self._measured(apart, policy, i) for i in range(min(_NOISY, len(self._held)))]
+        mean, deviation = (np.array([m[f"dpo/margin{x}"] for m in found], np.float64) for x in ("", "_deviation"))
+        noise = float(np.sqrt(np.mean(deviation**2) + mean.var()))  # over all of them
         print(f"{self._stage}: {self._dtype} tells margins apart from {noise:.2g} on: so far rounding and a step of "
               f"{self._rate:g} in no direction move them; of smaller ones accuracies say little")  # fmt: skip
 
@@ -161,6 +164,6 @@ def warn_of_hours(config: ConfigDict, inputs: Inputs, left: int, step: Callable,
     size = sum(x.size for x in jax.tree.leaves((inputs.policy, inputs.frozen)))
     if jax.default_backend() == "cpu" and size > _LARGE:
         cores = os.cpu_count() or 1
-        hours = left * operations(step.trace(*arguments).jaxpr) / (cores * _CORE * jax.process_count()) / 3600
+        hours = left * operations(step.trace(*arguments).jaxpr) / (cores * CORE * jax.process_count()) / 3600
         logging.warning("%s is trained on a processor: %d steps will take about %.0f hours on its %d cores; a GPU or a "
                         "TPU needs jax for it, see README", config.model.base, left, hours, cores)  # fmt: skip

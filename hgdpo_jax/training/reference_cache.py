@@ -10,7 +10,8 @@ errors, whose differences would cancel, see :func:`hgdpo_jax.training.objectives
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,7 +121,9 @@ def attach(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, index
 
 
 def _made_from(config: ConfigDict, inputs: Inputs, start: Start) -> dict[str, Any]:
-    made_from = provenance.settings(config, ["stage", "seed", "model.dtype", "train.reference_cache"])
+    keys = ["stage", "seed", "model.dtype", "train.reference_cache"]
+    keys += ["train.lora_alpha"] if config.train.params.endswith("lora") else []  # which is in no weight
+    made_from = provenance.settings(config, keys)
     base = provenance.content("model.base")
     reference = {"the pairs": inputs.pairs.hash, "the reference": start.reference_hash}
     return made_from | {base: inputs.made_from[base]} | {provenance.content(k): v for k, v in reference.items()}
@@ -158,23 +161,31 @@ def _make(config: ConfigDict, todo: Sequence[Shard], inputs: Inputs, reference: 
                 batch = stacked(source, [min(number + row, end - 1) for row in mine])
                 return number, predicted(reference, inputs.frozen, runtime.to_devices(batch, inputs.mesh), key)
 
-            values = np.empty((end - first, 2, *shard.latent), np.float32)
-            for number, found in runtime.ahead(begun, range(first, end, size)):
-                part = values[number - first : number - first + size]
-                part[:] = runtime.to_host(found)[: len(part)]
-                bar.update(len(part))
-            if processes.first_process():
-                _write(shard, values.reshape(shard.pairs, draws, *values.shape[1:]))
+            with _written(shard, draws) if processes.first_process() else nullcontext() as values:
+                for number, found in runtime.ahead(begun, range(first, end, size)):
+                    rows = runtime.to_host(found)[: end - number]
+                    if values is not None:
+                        values[number - first : number - first + len(rows)] = _finite(rows, shard)
+                    bar.update(len(rows))
     processes.together()
 
 
-def _write(shard: Shard, values: Float[np.ndarray, "n k 2 h w c"]) -> None:
-    if not np.isfinite(values).all():
+@contextmanager
+def _written(shard: Shard, draws: int) -> Iterator[Float[np.ndarray, "n 2 h w c"]]:
+    """The rows of a shard's file, which is there, with its note, once the block ends without an error."""
+    with whole(shard.path) as temporary:
+        shape = (shard.pairs, draws, 2, *shard.latent)
+        values = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        yield values.reshape(-1, *shape[2:])
+        values.flush()
+    write_json(shard.note, {"sha256": file_hash(shard.path)}, indent=None)
+
+
+def _finite(rows: np.ndarray, shard: Shard) -> np.ndarray:
+    if not np.isfinite(rows).all():
         raise UserError(f"what the reference predicts of {shard.path.stem}: NaN or infinite; its policy or the pairs "
                         "are broken")  # fmt: skip
-    with whole(shard.path) as temporary, temporary.open("wb") as file:
-        np.save(file, values)
-    write_json(shard.note, {"sha256": file_hash(shard.path)}, indent=None)
+    return rows
 
 
 def _require_whole(shard: Shard, index: Index) -> None:

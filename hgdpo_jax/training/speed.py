@@ -54,7 +54,7 @@ def those_left(traced: range, done: int, steps: int) -> range:
 
 class Speed:
     """Runs the steps of a stage on a clock that stands still while one is compiled, and during all that ends with
-    :meth:`restart`.
+    :meth:`restart`. A `with` block ends a trace that is being written.
 
     Args:
         step: the jitted step, see :func:`hgdpo_jax.training.step.make_step`.
@@ -76,6 +76,7 @@ class Speed:
         self._traced = traced if processes.first_process() else range(0)
         self._operations: dict[Any, float] = {}  # shape of a batch → of its step
         self._running: Any = None
+        self._tracing = False
         self.restart()
 
     def restart(self) -> None:
@@ -89,6 +90,7 @@ class Speed:
         last that is traced."""
         if self._traced and number == self._traced.start:
             jax.profiler.start_trace(self._folder)
+            self._tracing = True
         arguments, shape = (state, reference, frozen, batch, numbers), batch["winner"].shape
         new = shape not in self._operations
         if new:
@@ -106,9 +108,20 @@ class Speed:
             self._done += self._operations[shape]
         if self._traced and number == self._traced.stop - 1:
             jax.block_until_ready((state, metrics))
-            jax.profiler.stop_trace()
+            self._write_trace()
             self.restart()
         return state, metrics
+
+    def _write_trace(self) -> None:
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
+
+    def __enter__(self) -> "Speed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write_trace()  # of a training that ends before the last step that is traced
 
     def lap(self, left: int) -> dict[str, float]:
         """What the log says of the steps since the last lap, all of which are finished; nothing where there was none.

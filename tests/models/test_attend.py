@@ -15,7 +15,8 @@ from tests import tiny
 from tests.rounding import EPS, assert_close
 
 TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
-NVIDIA = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+NVIDIA = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
+TURING = SimpleNamespace(platform="gpu", device_kind="NVIDIA GeForce RTX 2080 Ti", compute_capability="7.5")
 AMD = SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X")
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
 
@@ -90,6 +91,7 @@ def test_devices_compute_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None
         (TPU, 4096, 4096, 40, "bfloat16", attend.splash),
         (TPU, 1024, 1024, 80, "float32", attend.splash),
         (TPU, 256, 256, 160, "bfloat16", attend.xla),
+        (TPU, 4096, 4096, 40, "float16", attend.in_chunks),
         (TPU, 4096, 77, 40, "bfloat16", attend.xla),
         (TPU, 16384, 16384, 512, "float32", attend.splash),  # of a VAE
         (NVIDIA, 4096, 4096, 40, "bfloat16", attend.cudnn),
@@ -97,6 +99,7 @@ def test_devices_compute_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None
         (NVIDIA, 1024, 1024, 160, "bfloat16", attend.xla),
         (NVIDIA, 256, 256, 64, "bfloat16", attend.xla),
         (NVIDIA, 4096, 4096, 40, "float32", attend.in_chunks),
+        (TURING, 4096, 4096, 40, "float16", attend.in_chunks),
         (AMD, 4096, 4096, 40, "bfloat16", attend.in_chunks),
         (CPU, 4096, 4096, 40, "bfloat16", attend.in_chunks),
         (CPU, 1024, 1024, 40, "float32", attend.xla),

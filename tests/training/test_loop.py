@@ -363,6 +363,23 @@ def test_the_checkpoint_comes_before_the_pictures_which_a_resumed_run_makes_up_f
     assert 0.0 < float(noise[1]) < 100.0
 
 
+def test_noise_is_that_of_all_margins_however_few_a_batch_has(capsys: pytest.CaptureFixture) -> None:
+    found = object.__new__(Monitor)
+    found._stage, found._dtype, found._rate, found._held = "stage1", "bfloat16", 0.0, [None] * 20
+    found._measured = lambda policy, reference, i: {"dpo/margin": 3.0 * (-1) ** i, "dpo/margin_deviation": 4.0}
+    found._say_noise({"x": jnp.ones(1)})
+    assert "stage1: bfloat16 tells margins apart from 5 on" in capsys.readouterr().out
+
+
+def test_a_step_that_was_never_whole_takes_no_place_of_one_that_is(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(step, {"x": jnp.full(3, float(step))}, {})
+        if step in (2, 3):  # killed before it was hashed
+            (tmp_path / "policy" / f"{step}.sha256.json").unlink()
+    assert sorted(path.name for path in (tmp_path / "policy").iterdir()) == ["1", "1.sha256.json", "4", "4.sha256.json"]
+
+
 def test_a_resumed_state_is_restored_into_nothing(
     finished: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,7 +413,7 @@ def test_it_says_where_it_runs_what_it_trains_and_how_long_a_processor_takes_for
     _copy(finished, tmp_path)
     warned: list[str] = []
     monkeypatch.setattr(monitor, "_LARGE", 1e3)
-    monkeypatch.setattr(monitor, "_CORE", 1e4)
+    monkeypatch.setattr(monitor, "CORE", 1e4)
     monkeypatch.setattr(monitor.logging, "warning", lambda text, *values: warned.append(text % values))
     train(tiny.config(base, steps=7), tmp_path, range(7, 10))
     said = capsys.readouterr().out

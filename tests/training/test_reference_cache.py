@@ -102,8 +102,8 @@ def test_it_goes_on_with_what_is_kept(
     expected = file_hash(second)
     second.with_name(f"{second.name}.json").unlink()
     second.unlink()
-    written, write = [], reference_cache._write
-    monkeypatch.setattr(reference_cache, "_write", lambda shard, x: written.append(shard.path) or write(shard, x))
+    written, write = [], reference_cache._written
+    monkeypatch.setattr(reference_cache, "_written", lambda shard, x: written.append(shard.path) or write(shard, x))
     train(config(base, steps=6), tmp_path)
     assert written == [second] and file_hash(second) == expected
     assert np.load(first).shape == (RECORDS // 2, DRAWS, 2, *tiny.LATENT)
@@ -137,6 +137,13 @@ def test_other_predictions_are_refused(finished: Path, base: Path, tmp_path: Pat
     damaged.write_bytes(content)
     with pytest.raises(UserError, match=f"{damaged}: missing or altered"):
         train(config(base), tmp_path)
+
+
+def test_what_scales_a_lora_is_part_of_what_it_predicts(finished: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "stage1" / "pairs", tmp_path / "stage1" / "pairs")
+    shutil.copytree(finished / CACHE, tmp_path / CACHE)
+    with pytest.raises(UserError, match="train.lora_alpha=4.0: .*reference_cache was made with 2.0; use that"):
+        train(config(base, lora_alpha=4.0), tmp_path)
 
 
 def test_what_is_not_finite_is_not_kept(finished: Path, base: Path, tmp_path: Path) -> None:

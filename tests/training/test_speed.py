@@ -106,6 +106,10 @@ def test_a_trace_is_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         seen.append(number)
         found.step(number, None, None, None, {"winner": np.zeros((1, 1))}, None)
     assert seen == [1, 2, tmp_path, 3, "stop", 4, 5]
+    with pytest.raises(UserError), Speed(Step(Clock()), 1, None, range(1, 9), tmp_path) as found:
+        found.step(1, None, None, None, {"winner": np.zeros((1, 1))}, None)
+        raise UserError("a loss is not finite")
+    assert seen[7:] == [tmp_path, "stop"]  # what was traced is there
 
 
 def test_kernels_of_attention_count_as_the_products_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
