@@ -56,7 +56,7 @@ def start(name: str) -> dict[str, float]:
     jax.block_until_ready(compiled(*inputs))
     times.append(time.perf_counter())
     parts = ("import", "load", "compile", "first step")
-    return {part: after - before for part, before, after in zip(parts, times, times[1:], strict=True)}
+    return {part: after - before for part, before, after in zip(parts, times[:-1], times[1:], strict=True)}
 
 
 def main() -> None:
