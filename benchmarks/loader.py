@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from benchmarks import peers
 from hgdpo_jax import runtime
 from hgdpo_jax.data import pairs as shards
 from hgdpo_jax.data.loader import Batch, PairLoader
@@ -64,12 +65,6 @@ def step_seconds(batches: Iterator[Batch], count: int, seconds: float) -> float:
     return statistics.median(found)
 
 
-def spread(values: list[float], digits: int) -> dict[str, float]:
-    """Median and range."""
-    ordered = {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-    return {name: round(value, digits) for name, value in ordered.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times the loader.")
     parser.add_argument("--records", type=int, default=2000)
@@ -90,8 +85,8 @@ def main() -> None:
                 next(loader)
             rates.append(given.batch * given.batches / (time.perf_counter() - begin))
             stalls.append(step_seconds(loader, given.batches, seconds) / step_seconds(one, given.batches, seconds) - 1)
-    print(json.dumps({"latent": LATENT, **vars(given), "cores": os.cpu_count(),
-                      "pairs_per_second": spread(rates[1:], 0), "stall": spread(stalls[1:], 4)}))  # fmt: skip
+    figures = {"pairs_per_second": peers.spread(rates[1:], 0), "stall": peers.spread(stalls[1:], 4)}
+    print(json.dumps({"latent": LATENT, **vars(given), "cores": os.cpu_count(), **figures}))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,6 @@ to stdout.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +22,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from benchmarks import peers
 from hgdpo_jax import config as configuration
 from hgdpo_jax import runtime
 from hgdpo_jax.configs import stage1
@@ -110,15 +108,6 @@ def theirs(size: str, pairs: int) -> Callable[[], float]:
 RUNS = {"hgdpo_jax": ours, "diffusers + peft": theirs}
 
 
-def take_steps(name: str, size: str, pairs: int) -> None:
-    """Takes a step for each line that comes in, and says how many seconds it took."""
-    run = RUNS[name](size, pairs)
-    for _ in sys.stdin:
-        begin = time.perf_counter()
-        run()
-        print(time.perf_counter() - begin, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times a step of SD1.5 here and in PyTorch.")
     parser.add_argument("--size", default="256x256")
@@ -127,22 +116,9 @@ def main() -> None:
     parser.add_argument("--only", choices=RUNS, help="is how each of the two is started")
     given = parser.parse_args()
     if given.only:
-        return take_steps(given.only, given.size, given.pairs)
-    command = [sys.executable, "-W", "ignore", *["-m", "benchmarks.step_peer", *sys.argv[1:], "--only"]]
-    started = {
-        name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-        for name in RUNS
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in RUNS}
-    for number in range(given.rounds + 1):
-        for name, process in started.items():
-            process.stdin.write("\n")
-            found = float(process.stdout.readline())
-            if number:  # the first one compiles
-                seconds[name].append(found)
-    for process in started.values():
-        process.stdin.close()
-    figures = {name: {"median": statistics.median(x), "low": min(x), "high": max(x)} for name, x in seconds.items()}
+        return peers.serve(RUNS[given.only](given.size, given.pairs))
+    seconds = peers.alternately("benchmarks.step_peer", RUNS, given.rounds)
+    figures = {name: peers.spread(found, 3) for name, found in seconds.items()}
     one, other = (statistics.median(x) for x in seconds.values())
     print(json.dumps({"size": given.size, "pairs": given.pairs, "seconds": figures, "ratio": other / one}, indent=2))
 

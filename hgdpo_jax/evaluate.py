@@ -101,16 +101,7 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         policies.require_base(workdir, stage, base)
     pipeline = policies.load(config, mesh, *(c for stage, c in configs.items() if stage == policies.TEXT_ENCODER))
     pipeline, encoder = policies.with_trained_adapter(pipeline, config.adapter, workdir, mesh)
-    painter = Painter(
-        pipeline,
-        mesh,
-        sampler=settings.sampler,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        negative=settings.negative_prompt,
-        batch=settings.batch,
-        seed=config.seed,
-    )
+    painter = Painter.of(pipeline, mesh, settings, config.seed)
     trained = {stage: policies.finished(workdir, stage, policies.of(pipeline, c)) for stage, c in configs.items()}
     acting = {
         name: [_as_drawn(configs[stage], stage, trained[stage], model) for stage in model.stages]

@@ -8,7 +8,7 @@ next group. Several processes make different shards.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from hgdpo_jax import command, files, processes, provenance, runtime
 from hgdpo_jax import config as configuration
-from hgdpo_jax.curriculum.selection import make_records, uses_pixels
+from hgdpo_jax.curriculum.selection import begin_records, uses_pixels
 from hgdpo_jax.data import pairs as shards
 from hgdpo_jax.data.concepts import encoder_hash, encoder_of
 from hgdpo_jax.data.photographs import Photograph, by_shape, list_examples, load_images, load_losers
@@ -108,6 +108,17 @@ class Part(NamedTuple):
     photographs: Sequence[Photograph]
 
 
+class Group(NamedTuple):
+    """Some prompts of a shard, from `begin` on; where they are written, what they are made of, and their pixels, which
+    are being read; None where they are there."""
+
+    part: Part
+    begin: int
+    path: Path
+    examples: list[shards.Example]
+    pixels: Future[Pixels] | None
+
+
 def _plan(
     config: ConfigDict,
     folder: Path,
@@ -164,16 +175,7 @@ def _make(
         param_dtype=dtype,
         place=runtime.placer(mesh),
     )
-    painter = Painter(
-        pipeline,
-        mesh,
-        sampler=settings.sampler,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        negative=settings.negative_prompt,
-        batch=settings.batch,
-        seed=config.seed,
-    )
+    painter = Painter.of(pipeline, mesh, settings, config.seed)
     _warn_of_long(pipeline, [photograph for part in plan for photograph in part.photographs])
     scorer = Scorer(settings.scorer, mesh) if settings.loser not in ("none", "given") else None
     concepts = encoder_of(config) if config.train.params == "adapter" else None
@@ -188,28 +190,36 @@ def _make(
     size = _group_size(settings)
     groups = [(part, begin) for part in todo for begin in range(0, len(part.photographs), size)]
 
-    def begun(group: tuple[Part, int]) -> tuple[Part, int, Path, list[shards.Example], Future[Pixels] | None]:
-        """A group, where it is written, what it is made of, and its pixels, which are being read; None where it is
-        there."""
-        part, begin = group
+    def read(part: Part, begin: int) -> Group:
         photographs = part.photographs[begin : begin + size]
         examples, path = shards.examples_of(photographs, content), shards.group_path(part.path, begin)
         there = shards.is_group_of(path, examples)
         pixels = None if there else reader.submit(_pixels, config, photographs, resolutions[part.resolution])
-        return part, begin, path, examples, pixels
+        return Group(part, begin, path, examples, pixels)
+
+    def begun(group: Group) -> tuple[Group, Callable[[], None] | None]:
+        """A group whose work the devices have, and what waits for that and writes it; None where it is there."""
+        if group.pixels is None:
+            return group, None
+        readable, images, losers = group.pixels.result()
+        resolution, before = resolutions[group.part.resolution], records[group.part.role]
+        made = begin_records(
+            config, painter, scorer, readable, images, resolution, pipeline.tokenize, before, concepts, losers
+        )
+
+        def write() -> None:
+            ids = {photograph.id for photograph in readable}
+            examples = [e._replace(readable=e.id in ids) for e in group.examples]
+            shards.write_shard(group.path, schema, made(), examples)
+
+        return group, write
 
     silent = not processes.first_process()
     with ThreadPoolExecutor(1) as reader:
         bar = tqdm(groups, desc=f"{config.stage} pairs", unit="group", disable=silent)
-        for part, begin, path, examples, pixels in runtime.ahead(begun, bar):
-            if pixels is not None:
-                readable, images, losers = pixels.result()
-                resolution, before = resolutions[part.resolution], records[part.role]
-                made = make_records(
-                    config, painter, scorer, readable, images, resolution, pipeline.tokenize, before, concepts, losers
-                )
-                ids = {photograph.id for photograph in readable}
-                shards.write_shard(path, schema, made, [e._replace(readable=e.id in ids) for e in examples])
+        for (part, begin, *_), write in runtime.ahead(begun, runtime.ahead(lambda group: read(*group), bar)):
+            if write:
+                write()
             if begin + size >= len(part.photographs):
                 shards.join(part.path, [shards.group_path(part.path, b) for b in range(0, len(part.photographs), size)])
                 index.save()

@@ -256,6 +256,15 @@ def draw(
     painter.use(*source.policies)
     ids = source.pipeline.tokenize(prompts)
 
+    def begun(part: Sequence[tuple[int, int, Path]]) -> tuple[Sequence[tuple[int, int, Path]], jax.Array]:
+        """What the devices draw of it, which is not waited for."""
+        rows, keys = ids[[i for i, _, _ in part]], [runtime.stream_key(seed, "sample") for _, seed, _ in part]
+        concept = None if source.concept is None else np.repeat(source.concept, len(part), axis=0)
+        _, images = painter.candidates(
+            rows, jnp.stack(keys), source.resolution, lambda images, _: images, "draw", concept
+        )
+        return part, images
+
     def write(images: np.ndarray, part: Sequence[tuple[int, int, Path]]) -> None:
         for image, (i, seed, path) in zip(to_uint8(images), part, strict=True):
             write_png(path, image, {**settings, "prompt": prompts[i], "seed": seed})
@@ -263,12 +272,9 @@ def draw(
     silent = not processes.first_process()
     with ThreadPoolExecutor(1) as writer, tqdm(total=len(mine), desc="images", unit="image", disable=silent) as bar:
         written = None
-        for begin in range(0, len(mine), batch):
-            part = mine[begin : begin + batch]
-            keys = jnp.stack([runtime.stream_key(seed, "sample") for _, seed, _ in part])
-            concept = None if source.concept is None else np.repeat(source.concept, len(part), axis=0)
-            latents = painter.generate(ids[[i for i, _, _ in part]], keys, source.resolution, "draw", concept)
-            images = painter.decode(latents, "decode")
+        parts = [mine[begin : begin + batch] for begin in range(0, len(mine), batch)]
+        for part, drawn in runtime.ahead(begun, parts):
+            images = np.asarray(drawn)
             if written is not None:
                 written.result()  # raises what went wrong there
             written = writer.submit(write, images, part)

@@ -272,6 +272,15 @@ def test_lan_with_the_base_as_policy_changes_nothing(source: sample.Source) -> N
     assert_close(ours(normalised, pipeline), ours(plain, pipeline), DRAWN)
 
 
+def test_devices_draw_without_asking_each_other(source: sample.Source) -> None:
+    settings = {"sampler": "dpmpp_2m", "steps": STEPS, "guidance": GUIDANCE, "batch": 4, "seed": 0}
+    painter = Painter(source.pipeline, tiny.mesh(data=2), **settings)
+    for program in painter.traced((32, 32)):
+        text = program.lower().compile().as_text()
+        assert "num_partitions=2" in text
+        assert not {name for name in ("all-to-all", "all-reduce", "all-gather", "collective-permute") if name in text}
+
+
 def test_a_file_of_prompts_is_drawn_with_one_compilation(source: sample.Source, tmp_path: Path) -> None:
     prompts = [f"prompt {i}" for i in range(5)]
     painter = draw(source, prompts, [3, 4], tmp_path / "out")

@@ -7,17 +7,19 @@ given    winner and loser = a pair of data.pairs
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from hgdpo_jax.data.concepts import ConceptEncoder
 from hgdpo_jax.data.pairs import Record
 from hgdpo_jax.data.photographs import Photograph
-from hgdpo_jax.diffusion.painter import Painter
+from hgdpo_jax.diffusion.painter import Judge, Painter
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.scoring.preference import Scorer
 
@@ -25,46 +27,58 @@ from hgdpo_jax.scoring.preference import Scorer
 class Candidates(NamedTuple):
     """m latents for each of n prompts, their scores, and their numbers (in the pool, or strengths)."""
 
-    latents: Float[np.ndarray, "n m h w c"]
-    scores: Float[np.ndarray, "n m"]
-    numbers: Int[np.ndarray, "m"]
-
-    def pick(self, index: Int[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(latents, scores, numbers), one candidate for each prompt."""
-        rows = np.arange(len(index))
-        return self.latents[rows, index], self.scores[rows, index], self.numbers[index]
+    latents: Float[Array, "n m h w c"]
+    scores: Float[Array, "n m"]
+    numbers: Int[Array, "m"]
 
 
-def _scored(painter: Painter, scorer: Scorer, latents: np.ndarray, ids: np.ndarray, numbers: np.ndarray) -> Candidates:
-    """Candidates of n·m latents, prompt by prompt."""
-    scores = painter.measure(
-        latents, {"input_ids": ids}, lambda images, input_ids: scorer(images, input_ids).score, "scores"
-    )
-    m = len(numbers)
-    return Candidates(latents.reshape(-1, m, *latents.shape[1:]), scores.reshape(-1, m), numbers)
+class Chosen(NamedTuple):
+    """One candidate for each of n prompts."""
+
+    latents: Float[Array, "n h w c"]
+    scores: Float[Array, "n"]
+    numbers: Int[Array, "n"]
+
+
+@jax.jit
+def best(candidates: Candidates) -> Chosen:
+    """Of each prompt the candidate with the highest score."""
+    index, rows = candidates.scores.argmax(1), jnp.arange(len(candidates.scores))
+    return Chosen(candidates.latents[rows, index], candidates.scores[rows, index], candidates.numbers[index])
+
+
+@jax.jit
+def worst(candidates: Candidates) -> Chosen:
+    """Of each prompt the candidate with the lowest score."""
+    chosen = best(candidates._replace(scores=-candidates.scores))
+    return chosen._replace(scores=-chosen.scores)
 
 
 def pool(
     painter: Painter, scorer: Scorer, names: Sequence[str], ids: np.ndarray, size: int, resolution: tuple[int, int]
 ) -> Candidates:
-    """`size` images for each prompt, from different seeds."""
+    """`size` images for each prompt, from different seeds; nothing waits for them, nor leaves the devices."""
     numbers = np.arange(size)
     keys = painter.keys("pool", [name for name in names for _ in numbers], [int(n) for _ in names for n in numbers])
-    repeated = np.repeat(ids, size, axis=0)
-    latents = painter.generate(repeated, keys, resolution, "pool")
-    return _scored(painter, scorer, latents, repeated, numbers)
+    latents, scores = painter.candidates(np.repeat(ids, size, axis=0), keys, resolution, _score(scorer), "pool")
+    return Candidates(latents.reshape(-1, size, *latents.shape[1:]), scores.reshape(-1, size), numbers)
 
 
 def reconstructions(
-    painter: Painter, scorer: Scorer, names: Sequence[str], ids: np.ndarray, encoded: np.ndarray, strengths: Any
+    painter: Painter,
+    scorer: Scorer,
+    names: Sequence[str],
+    ids: np.ndarray,
+    images: np.ndarray,
+    strengths: Sequence[int],
 ) -> Candidates:
-    """SDRecon of each photograph's latent [n, h, w, c] at each strength."""
-    parts = [
-        painter.reconstruct(encoded, ids, painter.keys("sdrecon", names, [s] * len(names)), s, f"SDRecon t{s}")
-        for s in strengths
-    ]
-    latents = np.stack(parts, axis=1).reshape(-1, *encoded.shape[1:])
-    return _scored(painter, scorer, latents, np.repeat(ids, len(strengths), axis=0), np.array(strengths))
+    """SDRecon of each photograph at each strength, of which 0 is the photograph itself; as in :func:`pool`."""
+    keys = {strength: painter.keys("sdrecon", names, [strength] * len(names)) for strength in strengths}
+    return Candidates(*painter.reconstructions(images, ids, keys, _score(scorer), "SDRecon"), np.array(strengths))
+
+
+def _score(scorer: Scorer) -> Judge:
+    return lambda images, input_ids: scorer(images, input_ids).score
 
 
 def uses_pixels(config: ConfigDict) -> bool:
@@ -81,7 +95,7 @@ def require_finite(scores: Float[np.ndarray, "n *m"], photographs: Sequence[Phot
                         "broken, or does the base's tokenizer have tokens of its own?")  # fmt: skip
 
 
-def make_records(
+def begin_records(
     config: ConfigDict,
     painter: Painter,
     scorer: Scorer | None,
@@ -92,8 +106,8 @@ def make_records(
     earlier: Mapping[str, Record],
     concepts: ConceptEncoder | None = None,
     losers: np.ndarray | None = None,
-) -> list[Record]:
-    """The records of some photographs.
+) -> Callable[[], list[Record]]:
+    """Gives the devices what the records of some photographs need, and returns what waits for it and makes them.
 
     Args:
         config: the whole config; `pairs` is read.
@@ -112,7 +126,7 @@ def make_records(
     """
     settings = config.pairs
     if not photographs:
-        return []
+        return list
     names = [p.id for p in photographs]
     ids = tokenize([p.caption for p in photographs])
     common = [{"id": p.id, "caption": p.caption, "input_ids": row} for p, row in zip(photographs, ids, strict=True)]
@@ -130,46 +144,52 @@ def make_records(
                 if not has_face:
                     logging.warning("photograph %s: no face found; left out", name)
             records = [r | {"concept": _stored(x)} for r, x, f in zip(records, features, found, strict=True) if f]
-        return records
+        return lambda: records
 
     if settings.loser == "given":
         assert images is not None and losers is not None
         both = painter.encode(images, "encode"), painter.encode(losers, "encode losers")
         unscored = {"winner_number": 0, "winner_score": np.float32(0), "loser_score": np.float32(0)}
         rows = zip(common, *both, strict=True)
-        return [c | unscored | {"winner": _stored(x), "loser": _stored(y)} for c, x, y in rows]
+        records = [c | unscored | {"winner": _stored(x), "loser": _stored(y)} for c, x, y in rows]
+        return lambda: records
 
     assert scorer is not None
     pooled = None
     if "pool" in (settings.winner, settings.loser):
         pooled = pool(painter, scorer, names, ids, settings.pool_size, resolution)
-        require_finite(pooled.scores, photographs, settings.scorer)
-    if settings.winner == "pool":
-        assert pooled is not None
-        winners = pooled
-    else:
+    winners = pooled
+    if settings.winner != "pool":
         assert images is not None
-        encoded = painter.encode(images, "encode")
-        if settings.winner == "photograph":
-            winners = _scored(painter, scorer, encoded, ids, np.zeros(1, int))
+        strengths = settings.strengths if settings.winner == "sdrecon" else (0,)
+        winners = reconstructions(painter, scorer, names, ids, images, strengths)
+    assert winners is not None
+    winner, drawn_loser = best(winners), worst(pooled) if pooled else None
+
+    def finish() -> list[Record]:
+        for candidates in (pooled, winners):
+            if candidates:
+                require_finite(np.asarray(candidates.scores), photographs, settings.scorer)
+        won = jax.device_get(winner)
+        if settings.loser == "pool":
+            loser_latents, loser_scores, _ = jax.device_get(drawn_loser)
         else:
-            winners = reconstructions(painter, scorer, names, ids, encoded, settings.strengths)
-        require_finite(winners.scores, photographs, settings.scorer)
-    winner = winners.pick(winners.scores.argmax(1))
-    if settings.loser == "pool":
-        assert pooled is not None
-        loser_latents, loser_scores, _ = pooled.pick(pooled.scores.argmin(1))
-    else:
-        role = "loser" if settings.loser.endswith("/loser") else "winner"
-        loser_latents = np.stack([earlier[name][role] for name in names])
-        loser_scores = np.array([earlier[name][f"{role}_score"] for name in names])
-    records = []
-    for i, record in enumerate(common):
-        if settings.keep_if_winner_scores_higher and winner[1][i] < loser_scores[i]:
-            continue
-        record |= {"winner": _stored(winner[0][i]), "winner_score": winner[1][i], "winner_number": winner[2][i]}
-        records.append(record | {"loser": _stored(loser_latents[i]), "loser_score": loser_scores[i]})
-    return records
+            role = "loser" if settings.loser.endswith("/loser") else "winner"
+            loser_latents = np.stack([earlier[name][role] for name in names])
+            loser_scores = np.array([earlier[name][f"{role}_score"] for name in names])
+        records = []
+        for i, record in enumerate(common):
+            if settings.keep_if_winner_scores_higher and won.scores[i] < loser_scores[i]:
+                continue
+            record |= {
+                "winner": _stored(won.latents[i]),
+                "winner_score": won.scores[i],
+                "winner_number": won.numbers[i],
+            }
+            records.append(record | {"loser": _stored(loser_latents[i]), "loser_score": loser_scores[i]})
+        return records
+
+    return finish
 
 
 def _stored(latent: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -9,17 +10,22 @@ Latent = Float[Array, "b h w c"]
 Denoise = Callable[[Float[Array, "n h w c"], Int[Array, "n"]], Float[Array, "n h w c"]]
 
 
+def side_by_side(uncond: Float[Array, "b *n"], cond: Float[Array, "b *n"]) -> Float[Array, "2b *n"]:
+    """Rows in turn, so that both of an example lie on its device."""
+    return jnp.stack([uncond, cond], axis=1).reshape(-1, *cond.shape[1:])
+
+
 def guided(denoise: Denoise, scale: float | Float[Array, ""]) -> Callable[[Latent, Int[Array, "b"]], Latent]:
     """uncond + scale · (cond − uncond), in one forward pass over both.
 
     Args:
-        denoise: predicts for a batch of 2b, whose first half is unconditional.
+        denoise: predicts for a batch of 2b, whose rows are :func:`side_by_side`.
         scale: 1 is no guidance.
     """
 
     def prediction(x: Latent, t: Int[Array, "b"]) -> Latent:
-        both = denoise(jnp.concatenate([x, x]), jnp.concatenate([t, t]))
-        uncond, cond = jnp.split(both, 2)
+        both = denoise(*jax.tree.map(side_by_side, (x, t), (x, t)))
+        uncond, cond = both[0::2], both[1::2]
         return uncond + scale * (cond - uncond)
 
     return prediction

@@ -5,7 +5,7 @@ image can be made again. Work is cut into batches of one fixed size, so that eac
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hgdpo_jax import processes, runtime
-from hgdpo_jax.diffusion.guidance import guided
+from hgdpo_jax.diffusion.guidance import guided, side_by_side
 from hgdpo_jax.diffusion.pipeline import POSITIONS, Pipeline
 from hgdpo_jax.diffusion.recipe import text_policy_acts
 from hgdpo_jax.diffusion.samplers import Trajectory, from_noise, sample, sdrecon
@@ -25,6 +26,9 @@ from hgdpo_jax.models.attention import Memory, spread
 from hgdpo_jax.models.ip_adapter import join
 
 Arrays = dict[str, np.ndarray]
+Judge = Callable[
+    [Float[Array, "b H W 3"], Int[Array, "b s"]], Any
+]  # images in [-1, 1] and token ids → arrays of b rows
 
 
 class Painter:
@@ -78,7 +82,7 @@ class Painter:
             size = tuple(factor * side for side in inputs["latent"].shape[1:3])
 
             def beside_empty(empty: Any, given: Any) -> Any:
-                return jax.tree.map(lambda *x: jnp.concatenate(x), empty, given) if with_guidance else given
+                return jax.tree.map(side_by_side, empty, given) if with_guidance else given
 
             def text(text_weights: Any) -> tuple[Memory, Any]:
                 encode = nnx.merge(graphs["text"], text_weights)
@@ -93,8 +97,8 @@ class Painter:
                 concept = adapter(beside_empty(no_concept, inputs["concept"]))
 
             def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-                acts = text_policy_acts(t)[0]
-                memory, added = jax.tree.map(lambda a, b: jnp.where(acts, a, b), early, late)
+                acts = text_policy_acts(t)  # the same in all rows, but each device has its own
+                memory, added = jax.tree.map(lambda *x: jax.vmap(jnp.where)(acts, *x), early, late)
                 if "concept" in inputs:
                     memory = join(memory, concept, concept_scale)
                 return unet(x, t, memory, added)
@@ -119,9 +123,32 @@ class Painter:
             logging.warning("negative prompt %r: has no effect, guidance %g means none", negative, guidance)
         self._from_noise = from_noise(self._schedule, sampler, steps)
         self._sdrecon = lambda strength: sdrecon(self._schedule, sampler, steps, strength)
-        self._draw = jax.jit(draw)
-        self._decode = jax.jit(lambda weights, latent: nnx.merge(graphs["vae"], weights["vae"]).to_images(latent))
-        self._encode = jax.jit(lambda weights, image: nnx.merge(graphs["vae"], weights["vae"]).to_latents(image))
+        self._rows = runtime.batch_sharding(mesh)
+
+        def decode(weights: Any, latent: jax.Array) -> jax.Array:
+            return nnx.merge(graphs["vae"], weights["vae"]).to_images(latent)
+
+        def encode(weights: Any, image: jax.Array) -> jax.Array:
+            return nnx.merge(graphs["vae"], weights["vae"]).to_latents(image)
+
+        # What one gives, the next takes as it lies.
+        self._draw, self._decode, self._encode = (
+            jax.jit(program, out_shardings=self._rows) for program in (draw, decode, encode)
+        )
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, mesh: Mesh, settings: ConfigDict, seed: int) -> "Painter":
+        """As the config's `pairs` or `evaluate` group says."""
+        return cls(
+            pipeline,
+            mesh,
+            sampler=settings.sampler,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            batch=settings.batch,
+            seed=seed,
+            negative=settings.negative_prompt,
+        )
 
     def use(self, *policies: Any) -> None:
         """Draws with these policies' parameters, and otherwise with what the pipeline was given, from now on.
@@ -141,7 +168,7 @@ class Painter:
         rows = {"ids": ((POSITIONS,), jnp.int32), "key": ((), jax.random.key(0).dtype)}
         rows["latent"] = (self._latent_shape(resolution), jnp.float32)
         inputs = {name: jax.ShapeDtypeStruct((self.batch, *shape), dtype) for name, (shape, dtype) in rows.items()}
-        inputs = runtime.put(inputs, runtime.batch_sharding(self.mesh))
+        inputs = runtime.put(inputs, self._rows)
         draw = self._draw.trace(self._weights, self._given, inputs, self._from_noise, *self._guidance)
         return draw, self._decode.trace(self._weights, inputs["latent"])
 
@@ -158,9 +185,59 @@ class Painter:
         concept: Float[np.ndarray, "n m f"] | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
         """Latents drawn for each row of token ids, and of concept features where the pipeline has an adapter."""
-        nothing = np.broadcast_to(np.float32(0), (len(input_ids), *self._latent_shape(resolution)))
-        inputs = {"ids": input_ids, "key": keys, "latent": nothing} | ({} if concept is None else {"concept": concept})
-        return self._along(self._from_noise, inputs, note)
+        return self._along(self._from_noise, self._fresh(input_ids, keys, resolution, concept), note)
+
+    def candidates(
+        self,
+        input_ids: Int[np.ndarray, "n s"],
+        keys: jax.Array,
+        resolution: tuple[int, int],
+        judge: Judge,
+        note: str,
+        concept: Float[np.ndarray, "n m f"] | None = None,
+    ) -> tuple[Float[Array, "n h w c"], Any]:
+        """As :meth:`generate`, and what `judge` makes of each. Neither has left the devices, and the last batches may
+        still be computed."""
+
+        def program(part: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+            latents = self._drawn(self._from_noise, part)
+            return latents, judge(self._decode(self._weights, latents), part["ids"])
+
+        return self._kept(program, self._fresh(input_ids, keys, resolution, concept), note)
+
+    def reconstructions(
+        self,
+        images: Float[np.ndarray, "n H W 3"],
+        input_ids: Int[np.ndarray, "n s"],
+        keys: Mapping[int, jax.Array],
+        judge: Judge,
+        note: str,
+    ) -> tuple[Float[Array, "n m h w c"], Any]:
+        """SDRecon of images in [-1, 1] at m strengths, and what `judge` makes of each; as in :meth:`candidates`.
+
+        Args:
+            images, input_ids: of the photographs.
+            keys: for each strength, n of them; strength 0 is the encoded photograph itself.
+            judge, note: as in :meth:`candidates`.
+        """
+
+        def program(part: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+            encoded, ids, found = self._encode(self._weights, part["image"]), part["ids"], []
+            for strength in keys:
+                inputs = {"ids": ids, "key": part[f"key {strength}"], "latent": encoded}
+                latents = self._drawn(self._sdrecon(strength), inputs) if strength else encoded
+                found.append((latents, judge(self._decode(self._weights, latents), ids)))
+            return jax.tree.map(lambda *each: jnp.stack(each, axis=1), *found)
+
+        inputs = {"image": images, "ids": input_ids} | {f"key {strength}": of for strength, of in keys.items()}
+        return self._kept(program, inputs, note)
+
+    def _fresh(
+        self, ids: np.ndarray, keys: jax.Array, resolution: tuple[int, int], concept: np.ndarray | None
+    ) -> dict[str, Any]:
+        """Inputs of a drawing from nothing."""
+        nothing = np.broadcast_to(np.float32(0), (len(ids), *self._latent_shape(resolution)))
+        return {"ids": ids, "key": keys, "latent": nothing} | ({} if concept is None else {"concept": concept})
 
     def reconstruct(
         self,
@@ -174,9 +251,10 @@ class Painter:
         return self._along(self._sdrecon(strength), {"ids": input_ids, "key": keys, "latent": latents}, note)
 
     def _along(self, trajectory: Trajectory, inputs: Arrays, note: str) -> np.ndarray:
-        return self._run(
-            lambda part: self._draw(self._weights, self._given, part, trajectory, *self._guidance), inputs, note
-        )
+        return self._run(lambda part: self._drawn(trajectory, part), inputs, note)
+
+    def _drawn(self, trajectory: Trajectory, part: dict[str, jax.Array]) -> jax.Array:
+        return self._draw(self._weights, self._given, part, trajectory, *self._guidance)
 
     def decode(self, latents: Float[np.ndarray, "n h w c"], note: str) -> Float[np.ndarray, "n H W 3"]:
         """Images in [-1, 1]."""
@@ -212,17 +290,32 @@ class Painter:
         """Scaled latent means of images in [-1, 1]."""
         return self._run(lambda part: self._encode(self._weights, part["image"]), {"image": images}, note)
 
-    def _run(self, program: Callable[[dict[str, jax.Array]], Any], arrays: dict[str, Any], note: str) -> Any:
-        """Batches of one size through a jitted program; the last is padded with its last row. The devices have the next
-        one while a result is fetched."""
+    def _batches(
+        self, program: Callable[[dict[str, jax.Array]], Any], arrays: dict[str, Any], note: str
+    ) -> Iterator[Any]:
+        """What a program makes of batches of one size; the last is padded with its last row. The devices have the next
+        one before a result is given out."""
         count = len(next(iter(arrays.values())))
-        sharding = runtime.batch_sharding(self.mesh)
 
         def run(begin: int) -> Any:
             index = np.minimum(np.arange(begin, begin + self.batch), count - 1)
-            return program(runtime.put({name: value[index] for name, value in arrays.items()}, sharding))
+            return program(runtime.put({name: value[index] for name, value in arrays.items()}, self._rows))
 
         begins = range(0, count, self.batch)
         bar = tqdm(begins, desc=note, unit="batch", leave=False, disable=self._silent or len(begins) == 1 or None)
-        parts = [jax.tree.map(runtime.to_host, part) for part in runtime.ahead(run, bar)]
+        return runtime.ahead(run, bar)
+
+    def _run(self, program: Callable[[dict[str, jax.Array]], Any], arrays: dict[str, Any], note: str) -> Any:
+        """All batches' results, on the host."""
+        count = len(next(iter(arrays.values())))
+        parts = [jax.tree.map(runtime.to_host, part) for part in self._batches(program, arrays, note)]
         return jax.tree.map(lambda *rows: np.concatenate(rows)[:count], *parts)
+
+    def _kept(self, program: Callable[[dict[str, jax.Array]], Any], arrays: dict[str, Any], note: str) -> Any:
+        """All batches' results, on the devices. The last two are not waited for, but no more: a batch takes memory from
+        when the devices are given it."""
+        count, parts = len(next(iter(arrays.values()))), []
+        for part in self._batches(program, arrays, note):
+            jax.block_until_ready(parts[-1:])
+            parts.append(part)
+        return jax.tree.map(lambda *rows: jnp.concatenate(rows)[:count], *parts)

@@ -138,17 +138,7 @@ def drawing(config: ConfigDict, source: Source, mesh: Mesh) -> tuple[Program, Pr
     resolution = max(configuration.resolutions(config).values(), key=np.prod)
 
     def trace(part: int) -> jax.stages.Traced:
-        painter = Painter(
-            pipeline,
-            mesh,
-            sampler=pairs.sampler,
-            steps=pairs.steps,
-            guidance=pairs.guidance,
-            batch=pairs.batch,
-            seed=0,
-            negative=pairs.negative_prompt,
-        )
-        return painter.traced(resolution)[part]
+        return Painter.of(pipeline, mesh, pairs, seed=0).traced(resolution)[part]
 
     held = {name: size(_placed(nnx.state(network), mesh)) for name, network in pipeline.networks.items()}
     networks = sum(held.values())

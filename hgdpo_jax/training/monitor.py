@@ -47,16 +47,7 @@ class Monitor:
         self._stage, self._dtype = config.stage, config.model.dtype
         self._batch, self._rate = config.train.batch, config.train.lr
         settings, held = config.evaluate, inputs.pairs.sources["heldout"]
-        self._painter = Painter(
-            inputs.pipeline,
-            inputs.mesh,
-            sampler=settings.sampler,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            negative=settings.negative_prompt,
-            batch=settings.batch,
-            seed=config.seed,
-        )
+        self._painter = Painter.of(inputs.pipeline, inputs.mesh, settings, config.seed)
         self._resolution = next(iter(configuration.resolutions(config).values()))
         mine = runtime.rows(self._batch, inputs.mesh)
         self._held = [

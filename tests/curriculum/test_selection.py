@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from hgdpo_jax import files, pairs
+from hgdpo_jax.curriculum import selection
 from hgdpo_jax.data.pairs import open_stage
 from hgdpo_jax.data.photographs import list_photographs, load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
@@ -106,6 +108,46 @@ def test_hard_pairs_are_on_the_same_ids_against_the_normal_winner(workdir: Path,
     for name, record in hard.items():
         distance = np.abs(encoded - record["winner"].astype(np.float32)).mean((1, 2, 3))
         assert names[int(distance.argmin())] == name
+
+
+def test_candidates_are_what_is_drawn_decoded_and_scored_apart(inputs: Path) -> None:
+    pipeline, mesh = pipelines.load(inputs / "base"), tiny.mesh()
+    painter = Painter(pipeline, mesh, sampler="dpmpp_2m", steps=4, guidance=2.0, batch=2, seed=0)
+    scorer, names = Scorer(inputs / "scorer", mesh), ["a", "b", "c"]
+    ids, images = (
+        pipeline.tokenize(names),
+        load_images(list_photographs(inputs / "photographs", "train")[:3], (32, 32))[1],
+    )
+    keys, encoded = painter.keys("sdrecon", names, [3] * 3), painter.encode(images, "")
+    latents = np.stack([encoded, painter.reconstruct(encoded, ids, keys, 3, "")], axis=1)
+    flat = latents.reshape(6, *latents.shape[2:])
+    scores = painter.measure(flat, {"input_ids": ids.repeat(2, axis=0)}, scorer, "").score.reshape(3, 2)
+    found = selection.reconstructions(painter, scorer, names, ids, images, (0, 3))
+    np.testing.assert_array_equal(found.latents, latents)
+    np.testing.assert_array_equal(found.scores, scores)
+    for choose, index in ((selection.best, scores.argmax(1)), (selection.worst, scores.argmin(1))):
+        chosen = choose(found)
+        np.testing.assert_array_equal(chosen.latents, latents[np.arange(3), index])
+        np.testing.assert_array_equal(chosen.scores, scores[np.arange(3), index])
+        np.testing.assert_array_equal(chosen.numbers, np.array([0, 3])[index])
+
+
+def test_devices_have_the_next_prompts_before_the_last_ones_are_fetched(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def begin_records(*arguments: Any) -> Callable[[], list]:
+        name, finish = arguments[3][0].id, selection.begin_records(*arguments)
+        said.append(f"begin {name}")
+        return lambda: said.append(f"finish {name}") or finish()
+
+    monkeypatch.setattr(pairs, "begin_records", begin_records)
+    config = make("stage1", pool_size=2, batch=4)  # two prompts at a time
+    pairs.build(config, tmp_path)
+    begun, finished = ([i for i, what in enumerate(said) if what.startswith(word)] for word in ("begin", "finish"))
+    assert len(begun) == len(finished) == 4  # 2 + 2 + 1 to train on, 2 held out
+    assert all(next_one < last for next_one, last in zip(begun[1:], finished, strict=False))
 
 
 def test_a_stopped_build_goes_on_and_ends_with_the_same_files(workdir: Path, make: Make) -> None:
