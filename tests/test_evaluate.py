@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from hgdpo_jax import pairs
+from hgdpo_jax.data import photographs
 from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.evaluate import _inputs, evaluate
+from hgdpo_jax.evaluate import _heldout, _inputs, evaluate
 from hgdpo_jax.files import Index, json_hash
 from hgdpo_jax.scoring import judges
 from hgdpo_jax.training.loop import train
@@ -64,3 +65,12 @@ def test_what_a_picture_is_made_from_is_drawn_again_where_it_changes(tmp_path: P
     config.evaluate.scorer = config.pairs.scorer
     inputs.append(_inputs(config, "base", held, index))
     assert len({json_hash(found) for found in inputs}) == len(inputs)
+
+
+def test_of_all_photographs_those_that_are_held_out_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, read = tiny.config(tmp_path), []
+    config.data.mirror, config.data.photographs = True, str(tiny.write_photographs(tmp_path / "photographs", 9, 3))
+    real = photographs.read_image
+    monkeypatch.setattr(photographs, "read_image", lambda picture: read.append(picture) or real(picture))
+    held, images = _heldout(config, Index())
+    assert len(held) == len(images) == 3 and sorted(read) == sorted(p.picture for p in held)

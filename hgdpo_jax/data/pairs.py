@@ -344,6 +344,9 @@ class RecordsById(Mapping[str, Record]):
         record = source[row]
         return {key: value.decode() if isinstance(value, bytes) else value for key, value in record.items()}
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows  # what it inherits would read the record
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from hgdpo_jax import files, pairs
 from hgdpo_jax.curriculum import selection
 from hgdpo_jax.data.pairs import open_stage
-from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.data.photographs import Photograph, list_photographs, load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
@@ -283,3 +283,17 @@ def test_a_score_that_is_no_number_names_the_prompt(make: Make, inputs: Path, tm
     with pytest.raises(UserError, match=f"prompt '{first.caption}' of {first.id}: its score is NaN or infinite"):
         pairs.build(config, tmp_path / "run")
     assert not list((tmp_path / "run" / "stage1" / "pairs").glob("pairs-*"))
+
+
+def test_of_many_captions_the_tokens_of_some_are_counted(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pairs, "_COUNTED", 4)
+    pipeline = pipelines.load(inputs / "base")
+    photographs = [Photograph(f"{i}.png", Path(f"{i}.png"), "a " * (i % 100)) for i in range(240)]
+    pairs._warn_of_long(pipeline, photographs)  # every 60th
+    pairs._warn_of_long(pipeline, photographs[75:78])
+    assert caplog.messages == [
+        "1 of 4 captions (240 in all) have more than 77 tokens, the first of which are used; that of 180.png has 82",
+        "2 of 3 captions (3 in all) have more than 77 tokens, the first of which are used; that of 77.png has 79",
+    ]

@@ -41,6 +41,15 @@ def test_tfds_opens_what_was_written(workdir: Path) -> None:
     assert found.manifest["splits"]["train_32x32"]["records"] == 6
 
 
+def test_whether_a_record_is_there_is_known_without_reading_any() -> None:
+    class Unread:
+        def __getitem__(self, i: int) -> shards.Record:
+            raise AssertionError("a record was read")
+
+    found = shards.RecordsById([Unread()], [["a", "b"]])
+    assert "b" in found and "c" not in found and list(found) == ["a", "b"] and len(found) == 2
+
+
 def test_features_of_a_concept_read_as_they_were_written(tmp_path: Path) -> None:
     folder, schema = tmp_path / "personalise" / "pairs", shards.features(8, 77, loser=False, concept=(2, 3))
     rng = np.random.default_rng(0)

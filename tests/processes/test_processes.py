@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
 from hgdpo_jax.files import file_hash
 from hgdpo_jax.training import metrics
@@ -90,9 +92,25 @@ def test_the_chain_of_commands_gives_what_one_process_gives(settings: list[str],
     lines = (two / "stage1" / "logs" / "metrics.jsonl").read_text().splitlines()
     steps = [line["step"] for line in map(json.loads, lines) if "loss/total" in line]
     assert steps == list(range(1, STEPS + 1))  # each once
+    values = in_tensorboard(two / "stage1" / "logs")
+    assert len(values) == len(set(values)) and [step for name, step in values if name == "loss/total"] == steps
     shutil.copytree(two / "stage1" / "pairs", tmp_path / "four" / "stage1" / "pairs")
     run(tmp_path / "four.logs", 1, 4, "main", *STAGE, "--workdir", f"{tmp_path}/four", *settings)
     compare(tmp_path / "four", two)
+
+
+def in_tensorboard(logs: Path) -> list[tuple[str, int]]:
+    """(name, step) of each value in the one file of events, all of whose records are whole."""
+    (path,) = logs.glob("events.out.tfevents.*")
+    content, found = path.read_bytes(), []
+    while content:
+        end = 12 + int.from_bytes(content[:8], "little")
+        for checked, crc in ((content[:8], content[8:12]), (content[12:end], content[end : end + 4])):
+            assert masked_crc32c(checked) == int.from_bytes(crc, "little")
+        event = Event.FromString(content[12:end])
+        found += [(value.tag, event.step) for value in event.summary.value]
+        content = content[end + 4 :]
+    return found
 
 
 def compare(one: Path, two: Path) -> None:

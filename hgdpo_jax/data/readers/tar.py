@@ -28,7 +28,7 @@ def read(shards: Sequence[Path]) -> Examples:
                     if suffix in SUFFIXES:
                         pictures[name] = _picture(shard, member)
                     elif suffix in (".txt", ".json"):
-                        caption = _caption(_content(shard, member.offset_data, member.size), suffix)
+                        caption = _caption(archive.extractfile(member).read(), suffix)
                         if caption is not None and (suffix == ".txt" or name not in captions):
                             captions[name] = caption
         except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
@@ -43,13 +43,13 @@ def read(shards: Sequence[Path]) -> Examples:
 
 def _picture(shard: Path, member: tarfile.TarInfo) -> Picture:
     begin, size = member.offset_data, member.size
-    return Picture(shard, member.name, lambda: _content(shard, begin, size))
 
+    def content() -> bytes:
+        with shard.open("rb") as file:
+            file.seek(begin)
+            return file.read(size)
 
-def _content(shard: Path, begin: int, size: int) -> bytes:
-    with shard.open("rb") as file:
-        file.seek(begin)
-        return file.read(size)
+    return Picture(shard, member.name, content)
 
 
 def _caption(content: bytes, suffix: str) -> str | None:
