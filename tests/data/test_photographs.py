@@ -1,5 +1,6 @@
 """Photographs: which ones, how they are cut, and what is wrong with them."""
 
+import gc
 import json
 import logging
 from pathlib import Path
@@ -61,6 +62,7 @@ def test_what_is_wrong_with_the_list_is_named(tmp_path: Path) -> None:
     (tmp_path / "captions.jsonl").write_text('{"file": "a.jpg", "caption": "x", "split": "train"}\n')
     with pytest.raises(UserError, match="none of the 1 is of split heldout; mark some as heldout"):
         list_photographs(tmp_path, "heldout")
+    assert gc.isenabled()  # again
 
 
 def test_a_photograph_goes_to_the_resolution_nearest_in_shape(tmp_path: Path) -> None:
