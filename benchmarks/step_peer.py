@@ -41,6 +41,7 @@ def ours(size: str, pairs: int) -> Callable[[], float]:
     config.train.batch, config.train.checkpointing = pairs, "none"
     configuration.validate(config)
     runtime.use_precision("float32")
+    runtime.keep_memory(runtime.local_mesh())
     pipeline = pipelines.of_shapes(without_weights(SD15), "float32")
     policies.add_fresh_lora(pipeline, config)
     denoiser, *parts = steps.split(pipeline, "lora")

@@ -1,5 +1,6 @@
 """Devices: the mesh, the table that says how each parameter is sharded, and the compilation cache."""
 
+import ctypes
 import math
 import os
 import re
@@ -24,6 +25,7 @@ from hgdpo_jax.errors import UserError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 AXES = ("data", "fsdp", "tensor")
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
 _ISA, _JOINED = "--xla_cpu_max_isa", "--xla_gpu_dot_merger_threshold_mb"
 
 # First match decides. A Linear kernel is [in, out], a Conv kernel [height, width, in, out]; a 1x1 one is split like a
@@ -71,6 +73,15 @@ def use_precision(dtype: str) -> None:
             and on TPUs three products of bfloat16: the VAE and the judges are float32 whatever the UNet is.
     """
     jax.config.update("jax_default_matmul_precision", "float32" if dtype == "float32" else "tensorfloat32")
+
+
+def keep_memory(mesh: Mesh) -> None:
+    """On a processor XLA takes the temporaries of a program from the C library, which takes large ones from the system
+    each time and gives them back: to clear their pages is a part of every step. From now on the library keeps them."""
+    allocate = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
+    if mesh.devices.flat[0].platform == "cpu" and allocate:
+        for option, value in {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}.items():
+            allocate(option, value)
 
 
 def _processor() -> str:

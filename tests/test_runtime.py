@@ -1,5 +1,8 @@
 """Mesh, sharding table and named random streams."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +67,29 @@ def test_intels_avx512_is_not_compiled_for_where_the_cache_would_refuse_it() -> 
     ):
         assert runtime.xla_flags(given, processor) == f"{given} {always}".lstrip()
     assert runtime.xla_flags("--xla_gpu_dot_merger_threshold_mb=1", "") == "--xla_gpu_dot_merger_threshold_mb=1"
+
+
+KEEPS = """
+import resource
+import numpy as np
+from hgdpo_jax import runtime
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        np.full(16_000_000, 1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+a = faults()
+runtime.keep_memory(runtime.local_mesh())
+faults()
+print(a, faults())
+"""
+
+
+def test_a_processor_keeps_the_memory_of_temporaries() -> None:
+    """Of 128 MB, five times: 31,250 pages of 4 KB or 61 large ones each, and then none."""
+    found = subprocess.run([sys.executable, "-c", KEEPS], capture_output=True, text=True, check=True)
+    before, after = map(int, found.stdout.split())
+    assert before > 200 and after < 0.1 * before
 
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused() -> None:

@@ -199,10 +199,10 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology, trips: int) -> Com
 
 
 def largest(at: Callable[[int], Plan]) -> tuple[int, Plan | None]:
-    """The most examples a device that fit, and their plan; (0, None) where a single one does not.
+    """The most examples a device that fit, to five in a hundred, and their plan; (0, None) where a single one does not.
 
-    What two programs need is extended in a straight line, and a third one tells whether that is right; where it is not,
-    the line goes through the third.
+    What two programs need is extended in a straight line to what there is room for, and a third one tells whether that
+    is right; while it is not, the line goes through the last.
 
     Args:
         at: the plan for a number of examples a device.
@@ -212,16 +212,17 @@ def largest(at: Callable[[int], Plan]) -> tuple[int, Plan | None]:
         return 0, None
     if not second.fits:
         return 1, first
-    count, tried, most = 2, second, math.inf
+    count, plan = number, tried = 2, second
+    most = math.inf  # that can fit
     while True:
         if not math.isinf(tried.total):
-            each = max((tried.total - first.total) / (count - 1), 1.0)
+            each = max((tried.total - first.total) / (number - 1), 1.0)
             line = 1 + int((first.memory - first.total) / each)
-        count = int(min(line, most))
-        if count <= 2:
-            return 2, second
-        tried = at(count)
+        number = int(min(line, most))
+        if number <= 1.05 * count:
+            return count, plan
+        tried = at(number)
         if tried.fits:
-            return count, tried
-        # A compiler that refuses does not say how much is too much.
-        most = count - 1 if not tried.compiled.refused else int(0.9 * count)
+            count, plan = number, tried
+        else:  # a compiler that refuses does not say how much is too much
+            most = number - 1 if not tried.compiled.refused else int(0.9 * number)

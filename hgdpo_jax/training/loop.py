@@ -84,6 +84,7 @@ def _run(
 ) -> None:
     """The steps that are left, with a checkpoint and a look now and then."""
     settings = config.train
+    runtime.keep_memory(inputs.mesh)
     state, reference, reference_hash, position = start
     done = int(state.step)
     numbers = numbers_of(config, done)

@@ -169,7 +169,7 @@ def test_each_step_of_drawing_is_counted(base: Path) -> None:
     assert totals[1] - totals[0] == 5 * (both - sum(program.counted(memory, weights, text)))
 
 
-@pytest.mark.parametrize("per_example", [lambda n: 10 * n, lambda n: 10 * n + n * n / 40])
+@pytest.mark.parametrize("per_example", [lambda n: 10 * n, lambda n: 10 * n + n * n / 40, lambda n: 30 * n**0.8])
 def test_the_largest_batch_fits_and_one_that_is_a_tenth_larger_does_not(per_example) -> None:
     tried = []
 
