@@ -4,6 +4,8 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling is most of what the tests do: without LLVM's optimisations it takes two thirds of the time. The programs
 # stay the same up to the order of instructions. The user's flags come last, so that they win.
@@ -17,3 +19,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch's threads wait by spinning; the t
 # Many tests train the same tiny model: compile it once.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of several processes wait a lot. They come first, so that others run meanwhile to the end."""
+    items.sort(key=lambda item: "tests/processes" not in item.nodeid)

@@ -22,6 +22,7 @@ from hgdpo_jax.training import metrics
 from hgdpo_jax.training import policy as policies
 from tests import tiny
 from tests.processes.start import Ended, Started, run
+from tests.rounding import NETWORK, assert_close
 
 STAGE = ("--config", "configs/stage1.py:portraits")
 MESHES = {
@@ -143,6 +144,10 @@ def test_a_training_is_that_of_one_process_on_whatever_mesh(mesh: str, settings:
     run(tmp_path / "logs", 2, devices, *arguments, "--workdir", f"{tmp_path}/two")
     run(tmp_path / "logs", 1, 2 * devices, *arguments, "--workdir", f"{tmp_path}/one")
     compare(tmp_path / "one", tmp_path / "two")
+    predicted = sorted((tmp_path / "one" / "stage1").glob("reference_cache/*.npy"))
+    assert len(predicted) == 2 * ("cached" in mesh)
+    for path in predicted:
+        assert_close(np.load(tmp_path / "two" / path.relative_to(tmp_path / "one")), np.load(path), NETWORK)
 
 
 def train(settings: list[str], folder: Path, **own: list[str]) -> Started:

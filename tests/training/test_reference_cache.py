@@ -28,7 +28,6 @@ from hgdpo_jax.training.optimizer import numbers_of
 from hgdpo_jax.training.reference_cache import Draws
 from hgdpo_jax.training.start import Start
 from tests import tiny
-from tests.rounding import NETWORK, assert_close
 
 DRAWS, RECORDS = 2, 24
 CACHE = Path("stage1") / "reference_cache"
@@ -110,17 +109,6 @@ def test_it_goes_on_with_what_is_kept(
     like = policies.of(policies.load(config(base), tiny.mesh()), config(base))
     ended = [tree_hash(policies.finished(workdir, "stage1", like)) for workdir in (finished, tmp_path)]
     assert ended[0] == ended[1]
-
-
-@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}])
-def test_a_mesh_predicts_the_same(finished: Path, base: Path, tmp_path: Path, mesh: dict[str, int]) -> None:
-    chosen = config(base)
-    chosen.mesh.update(mesh)
-    tiny.write_pairs(tmp_path / "stage1" / "pairs", RECORDS)
-    inputs, begin = begun(chosen, tmp_path)
-    reference_cache.attach(chosen, tmp_path / "stage1", inputs, begin, Index())
-    for path in (finished / CACHE).glob("*.npy"):
-        assert_close(np.load(tmp_path / CACHE / path.name), np.load(path), NETWORK)
 
 
 def test_other_predictions_are_refused(finished: Path, base: Path, tmp_path: Path) -> None:
