@@ -175,8 +175,9 @@ def _plain_attention() -> Iterator[None]:
         attend.kernel = kept
 
 
-def _placed(shapes: Any, mesh: Mesh) -> Any:
-    """With the shardings of the table."""
+def _placed(tree: Any, mesh: Mesh) -> Any:
+    """Shapes with the shardings of the table; of arrays too, which nobody can put on devices that are not here."""
+    shapes = jax.eval_shape(lambda tree: tree, tree)
     return runtime.put(shapes, runtime.shardings(shapes, mesh))
 
 
