@@ -1,6 +1,7 @@
 """Every test sees eight virtual CPU devices, so that sharding is exercised wherever the tests run."""
 
 import os
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,3 +25,22 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of several processes wait a lot. They come first, so that others run meanwhile to the end."""
     items.sort(key=lambda item: "tests/processes" not in item.nodeid)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ε_base, which no test changes."""
+    from tests import tiny  # and JAX, which reads the environment
+
+    return tiny.write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def glance() -> Iterator[None]:
+    """Trainings look at nothing, where a test is not about what people see."""
+    from hgdpo_jax.training.monitor import Monitor
+    from tests import tiny
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "look", tiny.glance)
+        yield

@@ -25,11 +25,6 @@ from tests import tiny
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
 def workdir(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Easy stage and text encoder, trained for two steps each on the same pairs."""
     folder = tmp_path_factory.mktemp("run")

@@ -192,7 +192,8 @@ def _download(repository: str, revision: str) -> Path:
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[*_TOP, *small]))
         try:
-            names, weights = set(HfApi().list_repo_files(repository, revision=revision)), []
+            about = HfApi().model_info(repository, revision=revision)  # asks once; `list_repo_files` goes on for 15 s
+            names, weights = {file.rfilename for file in about.siblings or ()}, []
         except Exception as error:  # the network's errors have no class in common
             logging.warning("model %s@%s: the hub does not answer (%s); what was fetched before is used", repository,
                             revision, " ".join(str(error).split())[:200])  # fmt: skip

@@ -3,14 +3,17 @@
 import functools
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from hgdpo_jax import processes
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.training.step import TIMESTEP_BINS, Metrics
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 
 class MetricLog:
@@ -27,8 +30,11 @@ class MetricLog:
                 file.truncate(file.read().rfind(b"\n") + 1)
 
     @functools.cached_property
-    def _writer(self) -> SummaryWriter:
-        """Opened by the first value: from Python 3.12 on, one that got none cannot close itself when Python exits."""
+    def _writer(self) -> "SummaryWriter":
+        """Opened by the first value: from Python 3.12 on, one that got none cannot close itself when Python exits.
+        Imported with it: it brings PyTorch where that is installed, which takes a second."""
+        from tensorboardX import SummaryWriter
+
         return SummaryWriter(str(self._folder))
 
     def add(self, step: int, metrics: Metrics) -> None:

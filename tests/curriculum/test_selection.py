@@ -162,6 +162,7 @@ def test_a_stopped_build_goes_on_and_ends_with_the_same_files(workdir: Path, mak
     assert (folder / "pairs-train_32x32.array_record-00000-of-00003").stat().st_mtime_ns == kept
 
 
+@pytest.mark.usefixtures("glance")
 def test_photographs_of_two_shapes_become_pairs_of_two_shapes_in_every_stage(
     make: Make, inputs: Path, tmp_path: Path
 ) -> None:

@@ -116,11 +116,6 @@ def test_attention_counts_the_same_whatever_its_kernel(monkeypatch: pytest.Monke
     assert operations(jax.make_jaxpr(part)(q).jaxpr) == 2 * 8 * 64 * 3 * 3 * 8
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"))
-
-
 @pytest.mark.parametrize("params", ["lora", "text_lora", "all", "adapter"])
 def test_every_kind_of_policy_is_planned_and_split_over_the_mesh(
     params: str, base: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,7 @@ from typing import NamedTuple
 # networks, which compile long and are tested elsewhere, are left out.
 COMMAND = """
 import numpy, os, sys
+sys.modules["torch"] = None  # users need none; tensorboardX imports it where it is installed
 from importlib import import_module
 from hgdpo_jax import command, files, processes
 from hgdpo_jax.training.monitor import Monitor

@@ -17,10 +17,10 @@ from hgdpo_jax.training import metrics
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
 from hgdpo_jax.training.loop import train
-from hgdpo_jax.training.monitor import Monitor
 from tests import tiny
 
 PLACE = "gs://bucket/runs/mine"
+pytestmark = pytest.mark.usefixtures("glance")
 
 
 DOWNLOAD = objects.download
@@ -46,14 +46,8 @@ def _bucket() -> Iterator[None]:
             patch.setenv(name, f"http://localhost:{port}")
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")
         patch.setattr(objects, "download", download)
-        patch.setattr(Monitor, "look", tiny.glance)
         yield
     server.stop()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"))
 
 
 def test_a_run_keeps_its_checkpoints_there_and_goes_on_from_them(base: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +45,11 @@ train(tiny.config(Path(base), steps=int(steps)), Path(workdir))
 
 
 LOOK = Monitor.look
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _glance() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Monitor, "look", tiny.glance)
-        yield
+pytestmark = pytest.mark.usefixtures("glance")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(base: Path, glance: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workdir with stage 1 trained for six steps, under a name that shells and other programs treat specially."""
     workdir = tmp_path_factory.mktemp("run") / "my run: {1} & ü"
     for stage in ("stage1", "stage2"):

@@ -15,15 +15,9 @@ from hgdpo_jax.training import optimizer
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.loop import train
-from hgdpo_jax.training.monitor import Monitor
 from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
 from tests import tiny
 from tests.training.test_step import batch
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"))
 
 
 @cache
@@ -63,10 +57,10 @@ def test_margins_in_float16_have_a_fraction_of_the_noise_of_bfloat16(base: Path)
     assert noise["float32"] < noise["float16"] < noise["bfloat16"] / 3  # it is eight times as fine
 
 
+@pytest.mark.usefixtures("glance")
 def test_float16_trains_and_stops_where_a_number_is_too_large(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Monitor, "look", tiny.glance)
     tiny.write_pairs(tmp_path / "stage1" / "pairs")
     config = tiny.config(base, steps=2)
     config.model.dtype = "float16"

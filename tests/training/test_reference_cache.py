@@ -2,7 +2,6 @@
 
 import functools
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -23,7 +22,6 @@ from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.loop import train
-from hgdpo_jax.training.monitor import Monitor
 from hgdpo_jax.training.optimizer import numbers_of
 from hgdpo_jax.training.reference_cache import Draws
 from hgdpo_jax.training.start import Start
@@ -31,18 +29,7 @@ from tests import tiny
 
 DRAWS, RECORDS = 2, 24
 CACHE = Path("stage1") / "reference_cache"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _glance() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Monitor, "look", tiny.glance)
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"))
+pytestmark = pytest.mark.usefixtures("glance")
 
 
 def config(base: Path, **train: object) -> ConfigDict:
@@ -50,7 +37,7 @@ def config(base: Path, **train: object) -> ConfigDict:
 
 
 @pytest.fixture(scope="module")
-def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(base: Path, glance: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workdir with stage 1 trained for six steps."""
     workdir = tmp_path_factory.mktemp("run")
     tiny.write_pairs(workdir / "stage1" / "pairs", RECORDS)

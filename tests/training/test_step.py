@@ -28,12 +28,6 @@ from hgdpo_jax.training.optimizer import learning_rate, make_optimizer, numbers_
 from tests import tiny
 from tests.rounding import EPS, GRADIENT, MEAN, assert_close
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"))
-
-
 # β multiplies the rounding of the errors: a small one leaves the tolerance to the step itself.
 ALL = {"params": "all", "beta": 10.0, "lr": 3e-5}
 
