@@ -25,9 +25,9 @@ from jaxtyping import Array, Float
 Queries, Keys = Float[Array, "b n heads d"], Float[Array, "b m heads d"]
 _LONG = 1024
 _PROBABILITIES = 2**26  # that XLA may hold at once on a device: 256 MB in float32
-# Splash: a block is a multiple of the lanes. The gradient of queries is a sum over the blocks of keys, each of which is
-# written: these are as large as fit on the chip.
-_LANES, _BLOCK, _KEYS_OF_GRADIENT = 128, 512, 2048
+# Splash: a block is a multiple of the lanes. Each block of keys begins anew, and writes its own part of the gradient of
+# the queries: it is as large as fits on the chip, of which a kernel gets 16 MiB.
+_LANES, _BLOCK, _ON_CHIP = 128, 512, 2**24
 
 
 def attend(q: Queries, k: Keys, v: Keys, sharding: NamedSharding | None = None) -> Queries:
@@ -84,14 +84,19 @@ def splash(q: Queries, k: Keys, v: Keys, interpret: bool = False) -> Queries:
     """
     (_, n, heads, width), m = q.shape, k.shape[1]
     padded = n + -n % _LANES, m + -m % _LANES
-    block_q, (block_k, block_gradient) = _divisor(padded[0], _LANES, _BLOCK), _blocks_of_keys(padded[1])
+    block_q, (block_k, keys) = _divisor(padded[0], _LANES, _BLOCK), _blocks_of_keys(padded[1], width, q.dtype.itemsize)
     sizes = pallas.BlockSizes(
         block_q=block_q,
-        block_kv=_divisor(padded[1], _LANES, _BLOCK),
+        block_kv=keys,
+        block_kv_compute=block_k,
         block_q_dkv=block_q,
-        block_kv_dkv=block_gradient,
+        block_kv_dkv=keys,
         block_kv_dkv_compute=block_k,
         use_fused_bwd_kernel=True,
+        # Tokens in the lanes: they fill them, where a head of 40 would be padded to 128.
+        q_layout=pallas.QKVLayout.SEQ_MINOR,
+        k_layout=pallas.QKVLayout.SEQ_MINOR,
+        v_layout=pallas.QKVLayout.SEQ_MINOR,
     )
     mask = pallas.MultiHeadMask([pallas.FullMask(padded)] * heads)
     run = pallas.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
@@ -136,9 +141,20 @@ def _divisor(size: int, of: int, most: int) -> int:
     return max((x for x in range(of, most + 1, of) if size % x == 0), default=0)
 
 
-def _blocks_of_keys(m: int) -> tuple[int, int]:
-    """(block of a product, block that is on the chip for the gradient): the second, a multiple of the first, counts."""
-    blocks = ((x, _divisor(m, x, _KEYS_OF_GRADIENT)) for x in range(_LANES, _BLOCK + 1, _LANES) if m % x == 0)
+def _blocks_of_keys(m: int, width: int, size: int) -> tuple[int, int]:
+    """(block of a product, block that is on the chip): the second, a multiple of the first, counts.
+
+    Args:
+        m: number of keys, a multiple of the lanes.
+        width: of a head.
+        size: bytes of a number.
+    """
+    # Of a key and its value twice, the next being on its way: as they are, and their gradients, padded, which are also
+    # added up in float32.
+    padded = width + -width % _LANES
+    queries = (6000 + 10_000 * size) * padded  # and products, as libtpu 0.0.42 compiles them
+    most = max(_BLOCK, (_ON_CHIP - queries) // (4 * size * (width + padded) + 8 * padded))
+    blocks = ((x, _divisor(m, x, most)) for x in range(_LANES, _BLOCK + 1, _LANES) if m % x == 0)
     return max(blocks, key=lambda block: (block[1], block[0]))
 
 
