@@ -26,8 +26,10 @@ Queries, Keys = Float[Array, "b n heads d"], Float[Array, "b m heads d"]
 _LONG = 1024
 _PROBABILITIES = 2**26  # that XLA may hold at once on a device: 256 MB in float32
 # Splash: a block is a multiple of the lanes. Each block of keys begins anew, and writes its own part of the gradient of
-# the queries: it is as large as fits on the chip, of which a kernel gets 16 MiB.
-_LANES, _BLOCK, _ON_CHIP = 128, 512, 2**24
+# the queries: it is as large as fits on the chip, of which a kernel gets 16 MiB. Of these queries and products need, by
+# bytes of a number, forwards and for the gradient, as libtpu 0.0.42 compiles them:
+_LANES, _BLOCK, _ON_CHIP = 128, 512, 16.0
+_PRODUCTS = {2: (2.5, 6.75), 4: (8.0, 12.25)}
 
 
 def attend(q: Queries, k: Keys, v: Keys, sharding: NamedSharding | None = None) -> Queries:
@@ -84,14 +86,15 @@ def splash(q: Queries, k: Keys, v: Keys, interpret: bool = False) -> Queries:
     """
     (_, n, heads, width), m = q.shape, k.shape[1]
     padded = n + -n % _LANES, m + -m % _LANES
-    block_q, (block_k, keys) = _divisor(padded[0], _LANES, _BLOCK), _blocks_of_keys(padded[1], width, q.dtype.itemsize)
+    about = padded[1], width, q.dtype.itemsize
+    block_q, forward, backward = _divisor(padded[0]), _keys(*about, gradient=False), _keys(*about, gradient=True)
     sizes = pallas.BlockSizes(
         block_q=block_q,
-        block_kv=keys,
-        block_kv_compute=block_k,
+        block_kv=forward[1],
+        block_kv_compute=forward[0],
         block_q_dkv=block_q,
-        block_kv_dkv=keys,
-        block_kv_dkv_compute=block_k,
+        block_kv_dkv=backward[1],
+        block_kv_dkv_compute=backward[0],
         use_fused_bwd_kernel=True,
         # Tokens in the lanes: they fill them, where a head of 40 would be padded to 128.
         q_layout=pallas.QKVLayout.SEQ_MINOR,
@@ -136,26 +139,30 @@ def _whole_precision(function: Callable[[Array, Array, Array], Array]) -> Callab
     return whole
 
 
-def _divisor(size: int, of: int, most: int) -> int:
-    """The largest multiple of `of` up to `most` that divides `size`; 0 if there is none."""
-    return max((x for x in range(of, most + 1, of) if size % x == 0), default=0)
+def _divisor(tokens: int) -> int:
+    """The largest block of a product that divides them."""
+    return max(x for x in range(_LANES, _BLOCK + 1, _LANES) if tokens % x == 0)
 
 
-def _blocks_of_keys(m: int, width: int, size: int) -> tuple[int, int]:
-    """(block of a product, block that is on the chip): the second, a multiple of the first, counts.
+def _keys(m: int, width: int, size: int, gradient: bool) -> tuple[int, int]:
+    """Of m keys (block of a product, block that is on the chip): the second, a multiple of the first, counts.
 
     Args:
-        m: number of keys, a multiple of the lanes.
+        m: a multiple of the lanes.
         width: of a head.
         size: bytes of a number.
+        gradient: whether gradients are there too, padded, and their sums in float32; forwards logits are, in float32.
     """
-    # Of a key and its value twice, the next being on its way: as they are, and their gradients, padded, which are also
-    # added up in float32.
     padded = width + -width % _LANES
-    queries = (6000 + 10_000 * size) * padded  # and products, as libtpu 0.0.42 compiles them
-    most = max(_BLOCK, (_ON_CHIP - queries) // (4 * size * (width + padded) + 8 * padded))
-    blocks = ((x, _divisor(m, x, most)) for x in range(_LANES, _BLOCK + 1, _LANES) if m % x == 0)
-    return max(blocks, key=lambda block: (block[1], block[0]))
+
+    def fits(keys: int) -> bool:
+        copies = 1 if keys == m else 2  # the next block is on its way
+        each = 2 * copies * size * (width + padded) + 8 * padded if gradient else 2 * copies * size * width + 4 * _BLOCK
+        return keys * each / 2**20 + _PRODUCTS[size][gradient] <= _ON_CHIP
+
+    products = [x for x in range(_LANES, _BLOCK + 1, _LANES) if m % x == 0]
+    found = [(keys, x) for x in products for keys in range(x, m + 1, x) if m % keys == 0 and fits(keys)]
+    return max(found, default=(products[-1],) * 2)[::-1]
 
 
 def cudnn(q: Queries, k: Keys, v: Keys) -> Queries:
