@@ -118,7 +118,7 @@ class Program:
         self.unknown: set[str] = set()
         self._trips, self._devices = trips, devices
 
-    def _executed(self, name: str, times: int = 1) -> Iterator[tuple[Computation, Instruction, int]]:
+    def executed(self, name: str, times: int = 1) -> Iterator[tuple[Computation, Instruction, int]]:
         """Each instruction that runs, where it stands and how often; of a conditional the longest branch."""
         computation = self.computations[name]
         for instruction in computation.instructions.values():
@@ -132,7 +132,7 @@ class Program:
             else:
                 yield computation, instruction, times
             for called in inner:
-                yield from self._executed(called, times * repeats)
+                yield from self.executed(called, times * repeats)
 
     def _branches(self, instruction: Instruction) -> list[str]:
         listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
@@ -178,7 +178,7 @@ class Program:
         What a kernel only cuts a piece from, or writes a piece into, counts as that piece.
         """
         total = 0
-        for computation, instruction, times in self._executed(self.entry):
+        for computation, instruction, times in self.executed(self.entry):
             if instruction.opcode in _FREE or _kind(instruction) or instruction.is_kernel("AllocateBuffer"):
                 continue
             reader = instruction
@@ -266,7 +266,7 @@ class Program:
         """Each collective, where it stands, its kind and how often it runs. One that runs beside several kernels stands
         in the fusion of each of them."""
         seen: set[str] = set()
-        for outer, instruction, times in self._executed(self.entry):
+        for outer, instruction, times in self.executed(self.entry):
             for computation, inner in self._inside(outer, instruction):
                 kind = _kind(inner)
                 channel = inner.called("channel_id") or inner.name

@@ -300,11 +300,9 @@ class Checkpoints:
             UserError: it is missing, or is not the one whose hash the checkpoint names.
         """
         path = self.folder / "reference" / "weights"
-        target = _target(like)
         try:
             with ocp.PyTreeCheckpointer() as checkpointer:
-                arguments = ocp.checkpoint_utils.construct_restore_args(target)
-                reference = _unflat(checkpointer.restore(path, item=target, restore_args=arguments), like)
+                reference = _unflat(checkpointer.restore(path, args=_restore(_target(like))), like)
             found = tree_hash(reference)
         except Exception as error:  # Orbax raises bare Exceptions for damaged files
             raise UserError(f"reference {path}: cannot be read; the stage must be trained again") from error
