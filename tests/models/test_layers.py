@@ -1,4 +1,4 @@
-"""A convolution over few pixels is the same as one product."""
+"""Convolutions over few pixels, and over a map that is doubled, are the same as plain ones."""
 
 from types import SimpleNamespace
 
@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from hgdpo_jax.models.layers import conv
+from hgdpo_jax.training.cost import operations
 from tests.rounding import EPS, assert_close
 
 
@@ -34,3 +35,22 @@ def test_a_described_device_decides_whether_they_are() -> None:
     for platform, one_product in (("cpu", True), ("cuda", False), ("tpu", False)):
         ours.sharding = SimpleNamespace(mesh=SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)])))
         assert ("conv_general_dilated" not in str(jax.make_jaxpr(lambda x: ours(x))(x))) == one_product
+
+
+@pytest.mark.parametrize(("shape", "one_product"), [((2, 3, 4, 40), True), ((2, 4, 5, 40), False)])
+def test_a_doubled_map_is_convolved_with_four_ninths_of_the_operations(
+    shape: tuple[int, ...], one_product: bool
+) -> None:
+    ours, x = conv(40, 24, 3, rngs=nnx.Rngs(0), dtype=jnp.float32), jnp.ones(shape)
+    ours.bias[...] = jnp.arange(24.0)
+
+    def theirs(x: jax.Array) -> jax.Array:
+        return nnx.Conv.__call__(ours, x.repeat(2, 1).repeat(2, 2))
+
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    assert ("conv_general_dilated" not in str(jax.make_jaxpr(ours.doubled)(x))) == one_product
+    assert_close(ours.doubled(x), theirs(x), 40 * EPS)  # sums of 360 products in another order
+    gradients = (jax.grad(lambda x, f=f: jnp.sin(f(x)).sum())(x) for f in (ours.doubled, theirs))
+    assert_close(*gradients, 40 * EPS)
+    four, nine = (operations(jax.make_jaxpr(f)(x).jaxpr) for f in (ours.doubled, theirs))
+    assert four * 9 == nine * 4
