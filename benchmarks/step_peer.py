@@ -1,17 +1,20 @@
 """An optimizer step of Stable Diffusion 1.5 beside PyTorch's, with diffusers and peft, doing the same work.
 
-python -m benchmarks.step_peer [--size 256x256] [--pairs 1] [--rounds 5]
+python -m benchmarks.step_peer [--size 256x256] [--pairs 1] [--rounds 5] [--programs hgdpo_jax "reference cached"]
 
 Random weights, float32, on this machine's processor: stage 1 of `configs/stage1.py` with LoRA of rank 8 on every
 attention, the text encoder in the step, forwards and backwards through the policy, forwards through the reference (in
-PyTorch: the adapter switched off), clipping, AdamW. A process each, steps alternately; compilation does not count. JSON
-to stdout.
+PyTorch: the adapter switched off), clipping, AdamW. A process each, steps alternately; compilation does not count. Ours
+may also have the reference's predictions at hand (`train.reference_cache`), or train the up blocks only.
+
+JSON to stdout.
 """
 
 import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,7 +37,7 @@ from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
 
 
-def ours(size: str, pairs: int) -> Callable[[], float]:
+def ours(size: str, pairs: int, blocks: str = "all", cached: bool = False) -> Callable[[], float]:
     """A function that takes a step and returns the loss."""
     config = stage1.get_config("sd15")
     config.model.dtype, config.data.resolutions = "float32", (size,)
@@ -56,10 +59,13 @@ def ours(size: str, pairs: int) -> Callable[[], float]:
 
     policy, frozen = jax.tree.map(filled, parts)
     tx = make_optimizer(config.train)
-    step = steps.make_step(steps.dpo_loss(denoiser, pipeline.schedule), tx, 1)
+    step = steps.make_step(steps.dpo_loss(denoiser, pipeline.schedule, blocks), tx, 1)
     shape = (pairs, *pipeline.latent_shape(next(iter(configuration.resolutions(config).values()))))
     batch = {name: rng.standard_normal(shape, np.float32).astype(np.float16) for name in ("winner", "loser")}
     batch["input_ids"] = np.full((pairs, 77), 49407, np.int32)
+    if cached:
+        batch["example"] = np.arange(pairs, dtype=np.int32)
+        batch["reference"] = rng.standard_normal((pairs, 2, *shape[1:]), np.float32)
     held = [steps.init_state(policy, tx, 0.0)]
 
     def run() -> float:
@@ -106,7 +112,12 @@ def theirs(size: str, pairs: int) -> Callable[[], float]:
     return run
 
 
-RUNS = {"hgdpo_jax": ours, "diffusers + peft": theirs}
+RUNS = {
+    "hgdpo_jax": ours,
+    "diffusers + peft": theirs,
+    "reference cached": partial(ours, cached=True),
+    "up blocks": partial(ours, blocks="up"),
+}
 
 
 def main() -> None:
@@ -114,11 +125,14 @@ def main() -> None:
     parser.add_argument("--size", default="256x256")
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--programs", nargs=2, choices=RUNS, default=list(RUNS)[:2], help="the first against the second"
+    )
     parser.add_argument("--only", choices=RUNS, help="is how each of the two is started")
     given = parser.parse_args()
     if given.only:
         return peers.serve(RUNS[given.only](given.size, given.pairs))
-    seconds = peers.alternately("benchmarks.step_peer", RUNS, given.rounds)
+    seconds = peers.alternately("benchmarks.step_peer", given.programs, given.rounds)
     figures = {name: peers.spread(found, 3) for name, found in seconds.items()}
     one, other = (statistics.median(x) for x in seconds.values())
     print(json.dumps({"size": given.size, "pairs": given.pairs, "seconds": figures, "ratio": other / one}, indent=2))
