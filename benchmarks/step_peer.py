@@ -5,7 +5,8 @@ python -m benchmarks.step_peer [--size 256x256] [--pairs 1] [--rounds 5] [--prog
 Random weights, float32, on this machine's processor: stage 1 of `configs/stage1.py` with LoRA of rank 8 on every
 attention, the text encoder in the step, forwards and backwards through the policy, forwards through the reference (in
 PyTorch: the adapter switched off), clipping, AdamW. A process each, steps alternately; compilation does not count. Ours
-may also have the reference's predictions at hand (`train.reference_cache`), or train the up blocks only.
+may also have the reference's predictions at hand (`train.reference_cache`), or train the up blocks only. Both gain from
+an allocator that keeps large memory: `MALLOC_ARENA_MAX=1` before the command, or tcmalloc in `LD_PRELOAD`.
 
 JSON to stdout.
 """
