@@ -77,8 +77,10 @@ def use_precision(dtype: str) -> None:
 
 def keep_memory(mesh: Mesh) -> None:
     """On a processor XLA takes the temporaries of a program from the C library, which takes large ones from the system
-    each time and gives them back: to clear their pages is a part of every step. From now on the library keeps them; those
-    over 64 MB only with `MALLOC_ARENA_MAX=1` in the environment, or another allocator (benchmarks/LOG.md)."""
+    each time and gives them back: to clear their pages is a part of every step. From now on the library keeps them.
+
+    It keeps those over 64 MB only with `MALLOC_ARENA_MAX=1` in the environment or another allocator: benchmarks/LOG.md.
+    """
     allocate = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
     if mesh.devices.flat[0].platform == "cpu" and allocate:
         for option, value in {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}.items():
