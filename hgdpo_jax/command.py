@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import gc
 import json
 import os
 import secrets
@@ -102,9 +101,6 @@ def run(command: Callable[[], None]) -> None:
     What the user did wrong, and a full disk, become one line on stderr and exit code 1 on all of them; a signal one
     line and exit code 130 (Ctrl-C) or 75 (SIGTERM).
     """
-    # To trace a model makes millions of objects. After each 700 Python would look for cycles among them: a tenth of the
-    # time until the first step.
-    gc.set_threshold(20_000)
     try:
         if not {"-h", "--help"} & {*sys.argv[1:]}:  # which need no devices, nor other processes
             runtime.start()

@@ -1,6 +1,7 @@
 """Devices: the mesh, the table that says how each parameter is sharded, and the compilation cache."""
 
 import ctypes
+import gc
 import math
 import os
 import re
@@ -47,6 +48,9 @@ SHARDING_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
 def start() -> None:
     """Joins the other processes of a run, see :func:`hgdpo_jax.processes.start`, and turns on the persistent
     compilation cache."""
+    # To trace models makes millions of objects. After each 700 Python would look for cycles among them: a tenth of the
+    # time of a command that computes little.
+    gc.set_threshold(20_000)
     os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""), _processor())
     processes.start()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
