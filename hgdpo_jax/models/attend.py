@@ -3,10 +3,11 @@
 | device | tokens | heads | numbers | kernel |
 |---|---|---|---|---|
 | TPU | from 1024 queries and keys | any | float32, bfloat16 | splash, in Pallas |
-| NVIDIA since Ampere | from 1024 queries | multiples of 8 up to 128 wide | float16, bfloat16 | cuDNN |
+| NVIDIA since Ampere | from 512 queries | multiples of 8 up to 128 wide | float16, bfloat16 | cuDNN |
 | any | else | any | any | XLA |
 
-Splash and cuDNN hold no probabilities in memory. Of fewer tokens they spare little, or nothing.
+Splash and cuDNN hold no probabilities in memory. Of fewer tokens they spare little, or nothing. (SDXL at 1024×704 has
+most of its layers at 704 tokens, SD1.5 at 512×512 at 256 tokens heads of 160.)
 
 Legend: `b n heads d` queries, `b m heads d` keys and values.
 """
@@ -23,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 Queries, Keys = Float[Array, "b n heads d"], Float[Array, "b m heads d"]
-_LONG = 1024
+_SPLASH, _CUDNN = 1024, 512  # tokens from which each is taken
 _PROBABILITIES = 2**26  # that XLA may hold at once on a device: 256 MB in float32
 # Splash: a block is a multiple of the lanes. Each block of keys begins anew, and writes its own part of the gradient of
 # the queries: it is as large as fits on the chip, of which a kernel gets 16 MiB. Of these queries and products need, by
@@ -58,10 +59,10 @@ def attend(q: Queries, k: Keys, v: Keys, sharding: NamedSharding | None = None) 
 def kernel(device: jax.Device, q: Queries, k: Keys) -> Callable[[Queries, Keys, Keys], Queries]:
     """The table above, for what one device computes; `device` may be a described one, q and k shapes."""
     n, m, width = q.shape[1], k.shape[1], q.shape[3]
-    if device.platform == "tpu" and min(n, m) >= _LONG and q.dtype != jnp.float16:  # of which Mosaic loads no vectors
+    if device.platform == "tpu" and min(n, m) >= _SPLASH and q.dtype != jnp.float16:  # of which Mosaic loads no vectors
         return splash
     suits = q.dtype in (jnp.float16, jnp.bfloat16) and width % 8 == 0 and width <= 128
-    if suits and n >= _LONG and device.device_kind.startswith("NVIDIA") and float(device.compute_capability) >= 8:
+    if suits and n >= _CUDNN and device.device_kind.startswith("NVIDIA") and float(device.compute_capability) >= 8:
         return cudnn
     return xla if _chunks(q, k) == 1 else in_chunks
 

@@ -97,6 +97,7 @@ def test_devices_compute_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None
         (TPU, 16384, 16384, 512, "float32", attend.splash),  # of a VAE
         (NVIDIA, 4096, 4096, 40, "bfloat16", attend.cudnn),
         (NVIDIA, 4096, 77, 40, "float16", attend.cudnn),
+        (NVIDIA, 704, 77, 64, "bfloat16", attend.cudnn),  # of SDXL at 1024×704
         (NVIDIA, 1024, 1024, 160, "bfloat16", attend.xla),
         (NVIDIA, 256, 256, 64, "bfloat16", attend.xla),
         (NVIDIA, 4096, 4096, 40, "float32", attend.in_chunks),
