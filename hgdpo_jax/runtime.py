@@ -27,7 +27,7 @@ from hgdpo_jax.errors import UserError
 Item, Result = TypeVar("Item"), TypeVar("Result")
 AXES = ("data", "fsdp", "tensor")
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
-_ISA, _JOINED = "--xla_cpu_max_isa", "--xla_gpu_dot_merger_threshold_mb"
+_ISA, _WIDTH, _JOINED = "--xla_cpu_max_isa", "--xla_cpu_prefer_vector_width", "--xla_gpu_dot_merger_threshold_mb"
 
 # First match decides. A Linear kernel is [in, out], a Conv kernel [height, width, in, out]; a 1x1 one is split like a
 # Linear. Projections into heads or hidden units are split over `tensor` by output, projections back by input, so that
@@ -103,17 +103,17 @@ def xla_flags(given: str, processor: str) -> str:
     """`XLA_FLAGS` with what programs are compiled with here.
 
     On Intel's processors with AVX-512 XLA complains of each that it finds in the compilation cache with a screen of
-    errors, or refuses it, though it compiled it itself (jax-ml/jax#38445); compiled for AVX2 they are taken. For GPUs
-    XLA joins products of one input, LoRA's with its layer's: cutting large results apart again costs a step of SD1.5 a
-    tenth of its memory traffic (benchmarks/LOG.md).
+    errors, or refuses it, though it compiled it itself (jax-ml/jax#38445); compiled for AVX2 they are taken. On others
+    it takes half of such a vector unless told. For GPUs XLA joins products of one input, LoRA's with its layer's:
+    cutting large results apart again costs a step of SD1.5 a tenth of its memory traffic (benchmarks/LOG.md).
 
     Args:
         given: what the user set, which wins.
         processor: what Linux says of it.
     """
     flags = {_JOINED: "8"}  # MB
-    if "GenuineIntel" in processor and "avx512f" in processor:
-        flags[_ISA] = "AVX2"
+    if "avx512f" in processor:
+        flags |= {_ISA: "AVX2"} if "GenuineIntel" in processor else {_WIDTH: "512"}
     return " ".join([*given.split(), *(f"{name}={value}" for name, value in flags.items() if name not in given)])
 
 

@@ -62,10 +62,11 @@ def test_intels_avx512_is_not_compiled_for_where_the_cache_would_refuse_it() -> 
     for given, processor in (
         ("--xla_cpu_max_isa=AVX512", intel),  # what the user set wins
         ("--a=1", intel.replace("avx512f avx512vl", "")),
-        ("--a=1", intel.replace("GenuineIntel", "AuthenticAMD")),
         ("", ""),
     ):
         assert runtime.xla_flags(given, processor) == f"{given} {always}".lstrip()
+    amd = intel.replace("GenuineIntel", "AuthenticAMD")
+    assert runtime.xla_flags("", amd) == f"{always} --xla_cpu_prefer_vector_width=512"
     assert runtime.xla_flags("--xla_gpu_dot_merger_threshold_mb=1", "") == "--xla_gpu_dot_merger_threshold_mb=1"
 
 

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from hgdpo_jax.models.attend import attend
-from hgdpo_jax.models.layers import conv, group_norm, layer_norm, linear
+from hgdpo_jax.models.layers import conv, group_norm, layer_norm, linear, platform
 from hgdpo_jax.models.lora import together
 from hgdpo_jax.models.resnet import checkpointed
 
@@ -45,7 +45,7 @@ class Attention(nnx.Module):
 
     def keys_values(self, context: Float[Array, "b m e"]) -> tuple[Array, Array]:
         """Keys and values of a context, [b m heads d_head] each."""
-        k, v = together([self.to_k, self.to_v], context)
+        k, v = together([self.to_k, self.to_v], context, platform(self.sharding))
         return self.split_heads(k), self.split_heads(v)
 
     def __call__(
@@ -53,7 +53,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """Attention over x, or the sum of attention over each (keys, values); projected."""
         if pairs is None:
-            q, *own = (self.split_heads(y) for y in together([self.to_q, self.to_k, self.to_v], x))
+            found = together([self.to_q, self.to_k, self.to_v], x, platform(self.sharding))
+            q, *own = (self.split_heads(y) for y in found)
             pairs = [tuple(own)]
         else:
             q = self.split_heads(self.to_q(x))
@@ -62,7 +63,7 @@ class Attention(nnx.Module):
 
 
 def spread(network: nnx.Module, sharding: NamedSharding) -> None:
-    """Attention of a network runs from now on where its inputs lie, and convolutions as is best there.
+    """Attention of a network runs from now on where its inputs lie, convolutions and products as is best there.
 
     Args:
         network: changed in place.

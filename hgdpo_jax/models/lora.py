@@ -39,23 +39,36 @@ class LoRALinear(nnx.Linear):
         return super().__call__(x) + self.scale * low
 
 
-def together(layers: Sequence[nnx.Linear], x: Float[Array, "*b i"]) -> list[Float[Array, "*b o"]]:
+def together(layers: Sequence[nnx.Linear], x: Float[Array, "*b i"], platform: str = "") -> list[Float[Array, "*b o"]]:
     """What each of some layers of one size and dtype makes of x, in one product, and with LoRA in two more.
 
-    Kernels are stacked between their two dimensions, so that each stays split over the mesh as it is.
+    For a `platform` of TPUs only what LoRA reads of x is one product: the others come one by one, each written in the
+    order in which it is read next. Kernels are stacked between their two dimensions, so that each stays split over the
+    mesh as it is.
     """
     first = layers[0]
     dtype = first.dtype or x.dtype
     x = x.astype(dtype)
-    found = jnp.tensordot(x, jnp.stack([layer.kernel[...].astype(dtype) for layer in layers], 1), 1)
+    kernels = jnp.stack([layer.kernel[...].astype(dtype) for layer in layers], 1)
     if first.use_bias:
-        found += jnp.stack([layer.bias[...].astype(dtype) for layer in layers])
+        biases = jnp.stack([layer.bias[...].astype(dtype) for layer in layers])
     if isinstance(first, LoRALinear):
-        down = jnp.concatenate([layer.lora_A[...] for layer in layers], 1)
+        low = x @ jnp.concatenate([layer.lora_A[...] for layer in layers], 1).astype(dtype)
         up = jnp.stack([layer.scale * layer.lora_B[...] for layer in layers])
         # Block by block on a diagonal: each layer's correction comes from its own part of the rank.
-        up = (jnp.eye(len(layers))[:, None, :, None] * up[:, :, None]).reshape(-1, *up.shape[::2])
-        found += jnp.tensordot(x @ down.astype(dtype), up.astype(dtype), 1)
+        up = (jnp.eye(len(layers))[:, None, :, None] * up[:, :, None]).reshape(-1, *up.shape[::2]).astype(dtype)
+
+    def product(which: int | slice) -> Array:
+        found = jnp.tensordot(x, kernels[:, which], 1)
+        if first.use_bias:
+            found += biases[which]
+        if isinstance(first, LoRALinear):
+            found += jnp.tensordot(low, up[:, which], 1)
+        return found
+
+    if platform == "tpu":
+        return [product(i) for i in range(len(layers))]
+    found = product(slice(None))
     return [found[..., i, :] for i in range(len(layers))]
 
 

@@ -1,5 +1,7 @@
 """Convolutions over few pixels, and over a map that is doubled, are the same as plain ones."""
 
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hgdpo_jax.models.layers import conv
+from hgdpo_jax.models.layers import conv, group_norm
 from hgdpo_jax.training.cost import operations
 from tests.rounding import EPS, assert_close
 
@@ -54,3 +56,25 @@ def test_a_doubled_map_is_convolved_with_four_ninths_of_the_operations(
     assert_close(*gradients, 40 * EPS)
     four, nine = (operations(jax.make_jaxpr(f)(x).jaxpr) for f in (ours.doubled, theirs))
     assert four * 9 == nine * 4
+
+
+@pytest.mark.parametrize(("dtype", "far"), [("float32", 0.0), ("float32", 100.0), ("bfloat16", 0.0)])
+def test_groups_are_normalised_whatever_is_added_up_first(dtype: str, far: float) -> None:
+    ours = group_norm(24, 4, 1e-5, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))
+    rng = np.random.default_rng(0)
+    ours.scale[...], ours.bias[...] = (jnp.asarray(rng.standard_normal(24), jnp.float32) for _ in range(2))
+    x = jnp.asarray(rng.standard_normal((2, 5, 4, 24)) * np.linspace(1, 9, 24) + far, dtype)
+    groups = np.asarray(x, np.float64).reshape(2, 20, 4, 6)
+    expected = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-5)
+    expected = expected.reshape(x.shape) * np.asarray(ours.scale[...]) + np.asarray(ours.bias[...])
+    found = ours(x)
+    assert found.dtype == x.dtype
+    rounding = float(jnp.finfo(dtype).eps) + 20 * EPS  # of the result; and of the sums, of x in each of which `far` is
+    assert_close(found, expected, rounding + 4 * EPS * far)
+
+    def loss(norm: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        return jnp.sin(norm(x).astype(jnp.float32)).sum()
+
+    theirs = partial(nnx.GroupNorm.__call__, ours)
+    gradients = [np.asarray(jax.grad(loss, 1)(norm, x), np.float64) for norm in (ours, theirs)]
+    assert_close(*gradients, 4 * rounding + 4 * EPS * far)

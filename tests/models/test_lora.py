@@ -1,6 +1,7 @@
 """LoRA changes nothing when fresh, and the same in diffusers when not."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -8,11 +9,12 @@ from diffusers import UNet2DConditionModel as TorchUNet
 from flax import nnx
 
 from hgdpo_jax.errors import UserError
+from hgdpo_jax.models import attention
 from hgdpo_jax.models.convert import to_torch
 from hgdpo_jax.models.lora import LoRALinear, add_lora, from_peft, merge_lora, to_peft
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from tests.models.parity import ported, randomise, relative_error
-from tests.rounding import NETWORK, assert_close
+from tests.rounding import GRADIENT, NETWORK, assert_close
 
 CONFIG = dict(
     sample_size=8,
@@ -100,3 +102,31 @@ def test_a_peft_file_is_read_back_and_a_wrong_one_is_named(models) -> None:
         from_peft(weights | {"unet.extra": np.zeros(1)}, ours)
     with pytest.raises(UserError, match=first):
         from_peft(weights | {first: np.zeros((9, 9), np.float32)}, ours)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_products_of_a_tpu_give_the_same(bias: bool, lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Layers(nnx.Module):
+        def __init__(self) -> None:
+            self.attn = attention.Attention(16, 16, 4, bias=bias, rngs=nnx.Rngs(0), dtype=jnp.float32)
+
+    model = Layers()
+    if lora:
+        add_lora(model, 4, 8.0, nnx.Rngs(2))
+        fill(model)
+    graph, parameters = nnx.split(model)
+    parameters = jax.tree.map(lambda p: p + 0.1, parameters)  # biases are zero
+
+    def loss(parameters: nnx.State, x: jax.Array) -> jax.Array:
+        return jnp.sin(nnx.merge(graph, parameters).attn(x)).sum()
+
+    x, found, products = jnp.asarray(RNG.standard_normal((2, 6, 16)), jnp.float32), {}, {}
+    for device in ("cpu", "tpu"):
+        monkeypatch.setattr(attention, "platform", lambda _, device=device: device)
+        products[device] = str(jax.make_jaxpr(lambda *inputs: loss(*inputs))(parameters, x)).count("dot_general")
+        found[device] = jax.value_and_grad(loss, (0, 1))(parameters, x)
+    assert products["tpu"] == products["cpu"] + 2 + 2 * lora
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found["cpu"]))
+    for one, other in zip(*map(jax.tree.leaves, found.values()), strict=True):
+        assert_close(one, other, GRADIENT, largest)  # the gradient of the keys' bias is nothing but rounding
