@@ -53,6 +53,7 @@ def ours(given: argparse.Namespace) -> Callable[[], None]:
     config.pairs.update(sampler="dpmpp_2m", steps=given.steps, guidance=given.guidance)
     config.pairs.update(batch=given.batch, pool_size=given.pool)
     configuration.validate(config)
+    runtime.start()
     runtime.use_precision("float32")
     (resolution,), mesh = configuration.resolutions(config).values(), runtime.local_mesh()
     pipeline, scorer = pipelines.load(given.base, place=runtime.placer(mesh)), Scorer(given.scorer, mesh)

@@ -44,6 +44,7 @@ def ours(size: str, pairs: int, blocks: str = "all", cached: bool = False) -> Ca
     config.model.dtype, config.data.resolutions = "float32", (size,)
     config.train.batch, config.train.checkpointing = pairs, "none"
     configuration.validate(config)
+    runtime.start()
     runtime.use_precision("float32")
     runtime.keep_memory(runtime.local_mesh())
     pipeline = pipelines.of_shapes(without_weights(SD15), "float32")
