@@ -216,9 +216,10 @@ def largest(at: Callable[[int], Plan]) -> tuple[int, Plan | None]:
     most = math.inf  # that can fit
     while True:
         if not math.isinf(tried.total):
-            each = max((tried.total - first.total) / (number - 1), 1.0)
-            line = 1 + int((first.memory - first.total) / each)
-        number = int(min(line, most))
+            each = (tried.total - first.total) / (number - 1)
+            # A few examples may need less than one does; then the line says nothing, and eight times as many are tried.
+            line = 1 + (first.memory - first.total) / each if each > 0 else 8 * number
+        number = int(min(line, most, 100 * number))
         if number <= 1.05 * count:
             return count, plan
         tried = at(number)

@@ -167,7 +167,10 @@ def test_each_step_of_drawing_is_counted(base: Path) -> None:
     assert totals[1] - totals[0] == 5 * (both - sum(program.counted(memory, weights, text)))
 
 
-@pytest.mark.parametrize("per_example", [lambda n: 10 * n, lambda n: 10 * n + n * n / 40, lambda n: 30 * n**0.8])
+@pytest.mark.parametrize(
+    "per_example",
+    [lambda n: 10 * n, lambda n: 10 * n + n * n / 40, lambda n: 30 * n**0.8, lambda n: 10 * n + 30 * (n < 2)],
+)
 def test_the_largest_batch_fits_and_one_that_is_a_tenth_larger_does_not(per_example) -> None:
     tried = []
 
@@ -178,7 +181,7 @@ def test_the_largest_batch_fits_and_one_that_is_a_tenth_larger_does_not(per_exam
 
     count, found = figures.largest(at)
     assert found.fits and found.examples == count and 100 + per_example(1.1 * count) > 1000
-    assert len(tried) <= 5
+    assert len(tried) <= 5 and max(tried) < 2 * count  # far beyond it not even arrays can be described
 
 
 def test_a_compiler_that_refuses_leaves_what_fitted() -> None:
