@@ -1,4 +1,4 @@
-"""Convolutions over few pixels, and over a map that is doubled, are the same as plain ones."""
+"""Convolutions over few pixels and over a map that is doubled, and GroupNorm, are the same as plain ones."""
 
 from collections.abc import Callable
 from functools import partial
