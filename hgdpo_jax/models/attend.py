@@ -3,10 +3,12 @@
 | device | tokens | heads | numbers | kernel |
 |---|---|---|---|---|
 | TPU | from 1024 queries and keys | any | float32, bfloat16 | splash, in Pallas |
+| TPU | from 4096 queries | any | any | XLA, the probabilities computed again |
 | NVIDIA since Ampere | from 512 queries | multiples of 8 up to 128 wide | float16, bfloat16 | cuDNN |
 | any | else | any | any | XLA |
 
-Splash and cuDNN hold no probabilities in memory. Of fewer tokens they spare little, or nothing. (SDXL at 1024×704 has
+Splash and cuDNN hold no probabilities in memory. Of fewer tokens they spare little, or nothing. To a text's few keys
+splash is slow: its probabilities are computed again for the gradient instead of being written and read. (SDXL at 1024×704 has
 most of its layers at 704 tokens, SD1.5 at 512×512 at 256 tokens heads of 160.)
 
 Legend: `b n heads d` queries, `b m heads d` keys and values.
@@ -24,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 Queries, Keys = Float[Array, "b n heads d"], Float[Array, "b m heads d"]
-_SPLASH, _CUDNN = 1024, 512  # tokens from which each is taken
+_SPLASH, _RECOMPUTED, _CUDNN = 1024, 4096, 512  # tokens from which each is taken
 _PROBABILITIES = 2**26  # that XLA may hold at once on a device: 256 MB in float32
 # Splash: a block is a multiple of the lanes. Each block of keys begins anew, and writes its own part of the gradient of
 # the queries: it is as large as fits on the chip, of which a kernel gets 16 MiB. Of these queries and products need, by
@@ -50,7 +52,7 @@ def attend(q: Queries, k: Keys, v: Keys, sharding: NamedSharding | None = None) 
     part = NamedSharding(mesh, spec).shard_shape
     q_part, k_part = (jax.ShapeDtypeStruct(part(x.shape), x.dtype) for x in (q, k))
     found = kernel(mesh.devices.flat[0], q_part, k_part)
-    if mesh.size == 1 or found is xla:  # which the compiler splits by itself
+    if mesh.size == 1 or found in (xla, recomputed):  # which the compiler splits by itself
         return found(q, k, v)
     # Neither replicated nor varying values are told apart inside a Pallas kernel.
     return jax.shard_map(found, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
@@ -64,7 +66,9 @@ def kernel(device: jax.Device, q: Queries, k: Keys) -> Callable[[Queries, Keys, 
     suits = q.dtype in (jnp.float16, jnp.bfloat16) and width % 8 == 0 and width <= 128
     if suits and n >= _CUDNN and device.device_kind.startswith("NVIDIA") and float(device.compute_capability) >= 8:
         return cudnn
-    return xla if _chunks(q, k) == 1 else in_chunks
+    if _chunks(q, k) > 1:
+        return in_chunks
+    return recomputed if device.platform == "tpu" and n >= _RECOMPUTED else xla
 
 
 def xla(q: Queries, k: Keys, v: Keys, is_causal: bool = False) -> Queries:
@@ -176,11 +180,16 @@ def cudnn(q: Queries, k: Keys, v: Keys) -> Queries:
     return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
 
 
+def recomputed(q: Queries, k: Keys, v: Keys) -> Queries:
+    """As XLA does it, holding no probabilities: the gradient computes them again."""
+    return jax.checkpoint(xla)(q, k, v)
+
+
 def in_chunks(q: Queries, k: Keys, v: Keys) -> Queries:
-    """As XLA does it, some queries at a time. The gradient computes their probabilities again."""
+    """The same, some queries at a time."""
     (b, n, heads, width), chunks = q.shape, _chunks(q, k)
     parts = q.reshape(b, chunks, n // chunks, heads, width).swapaxes(0, 1)
-    found = jax.lax.map(jax.checkpoint(lambda part: xla(part, k, v)), parts)
+    found = jax.lax.map(lambda part: recomputed(part, k, v), parts)
     return found.swapaxes(0, 1).reshape(q.shape)
 
 

@@ -145,6 +145,8 @@ def prepare(names: Sequence[str]) -> None:
     if flag not in flags.split():
         os.environ["XLA_FLAGS"] = f"{flag} {flags}"  # what the user sets comes later and wins
     jax.config.update("jax_platforms", "cpu")  # what is here is left alone
+    # Programs for other devices, 400 MB of one, cannot be read from there again; what was counted is kept instead.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _kind(name: str) -> str:

@@ -65,6 +65,18 @@ def test_chunks_of_queries_are_attention(monkeypatch: pytest.MonkeyPatch, querie
         assert_close(a, b, 20 * EPS, size=arrays[0].size if a.ndim == 0 else None)
 
 
+def test_what_is_computed_again_is_not_held() -> None:
+    """Between the passes only queries, keys and values are kept; the function and its gradient are attention's."""
+    arrays = numbers(2, 12, 5, 3, 4)
+    kept = {name: jax.tree.leaves(jax.eval_shape(partial(jax.vjp, f), *arrays)[1]) for name, f in
+            (("again", attend.recomputed), ("xla", attend.xla))}  # fmt: skip
+    held = {name: [x.shape for x in found if set(x.shape) >= {12, 5}] for name, found in kept.items()}
+    assert held["xla"] and not held["again"]
+    found, wanted = (with_gradients(f, arrays) for f in (attend.recomputed, formula))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert_close(a, b, 20 * EPS, size=arrays[0].size if a.ndim == 0 else None)
+
+
 def test_devices_compute_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """With few enough probabilities for a device's part, but not for the whole, nothing is cut; a third of that, and
     each device cuts its own part. Three heads are not split over two devices."""
@@ -93,7 +105,8 @@ def test_devices_compute_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None
         (TPU, 1024, 1024, 80, "float32", attend.splash),
         (TPU, 256, 256, 160, "bfloat16", attend.xla),
         (TPU, 4096, 4096, 40, "float16", attend.in_chunks),
-        (TPU, 4096, 77, 40, "bfloat16", attend.xla),
+        (TPU, 4096, 77, 40, "bfloat16", attend.recomputed),
+        (TPU, 1024, 77, 80, "bfloat16", attend.xla),
         (TPU, 16384, 16384, 512, "float32", attend.splash),  # of a VAE
         (NVIDIA, 4096, 4096, 40, "bfloat16", attend.cudnn),
         (NVIDIA, 4096, 77, 40, "float16", attend.cudnn),

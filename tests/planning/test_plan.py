@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors import safe_open
 
 from hgdpo_jax import config as configuration
@@ -28,16 +29,22 @@ PORTRAITS = ["--config", "configs/stage3.py:portraits"]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """The command in this process; figures are kept in a home of the test's own."""
+    """The command as in a process that has compiled nothing yet; what it keeps is in folders of the test's own."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XLA_FLAGS", "")
+    cache = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
+    compilation_cache.reset_cache()
 
     def command(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["plan", *PORTRAITS, *arguments])
         plan.main()
         return capsys.readouterr().out
 
-    return command
+    yield command
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", cache)
+    compilation_cache.reset_cache()
 
 
 def elements(part: str) -> int:
@@ -58,8 +65,11 @@ def transformer_width() -> int:
         return sum(file.get_slice(key).get_shape()[0] for key in file.keys() if key.endswith("attn1.to_q.weight"))  # noqa: SIM118
 
 
-def test_the_embedded_step_agrees_with_formulas_and_is_compiled_once(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_embedded_step_agrees_with_formulas_and_is_compiled_once(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (found,) = json.loads(run("--topology", "cpu:8", "--json", "--share", "0.5"))
+    assert not [*tmp_path.glob("compiled/jit_step*")]  # the figures are kept, not the program
     lora, weights = 4 * lora_elements(), 4 * (elements("unet") + elements("text_encoder"))
     assert found["held"] | {"optimizer": 0} == {
         "weights": weights,
