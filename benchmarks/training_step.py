@@ -1,9 +1,11 @@
 """One real optimizer step of Stable Diffusion 1.5 or XL at full size and 512x512, with its time and peak memory.
 
 python -m benchmarks.training_step sd15|sdxl FOLDER [--dtype bfloat16|float32] [--checkpointing none|blocks|everything]
+    [--pairs 1] [--steps 2]
 
 The first call writes random weights of that architecture to FOLDER, as diffusers lays them out: 1.5 in float32, XL in
-float16. What is trained is what `configs/stage1.py` says, on one pair of random latents.
+float16. What is trained is what `configs/stage1.py` says, on pairs of random latents. Programs are kept as those of
+the commands are: with `JAX_ENABLE_COMPILATION_CACHE=false` compiling takes what it takes for the first time.
 
 On a processor XLA computes bfloat16 in float32, and by default schedules for speed and keeps the converted weights from
 the forward pass to the backward one. It then needs several times the memory; these settings stop both:
@@ -24,6 +26,7 @@ import jax
 import numpy as np
 from transformers import CLIPTokenizer
 
+from benchmarks import peers
 from hgdpo_jax import config as configuration
 from hgdpo_jax import runtime
 from hgdpo_jax.config import ASSETS
@@ -85,6 +88,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--checkpointing", default="blocks", choices=("none", "blocks", "everything"))
+    parser.add_argument("--pairs", type=int, default=1, help="of a step")
+    parser.add_argument("--steps", type=int, default=2, help="after the first two of more, their median is stated")
     given = parser.parse_args()
     architecture, stored = ARCHITECTURES[given.model]
     if not (given.folder / "model_index.json").is_file():
@@ -95,11 +100,14 @@ def main() -> None:
     config = stage1.get_config(given.model)
     config.model.base, config.model.dtype = str(given.folder), given.dtype
     config.data.resolutions = ("512x512",)
-    config.train.batch, config.train.checkpointing = 1, given.checkpointing
+    config.train.batch, config.train.checkpointing = given.pairs, given.checkpointing
     configuration.validate(config)
+    runtime.start()
+    runtime.use_precision(given.dtype)
     settings, mesh = config.train, runtime.make_mesh(config.mesh)
 
     # As hgdpo_jax.training does it.
+    runtime.keep_memory(mesh)
     begin = time.perf_counter()
     pipeline = policies.load(config, mesh)
     denoiser, policy, frozen = steps.split(pipeline, settings.params)
@@ -109,8 +117,9 @@ def main() -> None:
     step = steps.make_step(steps.dpo_loss(denoiser, pipeline.schedule), tx, settings.accumulate, placed)
     numbers = numbers_of(config, 0)
     rng, shape = np.random.default_rng(0), pipeline.latent_shape((512, 512))
-    batch = {name: rng.standard_normal((1, *shape), np.float32) for name in ("winner", "loser")}
-    batch = runtime.to_devices(batch | {"input_ids": pipeline.tokenize(["a woman in a red coat on a bridge"])}, mesh)
+    batch = {name: rng.standard_normal((given.pairs, *shape)).astype(np.float16) for name in ("winner", "loser")}
+    batch["input_ids"] = pipeline.tokenize(["a woman in a red coat on a bridge"] * given.pairs)
+    batch = runtime.to_devices(batch, mesh)
     jax.block_until_ready((state, frozen))
     kept = f"weights {size(frozen):.2f}, policy and optimizer {size(policy, state):.2f} GiB"
     print(f"load      {time.perf_counter() - begin:6.1f} s   peak {peak():5.2f} GiB   {kept}", flush=True)
@@ -119,16 +128,22 @@ def main() -> None:
     compiled = step.lower(state, policy, frozen, batch, numbers).compile()
     temporary = f"temporary values {compiled.memory_analysis().temp_size_in_bytes / 2**30:.2f} GiB"
     print(f"compile   {time.perf_counter() - begin:6.1f} s   peak {peak():5.2f} GiB   {temporary}", flush=True)
-    for number in (1, 2):
+    times = []
+    for number in range(1, given.steps + 1):
         begin, processor = time.perf_counter(), time.process_time()
         state, metrics = jax.block_until_ready(compiled(state, policy, frozen, batch, numbers))
         seconds, processor = time.perf_counter() - begin, time.process_time() - processor
+        times.append(seconds)
         found = {name: float(metrics[name]) for name in SHOWN}
         values = "  ".join(f"{name} {value:.6g}" for name, value in found.items())
         print(f"step {number}    {seconds:6.1f} s   peak {peak():5.2f} GiB   processor {processor:6.1f} s   {values}")
         assert math.isfinite(found["gradient_norm"]) and found["gradient_norm"] > 0
         if number == 1 and given.dtype == "float32":  # bfloat16 rounds policy and reference differently
             assert math.isclose(found["loss/total"], math.log(2), abs_tol=1e-3), "an untrained policy is the reference"
+    if len(times) > 2:
+        spread = peers.spread(times[2:], 4)
+        print(f"a step    {spread['median']} s ({spread['lowest']} to {spread['highest']}), "
+              f"{given.pairs / spread['median']:.2f} pairs/s")  # fmt: skip
 
 
 if __name__ == "__main__":

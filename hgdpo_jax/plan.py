@@ -78,7 +78,7 @@ def largest(spec: str, overrides: Sequence[str], source: Source, topology: Topol
         return of_step(configuration.load(spec, changed), source, topology)
 
     count, plan = figures.largest(at)
-    return Largest(kept, count, count * ways, plan)
+    return Largest(kept, count * config.train.accumulate, count * ways, plan)
 
 
 def main() -> None:

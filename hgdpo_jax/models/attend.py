@@ -7,9 +7,9 @@
 | NVIDIA since Ampere | from 512 queries | multiples of 8 up to 128 wide | float16, bfloat16 | cuDNN |
 | any | else | any | any | XLA |
 
-Splash and cuDNN hold no probabilities in memory. Of fewer tokens they spare little, or nothing. To a text's few keys
-splash is slow: its probabilities are computed again for the gradient instead of being written and read. (SDXL at 1024×704 has
-most of its layers at 704 tokens, SD1.5 at 512×512 at 256 tokens heads of 160.)
+Splash and cuDNN hold no probabilities in memory. Of fewer tokens they spare little, or nothing; with a text's few keys
+splash is slow, and for the gradient its probabilities are computed again instead of written and read. (SDXL at 1024×704
+has most of its layers at 704 tokens, SD1.5 at 512×512 at 256 tokens heads of 160.)
 
 Legend: `b n heads d` queries, `b m heads d` keys and values.
 """

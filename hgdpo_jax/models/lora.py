@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021) on the linear layers of the attention modules, and its file formats: PEFT's and kohya's."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ class LoRALinear(nnx.Linear):
     """A Linear plus (alpha / rank) · x A B; its own kernel and bias stay where they were.
 
     A is [in, rank] and uniform, B is [rank, out] and zero, so that a fresh LoRA changes nothing. Both are float32
-    parameters; the products run in the layer's compute dtype.
+    parameters; the products run in the layer's compute dtype, see :func:`product`.
     """
 
     def __init__(self, base: nnx.Linear, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
@@ -34,9 +34,32 @@ class LoRALinear(nnx.Linear):
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         """The base layer and its low-rank correction."""
-        dtype = self.dtype or x.dtype
-        low = x.astype(dtype) @ self.lora_A[...].astype(dtype) @ self.lora_B[...].astype(dtype)
-        return super().__call__(x) + self.scale * low
+        low = product(x.astype(self.dtype or x.dtype), self.lora_A[...])
+        return super().__call__(x) + self.scale * product(low, self.lora_B[...])
+
+
+@jax.custom_vjp
+def product(x: Float[Array, "*b i"], weight: Float[Array, "i ..."]) -> Array:
+    """x W, [*b *o], in the dtype of x; the gradient of W in W's own.
+
+    That is a sum over all tokens of all devices. Of a plain product it is rounded to the dtype of x on each device,
+    and added up over the devices in that.
+    """
+    return jnp.tensordot(x, weight.astype(x.dtype), 1)
+
+
+def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return product(x, weight), (x, weight)
+
+
+def _backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, weight = kept
+    tokens, outputs = tuple(range(x.ndim - 1)), tuple(range(1 - weight.ndim, 0))
+    of_x = jnp.tensordot(gradient, weight.astype(x.dtype), (outputs, outputs))
+    return of_x, jnp.tensordot(x, gradient, (tokens, tokens), preferred_element_type=weight.dtype)
+
+
+product.defvjp(_forward, _backward)
 
 
 def together(layers: Sequence[nnx.Linear], x: Float[Array, "*b i"], platform: str = "") -> list[Float[Array, "*b o"]]:
@@ -53,23 +76,23 @@ def together(layers: Sequence[nnx.Linear], x: Float[Array, "*b i"], platform: st
     if first.use_bias:
         biases = jnp.stack([layer.bias[...].astype(dtype) for layer in layers])
     if isinstance(first, LoRALinear):
-        low = x @ jnp.concatenate([layer.lora_A[...] for layer in layers], 1).astype(dtype)
+        low = product(x, jnp.concatenate([layer.lora_A[...] for layer in layers], 1))
         up = jnp.stack([layer.scale * layer.lora_B[...] for layer in layers])
         # Block by block on a diagonal: each layer's correction comes from its own part of the rank.
-        up = (jnp.eye(len(layers))[:, None, :, None] * up[:, :, None]).reshape(-1, *up.shape[::2]).astype(dtype)
+        up = (jnp.eye(len(layers))[:, None, :, None] * up[:, :, None]).reshape(-1, *up.shape[::2])
 
-    def product(which: int | slice) -> Array:
-        found = jnp.tensordot(x, kernels[:, which], 1)
+    def found(which: int | slice) -> Array:
+        out = jnp.tensordot(x, kernels[:, which], 1)
         if first.use_bias:
-            found += biases[which]
+            out += biases[which]
         if isinstance(first, LoRALinear):
-            found += jnp.tensordot(low, up[:, which], 1)
-        return found
+            out += product(low, up[:, which])
+        return out
 
     if platform == "tpu":
-        return [product(i) for i in range(len(layers))]
-    found = product(slice(None))
-    return [found[..., i, :] for i in range(len(layers))]
+        return [found(i) for i in range(len(layers))]
+    out = found(slice(None))
+    return [out[..., i, :] for i in range(len(layers))]
 
 
 def add_lora(model: nnx.Module, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
@@ -129,25 +152,3 @@ def to_kohya(model: nnx.Module, prefix: str, rename: Callable[[str], str] = lamb
             weights[f"{name}.lora_up.weight"] = np.ascontiguousarray(np.asarray(module.lora_B[...]).T)
             weights[f"{name}.alpha"] = np.float32(module.scale * module.lora_A.shape[1])
     return {key: np.asarray(value) for key, value in weights.items()}
-
-
-def from_peft(weights: Mapping[str, np.ndarray], model: nnx.Module, prefix: str = "unet") -> None:
-    """Puts a PEFT file's LoRA into a model that has LoRA layers of the same rank, in place.
-
-    Raises:
-        UserError: a weight is missing, superfluous or of another shape.
-    """
-    rest = {key: value for key, value in weights.items() if key.startswith(f"{prefix}.")}
-    for path, module in nnx.iter_modules(model):
-        if not isinstance(module, LoRALinear):
-            continue
-        for leaf, scale in (("lora_A", 1.0), ("lora_B", 1.0 / module.scale)):
-            key = ".".join([prefix, *map(str, path), leaf, "weight"])
-            if key not in rest:
-                raise UserError(f"LoRA: weight {key} is missing")
-            value, parameter = rest.pop(key).T * scale, getattr(module, leaf)
-            if value.shape != parameter.shape:
-                raise UserError(f"LoRA: weight {key} is {value.T.shape}, this model's LoRA is {parameter.shape[::-1]}")
-            parameter[...] = jnp.asarray(value, jnp.float32)
-    if rest:
-        raise UserError(f"LoRA: weight {sorted(rest)[0]} is superfluous ({len(rest)} in all)")

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import file_hash, json_hash, write_json
-from hgdpo_jax.planning import hlo
+from hgdpo_jax.planning import devices, hlo
 from hgdpo_jax.planning.devices import Chip, Topology
 from hgdpo_jax.planning.program import Program
 
-_JAX_TAKES = 0.75  # of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+# Of a GPU's memory JAX takes this part, unless one of these says otherwise; the second is the first's former name.
+_JAX_TAKES, _FRACTIONS = 0.75, ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 @dataclass(frozen=True)
@@ -148,20 +150,30 @@ def plan(program: Program, topology: Topology, mesh: Mesh, dtype: str, examples:
 
 
 def _room(chip: Chip) -> float:
-    share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _JAX_TAKES)) if chip.platform == "cuda" else 1.0
-    return share * chip.memory
+    """Raises UserError where the environment gives no number for it."""
+    if chip.platform != "cuda":
+        return chip.memory
+    name = next((name for name in _FRACTIONS if os.environ.get(name)), "")
+    try:
+        return float(os.environ[name]) * chip.memory if name else _JAX_TAKES * chip.memory
+    except ValueError as error:
+        raise UserError(f"{name}={os.environ[name]}: expects a part of a GPU's memory, such as 0.9") from error
 
 
 def _compiled(lowered: jax.stages.Lowered, topology: Topology, trips: int) -> Compiled:
-    counting = [file_hash(Path(module)) for module in (__file__, hlo.__file__)]
-    about = [topology.name, topology.compiler, topology.options, jax.__version__, trips, os.environ.get("XLA_FLAGS")]
+    counting = [file_hash(Path(module)) for module in (__file__, hlo.__file__, devices.__file__)]
+    about = [topology.name, topology.compiler, topology.options, jax.__version__, trips]
+    flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     folder = _folder()
-    path = folder and folder / f"{json_hash([lowered.as_text(), about, counting])}.json"
+    path = folder and folder / f"{json_hash([lowered.as_text(), about, flags, counting])}.json"
     if path and path.is_file():
         return Compiled(**json.loads(path.read_text()))
     found = _compile(lowered, topology, trips)
     if path:
-        write_json(path, asdict(found))
+        try:
+            write_json(path, asdict(found))
+        except OSError as error:
+            _not_kept(error)
     return found
 
 
@@ -171,9 +183,13 @@ def _folder() -> Path | None:
         folder = Path.home() / ".cache" / "hgdpo_jax" / "planned"
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # the latter where there is no home
-        print(f"figures are not kept: {error}", file=sys.stderr)
+        _not_kept(error)
         return None
     return folder
+
+
+def _not_kept(error: Exception) -> None:
+    print(f"figures are not kept, the same step will be compiled again: {error}", file=sys.stderr)
 
 
 def _compile(lowered: jax.stages.Lowered, topology: Topology, trips: int) -> Compiled:

@@ -15,6 +15,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATE = "dynamic-update-slice"
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_WITH_OPERANDS = ("all-gather-start", "collective-permute-start")  # whose type names operands beside results
 # They name values, or are counted where their other half is.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _FREE |= {"opt-barrier", "copy-start", "slice-start", "async-update", "async-done", "add-dependency", "domain"}
@@ -187,8 +188,10 @@ class Program:
             read = sum(self._read(computation, reader, position) for position in range(len(reader.operands)))
             total += times * (read + self._written(computation, instruction))
         for computation, instruction, _, times in self._exchanges():
-            types = [computation.instructions[name].type for name in instruction.operands]
-            total += times * sum(size(type_, memory=True) for type_ in [instruction.type, *types])
+            types = [instruction.type]
+            if instruction.opcode not in _WITH_OPERANDS:
+                types += [computation.instructions[name].type for name in instruction.operands]
+            total += times * sum(size(type_, memory=True) for type_ in types)
         return total
 
     def _read(self, computation: Computation, instruction: Instruction, position: int) -> int:

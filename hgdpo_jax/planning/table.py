@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from hgdpo_jax import config as configuration
 from hgdpo_jax.diffusion.source import Source
 from hgdpo_jax.planning.figures import Largest, Plan
 
@@ -34,7 +35,9 @@ def describe(
     """The table: a column for each topology."""
     train = config.train
     unit = "pairs" if config.objective == "dpo" else "photographs"
-    about = f"{config.stage}: {source.name}, {train.batch} {unit} a step of {' or '.join(config.data.resolutions)}, "
+    sizes = configuration.resolutions(config)
+    largest = max(sizes, key=lambda name: math.prod(sizes[name]))  # which the step was compiled for
+    about = f"{config.stage}: {source.name}, {train.batch} {unit} a step of {largest}, "
     about += f"{config.model.dtype}, trains {train.params}, checkpointing {train.checkpointing}; of each device:"
     rows: list[tuple[str, list[str]]] = [
         ("", [f"{plan.devices} x {plan.topology.partition(':')[0]}" for plan in plans])
@@ -64,16 +67,16 @@ def describe(
         rows.append((name, [_largest(each[position]) for each in found]))
     for part, name in enumerate(("drawing", "decoding")) if drawings else ():
         some = [drawing[part] for drawing in drawings]
-        count = f", {config.pairs.steps} steps" if name == "drawing" else ""
-        rows.append((f"{name} {some[0].examples} images{count}", [_occupied(plan) for plan in some]))
+        count = f" in {config.pairs.steps} steps" if name == "drawing" else ""
+        rows.append((f"{name}{count}", [_occupied(plan) for plan in some]))
         rows.append(("takes", [f"{_milliseconds(plan.seconds[plan.bound])} ({plan.bound})" for plan in some]))
     if drawings:
         rows.append((f"images a second at {share:.0%}", [_number(images(drawing, share)) for drawing in drawings]))
     lines = [about, *_aligned(rows)]
-    for kind, plan in {plan.topology.partition(":")[0]: plan for plan in plans}.items():
-        units = {"arithmetic": "FLOP"}
-        speeds = (f"{name} {_short(peak, units.get(name, 'B'))}/s" for name, peak in plan.peaks.items() if peak)
-        lines.append(f"{kind}: {', '.join(speeds)} ({plan.source})")
+    limits: dict[str, list[str]] = {}
+    for plan in plans:
+        limits.setdefault(_limits(plan), []).append(plan.topology)
+    lines += [f"{', '.join(names)}: {limit}" for limit, names in limits.items()]
     for plan in [*plans, *(plan for drawing in drawings for plan in drawing)]:
         if plan.compiled.refused:
             lines.append(f"{plan.topology}: the compiler says {plan.compiled.refused}")
@@ -93,6 +96,12 @@ def _aligned(rows: Sequence[tuple[str, list[str]]]) -> list[str]:
     ]
 
 
+def _limits(plan: Plan) -> str:
+    units = {"arithmetic": "FLOP"}
+    speeds = (f"{name} {_short(peak, units.get(name, 'B'))}/s" for name, peak in plan.peaks.items() if peak)
+    return f"{', '.join(speeds)} ({plan.source})"
+
+
 def _exchanged(kind: str, plan: Plan) -> str:
     found = (plan.compiled.collectives or {}).get(kind)
     return f"{found['count']} of {_short(found['bytes'], 'B')}" if found else "–"
@@ -103,7 +112,7 @@ def _largest(found: Largest) -> str:
 
 
 def _occupied(plan: Plan) -> str:
-    return "does not fit" if not plan.fits else _bytes(plan.total)
+    return f"{plan.examples} images, " + ("do not fit" if not plan.fits else _bytes(plan.total))
 
 
 def _bytes(count: float) -> str:

@@ -8,13 +8,14 @@ import torch
 from diffusers import UNet2DConditionModel as TorchUNet
 from flax import nnx
 
-from hgdpo_jax.errors import UserError
+from hgdpo_jax import runtime
 from hgdpo_jax.models import attention
 from hgdpo_jax.models.convert import to_torch
-from hgdpo_jax.models.lora import LoRALinear, add_lora, from_peft, merge_lora, to_peft
+from hgdpo_jax.models.lora import LoRALinear, add_lora, merge_lora, product, to_peft
 from hgdpo_jax.models.unet import UNet2DConditionModel
+from tests import tiny
 from tests.models.parity import ported, randomise, relative_error
-from tests.rounding import GRADIENT, NETWORK, assert_close
+from tests.rounding import EPS, GRADIENT, NETWORK, assert_close
 
 CONFIG = dict(
     sample_size=8,
@@ -84,24 +85,21 @@ def test_merging_keeps_the_output(models) -> None:
     assert_close(predict(ours), before, NETWORK)
 
 
-def test_a_peft_file_is_read_back_and_a_wrong_one_is_named(models) -> None:
-    _, ours = models
-    add_lora(ours, 4, 8.0, nnx.Rngs(0))
-    fill(ours)
-    weights = to_peft(ours)
-    before = predict(ours)
-    fill_zero = {key: np.zeros_like(value) for key, value in weights.items()}
-    from_peft(fill_zero, ours)
-    assert not np.array_equal(predict(ours), before)
-    from_peft(weights, ours)
-    assert np.array_equal(predict(ours), before)
-    first = sorted(weights)[0]
-    with pytest.raises(UserError, match=f"{first} is missing"):
-        from_peft({key: value for key, value in weights.items() if key != first}, ours)
-    with pytest.raises(UserError, match="unet.extra is superfluous"):
-        from_peft(weights | {"unet.extra": np.zeros(1)}, ours)
-    with pytest.raises(UserError, match=first):
-        from_peft(weights | {first: np.zeros((9, 9), np.float32)}, ours)
+@pytest.mark.parametrize(("dtype", "bits"), [("float32", 24), ("float16", 11), ("bfloat16", 8)])
+def test_gradients_of_lora_are_sums_in_float32_over_devices_too(dtype: str, bits: int) -> None:
+    """The rest is as fine as the dtype is."""
+    mesh, shapes = tiny.mesh(8, 1, 1), {"x": (8, 32, 16), "weight": (16, 3, 4), "gradient": (8, 32, 3, 4)}
+    x, weight, gradient = (jnp.asarray(RNG.standard_normal(shape), jnp.float32) for shape in shapes.values())
+    x, gradient = (runtime.put(y.astype(dtype), runtime.batch_sharding(mesh)) for y in (x, gradient))
+    weight = runtime.put(weight, runtime.replicated(mesh))
+    out, (of_x, of_weight) = jax.jit(lambda x, w, g: (lambda y, back: (y, back(g)))(*jax.vjp(product, x, w)))(
+        x, weight, gradient
+    )
+    assert (out.dtype, of_x.dtype, of_weight.dtype) == (x.dtype, x.dtype, jnp.float32)
+    x, gradient, used = (np.asarray(y, np.float64) for y in (x, gradient, weight.astype(dtype)))
+    assert_close(of_weight, np.einsum("bni,bnjo->ijo", x, gradient), 16 * EPS)  # √256 at random
+    assert_close(out, np.einsum("bni,ijo->bnjo", x, used), 2.0**-bits + 16 * EPS)
+    assert_close(of_x, np.einsum("bnjo,ijo->bni", gradient, used), 2.0**-bits + 16 * EPS)
 
 
 @pytest.mark.parametrize("lora", [True, False])

@@ -149,6 +149,20 @@ def test_an_exchange_beside_kernels_counts_once() -> None:
     assert found == {"all-gather": Collective(1, 128, 96), "reduce-scatter": Collective(1, 128, 96)}
 
 
+@pytest.mark.parametrize("kind", ["all-gather", "all-reduce"])
+def test_an_exchange_in_two_halves_moves_what_one_in_one_does(kind: str) -> None:
+    """The type of the first half names the operand too where the result has another size."""
+    result = "f32[32]{0}" if kind == "all-gather" else "f32[8]{0}"
+    begun = f"(f32[8]{{0}}, {result})" if kind == "all-gather" else result
+    header = f"HloModule m\n\nENTRY %main (x: f32[8]) -> {result} {{\n  %x = f32[8]{{0}} parameter(0)\n"
+    groups = "replica_groups=[1,4]<=[4]"
+    one = header + f"  ROOT %found = {result} {kind}(%x), {groups}\n}}\n"
+    two = header + f"  %begun = {begun} {kind}-start(%x), {groups}\n  ROOT %found = {result} {kind}-done(%begun)\n}}\n"
+    moved = 4 * (8 + 32) if kind == "all-gather" else 4 * (8 + 8)
+    assert Program(one).traffic() == Program(two).traffic() == moved
+    assert Program(one).collectives() == Program(two).collectives() and Program(two).collectives()[kind].count == 1
+
+
 def test_a_type_has_bits_tiles_and_a_memory() -> None:
     assert size("(bf16[3,5]{1,0}, s4[8], pred[], token[])") == 30 + 4 + 1
     assert size("bf16[3,5]{1,0:T(8,128)(2,1)}", memory=True) == 8 * 128 * 2

@@ -3,12 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
 from safetensors import safe_open
 
 from hgdpo_jax import config as configuration
@@ -17,7 +19,7 @@ from hgdpo_jax.config import ASSETS
 from hgdpo_jax.data.concepts import encoder_of
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models import attend
-from hgdpo_jax.planning import devices, figures, program
+from hgdpo_jax.planning import devices, figures, program, table
 from hgdpo_jax.planning.figures import Compiled, Plan
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.cost import operations
@@ -94,8 +96,8 @@ def test_the_embedded_step_agrees_with_formulas_and_is_compiled_once(
     assert found["hours"] == pytest.approx(20 * 8 / found["examples_per_second"] / 3600)
 
     monkeypatch.setattr(figures, "_compile", lambda *_: pytest.fail("it is compiled again"))
-    table = run("--topology", "cpu:8")
-    assert "8 x cpu" in table and "fits" in table and "hours for 20 steps" in table
+    shown = run("--topology", "cpu:8")
+    assert "8 x cpu" in shown and "fits" in shown and "hours for 20 steps" in shown
 
 
 def test_operations_of_known_products() -> None:
@@ -222,8 +224,72 @@ def test_a_missing_compiler_is_one_line_with_its_command(
         devices.prepare([name])
 
 
-def test_a_share_above_one_and_an_unknown_variant_are_refused(run, tmp_path: Path) -> None:
+def test_a_share_above_one_an_unknown_variant_and_no_base_are_refused(run) -> None:
     with pytest.raises(SystemExit):
         run("--share", "1.5")
+    with pytest.raises(UserError, match="config variant nothing: unknown"):
+        run("--config", "configs/stage3.py:nothing")
     with pytest.raises(UserError, match="config key model.base: is empty"):
         run("--config.model.base=")
+
+
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_of_a_gpu_a_program_may_fill_what_jax_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, tpu = devices.CHIPS["h100"], devices.CHIPS["v5e"]
+    monkeypatch.delenv(name, raising=False)
+    assert figures._room(gpu) == 0.75 * gpu.memory
+    monkeypatch.setenv(name, "0.9")
+    assert figures._room(gpu) == 0.9 * gpu.memory and figures._room(tpu) == tpu.memory
+    monkeypatch.setenv(name, "most")
+    with pytest.raises(UserError, match=f"^{name}=most: expects a part of a GPU's memory, such as 0.9$"):
+        figures._room(gpu)
+
+
+def test_figures_are_kept_for_one_compiler_with_its_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    topology, lowered, made = devices.describe("cpu"), jax.jit(jnp.sin).lower(1.0), []
+    monkeypatch.setattr(figures, "_compile", lambda *_: made.append(Compiled(traffic=len(made))) or made[-1])
+
+    def found() -> Compiled:
+        return figures._compiled(lowered, topology, 1)
+
+    first = found()
+    assert found() == first and len(made) == 1
+    for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS"):
+        monkeypatch.setenv(name, "--another")
+        assert found() is made[-1]
+    assert len(made) == 3
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figures, "write_json", full)
+    monkeypatch.setenv("XLA_FLAGS", "--one-more")
+    assert found() is made[3] and "figures are not kept" in capsys.readouterr().err
+
+
+def test_a_batch_that_is_computed_in_parts_counts_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """70 pairs fit at a time on each of eight devices."""
+
+    def step(config: ConfigDict, *_: object) -> Plan:
+        each = config.train.batch // config.train.accumulate // 8
+        return Plan("cpu:8", 8, "", config.train.batch, {}, 0, Compiled(temporaries=each), 70.0, 0.0, {}, {}, "")
+
+    monkeypatch.setattr(plan, "of_step", step)
+    overrides = ["train.accumulate=4", "train.batch=32"]
+    found = plan.largest(PORTRAITS[1], overrides, None, devices.describe("cpu:8"), "blocks")
+    assert found[:3] == ("blocks", 4 * 70, 4 * 70 * 8) and found.plan.examples == found.batch
+
+
+def test_the_table_states_the_limits_of_each_topology() -> None:
+    """Between hosts GPUs have others than in one."""
+    config, source = configuration.load(PORTRAITS[1], ["data.resolutions=64x64,96x64"]), SimpleNamespace(name="base")
+    plans = [
+        Plan(name, 8, "", 16, {}, 0, Compiled(), 1.0, 0.0, {"interconnect": 1.0}, {"interconnect": peak}, "data sheet")
+        for name, peak in (("h100:8", 450e9), ("h100:64", 50e9), ("h200:8", 450e9))
+    ]
+    text = table.describe(config, source, plans, [()] * 3, [(one, one) for one in plans], 0.4)
+    assert "h100:8, h200:8: interconnect 450 GB/s (data sheet)\nh100:64: interconnect 50 GB/s (data sheet)" in text
+    assert "pairs a step of 96x64, " in text and text.count("16 images, 0.00 MiB") == 6
