@@ -288,7 +288,7 @@ def _find(path: str) -> Path:
     if given.is_file():
         return given.absolute()
     shipped = CONFIGS / given.name
-    if given.parent.name != "configs" or not shipped.is_file():
+    if given.parent != Path("configs") or not shipped.is_file():
         raise UserError(f"config {path}: no such file; try configs/stage1.py")
     if given.parent.is_dir():
         raise UserError(f"config {path}: your folder configs has no {given.name}; copy or give {shipped}")

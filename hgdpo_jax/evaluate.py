@@ -5,6 +5,7 @@ python -m hgdpo_jax.evaluate --config configs/stage3.py[:variant] --workdir W
 Every model draws the same prompts from the same seeds. What a model drew is kept in W/evaluation and not drawn again.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from hgdpo_jax import command, files, processes, provenance, runtime
 from hgdpo_jax import config as configuration
@@ -28,7 +30,7 @@ from hgdpo_jax.models.convert import folder_hash
 from hgdpo_jax.scoring import personalised, report
 from hgdpo_jax.scoring.comparison import METRICS, Seen, compare, differences, to_json
 from hgdpo_jax.scoring.identity import Identity
-from hgdpo_jax.scoring.judges import Judges, views
+from hgdpo_jax.scoring.judges import VIEWS, Judges, views
 from hgdpo_jax.scoring.pictures import to_uint8
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.checkpoints import tree_hash
@@ -93,6 +95,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if not config.pairs.scorer and config.pairs.loser != "given":
         raise UserError("config key pairs.scorer: is empty; set it to the folder of a CLIPModel such as PickScore v1")
+    policies.stage_config(workdir, config.stage)  # raises where it was not trained
     settings, mesh, index = config.evaluate, runtime.local_mesh(), runtime.index_of(workdir)
     models = {name: model for name, model in MODELS.items() if _asked(config, workdir, model)}
     configs = {stage: policies.stage_config(workdir, stage) for model in models.values() for stage in model.stages}
@@ -102,7 +105,12 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     pipeline = policies.load(config, mesh, *(c for stage, c in configs.items() if stage == policies.TEXT_ENCODER))
     pipeline, encoder = policies.with_trained_adapter(pipeline, config.adapter, workdir, mesh)
     painter = Painter.of(pipeline, mesh, settings, config.seed)
-    trained = {stage: policies.finished(workdir, stage, policies.of(pipeline, c)) for stage, c in configs.items()}
+    trained = {
+        stage: policies.finished(
+            workdir, stage, policies.of(pipeline, c), c if stage == policies.TEXT_ENCODER else config
+        )
+        for stage, c in configs.items()
+    }
     acting = {
         name: [_as_drawn(configs[stage], stage, trained[stage], model) for stage in model.stages]
         for name, model in models.items()
@@ -224,15 +232,22 @@ def _draw(
 
 
 def _look(painter: Painter, pipeline: Pipeline, judges: Judges, held: Sequence[Photograph], images: np.ndarray) -> Seen:
-    """What the judges see in views of the held-out photographs, [n people, v, ...]."""
+    """What the judges see in views of the held-out photographs, [n people, v, ...]. Views of a few people are in memory
+    at a time, whole batches of them."""
+    few = painter.batch // math.gcd(painter.batch, VIEWS)
 
-    def look(numbers: np.ndarray) -> Seen:
+    def some(numbers: np.ndarray) -> Seen:
         people = [held[number] for number in numbers]
         of_each = views(people, images[numbers])
-        n, v = of_each.shape[:2]
-        ids = np.repeat(pipeline.tokenize([p.caption for p in people]), v, axis=0)
-        seen = painter.look(of_each.reshape(n * v, *of_each.shape[2:]), {"input_ids": ids}, judges, "photographs")
-        return {key: value.reshape(n, v, *value.shape[1:]) for key, value in seen.items()}
+        ids = np.repeat(pipeline.tokenize([p.caption for p in people]), of_each.shape[1], axis=0)
+        return painter.look(of_each.reshape(-1, *of_each.shape[2:]), {"input_ids": ids}, judges, "views")
+
+    def look(numbers: np.ndarray) -> Seen:
+        begins = range(0, len(numbers), few)
+        bar = tqdm(begins, desc="photographs", unit="batch", leave=False, disable=not processes.first_process())
+        parts = [some(numbers[begin : begin + few]) for begin in bar]
+        seen = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        return {key: value.reshape(len(numbers), -1, *value.shape[1:]) for key, value in seen.items()}
 
     return processes.share(len(held), look)
 
@@ -246,7 +261,8 @@ def _persons(
         heads = personalised.prompts_of(person, templates)
         row = slice(i * len(heads), (i + 1) * len(heads))
         drawn = {f"{name} + adapter": found.pictures[row] for name, found in people.items()}
-        shown.append(report.Person(image, heads, drawn))
+        if all(len(pictures) == len(heads) for pictures in drawn.values()):  # process 0 may have drawn fewer people
+            shown.append(report.Person(image, heads, drawn))
     return shown
 
 
@@ -266,7 +282,7 @@ def _page(
         captions=[photograph.caption for photograph in held[: report.COLUMNS]],
         photographs=images[: report.COLUMNS],
         stages=list(stages.items()),
-        compared=("base", [name for name in (policies.GIVEN, *policies.CURRICULUM) if name in drawn][-1]),
+        compared=("base", [name for name in drawn if name in SHOWN_STAGES or name == "base"][-1]),
         people=people,
         measured=personalised.lines(results.get("personalised", {})),
     )

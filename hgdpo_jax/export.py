@@ -20,7 +20,7 @@ from hgdpo_jax import config as configuration
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import file_hash, whole, write_json
+from hgdpo_jax.files import whole, write_json
 from hgdpo_jax.models import ip_adapter, ldm
 from hgdpo_jax.models.convert import save_model, to_torch
 from hgdpo_jax.models.ldm import unet_name
@@ -66,7 +66,7 @@ def export(
     configs = {stage: config}  # of what is written; the stage's own last: its policy is what the folder gets
     normal = policies.CURRICULUM["normal"]
     if config.train.params == "lora" and config.train.start == normal:
-        configs = {normal: policies.stage_config(workdir, normal)} | configs
+        configs = {normal: config} | configs
     beside = [name for name in (text, policies.PERSONALISE) if (workdir / name / "config.json").is_file()]
     configs = {name: policies.stage_config(workdir, name) for name in beside} | configs
     if config.train.params == "all" and not {*_OF_ALL} & {*formats}:
@@ -76,7 +76,7 @@ def export(
     runtime.use_precision(config.model.dtype)
     content = policies.find_base(workdir, config, base)
     pipeline = policies.load(config, runtime.local_mesh(), *(configs[name] for name in beside if name != stage))
-    trained = {name: policies.finished(workdir, name, policies.of(pipeline, c)) for name, c in configs.items()}
+    trained = {name: policies.finished(workdir, name, policies.of(pipeline, c), c) for name, c in configs.items()}
     origin = {
         "stage": stage,
         "policies": {name: tree_hash(policy) for name, policy in trained.items()},
@@ -152,8 +152,8 @@ def _write(
     if "ldm" in formats:
         write_checkpoint(pipeline, folder / CHECKPOINT_FILE, f"HG-DPO {stage}")
         written.append(CHECKPOINT_FILE)
-    manifest = workdir / (config.train.pairs or stage) / "pairs" / "manifest.json"
-    card = model_card.text(pipeline, config, policy=origin["policies"][stage], pairs=file_hash(manifest), files=written)
+    pairs = policies.made_from(workdir, stage)[policies.PAIRS]
+    card = model_card.text(pipeline, config, policy=origin["policies"][stage], pairs=pairs, files=written)
     (folder / "README.md").write_text(card)
     write_json(folder / "hgdpo.json", origin)
     return written
@@ -247,7 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Exports a run to diffusers, PEFT and kohya.")
     parser.add_argument("--workdir", required=True, type=files.folder, help="folder of the run")
     parser.add_argument("--out", required=True, type=files.folder, help="folder to write")
-    parser.add_argument("--stage", help="stage to export; the last finished one unless given")
+    parser.add_argument("--stage", help="stage to export; the last one that was started unless given")
     parser.add_argument("--format", help=f"some of {','.join(FORMATS)}, with commas between; all but ldm unless "
                         "given, of a stage that trained all parameters diffusers and ldm")  # fmt: skip
     parser.add_argument("--base", help="where the run's base model is now, if it was moved")

@@ -181,12 +181,15 @@ def owned(folder: Path) -> Iterator[None]:
     the folder says whose it is.
 
     Raises:
-        UserError: another command owns it.
+        UserError: another command owns it, or nothing can be written there.
     """
     path = _lock_of(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = path.open("a+")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
         if not _lock(file.fileno(), path):
             file.close()
             raise UserError(f"{folder}: is being written by {owner(folder) or 'another command'}; wait until that has "
@@ -224,12 +227,14 @@ def owner(folder: Path) -> str | None:
     """Which command owns a folder, in words; None where none does."""
     path = _lock_of(folder)
     try:
-        with path.open() as file:
+        with path.open("r+") as file:  # of a file that is open for reading alone NFS gives no such lock
             if _lock(file.fileno(), path):
                 return None
             about = json.loads(file.read() or "{}")
     except FileNotFoundError:
         return None
+    except PermissionError:  # another user's
+        return "another command"
     if not about:
         return "another command"
     return f"{about['command']} (process {about['pid']} on {about['host']})"

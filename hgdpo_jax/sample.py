@@ -87,17 +87,19 @@ def from_run(
     used = []
     if folder is not None:
         like = policies.of(pipeline, config)
-        policy = policies.finished(workdir, folder, like)
+        policy = policies.finished(workdir, folder, like, config)
         if config.train.params == "lora":
             blocks = blocks or policies.blocks_of(folder)
-            normal = policies.finished(workdir, policies.CURRICULUM["normal"], like) if blocks == "up+normal" else None
+            normal = None
+            if blocks == "up+normal":
+                normal = policies.finished(workdir, policies.CURRICULUM["normal"], like, config)
             policy = recipe.as_drawn(policy, blocks, weight, normal)
             settings |= {"LoRA weight": weight, "LoRA blocks": blocks}
         elif blocks:
             raise UserError(f"--blocks {blocks}: {folder} trained all parameters, it has no LoRA")
         used.append(policy)
     for found in text_config:
-        used.append(recipe.weighted(policies.finished(workdir, text, policies.of(pipeline, found)), weight))
+        used.append(recipe.weighted(policies.finished(workdir, text, policies.of(pipeline, found), found), weight))
         settings["text encoder"] = f"LoRA weight {weight} while t >= {recipe.TEXT_FROM}"
     settings["policy"] = [tree_hash(policy) for policy in used]
     return Source(pipeline, used, next(iter(configuration.resolutions(config).values())), settings)
@@ -238,9 +240,10 @@ def draw(
             logging.warning("prompt %r has %d tokens: the first %d are used", prompt, count, pipelines.POSITIONS)
     work = [(i, seed, out / f"{i:05d}_{seed}.png") for i in range(len(prompts)) for seed in seeds]
     paths = [path for _, _, path in work]
-    mine = [item for item in work[jax.process_index() :: jax.process_count()] if not item[2].is_file()]
-    mesh = runtime.local_mesh()
+    mine, mesh = work[jax.process_index() :: jax.process_count()], runtime.local_mesh()
+    # Of all images, so that those that are left are drawn by the same program.
     batch = mesh.size * min(per_device, math.ceil(max(len(mine), 1) / mesh.size))
+    mine = [item for item in mine if not item[2].is_file()]
     painter = Painter(
         source.pipeline,
         mesh,

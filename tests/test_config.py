@@ -11,7 +11,7 @@ from hgdpo_jax.config import CONFIGS
 from hgdpo_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-STAGES = ["stage0_sft", "stage1", "stage2", "stage3", "text_encoder", "personalise"]
+STAGES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "common"))
 
 
 @pytest.mark.parametrize("variant", ["sd15", "sdxl", "portraits"])
@@ -122,8 +122,9 @@ def test_what_is_wrong_in_a_config_file_is_one_line_with_file_and_line(tmp_path:
 def test_the_packages_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert config.load("configs/stage3.py:portraits").stage == "stage3"
-    with pytest.raises(UserError, match="config configs/stage9.py: no such file"):
-        config.load("configs/stage9.py")
+    for path in ("configs/stage9.py", "/no/such/folder/configs/stage1.py", "runs/configs/stage1.py"):
+        with pytest.raises(UserError, match=f"config {path}: no such file"):
+            config.load(path)
 
 
 def test_a_folder_configs_of_the_users_own_is_taken_whole_or_refused(

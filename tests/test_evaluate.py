@@ -4,16 +4,18 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from hgdpo_jax import pairs
 from hgdpo_jax.data import photographs
 from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.evaluate import _heldout, _inputs, evaluate
+from hgdpo_jax.evaluate import _heldout, _inputs, _look, _page, _persons, evaluate
 from hgdpo_jax.files import Index, json_hash
-from hgdpo_jax.scoring import judges
+from hgdpo_jax.scoring import judges, personalised, report
 from hgdpo_jax.training.loop import train
 from tests import tiny
 
@@ -37,6 +39,10 @@ def test_the_command_writes_results_and_a_report_that_stands_alone(
     written = (workdir / "results.json").read_text()
     assert json.loads(written) == first and list(first["models"]) == ["base", "easy", "easy, whole"]
     assert first["models"]["base"]["win_rate"] == 0.5 and first["images_per_model"] == 3
+    config.stage = "naive"
+    with pytest.raises(UserError, match="naive was not trained in .*; run first: .*configs/naive.py"):
+        evaluate(config, workdir)
+    config.stage = "stage1"
     page = (workdir / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert page.count("<img") == 1 + 4 * 3 + 2 * 3  # curves; base, easy twice, photograph; winners and losers
@@ -66,6 +72,42 @@ def test_what_a_picture_is_made_from_is_drawn_again_where_it_changes(tmp_path: P
     config.evaluate.scorer = config.pairs.scorer
     inputs.append(_inputs(config, "base", held, index))
     assert len({json_hash(found) for found in inputs}) == len(inputs)
+
+
+def test_the_report_compares_base_with_the_last_stage_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was trained: `naive` alone, or nothing that draws otherwise."""
+    monkeypatch.setattr(report, "page", lambda **given: given["compared"])
+    results = {"models": {"base": {}}}
+    for names in (["base"], ["base", "naive"], ["base", "easy", "normal"]):
+        drawn = {name: SimpleNamespace(pictures=None) for name in [*names, *(f"{name}, whole" for name in names[1:])]}
+        assert _page(results, drawn, {}, [], np.zeros(0), []) == ("base", names[-1])
+
+
+def test_of_people_that_process_0_did_not_draw_nothing_is_shown() -> None:
+    """Of eight processes each may have drawn one person."""
+    held, templates = [Photograph(name, Path(name), f"{name}, smiling") for name in "abc"], ["{subject}", "{subject} 2"]
+    pictures = np.arange(2.0)[:, None, None, None]
+    people = {"base": personalised.Drawn(np.zeros(3), np.zeros(3), np.zeros(3), pictures)}
+    (shown,) = _persons(people, held, np.zeros((3, 4, 4, 3)), templates)
+    assert np.array_equal(shown.drawn["base + adapter"], pictures)
+
+
+def test_views_of_a_few_photographs_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, images = [Photograph(str(i), Path(str(i)), "a") for i in range(7)], np.zeros((7, 2, 2, 3), np.float32)
+    images += np.arange(7, dtype=np.float32)[:, None, None, None] / 10
+    together = []
+
+    class Painter:
+        batch = 36  # three photographs' views
+
+        def look(self, views: np.ndarray, beside: dict, *_: object) -> dict[str, np.ndarray]:
+            together.append(len(views))
+            return {"mean": views.mean((1, 2, 3)), "ids": beside["input_ids"]}
+
+    tokenizer = SimpleNamespace(tokenize=lambda captions: np.full((len(captions), 2), 5))
+    seen = _look(Painter(), tokenizer, None, held, images)
+    assert together == [36, 36, 12] and seen["ids"].shape == (7, judges.VIEWS, 2)
+    assert np.allclose(seen["mean"], images[:, 0, 0, :1], atol=0.01)  # of 8 bits
 
 
 def test_of_all_photographs_those_that_are_held_out_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.export import CHECKPOINT_FILE, KOHYA_FILE, KOHYA_RECIPE_FILE, PEFT_FILE, export, lora_weights
+from hgdpo_jax.files import file_hash
 from hgdpo_jax.models.lora import add_lora
 from hgdpo_jax.training import loop
 from hgdpo_jax.training import policy as policies
@@ -79,7 +80,7 @@ def ours(workdir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     config = policies.stage_config(workdir, "stage1")
     pipeline = policies.load(config, tiny.mesh())
     fresh = policies.of(pipeline, config)
-    start, (policy, base) = draw(pipeline, policies.finished(workdir, "stage1", fresh), fresh)
+    start, (policy, base) = draw(pipeline, policies.finished(workdir, "stage1", fresh, config), fresh)
     return start, policy, base
 
 
@@ -141,7 +142,7 @@ def test_one_file_draws_as_the_recipe_does(base: Path, tmp_path: Path) -> None:
     export(folder, tmp_path / "export", "naive", ["kohya"])
     config = policies.stage_config(folder, "naive")
     pipeline = policies.load(config, tiny.mesh())
-    policy = policies.finished(folder, "naive", policies.of(pipeline, config))
+    policy = policies.finished(folder, "naive", policies.of(pipeline, config), config)
     start, (expected, whole) = draw(pipeline, recipe.as_drawn(policy, "up"), policy)
     keys = load_file(tmp_path / "export" / KOHYA_RECIPE_FILE).keys()
     assert keys and all("up_blocks" in key or "output_blocks" in key for key in keys)
@@ -193,6 +194,7 @@ def test_the_card_says_where_the_model_comes_from(base: Path, workdir: Path) -> 
     origin = json.loads((workdir / "export" / "hgdpo.json").read_text())
     config = policies.stage_config(workdir, "stage1")
     hashes = (origin["policies"]["stage1"], configuration.content_hash(config))
+    hashes += (file_hash(workdir / "stage1" / "pairs" / "manifest.json"),)
     for part in (str(base), "stage1", *hashes, PEFT_FILE, KOHYA_FILE):
         assert part in card
 

@@ -1,5 +1,6 @@
 """Files are whole or absent, a folder has one owner, and content is read once."""
 
+import fcntl
 import json
 import os
 import resource
@@ -96,6 +97,25 @@ with owned(Path(sys.argv[1])):
     print("mine", flush=True)
     time.sleep(60)
 """
+
+
+def test_a_folder_below_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    line = r"file/run/stage1: cannot be written \(Not a directory\); choose another"
+    with pytest.raises(UserError, match=line), owned(tmp_path / "file" / "run" / "stage1"):
+        pass
+
+
+def test_who_owns_a_folder_is_asked_as_nfs_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a lock needs a file that is open for writing."""
+    modes = []
+
+    def lock(descriptor: int, _: int) -> None:
+        modes.append(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE)
+
+    with owned(tmp_path / "stage1"):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        assert owner(tmp_path / "stage1") is None and modes == [os.O_RDWR]
 
 
 def test_a_folder_has_one_owner_and_a_dead_ones_is_taken_over(tmp_path: Path) -> None:

@@ -325,15 +325,17 @@ def test_numbers_out_of_range_are_named(
 
 
 def test_what_is_there_is_kept_and_another_runs_folder_is_refused(source: sample.Source, tmp_path: Path) -> None:
-    draw(source, ["a man"], [0, 1], tmp_path / "out")
+    seeds = list(range(9))  # more than there are devices
+    whole = draw(source, ["a man"], seeds, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     (tmp_path / "out" / "00000_1.png").unlink()
     kept = (tmp_path / "out" / "00000_0.png").stat().st_mtime_ns
-    draw(source, ["a man"], [0, 1], tmp_path / "out")
+    rest = draw(source, ["a man"], seeds, tmp_path / "out")
+    assert rest.batch == whole.batch  # the same program
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert (tmp_path / "out" / "00000_0.png").stat().st_mtime_ns == kept
     with pytest.raises(UserError, match=r"holds images of another run \(guidance 2.0, now it is 3.0\); choose another"):
-        draw(source, ["a man"], [0, 1], tmp_path / "out", guidance=3.0)
+        draw(source, ["a man"], seeds, tmp_path / "out", guidance=3.0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     with pytest.raises(UserError, match="holds something else; choose another folder"):

@@ -5,13 +5,13 @@
 
 Hardware, memory of one device, time of training:
 
-    :sd15       GPU of 40 GB            30 GiB    H100 2.4 h, A100 7.7 h
-    :sdxl       GPU of 80 GB            60 GiB    H100 3.8 h, A100 12 h
+    :sd15       GPU of 40 GB            24 GiB    H100 2.3 h, A100 7.2 h
+    :sdxl       GPU of 80 GB            49 GiB    H100 3.7 h, A100 12 h
     :portraits  two processor cores     2.1 GiB   25 to 60 minutes
 
-sd15 and sdxl are computed, not run: 16 photographs of 1024x704 a step are 173 and 271 TFLOP; 20,000 steps at 40 % of a
-device's bfloat16 peak. Memory is the UNet in float32 five times (16 and 48 GiB: the base, what is trained, gradients,
-AdamW) and what the gradient keeps of a photograph (0.8 and 0.6 GiB). Pictures for the log take 1.7 GiB each: on 40 GB
+sd15 and sdxl are planned (`hgdpo_jax.plan`), not run: 16 photographs of 1024x704 a step are 161 and 264 TFLOP; 20,000
+steps at 40 % of a device's bfloat16 peak. Memory is the UNet in float32 four times (13 and 38 GiB: the base, what is
+trained, AdamW), and gradients with what they keep of 16 photographs (11 and 9 GiB). Pictures for the log take 1.7 GiB each: on 40 GB
 add `--config.evaluate.batch=8`.
 """
 

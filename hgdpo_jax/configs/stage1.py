@@ -8,14 +8,16 @@ statistics loss, which holds the channel means of the latents and with them the 
 
 Hardware, memory of one device in a step, time of training, time of pairs:
 
-    :sd15       GPU of 24 GB            17 GiB    H100 74 h, A100 233 h     H100 16 s a prompt
-    :sdxl       GPU of 40 GB            21 GiB    H100 112 h, A100 356 h    H100 24 s a prompt
+    :sd15       GPU of 24 GB*           18 GiB    H100 74 h, A100 233 h     H100 16 s a prompt
+    :sdxl       GPU of 24 GB*           18 GiB    H100 112 h, A100 356 h    H100 24 s a prompt
     :portraits  two processor cores     1.7 GiB   1 to 3 minutes, measured  1 to 3 minutes
 
-sd15 and sdxl are computed, not run: 16 pairs of 1024x704 a step are 349 and 533 TFLOP; 300,000 steps at 40 % of a
-device's bfloat16 peak. Memory is the weights (2.1 and 6.6 GiB), what the gradient keeps of a pair (0.85 and 0.82 GiB
-with checkpointing=blocks, 9 and 22 with none), and one or two GiB in passing. Pictures are decoded in float32, 1.7 GiB
-each: below 48 GB add `--config.pairs.batch=4 --config.evaluate.batch=4`.
+* with `XLA_CLIENT_MEM_FRACTION=0.9` in the environment: of a GPU's memory JAX takes three quarters unless told.
+
+sd15 and sdxl are planned (`hgdpo_jax.plan`), not run: 16 pairs of 1024x704 a step are 349 and 533 TFLOP; 300,000 steps
+at 40 % of a device's bfloat16 peak. Memory is the weights (2.2 and 6.8 GiB) and what the gradient keeps of a pair (1.0
+and 0.7 GiB with checkpointing=blocks, 3.4 and 6.7 with none). Pictures are decoded in float32, 1.7 GiB each: below 48 GB
+add `--config.pairs.batch=4 --config.evaluate.batch=4`.
 """
 
 from ml_collections import ConfigDict

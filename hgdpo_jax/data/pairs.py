@@ -28,7 +28,7 @@ from hgdpo_jax import processes
 from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import Index, file_hash, json_hash, need_space, owner, whole, write_json
-from hgdpo_jax.provenance import require_same
+from hgdpo_jax.provenance import content, require_same
 
 Record = dict[str, Any]
 LATENT = np.float16
@@ -284,6 +284,17 @@ class Pairs:
             if found != tuple(wanted):
                 raise UserError(f"pairs {self.folder}: latents of {resolution} are {found}, this model's are "
                                 f"{tuple(wanted)}; remove the folder and build them again")  # fmt: skip
+
+    def require_from(self, inputs: Mapping[str, str]) -> None:
+        """Raises UserError where they were made from other inputs than what takes them is.
+
+        Args:
+            inputs: name of an input → hash of its content; of these the ones count that the manifest states.
+        """
+        wanted = {content(name): value for name, value in inputs.items()}
+        stated = {name: value for name, value in self.manifest["made_from"].items() if name in wanted}
+        known = {name: wanted[name] for name in stated}
+        require_same(stated, known, f"pairs {self.folder}", "use that, or another --workdir")
 
     def by_id(self, role: str) -> "RecordsById":
         """The records of all resolutions by their photograph's id, read when asked for."""

@@ -2,7 +2,8 @@
 
 The splits are `train` (the curriculum learns from it), `heldout` (for evaluation) and `base` (for the base's own
 training). Where photographs say which they belong to, the others are `train`; where none does, a share is held out, by
-the hash of its content, so that a photograph stays in its split whatever comes beside it or is renamed.
+the hash of its content, so that a photograph stays in its split when it is renamed and, of 400 or more, whatever comes
+beside it.
 """
 
 import gc

@@ -95,10 +95,12 @@ def from_noise(schedule: NoiseSchedule, sampler: str, steps: int) -> Trajectory:
 def sdrecon(schedule: NoiseSchedule, sampler: str, steps: int, strength: int) -> Trajectory:
     """SDRecon: a photograph's latent noised to t1…t10 = timesteps 100, 200, …, 1000 of 1000, and denoised from there.
 
-    The last round(steps · strength / 10) steps of the sampler are run, at least one. t1 is almost the photograph, t10
+    It begins at the sampler's timestep that is nearest to that, the lower one of two. t1 is almost the photograph, t10
     almost a fresh sample.
     """
-    table = make_steps(schedule, sampler, steps, max(1, round(steps * strength / 10)))
+    rising = make_steps(schedule, sampler, steps).t[::-1]
+    nearest = int(np.argmin(np.abs(rising - strength * schedule.num_train_timesteps / 10)))
+    table = make_steps(schedule, sampler, steps, nearest + 1)
     return _trajectory(schedule, table, table.signal[0], table.sigma[0])
 
 

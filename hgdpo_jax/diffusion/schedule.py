@@ -82,22 +82,12 @@ class NoiseSchedule:
         signal, sigma = self.signal_and_noise(t)
         return signal * noise - sigma * x_0
 
-    def to_x_0(self, prediction: Latent, x_t: Latent, t: Timesteps) -> Latent:
-        """The x_0 that a prediction stands for."""
-        return self.x_0_at(prediction, x_t, *self.signal_and_noise(t))
-
     def x_0_at(self, prediction: Latent, x_t: Latent, signal: Array, sigma: Array) -> Latent:
-        """The same where x_t = signal · x_0 + sigma · ε, numbers or arrays that multiply latents."""
+        """The x_0 that a prediction stands for where x_t = signal · x_0 + sigma · ε, numbers or arrays that multiply
+        latents."""
         if self.prediction_type == "epsilon":
             return (x_t - sigma * prediction) / signal
         return signal * x_t - sigma * prediction
-
-    def to_epsilon(self, prediction: Latent, x_t: Latent, t: Timesteps) -> Latent:
-        """The ε that a prediction stands for."""
-        if self.prediction_type == "epsilon":
-            return prediction
-        signal, sigma = self.signal_and_noise(t)
-        return signal * prediction + sigma * x_t
 
     def mean_shift(self, t: Timesteps) -> Float[Array, "b 1 1 1"]:
         """c_t with l^θ_{t−1} − l^ref_{t−1} = c_t · (prediction_ref − prediction_θ) in one ancestral DDPM step.

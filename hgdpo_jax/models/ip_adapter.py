@@ -183,13 +183,8 @@ def join(text: Memory, image: Memory, scale: float | Float[Array, ""]) -> Memory
     return {name: [*pairs, *((k, (scale * v).astype(v.dtype)) for k, v in image[name])] for name, pairs in text.items()}
 
 
-def load_image_encoder(
-    folder: str | Path,
-    dtype: Any = jnp.float32,
-    param_dtype: Any = jnp.float32,
-    place: Place = lambda name, value: jax.device_put(value),
-) -> CLIPVisionModelWithProjection:
-    """The image encoder of a CLIPVisionModelWithProjection's folder or of a CLIPModel's; see `convert.load_model`.
+def load_image_encoder(folder: str | Path) -> CLIPVisionModelWithProjection:
+    """The image encoder of a CLIPVisionModelWithProjection's folder or of a CLIPModel's, in float32.
 
     Raises:
         UserError: it is neither, a file is missing or damaged, or the weights do not fit the config.
@@ -198,8 +193,8 @@ def load_image_encoder(
     weights: Mapping[str, np.ndarray] = open_folder(folder)
     if "vision_config" in read_config(folder):
         weights = {key: weights[key] for key in weights if key.startswith(("vision_model.", "visual_projection."))}
-    model = abstract(CLIPVisionModelWithProjection, image_encoder_config(folder), dtype)
-    from_torch(weights, model, str(folder), param_dtype, place)
+    model = abstract(CLIPVisionModelWithProjection, image_encoder_config(folder), jnp.float32)
+    from_torch(weights, model, str(folder))
     return model
 
 
@@ -283,15 +278,14 @@ def fresh(unet: UNet2DConditionModel, kind: str, features: int, rngs: nnx.Rngs) 
 def load(
     path: str | Path,
     unet: UNet2DConditionModel,
-    param_dtype: Any = jnp.float32,
     place: Place = lambda name, value: jax.device_put(value),
 ) -> IPAdapter:
-    """An adapter from its published .safetensors file, which tells its kind and sizes. It computes in the UNet's dtype.
+    """An adapter from its published .safetensors file, which tells its kind and sizes. It computes in the UNet's dtype;
+    its parameters are float32.
 
     Args:
         path: of the file.
         unet: that it is used with; only its shapes matter.
-        param_dtype: of the parameters.
         place: puts a parameter on its devices.
 
     Raises:
@@ -300,7 +294,7 @@ def load(
     """
     weights = Weights(Path(path))
     model = abstract(IPAdapter, _recognise(weights, str(path), unet), unet.dtype)
-    from_torch(weights, model, str(path), param_dtype, place)
+    from_torch(weights, model, str(path), place=place)
     return model
 
 

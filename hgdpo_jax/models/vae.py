@@ -167,14 +167,9 @@ class AutoencoderKL(nnx.Module):
         """Images of unscaled latents; values may leave [-1, 1] a little."""
         return self.decoder(self.post_quant_conv(latents) if hasattr(self, "post_quant_conv") else latents)
 
-    def to_latents(
-        self, images: Float[Array, "b H W 3"], noise: Float[Array, "b h w c"] | None = None
-    ) -> Float[Array, "b h w c"]:
-        """Scaled latents: the mean, or a sample where standard normal noise is given."""
-        mean, logvar = self.encode(images)
-        if noise is not None:
-            mean = mean + jnp.exp(0.5 * logvar) * noise
-        return mean * self.scaling_factor
+    def to_latents(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
+        """Scaled latents: the mean."""
+        return self.encode(images)[0] * self.scaling_factor
 
     def to_images(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
         """Images in [-1, 1] of scaled latents."""

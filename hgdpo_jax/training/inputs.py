@@ -58,6 +58,7 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
         "model.base": pipelines.content_hash(config.model.base, config.model.vae, config.model.lora, index),
         "the pairs": pairs.hash,
     }
+    pairs.require_from({"model.base": inputs["model.base"]})
     if settings.params == "adapter":
         inputs["the concept encoder"] = encoder_hash(config, index)
     made_from = provenance.settings(config, depends_on(config))

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -12,6 +13,7 @@ from hgdpo_jax import config as configuration
 from hgdpo_jax import runtime
 from hgdpo_jax.data.concepts import ConceptEncoder, encoder_of
 from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.recipe import weighted
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.attention import spread
@@ -23,7 +25,7 @@ from hgdpo_jax.training.step import Params, split
 CURRICULUM = {"easy": "stage1", "normal": "stage2", "hard": "stage3"}  # the paper's name → our folder
 GIVEN = "given"  # one stage of pairs that exist already
 STAGES = ("stage0", GIVEN, *CURRICULUM.values())
-BASE = content("model.base")  # its name in what a checkpoint is made from
+BASE, PAIRS = content("model.base"), content("the pairs")  # their names in what a checkpoint is made from
 # Stages beside the curriculum; `naive` is what it is compared with.
 TEXT_ENCODER, PERSONALISE, NAIVE = "text_encoder", "personalise", "naive"
 
@@ -102,7 +104,7 @@ def with_trained_adapter(
     trained = stage_config(workdir, PERSONALISE)
     encoder = ConceptEncoder(trained.adapter.kind, trained.adapter.image_encoder, trained.adapter.identity)
     pipeline = _with_fresh_adapter(pipeline, trained, encoder, mesh)
-    put(pipeline, finished(workdir, PERSONALISE, of(pipeline, trained)))
+    put(pipeline, finished(workdir, PERSONALISE, of(pipeline, trained), trained))
     return pipeline, encoder
 
 
@@ -160,6 +162,13 @@ def last_stage(workdir: Path) -> str:
     raise UserError(f"no stage was trained in {workdir}; run first: {_train_command('stage1', workdir)}")
 
 
+def made_from(workdir: Path, stage: str) -> dict[str, Any]:
+    """What the newest checkpoint of a stage was made from, see :mod:`hgdpo_jax.provenance`; empty without one."""
+    checkpoints = Checkpoints(workdir / stage, stage_config(workdir, stage).train.checkpoints)
+    step = checkpoints.latest()
+    return {} if step is None else checkpoints.meta(step)["made_from"]
+
+
 def require_base(workdir: Path, stage: str, base: str) -> None:
     """Raises UserError where a stage was trained on another ε_base.
 
@@ -167,11 +176,8 @@ def require_base(workdir: Path, stage: str, base: str) -> None:
         workdir, stage: of the run.
         base: content hash of ε_base.
     """
-    checkpoints = Checkpoints(workdir / stage, stage_config(workdir, stage).train.checkpoints)
-    step = checkpoints.latest()
-    if step is not None:
-        found = {BASE: checkpoints.meta(step)["made_from"][BASE]}
-        require_same(found, {BASE: base}, f"{stage} in {workdir}", "use that base")
+    found = made_from(workdir, stage).get(BASE, base)
+    require_same({BASE: found}, {BASE: base}, f"{stage} in {workdir}", "use that base")
 
 
 def find_base(workdir: Path, config: ConfigDict, base: str | None) -> str:
@@ -196,11 +202,13 @@ def find_base(workdir: Path, config: ConfigDict, base: str | None) -> str:
     return found
 
 
-def finished(workdir: Path, stage: str, like: Params) -> Params:
+def finished(workdir: Path, stage: str, like: Params, config: ConfigDict) -> Params:
     """The policy that a stage handed on.
 
     Args:
+        workdir, stage: of the run.
         like: a policy of the same shape, with the shardings to restore to.
+        config: that the policy's network was made for: of a stage that scaled its LoRA otherwise, B is multiplied.
 
     Raises:
         UserError: the stage was not trained, or not to its end, or with another kind of policy.
@@ -213,4 +221,8 @@ def finished(workdir: Path, stage: str, like: Params) -> Params:
             f"{stage} stands at step {step or 0} of {wanted.steps}; run first: {_train_command(stage, workdir)}"
         )
     name = "ema" if wanted.ema else "policy"
-    return checkpoints.restore(step, {name: like})[name]
+    policy = checkpoints.restore(step, {name: like})[name]
+    if not wanted.params.endswith("lora"):
+        return policy
+    own, given = (train.lora_alpha / train.lora_rank for train in (wanted, config.train))
+    return policy if own == given else weighted(policy, own / given)

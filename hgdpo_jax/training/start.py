@@ -49,7 +49,7 @@ def _begin(config: ConfigDict, workdir: Path, inputs: Inputs, checkpoints: Check
     policy = base
     if train.start != "base":
         policies.require_base(workdir, train.start, inputs.made_from[policies.BASE])
-        policy = policies.finished(workdir, train.start, base)
+        policy = policies.finished(workdir, train.start, base, config)
     state = jax.jit(_init(config, inputs), out_shardings=shardings(config, inputs))(policy)
     if config.objective == "sft":
         return Start(state, {}, "", 0)

@@ -1,5 +1,6 @@
 """The three stages' pairs, built by the command on a tiny base and real photographs."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -195,6 +196,38 @@ def test_another_config_does_not_touch_finished_pairs(workdir: Path, make: Make)
 def test_a_stage_before_its_predecessor_names_the_command(make: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stage1/pairs: are missing; build them with: .*configs/stage1.py"):
         pairs.build(make("stage2", winner="sdrecon", loser="stage1"), tmp_path)
+
+
+def test_losers_come_from_pairs_of_the_same_base_and_scorer(
+    workdir: Path, inputs: Path, make: Make, tmp_path: Path
+) -> None:
+    (tmp_path / "stage1").mkdir()
+    shutil.copytree(workdir / "stage1" / "pairs", tmp_path / "stage1" / "pairs")
+    config = make("stage2", winner="sdrecon", loser="stage1", scorer=str(tiny.write_scorer(tmp_path / "scorer", 7)))
+    with pytest.raises(UserError, match="content of pairs.scorer=sha256 .*stage1/pairs was made with .*; use that"):
+        pairs.build(config, tmp_path)
+    config = make("stage2", winner="sdrecon", loser="stage1")
+    config.model.base = str(tiny.write_base(tmp_path / "base"))
+    scheduler = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    files.write_json(scheduler, json.loads(scheduler.read_text()) | {"beta_end": 0.013})
+    with pytest.raises(UserError, match="content of model.base=sha256 .*stage1/pairs was made with .*; use that"):
+        pairs.build(config, tmp_path)
+    with pytest.raises(UserError, match="content of model.base=sha256 .*stage1/pairs was made with .*; use that"):
+        train(tiny.config(tmp_path / "base"), tmp_path)
+    assert not (tmp_path / "stage2" / "pairs" / "building.json").exists()
+
+
+def test_photographs_of_which_none_has_a_pair_are_one_line(workdir: Path, make: Make, tmp_path: Path) -> None:
+    (tmp_path / "stage1").mkdir()
+    shutil.copytree(workdir / "stage1" / "pairs", tmp_path / "stage1" / "pairs")
+    config = make("stage2", winner="sdrecon", loser="stage1")
+    config.data.photographs = str(tmp_path / "others")
+    (tmp_path / "others").mkdir()
+    for i in range(4):
+        Image.new("RGB", (64, 64), (i, i, i)).save(tmp_path / "others" / f"{i}.png")
+        (tmp_path / "others" / f"{i}.txt").write_text("a woman")
+    with pytest.raises(UserError, match="others: none has a pair in .*stage1/pairs, from where stage1 takes"):
+        pairs.build(config, tmp_path)
 
 
 def test_only_what_the_pairs_depend_on_must_stay(

@@ -177,9 +177,8 @@ def test_the_forward_process_is_diffusers(prediction: str) -> None:
     target = theirs.get_velocity(torch.tensor(x), torch.tensor(noise), torch.tensor(t)).numpy()
     expected = noise if prediction == "epsilon" else target
     assert_close(schedule.target(x, noise, t), expected, 5 * EPS)
-    assert_close(schedule.to_epsilon(expected, found, t), noise, 10 * EPS)
     signal = schedule.alphas_cumprod[t].min() ** 0.5  # divides, where noise is predicted
-    assert_close(schedule.to_x_0(expected, found, t), x, 10 * EPS / signal)
+    assert_close(schedule.x_0_at(expected, found, *schedule.signal_and_noise(t)), x, 10 * EPS / signal)
 
 
 @pytest.mark.parametrize("sampler", CLASSES)
@@ -190,6 +189,20 @@ def test_an_example_does_not_depend_on_its_batch(sampler: str) -> None:
     draw, trajectory = drawing(schedule), sdrecon(schedule, sampler, 8, 7)
     among_others = draw(trajectory, jnp.concatenate([x[2:], 3 * x[:2]]), jnp.concatenate([keys[2:], keys[:2]]))
     np.testing.assert_array_equal(draw(trajectory, x, keys)[2:], among_others[:2])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "steps", "begins"),
+    [
+        ("dpmpp_2m", "linspace", 50, [100, 400, 500, 599, 699, 999]),  # SD1.5's
+        ("dpmpp_2m", "leading", 50, [96, 400, 495, 609, 704, 951]),  # SDXL's; 19 apart
+        ("ddpm", "linspace", 16, [67, 400, 533, 599, 733, 999]),  # the embedded base's; 66.6 apart
+    ],
+)
+def test_sdrecon_begins_at_the_nearest_timestep(sampler: str, spacing: str, steps: int, begins: list[int]) -> None:
+    schedule = NoiseSchedule.from_config(dict(scheduler(sampler, "epsilon", spacing).config))
+    found = [sdrecon(schedule, sampler, steps, strength).steps.t[0] for strength in (1, 4, 5, 6, 7, 10)]
+    assert found == begins
 
 
 def test_sdrecon_keeps_less_of_the_photograph_the_stronger_it_is() -> None:

@@ -183,7 +183,7 @@ def test_two_images_give_the_tokens_of_both(sd15: UNet2DConditionModel) -> None:
 def test_an_adapter_computes_in_the_dtype_of_its_unet(tmp_path: Path, sd15: UNet2DConditionModel) -> None:
     ip_adapter.save(filled(sd15, "face_id"), tmp_path / FILE)
     half = abstract(UNet2DConditionModel, tiny.TINY_UNET, jnp.bfloat16)
-    memory = ip_adapter.load(tmp_path / FILE, half, param_dtype=jnp.bfloat16)(features_of("face_id"))
+    memory = ip_adapter.load(tmp_path / FILE, half)(features_of("face_id"))
     joined = ip_adapter.join(memory, memory, jnp.float32(SCALE))
     assert {x.dtype for pairs in joined.values() for pair in pairs for x in pair} == {jnp.dtype(jnp.bfloat16)}
 

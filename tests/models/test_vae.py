@@ -1,6 +1,5 @@
 """The VAE against diffusers'."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -42,10 +41,8 @@ def test_encode_and_decode_are_diffusers(quant: bool) -> None:
 def test_scaling_is_undone() -> None:
     vae = random_model(AutoencoderKL, CONFIG | {"scaling_factor": 0.5}, 0)
     images = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)
-    mean, logvar = nnx.jit(lambda m, x: m.encode(x))(vae, images)
-    plain, noisy = nnx.jit(lambda m, x: (m.to_latents(x), m.to_latents(x, jnp.ones_like(mean))))(vae, images)
-    assert_close(plain, mean * 0.5, NETWORK)
-    assert_close(noisy, (mean + np.exp(0.5 * logvar)) * 0.5, NETWORK)
+    mean, _ = nnx.jit(lambda m, x: m.encode(x))(vae, images)
+    assert_close(nnx.jit(lambda m, x: m.to_latents(x))(vae, images), mean * 0.5, NETWORK)
     scaled, decoded = nnx.jit(lambda m, x: (m.to_images(x * 0.5), m.decode(x)))(vae, mean)
     assert_close(scaled, np.clip(decoded, -1, 1), NETWORK)
 

@@ -55,7 +55,9 @@ def length(folder: Path, command: str, settings: list[str]) -> float:
 def parameters(folder: Path) -> np.ndarray:
     config = policies.stage_config(folder / "run", "stage1")
     like = policies.of(policies.load(config, tiny.mesh()), config)
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(policies.finished(folder / "run", "stage1", like))])
+    return np.concatenate(
+        [np.ravel(x) for x in jax.tree.leaves(policies.finished(folder / "run", "stage1", like, config))]
+    )
 
 
 def main() -> None:

@@ -128,7 +128,7 @@ def compare(one: Path, two: Path) -> None:
             np.testing.assert_allclose(a[key], b[key], rtol=1e-5)
     config = policies.stage_config(one, "stage1")
     like = policies.of(policies.load(config, tiny.mesh()), config)
-    ends = [jax.tree.leaves(policies.finished(workdir, "stage1", like)) for workdir in (one, two)]
+    ends = [jax.tree.leaves(policies.finished(workdir, "stage1", like, config)) for workdir in (one, two)]
     apart = np.concatenate([np.abs(a - b).ravel() for a, b in zip(*ends, strict=True)])
     moved = np.concatenate([np.abs(a - b).ravel() for a, b in zip(ends[0], jax.tree.leaves(like), strict=True)])
     assert apart.max() <= 2.1 * RATE * STEPS and moved.max() > 0.5 * RATE

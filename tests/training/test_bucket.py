@@ -61,7 +61,7 @@ def test_a_run_keeps_its_checkpoints_there_and_goes_on_from_them(base: Path, tmp
     config = tiny.config(base, "stage2", start="stage1", steps=2, checkpoints=PLACE)
     train(config, tmp_path)
     like = policies.of(policies.load(config, tiny.mesh()), config)
-    easy, checkpoints = policies.finished(tmp_path, "stage1", like), Checkpoints(tmp_path / "stage2", PLACE)
+    easy, checkpoints = policies.finished(tmp_path, "stage1", like, config), Checkpoints(tmp_path / "stage2", PLACE)
     found = checkpoints.restore_reference(like, checkpoints.meta(2)["reference"])
     assert tree_hash(found) == tree_hash(easy) != tree_hash(like)
     with pytest.raises(

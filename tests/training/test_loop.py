@@ -135,11 +135,19 @@ def test_a_stage_starts_from_its_predecessors_policy_which_becomes_its_reference
     config = tiny.config(base, "stage2", start="stage1", steps=2)
     train(config, tmp_path)
     like = policies.of(policies.load(config, tiny.mesh()), config)
-    easy = policies.finished(tmp_path, "stage1", like)
+    easy = policies.finished(tmp_path, "stage1", like, config)
     checkpoints = Checkpoints(tmp_path / "stage2")
     found = checkpoints.restore_reference(like, checkpoints.meta(2)["reference"])
     assert tree_hash(found) == tree_hash(easy) != tree_hash(like)
-    assert tree_hash(policies.finished(tmp_path, "stage2", like)) != tree_hash(easy)
+    assert tree_hash(policies.finished(tmp_path, "stage2", like, config)) != tree_hash(easy)
+
+
+def test_a_policy_keeps_its_strength_where_lora_is_scaled_otherwise(finished: Path, base: Path) -> None:
+    same, twice = tiny.config(base), tiny.config(base, lora_alpha=4.0)
+    like = policies.of(policies.load(same, tiny.mesh()), same)
+    own, halved = (policies.finished(finished, "stage1", like, config) for config in (same, twice))
+    for (path, a), (_, b) in zip(jax.tree.leaves_with_path(own), jax.tree.leaves_with_path(halved), strict=True):
+        assert np.array_equal(b, a / 2 if "lora_B" in jax.tree_util.keystr(path) else a)
 
 
 def test_a_reference_with_another_hash_is_refused(finished: Path, base: Path, tmp_path: Path) -> None:
@@ -288,9 +296,9 @@ def test_steps_that_were_raised_and_lowered_again_leave_the_stage_finished(
     config = tiny.config(base, steps=6)
     like = policies.of(policies.load(config, tiny.mesh()), config)
     with pytest.raises(UserError, match="stage1 stands at step 6 of 9"):
-        policies.finished(tmp_path, "stage1", like)
+        policies.finished(tmp_path, "stage1", like, config)
     train(config, tmp_path)
-    policies.finished(tmp_path, "stage1", like)
+    policies.finished(tmp_path, "stage1", like, config)
 
 
 def test_a_base_may_move_but_not_change(finished: Path, base: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_it_goes_on_with_what_is_kept(
     assert written == [second] and file_hash(second) == expected
     assert np.load(first).shape == (RECORDS // 2, DRAWS, 2, *tiny.LATENT)
     like = policies.of(policies.load(config(base), tiny.mesh()), config(base))
-    ended = [tree_hash(policies.finished(workdir, "stage1", like)) for workdir in (finished, tmp_path)]
+    ended = [tree_hash(policies.finished(workdir, "stage1", like, config(base))) for workdir in (finished, tmp_path)]
     assert ended[0] == ended[1]
 
 

@@ -1,12 +1,11 @@
 """Hugging Face's imagefolder: metadata.jsonl or metadata.csv in the folder of the images, or in one for each split."""
 
-import csv
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hgdpo_jax.data.readers import table
 from hgdpo_jax.data.readers.example import CAPTIONS, SPLITS, Example, Examples, caption_of, split_of_folder
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import read_lines
@@ -20,25 +19,25 @@ def lists_in(folder: Path) -> list[Path]:
 
 
 def read(folder: Path) -> Examples:
-    """Raises UserError for a line without file_name and a caption."""
+    """Raises UserError for a line without file_name and a caption, or whose file lies elsewhere."""
     for path in lists_in(folder):
         for number, entry in _entries(path):
             file, caption = entry.get("file_name"), caption_of(entry)
             if not isinstance(file, str) or caption is None:
                 raise UserError(f"{path} line {number}: expects file_name and one of {', '.join(CAPTIONS)}")
             image = path.parent / file
+            if not image.is_relative_to(folder):
+                raise UserError(f"{path} line {number}: file_name {file} lies outside of {folder}")
             name = image.relative_to(folder).as_posix()
             split = SPLITS.get(str(entry.get("split", "")).lower())
             yield Example(name, image, caption, split or split_of_folder(name))
 
 
 def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    lines = read_lines(path)
     if path.suffix == ".csv":
-        rows = csv.DictReader(io.StringIO("\n".join(line for _, line in lines)))
-        yield from ((rows.line_num, row) for row in rows)
+        yield from table.rows(path)
         return
-    for number, line in lines:
+    for number, line in read_lines(path):
         try:
             entry = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:

@@ -3,8 +3,6 @@
 Each reader takes a place and gives examples with a loser.
 """
 
-import csv
-import io
 import json
 import logging
 from collections import Counter
@@ -14,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from hgdpo_jax.data.readers import parquet
+from hgdpo_jax.data.readers import parquet, table
 from hgdpo_jax.data.readers.example import Example, Examples, split_of_file
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.files import read_lines
@@ -59,33 +57,30 @@ def listed(path: Path) -> Examples:
 
 
 def hpd(path: Path) -> Examples:
-    """HPDv3: a list of {"prompt", "path1", "path2", "model1", "model2"}; the first was preferred."""
+    """HPDv3: a list of {"prompt", "path1", "path2"}; the first was preferred."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error})") from error
     if not isinstance(entries, list):
         raise UserError(f"{path}: expects a list of {{{', '.join(_HPD)}}}")
-    photographs = 0
     for number, entry in enumerate(entries, start=1):
         values = [entry.get(key) if isinstance(entry, dict) else None for key in _HPD]
         if not all(isinstance(value, str) for value in values):
             raise UserError(f"{path}: entry {number} has not {', '.join(_HPD)}")
-        photographs += entry.get("model1") == "real_images"
         prompt, winner, loser = values
         yield Example(winner, path.parent / winner, prompt, None, path.parent / loser)
-    logging.info("%s: %d of %d winners are photographs", path, photographs, len(entries))
 
 
 def real_align(path: Path) -> Examples:
     """RealAlign's CSV: prompt, real_image_path, fake_image_path; the photograph is preferred."""
-    rows = csv.DictReader(io.StringIO("\n".join(line for _, line in read_lines(path))))
-    if not set(_REAL_ALIGN) <= set(rows.fieldnames or ()):
-        raise UserError(f"{path}: has columns {', '.join(rows.fieldnames or ())}; expects {', '.join(_REAL_ALIGN)}")
-    for row in rows:
+    found = table.columns(path)
+    if not set(_REAL_ALIGN) <= set(found):
+        raise UserError(f"{path}: has columns {', '.join(found)}; expects {', '.join(_REAL_ALIGN)}")
+    for number, row in table.rows(path):
         prompt, real, fake = (row[key] for key in _REAL_ALIGN)
         if not (prompt and real and fake):
-            raise UserError(f"{path} line {rows.line_num}: expects {', '.join(_REAL_ALIGN)}")
+            raise UserError(f"{path} line {number}: expects {', '.join(_REAL_ALIGN)}")
         yield Example(real, path.parent / real, prompt, None, path.parent / fake)
 
 
