@@ -11,8 +11,8 @@ Hardware, memory of one device, time of training:
 
 sd15 and sdxl are planned (`hgdpo_jax.plan`), not run: 16 photographs of 1024x704 a step are 161 and 264 TFLOP; 20,000
 steps at 40 % of a device's bfloat16 peak. Memory is the UNet in float32 four times (13 and 38 GiB: the base, what is
-trained, AdamW), and gradients with what they keep of 16 photographs (11 and 9 GiB). Pictures for the log take 1.7 GiB each: on 40 GB
-add `--config.evaluate.batch=8`.
+trained, AdamW), and gradients with what they keep of 16 photographs (11 and 9 GiB). Pictures for the log take 1.7 GiB
+each: on 40 GB add `--config.evaluate.batch=8`.
 """
 
 from ml_collections import ConfigDict

@@ -16,8 +16,8 @@ Hardware, memory of one device in a step, time of training, time of pairs:
 
 sd15 and sdxl are planned (`hgdpo_jax.plan`), not run: 16 pairs of 1024x704 a step are 349 and 533 TFLOP; 300,000 steps
 at 40 % of a device's bfloat16 peak. Memory is the weights (2.2 and 6.8 GiB) and what the gradient keeps of a pair (1.0
-and 0.7 GiB with checkpointing=blocks, 3.4 and 6.7 with none). Pictures are decoded in float32, 1.7 GiB each: below 48 GB
-add `--config.pairs.batch=4 --config.evaluate.batch=4`.
+and 0.7 GiB with checkpointing=blocks, 3.4 and 6.7 with none). Pictures are decoded in float32, 1.7 GiB each: below
+48 GB add `--config.pairs.batch=4 --config.evaluate.batch=4`.
 """
 
 from ml_collections import ConfigDict
