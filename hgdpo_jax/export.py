@@ -77,6 +77,7 @@ def export(
     content = policies.find_base(workdir, config, base)
     pipeline = policies.load(config, runtime.local_mesh(), *(configs[name] for name in beside if name != stage))
     trained = {name: policies.finished(workdir, name, policies.of(pipeline, c), c) for name, c in configs.items()}
+    pairs = policies.made_from(workdir, stage)[policies.PAIRS]
     origin = {
         "stage": stage,
         "policies": {name: tree_hash(policy) for name, policy in trained.items()},
@@ -93,28 +94,29 @@ def export(
         raise UserError(f"{out}: holds something else; choose another --out")
     with files.owned(out), whole(out) as partial:
         partial.mkdir()
-        written = _write(pipeline, workdir, partial, stage, configs, trained, formats, origin)
+        written = _write(pipeline, partial, stage, configs, trained, formats, origin, pairs)
     print(f"{out}: {stage} as {', '.join(written)}")
 
 
 def _write(
     pipeline: pipelines.Pipeline,
-    workdir: Path,
     folder: Path,
     stage: str,
     configs: Mapping[str, ConfigDict],
     trained: Mapping[str, Any],
     formats: Sequence[str],
     origin: Mapping[str, Any],
+    pairs: str,
 ) -> list[str]:
     """Writes policies, model, recipe, card and origin into an empty folder; returns what it wrote.
 
     Args:
         pipeline: with the parameters of all stages in `configs`, float32.
-        workdir, stage, formats: see :func:`export`.
         folder: to write into.
+        stage, formats: see :func:`export`.
         configs, trained: of each stage that is written, the exported one last.
         origin: what hgdpo.json says.
+        pairs: hash of those that the stage learnt from.
     """
     config, text, written = configs[stage], policies.TEXT_ENCODER, []
     lora_files = {name: {"peft": PEFT_NORMAL_FILE} for name in trained} | {
@@ -152,7 +154,6 @@ def _write(
     if "ldm" in formats:
         write_checkpoint(pipeline, folder / CHECKPOINT_FILE, f"HG-DPO {stage}")
         written.append(CHECKPOINT_FILE)
-    pairs = policies.made_from(workdir, stage)[policies.PAIRS]
     card = model_card.text(pipeline, config, policy=origin["policies"][stage], pairs=pairs, files=written)
     (folder / "README.md").write_text(card)
     write_json(folder / "hgdpo.json", origin)
