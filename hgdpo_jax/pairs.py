@@ -86,11 +86,11 @@ def build(config: ConfigDict, workdir: Path) -> None:
     if earlier:
         earlier.require_from({name: inputs[provenance.content(name)] for name in ("model.base", "pairs.scorer")})
     with runtime.owned(folder):
-        finished = processes.first(lambda: shards.begin(folder, inputs))
         plan = runtime.in_turn(index, lambda: _plan(config, folder, photographs, earlier, index))
         if not plan:
             raise UserError(f"photographs {config.data.photographs}: none has a pair in {earlier.folder}, from where "
                             f"{loser} takes the losers; give those that it was built from")  # fmt: skip
+        finished = processes.first(lambda: shards.begin(folder, inputs))
         todo = processes.first(lambda: _todo(plan, finished, index if uses_pixels(config) else None))
         if finished and not todo:
             print(f"{folder}: already built")
