@@ -5,7 +5,6 @@ python -m hgdpo_jax.evaluate --config configs/stage3.py[:variant] --workdir W
 Every model draws the same prompts from the same seeds. What a model drew is kept in W/evaluation and not drawn again.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +56,8 @@ MODELS: dict[str, Model] = {
 KEPT = 20  # pictures of each model that stay, one of each person
 SHOWN_STAGES = policies.CURRICULUM | {"naive": policies.NAIVE, "given": policies.GIVEN}
 # Differences with intervals of their own: what the stages and the curriculum are to bring.
+_READ = 256  # photographs that are in memory at once
+
 DIFFERENCES = (("hard", "base"), ("normal", "easy"), ("hard", "easy"), ("hard", "naive"))
 
 
@@ -115,7 +116,8 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         name: [_as_drawn(configs[stage], stage, trained[stage], model) for stage in model.stages]
         for name, model in models.items()
     }
-    held, images = runtime.in_turn(index, lambda: _heldout(config, index))
+    held = runtime.in_turn(index, lambda: _heldout(config, index))
+    size = next(iter(configuration.resolutions(config).values()))
     judges, inputs = Judges(config.pairs.scorer, settings.scorer, mesh), _inputs(config, base, held, index)
     index.save()
     drawn = {}
@@ -124,7 +126,7 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         painter.use(*using)
         drawn[name] = _draw(config, painter, pipeline, judges, held, workdir / "evaluation" / f"{name}.npz", mark, name)
     seen = {name: model.seen for name, model in drawn.items()}
-    compared = compare(seen, _look(painter, pipeline, judges, held, images))
+    compared = compare(seen, _look(painter, pipeline, judges, held, size))
     results = {
         "models": {name: to_json(measures) for name, measures in compared.items()},
         "differences": {name: to_json(found) for name, found in differences(compared, DIFFERENCES).items()},
@@ -137,30 +139,35 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if encoder:
         identity, last = Identity(config.adapter.identity), [name for name in acting if models[name].recipe][-1]
         chosen = {name: acting[name] for name in ("base", _BEST if _BEST in acting else last)}
-        people = personalised.draw(pipeline, painter, encoder, identity, held, images, settings.concept_prompts, chosen)
+        people = personalised.draw(pipeline, painter, encoder, identity, held, size, settings.concept_prompts, chosen)
         results["personalised"] = personalised.measures(people)
     stages = {name: report.stage(workdir, s, painter) for name, s in SHOWN_STAGES.items() if s in trained}
     if processes.first_process():
         write_json(workdir / "results.json", results)
-        page = _page(results, drawn, stages, held, images, _persons(people, held, images, settings.concept_prompts))
+        first, images = load_images(held[: report.COLUMNS], size)
+        page = _page(results, drawn, stages, first, images, _persons(people, first, images, settings.concept_prompts))
         with whole(workdir / "report.html") as temporary:
             temporary.write_text(page)
     return results
 
 
-def _heldout(config: ConfigDict, index: Index) -> tuple[list[Photograph], np.ndarray]:
-    """The photographs that are held out, of the first resolution.
+def _heldout(config: ConfigDict, index: Index) -> list[Photograph]:
+    """The photographs that are held out and can be read. Their pixels would not fit in memory: each is read where it is
+    looked at.
 
     Raises:
         UserError: fewer than two can be read.
     """
     size = next(iter(configuration.resolutions(config).values()))
     (listed,) = list_examples(config, "heldout", index=index)
-    held, images = load_images([p for p in listed if not p.mirrored], size)
+    plain = [p for p in listed if not p.mirrored]
+    begins = range(0, len(plain), _READ)
+    bar = tqdm(begins, desc="photographs", unit="batch", leave=False, disable=len(begins) < 2)
+    held = [p for begin in bar for p in load_images(plain[begin : begin + _READ], size)[0]]
     if len(held) < 2:
         raise UserError(f"photographs {config.data.photographs}: of those held out {len(held)} can be read; evaluation "
                         "needs two")  # fmt: skip
-    return held, images
+    return held
 
 
 def _inputs(config: ConfigDict, base: str, held: Sequence[Photograph], index: Index) -> dict[str, Any]:
@@ -231,25 +238,19 @@ def _draw(
     return Drawn({key: value for key, value in found.items() if key != "mark"}, pictures)
 
 
-def _look(painter: Painter, pipeline: Pipeline, judges: Judges, held: Sequence[Photograph], images: np.ndarray) -> Seen:
-    """What the judges see in views of the held-out photographs, [n people, v, ...]. Views of a few people are in memory
-    at a time, whole batches of them."""
-    few = painter.batch // math.gcd(painter.batch, VIEWS)
-
-    def some(numbers: np.ndarray) -> Seen:
-        people = [held[number] for number in numbers]
-        of_each = views(people, images[numbers])
-        ids = np.repeat(pipeline.tokenize([p.caption for p in people]), of_each.shape[1], axis=0)
-        return painter.look(of_each.reshape(-1, *of_each.shape[2:]), {"input_ids": ids}, judges, "views")
+def _look(
+    painter: Painter, pipeline: Pipeline, judges: Judges, held: Sequence[Photograph], resolution: tuple[int, int]
+) -> Seen:
+    """What the judges see in views of the held-out photographs, [n people, v, ...]."""
 
     def look(numbers: np.ndarray) -> Seen:
-        begins = range(0, len(numbers), few)
-        bar = tqdm(begins, desc="photographs", unit="batch", leave=False, disable=not processes.first_process())
-        parts = [some(numbers[begin : begin + few]) for begin in bar]
-        seen = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        people, images = load_images([held[number] for number in numbers], resolution)
+        of_each = views(people, images)
+        ids = np.repeat(pipeline.tokenize([p.caption for p in people]), of_each.shape[1], axis=0)
+        seen = painter.look(of_each.reshape(-1, *of_each.shape[2:]), {"input_ids": ids}, judges, "views")
         return {key: value.reshape(len(numbers), -1, *value.shape[1:]) for key, value in seen.items()}
 
-    return processes.share(len(held), look)
+    return processes.share(len(held), look, painter.whole_batches(VIEWS), "photographs")
 
 
 def _persons(

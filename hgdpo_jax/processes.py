@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from jax._src import distributed  # the service's messages have no public name
 from jax.experimental import multihost_utils
+from tqdm.auto import tqdm
 
 from hgdpo_jax.errors import Stopped, UserError
 
@@ -130,20 +131,26 @@ def agree(what: dict[str, str]) -> None:
     together()
 
 
-def share(count: int, work: Callable[[np.ndarray], Any]) -> Any:
+def share(count: int, work: Callable[[np.ndarray], Any], few: int | None = None, name: str = "") -> Any:
     """Work on many things, each process on its part of them; all get all results.
 
     Args:
         count: of things.
         work: gets the numbers of some, [k], and returns a pytree of host arrays of k rows.
+        few: so many things of a process at most are worked on at once, where what they need would not fit in memory.
+        name: of the work, for the progress bar over the few.
     """
     processes = jax.process_count()
-    if processes == 1:
-        return work(np.arange(count))
     part = -(-count // processes)
     # The last processes may have less to do: they do the last thing again, since all must bring as many rows.
     mine = np.minimum(np.arange(part) + jax.process_index() * part, count - 1)
-    gathered = multihost_utils.process_allgather(work(mine))
+    begins = range(0, part, few or part)
+    bar = tqdm(begins, desc=name, unit="batch", leave=False, disable=len(begins) < 2 or not first_process())
+    parts = [work(mine[begin : begin + begins.step]) for begin in bar]
+    done = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+    if processes == 1:
+        return done
+    gathered = multihost_utils.process_allgather(done)
     return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:count], gathered)
 
 

@@ -5,6 +5,7 @@ image can be made again. Work is cut into batches of one fixed size, so that eac
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -162,6 +163,10 @@ class Painter:
                 place = "early text" if name == "text" else name
                 merged = nnx.merge_state(self._given[name], state)
                 self._weights = self._weights | {place: runtime.put(merged, self._shardings[name])}
+
+    def whole_batches(self, each: int) -> int:
+        """Of how many things, with so many images of each, the images fill whole batches: the fewest."""
+        return self.batch // math.gcd(self.batch, each)
 
     def traced(self, resolution: tuple[int, int]) -> tuple[jax.stages.Traced, jax.stages.Traced]:
         """The programs that draw and decode a batch of a resolution from noise; the pipeline may be one of shapes."""

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from hgdpo_jax.scoring.appearance import hue_angle
 from hgdpo_jax.scoring.bootstrap import Measure, Weights, mean, resamples
-from hgdpo_jax.scoring.distance import Fitted, fit, frechet_distance, kernel_distance
+from hgdpo_jax.scoring.distance import frechet_distances, kernel_distance
 
 # What :class:`hgdpo_jax.scoring.judges.Judges` saw of n people: name → array [n, k, ...], k pictures of each.
 Seen = Mapping[str, np.ndarray]
@@ -38,11 +38,18 @@ def compare(drawn: Mapping[str, Seen], photographs: Seen) -> dict[str, Measures]
         photographs: of the same n > 1 people, with another k.
     """
     weights, base = resamples(len(photographs["face_embedding"])), drawn["base"]
-    fitted = {name: fit(seen, weights) for name, seen in photographs.items() if name.endswith("embedding")}
-    return {name: _measures(seen, base, photographs, fitted, weights) for name, seen in drawn.items()}
+    frechet = {
+        kind: frechet_distances({name: seen[kind] for name, seen in drawn.items()}, photographs[kind], weights)
+        for kind in ("face_embedding", "embedding")
+        if kind in photographs
+    }
+    return {
+        name: _measures(seen, base, photographs, {kind: of[name] for kind, of in frechet.items()}, weights)
+        for name, seen in drawn.items()
+    }
 
 
-def _measures(seen: Seen, base: Seen, photographs: Seen, fitted: Mapping[str, Fitted], weights: Weights) -> Measures:
+def _measures(seen: Seen, base: Seen, photographs: Seen, frechet: Mapping[str, Measure], weights: Weights) -> Measures:
     # The kernel is made for entries of about 1; the face network's embeddings have a length of about 1.
     faces, real = (x["face_embedding"] * x["face_embedding"].shape[-1] ** 0.5 for x in (seen, photographs))
 
@@ -53,7 +60,7 @@ def _measures(seen: Seen, base: Seen, photographs: Seen, fitted: Mapping[str, Fi
         "faces_found": mean(seen["face_found"], weights),
         "face_score": mean(seen["face_score"], weights),
         "face_kernel_distance": kernel_distance(faces, real, weights),
-        "face_frechet_distance": frechet_distance(seen["face_embedding"], fitted["face_embedding"], weights),
+        "face_frechet_distance": frechet["face_embedding"],
         "sharpness": mean(seen["sharpness"], weights),
         "hue_distance": mean(hue_angle(seen["hue"], base["hue"]), weights),
     }
@@ -61,7 +68,7 @@ def _measures(seen: Seen, base: Seen, photographs: Seen, fitted: Mapping[str, Fi
         found["preference_score"] = mean(seen["score"], weights)
         found["win_rate"] = mean(wins("score"), weights)
         found["kernel_distance"] = kernel_distance(seen["embedding"], photographs["embedding"], weights)
-        found["frechet_distance"] = frechet_distance(seen["embedding"], fitted["embedding"], weights)
+        found["frechet_distance"] = frechet["embedding"]
     if "second_score" in seen:
         found["second_score"] = mean(seen["second_score"], weights)
         found["second_win_rate"] = mean(wins("second_score"), weights)

@@ -3,57 +3,52 @@
 The sets are of the same people: `n` people, `k` embeddings of each in one set and `v` in the other.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float
+from tqdm.auto import tqdm
 
+from hgdpo_jax.processes import first_process
 from hgdpo_jax.scoring.bootstrap import Measure, Weights
 
 Embeddings = Float[np.ndarray, "n k p"]
 
 
-class Fitted(NamedTuple):
-    """Set b of :func:`frechet_distance`, for each resample: what does not depend on the other set."""
-
-    centre: np.ndarray  # [p]
-    mean: Float[np.ndarray, "r p"]
-    covariance: Float[np.ndarray, "r p p"]
-    root: Float[np.ndarray, "r p p"]
-
-
-def fit(b: Embeddings, weights: Weights) -> Fitted:
-    """The normal distribution of a set, n · v ≥ 2."""
-    centre = np.asarray(b, np.float64).mean((0, 1))  # a squared mean loses less in what follows where it is small
-    mean, covariance = _moments(b - centre, weights)
-    return Fitted(centre, mean, covariance, _root(covariance))
-
-
-def frechet_distance(a: Embeddings, b: Fitted, weights: Weights) -> Measure:
-    """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) (Heusel et al. 2017) for each resample of the people, n · k ≥ 2.
+def frechet_distances(sets: Mapping[str, Embeddings], b: Embeddings, weights: Weights) -> dict[str, Measure]:
+    """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) (Heusel et al. 2017) of each set a for each resample of the people,
+    n · k ≥ 2 and n · v ≥ 2.
 
     With fewer embeddings than dimensions it is far too large, but of one number of them models can be compared.
     """
-    mean, covariance = _moments(a - b.centre, weights)
-    # The roots of the eigenvalues of Σ_a Σ_b, which are those of the symmetric Σ_b^½ Σ_a Σ_b^½.
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(b.root @ covariance @ b.root), 0.0)).sum(1)
-    traces = np.trace(covariance, axis1=1, axis2=2) + np.trace(b.covariance, axis1=1, axis2=2)
-    return Measure(np.square(mean - b.mean).sum(1) + traces - 2.0 * cross)
+    centre = np.asarray(b, np.float64).mean((0, 1))  # a squared mean loses less in what follows where it is small
+    b, sets = b - centre, {name: a - centre for name, a in sets.items()}
+    found: dict[str, list[float]] = {name: [] for name in sets}
+    resamples = tqdm(weights, desc="Fréchet distance", unit="resample", leave=False, disable=not first_process())
+    for people in resamples:  # one by one: those of all resamples would not fit in memory
+        mean, covariance = _moments(b, people)
+        root = _root(covariance)
+        for name, a in sets.items():
+            its_mean, its_covariance = _moments(a, people)
+            # The roots of the eigenvalues of Σ_a Σ_b, which are those of the symmetric Σ_b^½ Σ_a Σ_b^½.
+            cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ its_covariance @ root), 0.0)).sum()
+            traces = np.trace(its_covariance) + np.trace(covariance)
+            found[name].append(np.square(its_mean - mean).sum() + traces - 2.0 * cross)
+    return {name: Measure(np.array(values)) for name, values in found.items()}
 
 
-def _moments(x: Embeddings, weights: Weights) -> tuple[Float[np.ndarray, "r p"], Float[np.ndarray, "r p p"]]:
-    """Mean and unbiased covariance of each resample."""
-    count = weights.sum(1) * x.shape[1]
-    mean = weights @ x.sum(1) / count[:, None]
+def _moments(x: Embeddings, people: Float[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean, [p], and unbiased covariance, [p p], of a resample."""
+    count = people.sum() * x.shape[1]
+    mean = people @ x.sum(1) / count
     rows = x.reshape(-1, x.shape[2])
-    squares = np.stack([(rows * np.repeat(w, x.shape[1])[:, None]).T @ rows for w in weights])
-    covariance = squares / count[:, None, None] - mean[:, :, None] * mean[:, None, :]
-    return mean, covariance * (count / (count - 1))[:, None, None]
+    squares = (rows * np.repeat(people, x.shape[1])[:, None]).T @ rows
+    return mean, (squares / count - np.outer(mean, mean)) * (count / (count - 1))
 
 
-def _root(covariance: Float[np.ndarray, "r p p"]) -> Float[np.ndarray, "r p p"]:
+def _root(covariance: Float[np.ndarray, "p p"]) -> Float[np.ndarray, "p p"]:
     values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(np.maximum(values, 0.0))[:, None]) @ vectors.swapaxes(1, 2)
+    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
 def kernel_distance(a: Embeddings, b: Embeddings, weights: Weights) -> Measure:

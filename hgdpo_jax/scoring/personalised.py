@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 
 from hgdpo_jax import processes
 from hgdpo_jax.data.concepts import ConceptEncoder
-from hgdpo_jax.data.photographs import Photograph
+from hgdpo_jax.data.photographs import Photograph, load_images
 from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.scoring.identity import Identity
@@ -77,7 +77,7 @@ def draw(
     encoder: ConceptEncoder,
     identity: Identity,
     people: Sequence[Photograph],
-    images: Float[np.ndarray, "n H W 3"],
+    resolution: tuple[int, int],
     templates: Sequence[str],
     models: Mapping[str, Sequence[Any]],
 ) -> dict[str, Drawn]:
@@ -87,31 +87,35 @@ def draw(
         pipeline, painter: with an adapter.
         encoder: of what that adapter reads.
         identity: measures.
-        people, images: the concept photographs, square or of the size that is drawn.
+        people: their photographs, which can be read.
+        resolution: height and width that photographs are cut to and drawings have.
         templates: see :func:`prompts_of`.
         models: name → the policies that draw.
     """
-    k, resolution = len(templates), images.shape[1:3]
-    ids = pipeline.tokenize([prompt for person in people for prompt in prompts_of(person, templates)])
-    concept = np.repeat(encoder(images).features, k, axis=0)
-    keys = painter.keys("personalised", [p.id for p in people for _ in range(k)], [i for _ in people for i in range(k)])
-    own = np.repeat(identity.embed(images).embedding, k, axis=0)
-    other = np.roll(own, k, axis=0)
-    drawn = {}
+    k, few = len(templates), painter.whole_batches(len(templates))
+
+    def photographs(numbers: np.ndarray) -> np.ndarray:
+        return load_images([people[number] for number in numbers], resolution)[1]
+
+    own = processes.share(len(people), lambda some: identity.embed(photographs(some)).embedding, few, "photographs")
+    other, drawn = np.roll(own, 1, axis=0), {}
     for name, policies in models.items():
         painter.use(*policies)
 
         shown: list[np.ndarray] = []
 
         def draw_some(numbers: np.ndarray, name: str = name, shown: list = shown) -> tuple[np.ndarray, ...]:
-            rows, shape = (numbers[:, None] * k + np.arange(k)).ravel(), (len(numbers), k)
-            latents = painter.generate(ids[rows], keys[rows], resolution, f"draw people, {name}", concept[rows])
+            some, shape = [people[number] for number in numbers], (len(numbers), k)
+            ids = pipeline.tokenize([prompt for person in some for prompt in prompts_of(person, templates)])
+            keys = painter.keys("personalised", [p.id for p in some for _ in range(k)], [*range(k)] * len(some))
+            concept = np.repeat(encoder(photographs(numbers)).features, k, axis=0)
+            latents = painter.generate(ids, keys, resolution, f"draw people, {name}", concept)
             pictures = painter.decode(latents, "decode")
             embedding, found, _ = identity.embed(pictures)
-            own_distance, to_other = (identity.distance(embedding, of[rows]) for of in (own, other))
-            shown.append(pictures)
-            return own_distance.reshape(shape), to_other.reshape(shape), found.reshape(shape)
+            distances = [identity.distance(embedding, np.repeat(of[numbers], k, axis=0)) for of in (own, other)]
+            shown.extend(pictures[: SHOWN * k - len(shown)])
+            return distances[0].reshape(shape), distances[1].reshape(shape), found.reshape(shape)
 
-        measured = processes.share(len(people), draw_some)
-        drawn[name] = Drawn(*measured, shown[0][: SHOWN * k])
+        measured = processes.share(len(people), draw_some, few, f"people, {name}")
+        drawn[name] = Drawn(*measured, np.stack(shown))
     return drawn

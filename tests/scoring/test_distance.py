@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 
 from hgdpo_jax.scoring.bootstrap import resamples
-from hgdpo_jax.scoring.distance import fit, frechet_distance, kernel_distance
+from hgdpo_jax.scoring.distance import frechet_distances, kernel_distance
 
 RNG = np.random.default_rng(0)
 # 60 people, five of one set and three of the other for each.
@@ -20,19 +20,18 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_frechet_equals_the_formula_with_a_matrix_root() -> None:
-    expected = frechet(A.reshape(-1, 6), B.reshape(-1, 6))
-    assert frechet_distance(A, fit(B, ONCE), ONCE).value == pytest.approx(expected, rel=1e-9)
-    nothing = frechet_distance(A, fit(A, ONCE), ONCE).value
-    assert nothing == pytest.approx(0.0, abs=1e-6)  # a root of what is 0 but for rounding
+    found = frechet_distances({"a": A, "b": B}, B, ONCE)
+    assert found["a"].value == pytest.approx(frechet(A.reshape(-1, 6), B.reshape(-1, 6)), rel=1e-9)
+    assert found["b"].value == pytest.approx(0.0, abs=1e-6)  # a root of what is 0 but for rounding
 
 
 def test_frechet_of_two_shifted_sets_is_the_squared_shift() -> None:
-    assert frechet_distance(A, fit(A + np.array([3, 0, 0, 4, 0, 0]), ONCE), ONCE).value == pytest.approx(25.0)
+    assert frechet_distances({"a": A}, A + np.array([3, 0, 0, 4, 0, 0]), ONCE)["a"].value == pytest.approx(25.0)
 
 
 def test_frechet_of_a_resample_is_that_of_its_people() -> None:
     weights = resamples(60)[:4]
-    found = frechet_distance(A, fit(B, weights), weights).values
+    found = frechet_distances({"a": A}, B, weights)["a"].values
     for value, counts in zip(found, weights.astype(int), strict=True):
         a, b = (np.repeat(x, counts, axis=0).reshape(-1, 6) for x in (A, B))
         assert value == pytest.approx(frechet(a, b), rel=1e-9)
