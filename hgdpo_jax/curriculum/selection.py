@@ -122,7 +122,7 @@ def begin_records(
         concepts: reads the photograph as a concept image, where an adapter is to be trained.
 
     Raises:
-        UserError: a score is not finite; the prompt is named.
+        UserError: a score is not finite, or a photograph's caption is another than in `earlier`; it is named.
     """
     settings = config.pairs
     if not photographs:
@@ -155,6 +155,15 @@ def begin_records(
         return lambda: records
 
     assert scorer is not None
+    drawn_before = [earlier[name] for name in names] if settings.loser != "pool" else []
+    for photograph, record in zip(photographs, drawn_before, strict=bool(drawn_before)):
+        before = record["caption"]
+        if before != photograph.caption:
+            raise UserError(
+                f"photograph {photograph.id}: its caption was {before!r} when the pairs of "
+                f"{settings.loser.partition('/')[0]} were made, and is {photograph.caption!r}; give that, or make "
+                "those in another --workdir"
+            )
     pooled = None
     if "pool" in (settings.winner, settings.loser):
         pooled = pool(painter, scorer, names, ids, settings.pool_size, resolution)
@@ -175,8 +184,8 @@ def begin_records(
             loser_latents, loser_scores, _ = jax.device_get(drawn_loser)
         else:
             role = "loser" if settings.loser.endswith("/loser") else "winner"
-            loser_latents = np.stack([earlier[name][role] for name in names])
-            loser_scores = np.array([earlier[name][f"{role}_score"] for name in names])
+            loser_latents = np.stack([record[role] for record in drawn_before])
+            loser_scores = np.array([record[f"{role}_score"] for record in drawn_before])
         records = []
         for i, record in enumerate(common):
             if settings.keep_if_winner_scores_higher and won.scores[i] < loser_scores[i]:

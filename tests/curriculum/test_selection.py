@@ -1,6 +1,7 @@
 """The three stages' pairs, built by the command on a tiny base and real photographs."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -332,3 +333,20 @@ def test_of_many_captions_the_tokens_of_some_are_counted(
         "1 of 4 captions (240 in all) have more than 77 tokens, the first of which are used; that of 180.png has 82",
         "2 of 3 captions (3 in all) have more than 77 tokens, the first of which are used; that of 77.png has 79",
     ]
+
+
+def test_a_loser_of_another_caption_is_refused(workdir: Path, make: Make, inputs: Path, tmp_path: Path) -> None:
+    shutil.copytree(workdir / "stage1", tmp_path / "run" / "stage1")
+    shutil.copytree(inputs / "photographs", tmp_path / "photographs")
+    listed = tmp_path / "photographs" / "captions.jsonl"
+    first, *others = map(json.loads, listed.read_text().splitlines())
+    lines = [first | {"caption": "somebody else"}, *others]
+    listed.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = make("stage2", winner="sdrecon", loser="stage1")
+    config.data.photographs = str(tmp_path / "photographs")
+    old = re.escape(first["caption"])
+    with pytest.raises(
+        UserError, match=rf"its caption was '{old}' when the pairs of stage1 were made, and is 'somebody"
+    ):
+        pairs.build(config, tmp_path / "run")
+    assert not list((tmp_path / "run" / "stage2" / "pairs").glob("pairs-*"))
