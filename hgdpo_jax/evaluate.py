@@ -55,9 +55,9 @@ MODELS: dict[str, Model] = {
 }
 KEPT = 20  # pictures of each model that stay, one of each person
 SHOWN_STAGES = policies.CURRICULUM | {"naive": policies.NAIVE, "given": policies.GIVEN}
-# Differences with intervals of their own: what the stages and the curriculum are to bring.
 _READ = 256  # photographs that are in memory at once
 
+# Differences with intervals of their own: what the stages and the curriculum are to bring.
 DIFFERENCES = (("hard", "base"), ("normal", "easy"), ("hard", "easy"), ("hard", "naive"))
 
 

@@ -87,6 +87,8 @@ def build(config: ConfigDict, workdir: Path) -> None:
         earlier.require_from({name: inputs[provenance.content(name)] for name in ("model.base", "pairs.scorer")})
     with runtime.owned(folder):
         plan = runtime.in_turn(index, lambda: _plan(config, folder, photographs, earlier, index))
+        if earlier and not earlier.is_from({"captions.jsonl": inputs[provenance.content("captions.jsonl")]}):
+            processes.first(lambda: _require_captions(plan, earlier))
         if not plan:
             raise UserError(f"photographs {config.data.photographs}: none has a pair in {earlier.folder}, from where "
                             f"{loser} takes the losers; give those that it was built from")  # fmt: skip
@@ -143,6 +145,19 @@ def _plan(
                 path = shards.shard_path(folder, f"{role}_{name}", i, count)
                 plan.append(Part(path, role, name, bucket[i * size : (i + 1) * size]))
     return plan
+
+
+def _require_captions(plan: Sequence[Part], earlier: shards.Pairs) -> None:
+    """Raises UserError where a photograph's caption is another than its loser was drawn for; reads all records."""
+    records = {role: earlier.by_id(role) for role in {part.role for part in plan}}
+    listed = [(records[part.role], photograph) for part in plan for photograph in part.photographs]
+    for kept, photograph in tqdm(listed, desc="captions", unit="record", leave=False):
+        before = kept[photograph.id]["caption"]
+        if before != photograph.caption:
+            raise UserError(
+                f"photograph {photograph.id}: its caption was {before!r} when {earlier.folder} was made, and is "
+                f"{photograph.caption!r}; give that, or make those pairs in another --workdir"
+            )
 
 
 def _todo(plan: Sequence[Part], finished: bool, index: Index | None) -> list[int]:

@@ -160,6 +160,7 @@ class _Watch(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="hgdpo processes", daemon=True)
         self.left = False
+        self.end: dict[str, Any] = {}  # what all were told to end with
 
     def run(self) -> None:
         client, index, count = distributed.global_state.client, jax.process_index(), jax.process_count()
@@ -171,8 +172,9 @@ class _Watch(threading.Thread):
                 client.key_value_set(f"hgdpo/beat/{index}", str(beat), allow_overwrite=True)
                 end = _message("hgdpo/end")
                 if end is not None:
+                    self.end = json.loads(end)
                     client.key_value_set(f"hgdpo/ended/{index}", "")
-                    _exit(**json.loads(end))
+                    _exit(**self.end)
                 stop = _message("hgdpo/stop")
                 if stop is not None:
                     stopping.ask(signal.Signals(int(stop)))
@@ -305,7 +307,8 @@ def end_all(line: str, code: int) -> NoReturn:
             client.key_value_set("hgdpo/end", json.dumps({"line": line, "code": code}))
         if first_process():  # its service has to outlive what the others read in it
             with suppress(RuntimeError):
-                _of_all("hgdpo/ended", jax.process_count() - 1, 5.0)
+                _of_all("hgdpo/ended", jax.process_count() - 1, 15.0)
+            time.sleep(_BEAT)
     _exit(line, code)
 
 
@@ -338,6 +341,8 @@ def _aborted(_: int) -> None:
     if _watch.ident is None:  # they have not met yet
         os.write(2, f"\nerror: {_not_all()}\n".encode())
         os._exit(1)
+    if _watch.end:  # process 0 went before this one had said it
+        _exit(**_watch.end)
     os.write(2, b"\nerror: JAX has ended this process, as it says above; most likely process 0, which the others meet "
                 b"at, is gone. The same command goes on from what is finished\n")  # fmt: skip
     os._exit(GOES_ON)

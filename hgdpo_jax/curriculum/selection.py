@@ -122,7 +122,7 @@ def begin_records(
         concepts: reads the photograph as a concept image, where an adapter is to be trained.
 
     Raises:
-        UserError: a score is not finite, or a photograph's caption is another than in `earlier`; it is named.
+        UserError: a score is not finite; the prompt is named.
     """
     settings = config.pairs
     if not photographs:
@@ -156,14 +156,6 @@ def begin_records(
 
     assert scorer is not None
     drawn_before = [earlier[name] for name in names] if settings.loser != "pool" else []
-    for photograph, record in zip(photographs, drawn_before, strict=bool(drawn_before)):
-        before = record["caption"]
-        if before != photograph.caption:
-            raise UserError(
-                f"photograph {photograph.id}: its caption was {before!r} when the pairs of "
-                f"{settings.loser.partition('/')[0]} were made, and is {photograph.caption!r}; give that, or make "
-                "those in another --workdir"
-            )
     pooled = None
     if "pool" in (settings.winner, settings.loser):
         pooled = pool(painter, scorer, names, ids, settings.pool_size, resolution)

@@ -296,6 +296,10 @@ class Pairs:
         known = {name: wanted[name] for name in stated}
         require_same(stated, known, f"pairs {self.folder}", "use that, or another --workdir")
 
+    def is_from(self, inputs: Mapping[str, str]) -> bool:
+        """Whether they were made from just these inputs: name → hash of the content."""
+        return all(self.manifest["made_from"].get(content(name)) == value for name, value in inputs.items())
+
     def by_id(self, role: str) -> "RecordsById":
         """The records of all resolutions by their photograph's id, read when asked for."""
         splits = [split for name, split in self.manifest["splits"].items() if name.startswith(f"{role}_")]

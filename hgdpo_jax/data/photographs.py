@@ -63,7 +63,9 @@ def list_examples(config: ConfigDict, *splits: str, index: Index) -> list[list[P
     found = [[photograph for photograph in every if photograph.split == split] for split in splits]
     for split, photographs in zip(splits, found, strict=True):
         if not photographs:
-            raise UserError(f"photographs {place}: none of the {len(every)} is of split {split}; mark some as {split}")
+            other = ", or set data.split" if split == "base" else ""
+            raise UserError(f"photographs {place}: none of the {len(every)} is of split {split}; mark some as {split}"
+                            f"{other}")  # fmt: skip
     return found
 
 
@@ -93,7 +95,7 @@ def list_photographs(
         place: a folder, a file, or tfds:NAME.
         splits: some of SPLITS.
         mirror: whether mirror images are examples too.
-        heldout: share that is held out where nothing is marked, at least eight (but no more than half).
+        heldout: share that is held out where nothing is marked as that, at least eight (but no more than half).
         index: spares reading photographs whose content it knows.
 
     Raises:
@@ -118,14 +120,15 @@ def _of_splits(
     read: Examples, place: str | Path, splits: Sequence[str], mirror: bool, heldout: float, index: Index | None
 ) -> list[Photograph]:
     examples = list(read)
-    if any(example.split for example in examples):
-        split = {example.name: example.split or "train" for example in examples}
-    else:
-        split = _by_content(examples, heldout, index or Index())
+    split = {example.name: example.split or "train" for example in examples}
+    # Files of many datasets are named train-…, whose others are not there, or never were.
+    marked = any(example.split == "heldout" for example in examples)
+    if not marked:
+        split |= _by_content([e for e in examples if e.split in (None, "train")], heldout, index or Index())
     found, seen = [], Counter()
     for example in examples:
         seen[example.name] += 1
-        of = example.split or split[example.name]
+        of = (marked and example.split) or split[example.name]
         if of not in splits:
             continue
         name = example.name if seen[example.name] == 1 else f"{example.name}#{seen[example.name]}"

@@ -3,14 +3,19 @@
 The sets are of the same people: `n` people, `k` embeddings of each in one set and `v` in the other.
 """
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Float
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from hgdpo_jax.processes import first_process
 from hgdpo_jax.scoring.bootstrap import Measure, Weights
+
+_THREADS = min(8, os.cpu_count() or 1)
 
 Embeddings = Float[np.ndarray, "n k p"]
 
@@ -23,18 +28,24 @@ def frechet_distances(sets: Mapping[str, Embeddings], b: Embeddings, weights: We
     """
     centre = np.asarray(b, np.float64).mean((0, 1))  # a squared mean loses less in what follows where it is small
     b, sets = b - centre, {name: a - centre for name, a in sets.items()}
-    found: dict[str, list[float]] = {name: [] for name in sets}
-    resamples = tqdm(weights, desc="Fréchet distance", unit="resample", leave=False, disable=not first_process())
-    for people in resamples:  # one by one: those of all resamples would not fit in memory
+
+    def of_resample(people: Float[np.ndarray, "n"]) -> list[float]:
         mean, covariance = _moments(b, people)
-        root = _root(covariance)
-        for name, a in sets.items():
+        root, found = _root(covariance), []
+        for a in sets.values():
             its_mean, its_covariance = _moments(a, people)
             # The roots of the eigenvalues of Σ_a Σ_b, which are those of the symmetric Σ_b^½ Σ_a Σ_b^½.
             cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ its_covariance @ root), 0.0)).sum()
             traces = np.trace(its_covariance) + np.trace(covariance)
-            found[name].append(np.square(its_mean - mean).sum() + traces - 2.0 * cross)
-    return {name: Measure(np.array(values)) for name, values in found.items()}
+            found.append(np.square(its_mean - mean).sum() + traces - 2.0 * cross)
+        return found
+
+    # A few at a time: those of all would not fit in memory. Threads within a product of this size wait for each other.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(_THREADS) as threads:
+        of_each = threads.map(of_resample, weights)
+        bar = {"desc": "Fréchet distance", "unit": "resample", "leave": False, "disable": not first_process()}
+        values = np.array(list(tqdm(of_each, total=len(weights), **bar)))
+    return dict(zip(sets, map(Measure, values.T), strict=True))
 
 
 def _moments(x: Embeddings, people: Float[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray]:

@@ -346,7 +346,8 @@ def test_a_loser_of_another_caption_is_refused(workdir: Path, make: Make, inputs
     config.data.photographs = str(tmp_path / "photographs")
     old = re.escape(first["caption"])
     with pytest.raises(
-        UserError, match=rf"its caption was '{old}' when the pairs of stage1 were made, and is 'somebody"
+        UserError, match=rf"its caption was '{old}' when .*stage1/pairs was made, and is 'somebody else"
     ):
         pairs.build(config, tmp_path / "run")
-    assert not list((tmp_path / "run" / "stage2" / "pairs").glob("pairs-*"))
+    config.data.photographs = str(inputs / "photographs")
+    pairs.build(config, tmp_path / "run")  # nothing was made of the others
