@@ -129,7 +129,7 @@ SETTINGS = (
     Setting("data.photographs", "", _ANY, "photographs with captions, in one of the forms of docs/files.md"),
     Setting("data.pairs", "", _ANY, "preference pairs that are given, in one of the forms of docs/files.md"),
     Setting("data.heldout", 0.02, Range(0, 1, open_high=True),
-            "share of them that is held out where none is marked, at least eight"),
+            "share of them that is held out where none is marked as that, at least eight"),
     Setting("data.split", "train", OneOf(("base", "train")), "which of them to learn from"),
     Setting("data.resolutions", ("512x512",), _RESOLUTION,
             "height x width; a photograph goes to the one nearest to it in shape; pictures in log and report have the "

@@ -173,8 +173,7 @@ class _Watch(threading.Thread):
                 end = _message("hgdpo/end")
                 if end is not None:
                     self.end = json.loads(end)
-                    client.key_value_set(f"hgdpo/ended/{index}", "")
-                    _exit(**self.end)
+                    _exit_last(**self.end)
                 stop = _message("hgdpo/stop")
                 if stop is not None:
                     stopping.ask(signal.Signals(int(stop)))
@@ -305,10 +304,18 @@ def end_all(line: str, code: int) -> NoReturn:
     if not alone():
         with suppress(RuntimeError):  # another said it before, or the service is gone
             client.key_value_set("hgdpo/end", json.dumps({"line": line, "code": code}))
-        if first_process():  # its service has to outlive what the others read in it
-            with suppress(RuntimeError):
-                _of_all("hgdpo/ended", jax.process_count() - 1, 15.0)
+        _exit_last(line, code)
+    _exit(line, code)
+
+
+def _exit_last(line: str, code: int) -> NoReturn:
+    """As :func:`_exit`, process 0 after the others: its service has to outlive what they read in it."""
+    with suppress(RuntimeError):  # another thread of this process was faster, or the service is gone
+        if first_process():
+            _of_all("hgdpo/ended", jax.process_count() - 1, 15.0)
             time.sleep(_BEAT)
+        else:
+            distributed.global_state.client.key_value_set(f"hgdpo/ended/{jax.process_index()}", "")
     _exit(line, code)
 
 

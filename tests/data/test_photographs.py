@@ -127,3 +127,15 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, mes
     with pytest.raises(UserError, match=message) as error:
         list_photographs(tmp_path, "train")
     assert str(tmp_path / "captions.jsonl") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_of_photographs_that_are_all_marked_train_some_are_held_out(tmp_path: Path) -> None:
+    """As in a dataset whose only file is called train-00000-of-00001."""
+    folder = tiny.write_photographs(tmp_path / "photographs", train=6, heldout=0)
+    assert {p.split for p in list_photographs(folder, "train", "heldout", heldout=0.0)} == {"train"}
+    found = list_photographs(folder, "train", "heldout", heldout=0.5)
+    assert [p.split for p in found].count("heldout") == 3
+    lines = (folder / "captions.jsonl").read_text().splitlines()
+    (folder / "captions.jsonl").write_text("\n".join([*lines[:-1], lines[-1].replace('"train"', '"heldout"')]) + "\n")
+    found = list_photographs(folder, "train", "heldout", heldout=0.5)
+    assert [p.split for p in found] == ["train"] * 5 + ["heldout"]

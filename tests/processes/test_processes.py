@@ -228,3 +228,29 @@ def test_who_comes_names_that_not_all_do(index: str) -> None:
         f"error: process {index} on .*: not all 2 processes came to localhost:{port} within 3 s; those that do not say"
     )
     assert re.match(line, ended.stderr.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("mistaken", [0, 1])
+def test_a_mistake_at_one_ends_another_that_is_busy_with_the_same_line(mistaken: int, tmp_path: Path) -> None:
+    """What it does in Python keeps it from hearing of it at once; process 0's service has to wait for that."""
+    program = f"""
+import time, jax
+from hgdpo_jax import processes
+processes.start()
+if jax.process_index() == {mistaken}:
+    time.sleep(1)
+    processes.end_all("error: a mistake", 1)
+while True:
+    jax.make_jaxpr(lambda x: sum(x + i for i in range(3000)))(0)
+"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {"HGDPO_DISTRIBUTED": "1", "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    started = []
+    for index in "01":
+        env = os.environ | environment | {"JAX_PROCESS_ID": index, "PYTHONPATH": os.getcwd()}
+        started.append(subprocess.Popen([sys.executable, "-c", program], env=env, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate(timeout=100)[1] for process in started]
+    assert [process.returncode for process in started] == [1, 1]
+    assert [error.strip().splitlines()[-1] for error in errors] == ["error: a mistake"] * 2
