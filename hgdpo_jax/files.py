@@ -114,7 +114,7 @@ def need_space(folder: Path, size: float, what: str) -> None:
         return
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise UserError(f"{folder}: {free / 1e6:,.1f} MB free, {what} needs {size / 1e6:,.1f}; free some disk space")
+        raise UserError(f"{folder}: {free / 1e3:,.0f} kB free, {what} needs {size / 1e3:,.0f}; free some disk space")
 
 
 def folder(text: str) -> Path:
