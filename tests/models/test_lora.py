@@ -128,11 +128,3 @@ def test_the_products_of_a_tpu_give_the_same(bias: bool, lora: bool, monkeypatch
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found["cpu"]))
     for one, other in zip(*map(jax.tree.leaves, found.values()), strict=True):
         assert_close(one, other, GRADIENT, largest)  # the gradient of the keys' bias is nothing but rounding
-
-
-def test_the_gradients_of_a_product_come_together() -> None:
-    """A compiler that may put off that of the weight keeps x and the gradient, both large, until then."""
-    x, weight = jnp.ones((6, 4)), jnp.ones((4, 2))
-    gradients = jax.make_jaxpr(jax.grad(lambda x, w: product(x, w).sum(), (0, 1)))(x, weight)
-    (barrier,) = (e for e in gradients.eqns if e.primitive.name == "optimization_barrier")
-    assert set(gradients.jaxpr.outvars) == set(barrier.outvars)
