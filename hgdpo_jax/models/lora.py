@@ -54,14 +54,9 @@ def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, weight = kept
-    tokens, outputs = tuple(range(1, x.ndim - 1)), tuple(range(1 - weight.ndim, 0))
+    tokens, outputs = tuple(range(x.ndim - 1)), tuple(range(1 - weight.ndim, 0))
     of_x = jnp.tensordot(gradient, weight.astype(x.dtype), (outputs, outputs))
-    rows = ((0,), (0,))
-    of_rows = jax.lax.dot_general(x, gradient, ((tokens, tokens), rows), preferred_element_type=weight.dtype)
-    # Both or neither: compilers else put off the small product until the sum over devices, which comes last, and keep
-    # both of its large factors. Behind the barrier that sum is not waited for.
-    of_x, of_rows = jax.lax.optimization_barrier((of_x, of_rows))
-    return of_x, of_rows.sum(0)
+    return of_x, jnp.tensordot(x, gradient, (tokens, tokens), preferred_element_type=weight.dtype)
 
 
 product.defvjp(_forward, _backward)
