@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +55,23 @@ def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, weight = kept
-    tokens, outputs = tuple(range(x.ndim - 1)), tuple(range(1 - weight.ndim, 0))
+    tokens, outputs = tuple(range(1, x.ndim - 1)), tuple(range(1 - weight.ndim, 0))
+    by_rows = partial(
+        jax.lax.dot_general,
+        dimension_numbers=((tokens, tokens), ((0,), (0,))),
+        preferred_element_type=weight.dtype,
+    )
+
+    def wide(*inputs: Array) -> Array:
+        return by_rows(*(x.astype(weight.dtype) for x in inputs))
+
     of_x = jnp.tensordot(gradient, weight.astype(x.dtype), (outputs, outputs))
-    return of_x, jnp.tensordot(x, gradient, (tokens, tokens), preferred_element_type=weight.dtype)
+    # A processor has no such products of bfloat16 with float32 sums.
+    of_rows = jax.lax.platform_dependent(x, gradient, cpu=wide, default=by_rows)
+    # Both or neither: compilers else put off the small product until the sum over devices, which comes last, and keep
+    # both of its large factors. Behind the barrier that sum is not waited for.
+    of_x, of_rows = jax.lax.optimization_barrier((of_x, of_rows))
+    return of_x, of_rows.sum(0)
 
 
 product.defvjp(_forward, _backward)

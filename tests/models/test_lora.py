@@ -1,5 +1,7 @@
 """LoRA changes nothing when fresh, and the same in diffusers when not."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,3 +130,14 @@ def test_the_products_of_a_tpu_give_the_same(bias: bool, lora: bool, monkeypatch
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found["cpu"]))
     for one, other in zip(*map(jax.tree.leaves, found.values()), strict=True):
         assert_close(one, other, GRADIENT, largest)  # the gradient of the keys' bias is nothing but rounding
+
+
+def test_the_gradients_of_a_product_come_together_before_the_sum_over_devices() -> None:
+    """A compiler that may put off that of the weight keeps x and the gradient, both large; a way back that waits for
+    each layer's sum over devices is slow."""
+    mesh, gradients = tiny.mesh(8, 1, 1), jax.jit(jax.grad(lambda x, w: product(x, w).sum(), (0, 1)))
+    x, weight = runtime.put(jnp.ones((8, 6, 4)), runtime.batch_sharding(mesh)), jnp.ones((4, 2))
+    lowered = gradients.lower(x, runtime.put(weight, runtime.replicated(mesh)))
+    (barrier,) = (line for line in lowered.as_text().splitlines() if "optimization_barrier" in line)
+    assert re.findall("tensor<(.*?)xf32>", barrier) == ["8x6x4", "8x4x2"]  # rows apart, as devices have them
+    assert lowered.compile().as_text().count(" all-reduce(") == 1
