@@ -11,12 +11,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hgdpo_jax import command, runtime
 from hgdpo_jax import config as configuration
 from hgdpo_jax.diffusion.source import Source
 from hgdpo_jax.planning import devices, figures, program, table
+from hgdpo_jax.planning.apart import apart
 from hgdpo_jax.planning.devices import Topology
 from hgdpo_jax.planning.figures import Largest, Plan
 
@@ -47,17 +49,16 @@ def _share(text: str) -> float:
     return float(text)
 
 
-def of_step(config: ConfigDict, source: Source, topology: Topology) -> Plan:
-    """The plan of a config's optimizer step."""
-    mesh = runtime.make_mesh(config.mesh, topology.devices)
-    made = program.step(config, source, mesh)
-    return figures.plan(made, topology, mesh, config.model.dtype, config.train.batch)
+def of_step(spec: str, overrides: Sequence[str], name: str) -> Plan:
+    """The plan of a config's optimizer step on a topology."""
+    config, source, topology, mesh = _about(spec, overrides, name)
+    return figures.plan(program.step(config, source, mesh), topology, mesh, config.model.dtype, config.train.batch)
 
 
-def of_drawing(config: ConfigDict, source: Source, topology: Topology) -> tuple[Plan, Plan]:
+def of_drawing(spec: str, overrides: Sequence[str], name: str) -> tuple[Plan, Plan]:
     """The plans of drawing a batch of the pool's images, and of decoding it."""
-    mesh, steps = runtime.make_mesh(config.mesh, topology.devices), config.pairs.steps
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    config, source, topology, mesh = _about(spec, overrides, name)
+    ways, steps = mesh.shape["data"] * mesh.shape["fsdp"], config.pairs.steps
     examples = -(-config.pairs.batch // ways) * ways
     draw, decode = program.drawing(config, source, mesh)
     vae = "float32" if config.model.dtype == "float32" else "tf32"  # see runtime.use_precision
@@ -67,7 +68,7 @@ def of_drawing(config: ConfigDict, source: Source, topology: Topology) -> tuple[
     )
 
 
-def largest(spec: str, overrides: Sequence[str], source: Source, topology: Topology, kept: str) -> Largest:
+def largest(spec: str, overrides: Sequence[str], topology: Topology, kept: str) -> Largest:
     """The largest batch with one way of checkpointing."""
     config = configuration.load(spec, overrides)
     mesh = runtime.make_mesh(config.mesh, topology.devices)
@@ -75,10 +76,23 @@ def largest(spec: str, overrides: Sequence[str], source: Source, topology: Topol
 
     def at(count: int) -> Plan:
         changed = [*overrides, f"train.batch={count * ways}", f"train.checkpointing={kept}"]
-        return of_step(configuration.load(spec, changed), source, topology)
+        return apart(of_step, spec, changed, topology.name)
 
     count, plan = figures.largest(at)
     return Largest(kept, count * config.train.accumulate, count * ways, plan)
+
+
+def _about(spec: str, overrides: Sequence[str], name: str) -> tuple[ConfigDict, Source, Topology, Mesh]:
+    devices.prepare([name])
+    config = configuration.load(spec, overrides)
+    runtime.use_precision(config.model.dtype)
+    topology = devices.describe(name)
+    return config, _source(spec, config), topology, runtime.make_mesh(config.mesh, topology.devices)
+
+
+def _source(spec: str, config: ConfigDict) -> Source:
+    variant = re.search(r":(\w+)$", spec)
+    return program.source_of(config, variant[1] if variant else "")
 
 
 def main() -> None:
@@ -86,14 +100,11 @@ def main() -> None:
     config = configuration.load(asked.config, overrides)
     names = asked.topology or ["cpu"]
     devices.prepare(names)
-    runtime.use_precision(config.model.dtype)
-    variant = re.search(r":(\w+)$", asked.config)
-    source = program.source_of(config, variant[1] if variant else "")
-    topologies = [devices.describe(name) for name in names]
-    plans = [of_step(config, source, topology) for topology in topologies]
+    source, topologies = _source(asked.config, config), [devices.describe(name) for name in names]
+    plans = [apart(of_step, asked.config, overrides, name) for name in names]
     modes = () if asked.largest is None else asked.largest or _CHECKPOINTING
-    found = [[largest(asked.config, overrides, source, topology, kept) for kept in modes] for topology in topologies]
-    drawings = [of_drawing(config, source, topology) for topology in topologies] if asked.drawing else []
+    found = [[largest(asked.config, overrides, topology, kept) for kept in modes] for topology in topologies]
+    drawings = [apart(of_drawing, asked.config, overrides, name) for name in names] if asked.drawing else []
     if asked.json:
         each = zip(plans, found, drawings or [None] * len(plans), strict=True)
         print(json.dumps([_json(config, asked.share, *one) for one in each], indent=2))

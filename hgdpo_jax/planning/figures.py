@@ -1,51 +1,20 @@
 """What a compiled program needs of each device: memory, and time at least."""
 
-import json
 import math
 import os
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Mesh
 
 from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import file_hash, json_hash, write_json
-from hgdpo_jax.planning import devices, hlo
+from hgdpo_jax.planning.compiled import Compiled, compiled
 from hgdpo_jax.planning.devices import Chip, Topology
 from hgdpo_jax.planning.program import Program
 
 # Of a GPU's memory JAX takes this part, unless one of these says otherwise; the second is the first's former name.
 _JAX_TAKES, _FRACTIONS = 0.75, ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of a program, for one device. Sizes in bytes.
-
-    Attributes:
-        refused: what the compiler says where it finds no room; everything else is then 0.
-        arguments, outputs, temporaries, code: in memory, padded as the device needs it; outputs without those that
-            take the place of arguments.
-        traffic: read from and written to memory.
-        collectives: kind → count, bytes, sent; see :class:`hgdpo_jax.planning.hlo.Collective`.
-        loops: how many there are of which nobody knows how often they run, so that they count once.
-        seconds: that compiling took.
-    """
-
-    refused: str = ""
-    arguments: int = 0
-    outputs: int = 0
-    temporaries: int = 0
-    code: int = 0
-    traffic: int = 0
-    collectives: dict[str, dict[str, float]] | None = None
-    loops: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +25,7 @@ class Plan:
         topology, devices, compiler: that it was compiled for and with.
         examples: pairs, photographs or images that all devices compute together.
         held, beside: see :class:`hgdpo_jax.planning.program.Program`.
-        compiled: see :class:`Compiled`.
+        compiled: see :class:`hgdpo_jax.planning.compiled.Compiled`.
         memory: that a program may fill.
         operations: floating-point ones.
         seconds: that each resource needs at least: arithmetic, memory, interconnect.
@@ -127,11 +96,11 @@ def plan(program: Program, topology: Topology, mesh: Mesh, dtype: str, examples:
         examples: that it computes at a time.
         trips: of its loops whose number of turns is an argument.
     """
-    chip, compiled = topology.chip, _compiled(program.lowered, topology, trips)
+    chip, made = topology.chip, compiled(program.lowered, topology, trips)
     convolutions, products = program.operations
     count = convolutions / (mesh.shape["data"] * mesh.shape["fsdp"]) + products / mesh.size
-    sent = sum(each["sent"] for each in (compiled.collectives or {}).values())
-    needs = {"arithmetic": count, "memory": compiled.traffic, "interconnect": sent}
+    sent = sum(each["sent"] for each in (made.collectives or {}).values())
+    needs = {"arithmetic": count, "memory": made.traffic, "interconnect": sent}
     peaks = {"arithmetic": chip.peak[dtype], "memory": chip.bandwidth, "interconnect": chip.interconnect}
     return Plan(
         topology=topology.name,
@@ -140,7 +109,7 @@ def plan(program: Program, topology: Topology, mesh: Mesh, dtype: str, examples:
         examples=examples,
         held=program.held,
         beside=program.beside,
-        compiled=compiled,
+        compiled=made,
         memory=_room(chip),
         operations=count,
         seconds={resource: needs[resource] / peak if peak else 0.0 for resource, peak in peaks.items()},
@@ -158,60 +127,6 @@ def _room(chip: Chip) -> float:
         return float(os.environ[name]) * chip.memory if name else _JAX_TAKES * chip.memory
     except ValueError as error:
         raise UserError(f"{name}={os.environ[name]}: expects a part of a GPU's memory, such as 0.9") from error
-
-
-def _compiled(lowered: jax.stages.Lowered, topology: Topology, trips: int) -> Compiled:
-    counting = [file_hash(Path(module)) for module in (__file__, hlo.__file__, devices.__file__)]
-    about = [topology.name, topology.compiler, topology.options, jax.__version__, trips]
-    flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    folder = _folder()
-    path = folder and folder / f"{json_hash([lowered.as_text(), about, flags, counting])}.json"
-    if path and path.is_file():
-        return Compiled(**json.loads(path.read_text()))
-    found = _compile(lowered, topology, trips)
-    if path:
-        try:
-            write_json(path, asdict(found))
-        except OSError as error:
-            _not_kept(error)
-    return found
-
-
-def _folder() -> Path | None:
-    """Where figures are kept; None where there is no place for them."""
-    try:
-        folder = Path.home() / ".cache" / "hgdpo_jax" / "planned"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # the latter where there is no home
-        _not_kept(error)
-        return None
-    return folder
-
-
-def _not_kept(error: Exception) -> None:
-    print(f"figures are not kept, the same step will be compiled again: {error}", file=sys.stderr)
-
-
-def _compile(lowered: jax.stages.Lowered, topology: Topology, trips: int) -> Compiled:
-    begin = time.perf_counter()
-    try:
-        compiled = lowered.compile(compiler_options=topology.options)
-    except jax.errors.JaxRuntimeError as error:
-        if not str(error).startswith("RESOURCE_EXHAUSTED"):
-            raise
-        return Compiled(refused=str(error).splitlines()[0], seconds=time.perf_counter() - begin)
-    seconds = time.perf_counter() - begin
-    sizes, counted = compiled.memory_analysis(), hlo.Program(compiled.as_text(), trips, len(topology.devices))
-    return Compiled(
-        arguments=sizes.argument_size_in_bytes,
-        outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-        temporaries=sizes.temp_size_in_bytes,
-        code=sizes.generated_code_size_in_bytes,
-        traffic=counted.traffic(),
-        collectives={kind: found._asdict() for kind, found in counted.collectives().items()},
-        loops=len(counted.unknown) if trips == 1 else 0,
-        seconds=seconds,
-    )
 
 
 def largest(at: Callable[[int], Plan]) -> tuple[int, Plan | None]:

@@ -2,6 +2,9 @@
 
 import json
 import sys
+import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +13,6 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
-from ml_collections import ConfigDict
 from safetensors import safe_open
 
 from hgdpo_jax import config as configuration
@@ -19,8 +21,9 @@ from hgdpo_jax.config import ASSETS
 from hgdpo_jax.data.concepts import encoder_of
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models import attend
-from hgdpo_jax.planning import devices, figures, program, table
-from hgdpo_jax.planning.figures import Compiled, Plan
+from hgdpo_jax.planning import compiled, devices, figures, hlo, program, table
+from hgdpo_jax.planning.compiled import Compiled
+from hgdpo_jax.planning.figures import Plan
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.cost import operations
 from tests import tiny
@@ -67,9 +70,7 @@ def transformer_width() -> int:
         return sum(file.get_slice(key).get_shape()[0] for key in file.keys() if key.endswith("attn1.to_q.weight"))  # noqa: SIM118
 
 
-def test_the_embedded_step_agrees_with_formulas_and_is_compiled_once(
-    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_embedded_step_agrees_with_formulas_and_is_compiled_once(run, tmp_path: Path) -> None:
     (found,) = json.loads(run("--topology", "cpu:8", "--json", "--share", "0.5"))
     assert not [*tmp_path.glob("compiled/jit_step*")]  # the figures are kept, not the program
     lora, weights = 4 * lora_elements(), 4 * (elements("unet") + elements("text_encoder"))
@@ -95,9 +96,10 @@ def test_the_embedded_step_agrees_with_formulas_and_is_compiled_once(
     assert found["examples_per_second"] == pytest.approx(8 * 0.5 / found["seconds"]["arithmetic"])
     assert found["hours"] == pytest.approx(20 * 8 / found["examples_per_second"] / 3600)
 
-    monkeypatch.setattr(figures, "_compile", lambda *_: pytest.fail("it is compiled again"))
-    shown = run("--topology", "cpu:8")
-    assert "8 x cpu" in shown and "fits" in shown and "hours for 20 steps" in shown
+    (kept,) = tmp_path.glob(".cache/hgdpo_jax/planned/*.json")
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"seconds": 12_345}))
+    shown = run("--topology", "cpu:8")  # which goes by what is kept
+    assert "8 x cpu" in shown and "fits" in shown and "hours for 20 steps" in shown and "12,345 s" in shown
 
 
 def test_operations_of_known_products() -> None:
@@ -250,10 +252,10 @@ def test_figures_are_kept_for_one_compiler_with_its_flags(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     topology, lowered, made = devices.describe("cpu"), jax.jit(jnp.sin).lower(1.0), []
-    monkeypatch.setattr(figures, "_compile", lambda *_: made.append(Compiled(traffic=len(made))) or made[-1])
+    monkeypatch.setattr(compiled, "_compile", lambda *_: made.append(Compiled(traffic=len(made))) or made[-1])
 
     def found() -> Compiled:
-        return figures._compiled(lowered, topology, 1)
+        return compiled.compiled(lowered, topology)
 
     first = found()
     assert found() == first and len(made) == 1
@@ -265,21 +267,85 @@ def test_figures_are_kept_for_one_compiler_with_its_flags(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(figures, "write_json", full)
+    monkeypatch.setattr(compiled, "write_json", full)
     monkeypatch.setenv("XLA_FLAGS", "--one-more")
     assert found() is made[3] and "figures are not kept" in capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """For what compilers write."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+class Begun:
+    """A program whose compiler does not come to its end, or comes to another, once it has done its work."""
+
+    def __init__(self, lowered: jax.stages.Lowered, then: Callable[[], object]) -> None:
+        self.lowered, self.then = lowered, then
+
+    def compile(self, compiler_options: dict[str, object]) -> jax.stages.Compiled:
+        made = self.lowered.compile(compiler_options=compiler_options)
+        self.then()
+        return made
+
+
+@pytest.mark.usefixtures("folder")
+def test_sizes_are_those_of_the_whole_program_before_it_is_whole() -> None:
+    mesh, end = tiny.mesh(data=8), threading.Event()
+    x = jax.ShapeDtypeStruct((64, 48), jnp.float32, sharding=runtime.batch_sharding(mesh))
+    w = jax.ShapeDtypeStruct((48, 48), jnp.float32, sharding=runtime.replicated(mesh))
+
+    def step(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
+        return jnp.tanh(x @ w) @ w, x + 1, w - jnp.sin(x).sum()
+
+    lowered = jax.jit(step, donate_argnums=0).lower(x, w)
+    whole = lowered.compile()
+    sizes = whole.memory_analysis()
+    try:
+        found = compiled._compile(Begun(lowered, end.wait), devices.describe("cpu"), 1)
+    finally:
+        end.set()
+    assert (found.arguments, found.temporaries) == (sizes.argument_size_in_bytes, sizes.temp_size_in_bytes)
+    assert found.outputs == sizes.output_size_in_bytes - sizes.alias_size_in_bytes > 4 * 48 * 48
+    counted = hlo.Program(whole.as_text(), 1, 8)
+    assert found.traffic == counted.traffic() > 0 and found.collectives == {
+        "all-reduce": counted.collectives()["all-reduce"]._asdict()
+    }
+
+
+def test_a_compiler_that_refuses_fails_or_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered, topology = jax.jit(jnp.sin).lower(1.0), devices.describe("cpu")
+
+    def after(error: Exception) -> Compiled:
+        def fail() -> None:
+            for path in folder.rglob("*debug_options"):
+                path.write_text("")  # as a full disk leaves it
+            raise error
+
+        monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: fail())
+        return compiled._compile(lowered, topology, 1)
+
+    assert after(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 17 of 16 G\nmore")).refused.endswith("17 of 16 G")
+    with pytest.raises(ValueError, match="another"):
+        after(ValueError("another"))
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: None)
+    with pytest.raises(FileNotFoundError, match=f"{folder}.*has not written down what lies where"):
+        compiled._compile(lowered, topology, 1)
 
 
 def test_a_batch_that_is_computed_in_parts_counts_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """70 pairs fit at a time on each of eight devices."""
 
-    def step(config: ConfigDict, *_: object) -> Plan:
+    def step(_: object, spec: str, overrides: list[str], name: str) -> Plan:
+        config = configuration.load(spec, overrides)
         each = config.train.batch // config.train.accumulate // 8
         return Plan("cpu:8", 8, "", config.train.batch, {}, 0, Compiled(temporaries=each), 70.0, 0.0, {}, {}, "")
 
-    monkeypatch.setattr(plan, "of_step", step)
+    monkeypatch.setattr(plan, "apart", step)
     overrides = ["train.accumulate=4", "train.batch=32"]
-    found = plan.largest(PORTRAITS[1], overrides, None, devices.describe("cpu:8"), "blocks")
+    found = plan.largest(PORTRAITS[1], overrides, devices.describe("cpu:8"), "blocks")
     assert found[:3] == ("blocks", 4 * 70, 4 * 70 * 8) and found.plan.examples == found.batch
 
 
