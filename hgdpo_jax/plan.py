@@ -8,11 +8,13 @@ See docs/plan.md.
 import argparse
 import json
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from hgdpo_jax import command, runtime
 from hgdpo_jax import config as configuration
@@ -22,6 +24,7 @@ from hgdpo_jax.planning.apart import apart
 from hgdpo_jax.planning.devices import Topology
 from hgdpo_jax.planning.figures import Largest, Plan
 
+T = TypeVar("T")
 _CHECKPOINTING = ("none", "blocks", "everything")
 
 
@@ -68,18 +71,25 @@ def of_drawing(spec: str, overrides: Sequence[str], name: str) -> tuple[Plan, Pl
     )
 
 
-def largest(spec: str, overrides: Sequence[str], topology: Topology, kept: str) -> Largest:
-    """The largest batch with one way of checkpointing."""
+def largest(spec: str, overrides: Sequence[str], topology: Topology, kept: str, bar: tqdm) -> Largest:
+    """The largest batch with one way of checkpointing; each program that is tried is one of the bar's."""
     config = configuration.load(spec, overrides)
     mesh = runtime.make_mesh(config.mesh, topology.devices)
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.accumulate
 
     def at(count: int) -> Plan:
         changed = [*overrides, f"train.batch={count * ways}", f"train.checkpointing={kept}"]
-        return apart(of_step, spec, changed, topology.name)
+        return _shown(bar, of_step, spec, changed, topology.name)
 
     count, plan = figures.largest(at)
     return Largest(kept, count * config.train.accumulate, count * ways, plan)
+
+
+def _shown(bar: tqdm, make: Callable[..., T], spec: str, overrides: Sequence[str], name: str) -> T:
+    bar.set_description(" ".join([name, *overrides[-2:]]))
+    made = apart(make, spec, overrides, name)
+    bar.update()
+    return made
 
 
 def _about(spec: str, overrides: Sequence[str], name: str) -> tuple[ConfigDict, Source, Topology, Mesh]:
@@ -101,10 +111,12 @@ def main() -> None:
     names = asked.topology or ["cpu"]
     devices.prepare(names)
     source, topologies = _source(asked.config, config), [devices.describe(name) for name in names]
-    plans = [apart(of_step, asked.config, overrides, name) for name in names]
     modes = () if asked.largest is None else asked.largest or _CHECKPOINTING
-    found = [[largest(asked.config, overrides, topology, kept) for kept in modes] for topology in topologies]
-    drawings = [apart(of_drawing, asked.config, overrides, name) for name in names] if asked.drawing else []
+    with tqdm(unit="program", leave=False, disable=None) as bar:
+        make = partial(_shown, bar)
+        plans = [make(of_step, asked.config, overrides, name) for name in names]
+        found = [[largest(asked.config, overrides, one, kept, bar) for kept in modes] for one in topologies]
+        drawings = [make(of_drawing, asked.config, overrides, name) for name in names] if asked.drawing else []
     if asked.json:
         each = zip(plans, found, drawings or [None] * len(plans), strict=True)
         print(json.dumps([_json(config, asked.share, *one) for one in each], indent=2))

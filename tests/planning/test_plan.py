@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors import safe_open
+from tqdm import tqdm
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax import plan, runtime
@@ -345,7 +346,7 @@ def test_a_batch_that_is_computed_in_parts_counts_whole(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(plan, "apart", step)
     overrides = ["train.accumulate=4", "train.batch=32"]
-    found = plan.largest(PORTRAITS[1], overrides, devices.describe("cpu:8"), "blocks")
+    found = plan.largest(PORTRAITS[1], overrides, devices.describe("cpu:8"), "blocks", tqdm(disable=True))
     assert found[:3] == ("blocks", 4 * 70, 4 * 70 * 8) and found.plan.examples == found.batch
 
 
