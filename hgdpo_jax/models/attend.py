@@ -5,7 +5,7 @@
 | TPU | from 1024 queries and keys | any | float32, bfloat16 | splash, in Pallas |
 | TPU | from 4096 queries | any | any | XLA, the probabilities computed again |
 | NVIDIA since Ampere | from 512 queries | multiples of 8 up to 128 wide | float16, bfloat16 | cuDNN |
-| any | else | any | any | XLA |
+| any | else | any | any | XLA, of more than 1024 keys some queries at a time |
 
 Splash and cuDNN hold no probabilities in memory. Of fewer tokens they spare little, or nothing; with a text's few keys
 splash is slow, and for the gradient its probabilities are computed again instead of written and read. (SDXL at 1024×704
@@ -27,7 +27,9 @@ from jaxtyping import Array, Float
 
 Queries, Keys = Float[Array, "b n heads d"], Float[Array, "b m heads d"]
 _SPLASH, _RECOMPUTED, _CUDNN = 1024, 4096, 512  # tokens from which each is taken
-_PROBABILITIES = 2**26  # that XLA may hold at once on a device: 256 MB in float32
+# XLA may hold 256 MB of probabilities at once on a device, in float32; those of so few keys are no more than what a
+# layer holds beside them, and all computed at once.
+_PROBABILITIES, _WHOLE = 2**26, 1024
 # Splash: a block is a multiple of the lanes. Each block of keys begins anew, and writes its own part of the gradient of
 # the queries: it is as large as fits on the chip, of which a kernel gets 16 MiB. Of these queries and products need, by
 # bytes of a number, forwards and for the gradient, as libtpu 0.0.42 compiles them:
@@ -66,7 +68,7 @@ def kernel(device: jax.Device, q: Queries, k: Keys) -> Callable[[Queries, Keys, 
     suits = q.dtype in (jnp.float16, jnp.bfloat16) and width % 8 == 0 and width <= 128
     if suits and n >= _CUDNN and device.device_kind.startswith("NVIDIA") and float(device.compute_capability) >= 8:
         return cudnn
-    if _chunks(q, k) > 1:
+    if m > _WHOLE and _chunks(q, k) > 1:
         return in_chunks
     return recomputed if device.platform == "tpu" and n >= _RECOMPUTED else xla
 
