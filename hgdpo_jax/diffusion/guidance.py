@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 Latent = Float[Array, "b h w c"]
-Denoise = Callable[[Float[Array, "n h w c"], Int[Array, "n"]], Float[Array, "n h w c"]]
+Denoise = Callable[[Latent, Int[Array, "b"]], Float[Array, "2b h w c"]]
 
 
 def side_by_side(uncond: Float[Array, "b *n"], cond: Float[Array, "b *n"]) -> Float[Array, "2b *n"]:
@@ -16,15 +15,15 @@ def side_by_side(uncond: Float[Array, "b *n"], cond: Float[Array, "b *n"]) -> Fl
 
 
 def guided(denoise: Denoise, scale: float | Float[Array, ""]) -> Callable[[Latent, Int[Array, "b"]], Latent]:
-    """uncond + scale · (cond − uncond), in one forward pass over both.
+    """uncond + scale · (cond − uncond), in one forward pass for both.
 
     Args:
-        denoise: predicts for a batch of 2b, whose rows are :func:`side_by_side`.
+        denoise: predicts for each example without and with its text, which are :func:`side_by_side`.
         scale: 1 is no guidance.
     """
 
     def prediction(x: Latent, t: Int[Array, "b"]) -> Latent:
-        both = denoise(*jax.tree.map(side_by_side, (x, t), (x, t)))
+        both = denoise(x, t)
         uncond, cond = both[0::2], both[1::2]
         return uncond + scale * (cond - uncond)
 

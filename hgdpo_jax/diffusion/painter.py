@@ -25,6 +25,7 @@ from hgdpo_jax.diffusion.recipe import text_policy_acts
 from hgdpo_jax.diffusion.samplers import Trajectory, from_noise, sample, sdrecon
 from hgdpo_jax.models.attention import Memory, spread
 from hgdpo_jax.models.ip_adapter import join
+from hgdpo_jax.models.layers import in_rows
 
 Arrays = dict[str, np.ndarray]
 Judge = Callable[
@@ -98,7 +99,8 @@ class Painter:
                 concept = adapter(beside_empty(no_concept, inputs["concept"]))
 
             def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-                acts = text_policy_acts(t)  # the same in all rows, but each device has its own
+                rows = 2 * len(t) if with_guidance else len(t)
+                acts = in_rows(text_policy_acts(t), rows)  # the same in all, but each device has its own
                 memory, added = jax.tree.map(lambda *x: jax.vmap(jnp.where)(acts, *x), early, late)
                 if "concept" in inputs:
                     memory = join(memory, concept, concept_scale)

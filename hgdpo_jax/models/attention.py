@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from hgdpo_jax.models.attend import attend
-from hgdpo_jax.models.layers import conv, group_norm, layer_norm, linear, platform
+from hgdpo_jax.models.layers import conv, group_norm, in_rows, layer_norm, linear, platform
 from hgdpo_jax.models.lora import together
 from hgdpo_jax.models.resnet import checkpointed
 
@@ -118,10 +118,11 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = layer_norm(width, rngs=rngs, dtype=dtype)
         self.ff = FeedForward(width, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "b n d"], memory: Memory) -> Float[Array, "b n d"]:
-        """`memory` holds the text's keys and values."""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), memory[self.name])
+    def __call__(self, x: Float[Array, "b n d"], memory: Memory) -> Float[Array, "b2 n d"]:
+        """`memory` holds the text's keys and values, of b rows or a multiple."""
+        pairs = memory[self.name]
+        x = in_rows(x + self.attn1(self.norm1(x)), len(pairs[0][0]))
+        x = x + self.attn2(self.norm2(x), pairs)
         return x + self.ff(self.norm3(x))
 
 
@@ -153,9 +154,9 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_out = project()
 
-    def __call__(self, x: Float[Array, "b h w c"], memory: Memory) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Float[Array, "b h w c"], memory: Memory) -> Float[Array, "b2 h w c"]:
         """A 1x1 convolution and a Linear are the same on [b, h, w, c], so the order of reshaping does not matter."""
         tokens = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
         for block in self.transformer_blocks:
             tokens = checkpointed(block, self.checkpointing != "none")(tokens, memory)
-        return self.proj_out(tokens.reshape(x.shape)) + x
+        return self.proj_out(tokens.reshape(-1, *x.shape[1:])) + in_rows(x, len(tokens))

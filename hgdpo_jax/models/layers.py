@@ -51,6 +51,11 @@ def platform(sharding: NamedSharding | None) -> str:
     return (sharding.mesh.devices.flat if sharding else jax.devices())[0].platform
 
 
+def in_rows(x: jax.Array, rows: int) -> jax.Array:
+    """x [b *n] with each row as often, in turn, as makes so many: guidance has two texts for a latent."""
+    return x if len(x) == rows else jnp.repeat(x, rows // len(x), axis=0)
+
+
 class Conv(nnx.Conv):
     """nnx.Conv, of 3×3 and stride 1 also over a map that is doubled.
 

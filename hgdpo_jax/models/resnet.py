@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from hgdpo_jax.models.layers import conv, group_norm, linear
+from hgdpo_jax.models.layers import conv, group_norm, in_rows, linear
 
 
 def checkpointed(function: Callable[..., Array], active: bool) -> Callable[..., Array]:
@@ -44,7 +44,7 @@ class ResnetBlock2D(nnx.Module):
         """`temb` is the time embedding, needed where the block has a projection for it."""
         h = self.conv1(jax.nn.silu(self.norm1(x)))
         if temb is not None:
-            h = h + self.time_emb_proj(jax.nn.silu(temb))[:, None, None, :]
+            h = h + in_rows(self.time_emb_proj(jax.nn.silu(temb)), len(h))[:, None, None, :]
         h = self.conv2(jax.nn.silu(self.norm2(h)))
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.attention import BasicTransformerBlock, Memory, Transformer2DModel
-from hgdpo_jax.models.layers import conv, group_norm, linear
+from hgdpo_jax.models.layers import conv, group_norm, in_rows, linear
 from hgdpo_jax.models.model_config import ModelConfig, check_only
 from hgdpo_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, checkpointed
 
@@ -245,16 +245,17 @@ class UNet2DConditionModel(nnx.Module):
         self,
         sample: Float[Array, "b h w c"],
         timesteps: Int[Array, "b"],
-        encoder_hidden_states: Float[Array, "b s d"] | Memory,
+        encoder_hidden_states: Float[Array, "n s d"] | Memory,
         added_cond: Mapping[str, Array] | None = None,
-    ) -> Float[Array, "b h w c"]:
+    ) -> Float[Array, "n h w c"]:
         """The prediction in float32.
 
         Args:
             sample: noisy latents; h and w are multiples of 2 to the number of downsamplings.
             timesteps: 0…999.
-            encoder_hidden_states: text embeddings, or what :meth:`keys_values` made of them.
-            added_cond: SDXL only: `text_embeds` [b, p] (pooled) and `time_ids` [b, 6] (sizes and crop in pixels).
+            encoder_hidden_states: text embeddings, or what :meth:`keys_values` made of them. Of `n` a multiple of `b`
+                rows, so many in turn are of each sample: what does not know the text yet is computed once for them.
+            added_cond: SDXL only: `text_embeds` [n, p] (pooled) and `time_ids` [n, 6] (sizes and crop in pixels).
         """
         dtype, memory = self.dtype, encoder_hidden_states
         if not isinstance(memory, Mapping):
@@ -265,10 +266,10 @@ class UNet2DConditionModel(nnx.Module):
                 raise UserError("this UNet (SDXL) needs added_cond with text_embeds and time_ids")
             ids = added_cond["time_ids"]
             times = sinusoidal(ids.reshape(-1), self.addition_time_width).reshape(ids.shape[0], -1)
-            temb = temb + self.add_embedding(
+            temb = in_rows(temb, len(ids)) + self.add_embedding(
                 jnp.concatenate([added_cond["text_embeds"].astype(dtype), times.astype(dtype)], axis=-1)
             )
-        x = self.conv_in(sample.astype(dtype))
+        x = in_rows(self.conv_in(sample.astype(dtype)), len(temb))
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
@@ -280,7 +281,7 @@ class UNet2DConditionModel(nnx.Module):
         x = self.mid_block(x, temb, memory)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x = block.layer(i, jnp.concatenate([x, skips.pop()], axis=-1), temb, memory)
+                x = block.layer(i, jnp.concatenate([x, in_rows(skips.pop(), len(x))], axis=-1), temb, memory)
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

@@ -66,6 +66,8 @@ def pipeline_of(config: ConfigDict, source: Source, mesh: Mesh) -> Pipeline:
     pipeline.unet.checkpoint(config.train.checkpointing)
     attention.spread(pipeline.unet, runtime.heads_sharding(mesh))
     policies.add_fresh_lora(pipeline, config)
+    for network in pipeline.networks.values():  # which has values now, that no described device can take
+        nnx.update(network, jax.eval_shape(nnx.state, network))
     if config.train.params == "adapter":
         concept = concept_shape(config)
         about = ip_adapter.default_config(pipeline.unet, config.adapter.kind, concept[1])

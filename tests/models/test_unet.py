@@ -11,7 +11,7 @@ from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.convert import abstract, from_torch
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from tests.models.parity import numpy_weights, ported, randomise, relative_error
-from tests.rounding import NETWORK
+from tests.rounding import NETWORK, assert_close
 
 SD15 = dict(
     sample_size=16,
@@ -66,6 +66,20 @@ def test_the_unet_is_diffusers_unet(config: dict) -> None:
         ).sample
     found = nnx.jit(lambda m, *a: m(*a))(ours, x, t, context, added)
     assert relative_error(found, expected) <= NETWORK
+
+
+@pytest.mark.parametrize("config", [SD15, SDXL], ids=["sd15", "sdxl"])
+def test_two_texts_of_a_sample_are_two_samples(config: dict) -> None:
+    theirs = randomise(TorchUNet(**config))
+    model = ported(UNet2DConditionModel, dict(theirs.config), theirs)
+    x, t, _ = inputs()
+    rng = np.random.default_rng(1)
+    context, pooled = rng.standard_normal((4, 7, 24), np.float32), rng.standard_normal((4, 20), np.float32)
+    added = {"text_embeds": pooled, "time_ids": rng.uniform(0, 512, (4, 6)).astype(np.float32)}
+    run = nnx.jit(lambda m, *a: m(*a))
+    expected = np.asarray(run(model, np.repeat(x, 2, axis=0), np.repeat(t, 2), context, added))
+    assert_close(run(model, x, t, context, added), expected, NETWORK)
+    assert np.abs(expected[0::2] - expected[1::2]).max() > 0.1 * np.abs(expected).max()
 
 
 def test_bfloat16_compute_returns_float32_close_to_float32_compute() -> None:
