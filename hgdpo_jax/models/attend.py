@@ -5,6 +5,7 @@
 | TPU | from 1024 queries and keys | any | float32, bfloat16 | splash, in Pallas |
 | TPU | from 4096 queries | any | any | XLA, the probabilities computed again |
 | NVIDIA since Ampere | from 512 queries | multiples of 8 up to 128 wide | float16, bfloat16 | cuDNN |
+| processor | where the probabilities fit | any | float32 | XLA, divided by the softmax's sums last |
 | any | else | any | any | XLA, of more than 1024 keys some queries at a time |
 
 Splash and cuDNN hold no probabilities in memory. Of fewer tokens they spare little, or nothing; with a text's few keys
@@ -54,7 +55,7 @@ def attend(q: Queries, k: Keys, v: Keys, sharding: NamedSharding | None = None) 
     part = NamedSharding(mesh, spec).shard_shape
     q_part, k_part = (jax.ShapeDtypeStruct(part(x.shape), x.dtype) for x in (q, k))
     found = kernel(mesh.devices.flat[0], q_part, k_part)
-    if mesh.size == 1 or found in (xla, recomputed):  # which the compiler splits by itself
+    if mesh.size == 1 or found in (xla, recomputed, divided_last):  # which the compiler splits by itself
         return found(q, k, v)
     # Neither replicated nor varying values are told apart inside a Pallas kernel.
     return jax.shard_map(found, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
@@ -70,6 +71,8 @@ def kernel(device: jax.Device, q: Queries, k: Keys) -> Callable[[Queries, Keys, 
         return cudnn
     if m > _WHOLE and _chunks(q, k) > 1:
         return in_chunks
+    if device.platform == "cpu" and q.dtype == jnp.float32:
+        return divided_last
     return recomputed if device.platform == "tpu" and n >= _RECOMPUTED else xla
 
 
@@ -82,6 +85,16 @@ def xla(q: Queries, k: Keys, v: Keys, is_causal: bool = False) -> Queries:
 
     # A processor has no products of float16 with float32 sums.
     return jax.lax.platform_dependent(q, k, v, cpu=wide, default=own) if q.dtype == jnp.float16 else own(q, k, v)
+
+
+def divided_last(q: Queries, k: Keys, v: Keys) -> Queries:
+    """As XLA does it, but what has one number for each query and key is gone through less often: √d divides the
+    queries, and the softmax's sums what comes out."""
+    product = jax.lax.dot_general
+    logits = product(q * q.shape[-1] ** -0.5, k, (((3,), (3,)), ((0, 2), (0, 2))))
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    found = product(weights, v, (((3,), (1,)), ((0, 1), (0, 2)))) / weights.sum(-1, keepdims=True)
+    return found.swapaxes(1, 2)
 
 
 def splash(q: Queries, k: Keys, v: Keys, interpret: bool = False) -> Queries:

@@ -78,6 +78,15 @@ def test_what_is_computed_again_is_not_held() -> None:
         assert_close(a, b, 20 * EPS, size=arrays[0].size if a.ndim == 0 else None)
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_to_divide_last_is_attention(size: float) -> None:
+    """Also where the exponential of a logit is no float32: some are above 1,000, and round by EPS of that."""
+    q, k, v = numbers(2, 12, 5, 3, 4)
+    found, wanted = (with_gradients(f, (size * q, size * k, v)) for f in (attend.divided_last, formula))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert_close(a, b, 20 * EPS, size=size**2 * (q.size if a.ndim == 0 else 1))
+
+
 def test_devices_compute_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """With few enough probabilities for a device's part, but not for the whole, nothing is cut; a third of that, and
     each device cuts its own part. Three heads are not split over two devices."""
@@ -119,7 +128,9 @@ def test_devices_compute_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None
         (TURING, 4096, 4096, 40, "float16", attend.in_chunks),
         (AMD, 4096, 4096, 40, "bfloat16", attend.in_chunks),
         (CPU, 4096, 4096, 40, "bfloat16", attend.in_chunks),
-        (CPU, 1024, 1024, 40, "float32", attend.xla),
+        (CPU, 4096, 4096, 40, "float32", attend.in_chunks),
+        (CPU, 1024, 1024, 40, "float32", attend.divided_last),
+        (CPU, 1024, 1024, 40, "bfloat16", attend.xla),
     ],
 )
 def test_the_table(device, n: int, m: int, width: int, dtype: str, wanted) -> None:
