@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
@@ -43,8 +42,10 @@ class Chosen(NamedTuple):
 @jax.jit
 def best(candidates: Candidates) -> Chosen:
     """Of each prompt the candidate with the highest score."""
-    index, rows = candidates.scores.argmax(1), jnp.arange(len(candidates.scores))
-    return Chosen(candidates.latents[rows, index], candidates.scores[rows, index], candidates.numbers[index])
+    index = candidates.scores.argmax(1)
+    # Row by row: each device chooses among its own.
+    latents, scores = (jax.vmap(lambda row, i: row[i])(x, index) for x in (candidates.latents, candidates.scores))
+    return Chosen(latents, scores, candidates.numbers[index])
 
 
 @jax.jit
@@ -57,7 +58,7 @@ def worst(candidates: Candidates) -> Chosen:
 def pool(
     painter: Painter, scorer: Scorer, names: Sequence[str], ids: np.ndarray, size: int, resolution: tuple[int, int]
 ) -> Candidates:
-    """`size` images for each prompt, from different seeds; nothing waits for them, nor leaves the devices."""
+    """`size` images for each prompt, from different seeds; whole batches stay on the devices and are not waited for."""
     numbers = np.arange(size)
     keys = painter.keys("pool", [name for name in names for _ in numbers], [int(n) for _ in names for n in numbers])
     latents, scores = painter.candidates(np.repeat(ids, size, axis=0), keys, resolution, _score(scorer), "pool")

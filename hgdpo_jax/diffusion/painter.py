@@ -203,8 +203,8 @@ class Painter:
         note: str,
         concept: Float[np.ndarray, "n m f"] | None = None,
     ) -> tuple[Float[Array, "n h w c"], Any]:
-        """As :meth:`generate`, and what `judge` makes of each. Neither has left the devices, and the last batches may
-        still be computed."""
+        """As :meth:`generate`, and what `judge` makes of each. Of whole batches neither has left the devices, and the
+        last ones may still be computed."""
 
         def program(part: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
             latents = self._drawn(self._from_noise, part)
@@ -320,9 +320,11 @@ class Painter:
 
     def _kept(self, program: Callable[[dict[str, jax.Array]], Any], arrays: dict[str, Any], note: str) -> Any:
         """All batches' results, on the devices. The last two are not waited for, but no more: a batch takes memory from
-        when the devices are given it."""
+        when the devices are given it. Where the last is padded, on the host: to cut it, devices would exchange rows."""
         count, parts = len(next(iter(arrays.values()))), []
         for part in self._batches(program, arrays, note):
             jax.block_until_ready(parts[-1:])
             parts.append(part)
-        return jax.tree.map(lambda *rows: jnp.concatenate(rows)[:count], *parts)
+        if count % self.batch:
+            return jax.tree.map(lambda *rows: np.concatenate([np.asarray(row) for row in rows])[:count], *parts)
+        return jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)

@@ -134,7 +134,8 @@ class CLIPTextModel(nnx.Module):
         states = self.encoder(self.embeddings(input_ids), causal=True)
         last = self.final_layer_norm(states[-1])
         end = input_ids if self.eos == 2 else (input_ids == self.eos).astype(jnp.int32)
-        return TextOutput(last, last[jnp.arange(last.shape[0]), end.argmax(-1)], states)
+        pooled = jax.vmap(lambda states, place: states[place])(last, end.argmax(-1))  # each device its own rows
+        return TextOutput(last, pooled, states)
 
 
 class CLIPTextModelWithProjection(nnx.Module):

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from hgdpo_jax import files, pairs
+from hgdpo_jax import files, pairs, runtime
 from hgdpo_jax.curriculum import selection
 from hgdpo_jax.data.pairs import open_stage
 from hgdpo_jax.data.photographs import Photograph, list_photographs, load_images
@@ -132,6 +133,28 @@ def test_candidates_are_what_is_drawn_decoded_and_scored_apart(inputs: Path) -> 
         np.testing.assert_array_equal(chosen.latents, latents[np.arange(3), index])
         np.testing.assert_array_equal(chosen.scores, scores[np.arange(3), index])
         np.testing.assert_array_equal(chosen.numbers, np.array([0, 3])[index])
+
+
+def test_devices_exchange_nothing_for_pairs(inputs: Path) -> None:
+    """They draw, decode, score and choose their own rows."""
+    pipeline, mesh = pipelines.load(inputs / "base"), tiny.mesh(data=2)
+    painter = Painter(pipeline, mesh, sampler="dpmpp_2m", steps=4, guidance=2.0, batch=4, seed=0)
+    scorer, rows = Scorer(inputs / "scorer", mesh), runtime.batch_sharding(mesh)
+
+    def shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+    candidates = selection.Candidates(shape(4, 3, *tiny.LATENT), shape(4, 3), jnp.arange(3))
+    traced = [
+        *painter.traced((32, 32)),
+        jax.jit(scorer).trace(shape(4, 32, 32, 3), shape(4, 77, dtype=jnp.int32)),
+        selection.best.trace(candidates),
+        selection.worst.trace(candidates),
+    ]
+    for program in traced:
+        text = program.lower().compile().as_text()
+        assert "num_partitions=2" in text
+        assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", text)
 
 
 def test_devices_have_the_next_prompts_before_the_last_ones_are_fetched(
