@@ -144,7 +144,7 @@ def test_the_recipe_gives_the_images_of_diffusers(
     assert_close(found, theirs(script, reference, painter), DRAWN)
     others = [ours(painter, pipeline), ours(painter, pipeline, *chosen(policies, blocks, not text))]
     assert all(np.abs(other - found).max() > 10 * DRAWN for other in others)
-    assert painter._draw._cache_size() == 1  # with and without the text encoder's policy
+    assert painter._draw._cache_size() == 2  # without and with the text encoder's policy
 
 
 def test_without_policies_the_images_are_those_of_the_base(

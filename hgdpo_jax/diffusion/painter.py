@@ -74,7 +74,6 @@ class Painter:
             graphs[name], self._given[name] = nnx.split(network)
         self._shardings = runtime.shardings(self._given, mesh)
         self._given = runtime.put(self._given, self._shardings)
-        self._given["early text"] = self._given["text"]
         self._weights = self._given
         with_guidance, factor = guidance > 1.0, pipeline.vae.pixels_per_latent
 
@@ -92,16 +91,19 @@ class Painter:
                 condition = beside_empty(empty, encode(inputs["ids"], size))
                 return unet.keys_values(condition.encoder_hidden_states), condition.added_cond
 
-            late, early = text(weights["text"]), text(weights["early text"])
+            late = text(weights["text"])
+            early = text(weights["early text"]) if "early text" in weights else None
             if "concept" in inputs:
                 adapter = nnx.merge(graphs["adapter"], weights["adapter"])
                 no_concept = jnp.repeat(pipeline.no_concept, len(inputs["concept"]), axis=0)
                 concept = adapter(beside_empty(no_concept, inputs["concept"]))
 
             def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-                rows = 2 * len(t) if with_guidance else len(t)
-                acts = in_rows(text_policy_acts(t), rows)  # the same in all, but each device has its own
-                memory, added = jax.tree.map(lambda *x: jax.vmap(jnp.where)(acts, *x), early, late)
+                memory, added = late
+                if early is not None:
+                    rows = 2 * len(t) if with_guidance else len(t)
+                    acts = in_rows(text_policy_acts(t), rows)  # the same in all, but each device has its own
+                    memory, added = jax.tree.map(lambda *x: jax.vmap(jnp.where)(acts, *x), early, late)
                 if "concept" in inputs:
                     memory = join(memory, concept, concept_scale)
                 return unet(x, t, memory, added)
@@ -120,7 +122,8 @@ class Painter:
             anchor = denoiser(given, inputs, scale, negative_ids) if normalise else None
             return sample(denoise, self._schedule, trajectory, inputs["latent"], inputs["key"], anchor)
 
-        # One program, whatever is drawn from, by whichever sampler, in how many steps and with what guidance.
+        # One program, whatever is drawn from, by whichever sampler, in how many steps and with what guidance; another
+        # where there are two texts to choose from in each step.
         self._guidance = (np.float32(guidance), pipeline.tokenize([negative]))
         if negative and not with_guidance:
             logging.warning("negative prompt %r: has no effect, guidance %g means none", negative, guidance)
@@ -156,8 +159,8 @@ class Painter:
     def use(self, *policies: Any) -> None:
         """Draws with these policies' parameters, and otherwise with what the pipeline was given, from now on.
 
-        A policy of the text encoders is used as the recipe says, at early timesteps only. Nothing is compiled again
-        for other policies of the same kinds.
+        A policy of the text encoders is used as the recipe says, at early timesteps only: it needs a program of its
+        own. Nothing else is compiled again for other policies.
         """
         self._weights = self._given
         for policy in policies:

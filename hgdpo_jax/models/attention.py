@@ -13,9 +13,14 @@ from hgdpo_jax.models.layers import conv, group_norm, in_rows, layer_norm, linea
 from hgdpo_jax.models.lora import together
 from hgdpo_jax.models.resnet import checkpointed
 
-# What cross-attention looks up: for each of the UNet's, by name, its keys and values. More than one pair, [b m heads d]
-# each, is attended to one by one and the results are added.
+# What cross-attention looks up: for each of the UNet's, by name, its keys and values as :func:`as_read` lays them. More
+# than one pair is attended to one by one and the results are added.
 Memory = Mapping[str, Sequence[tuple[Array, Array]]]
+
+
+def as_read(k: Float[Array, "b m heads d"], v: Float[Array, "b m heads d"]) -> tuple[Array, Array]:
+    """[b heads d m] and [b heads m d], as products read them: a processor would turn them in each step of a drawing."""
+    return k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
 
 
 class Identity(nnx.Module):
@@ -44,9 +49,8 @@ class Attention(nnx.Module):
         return x.reshape(*x.shape[:2], self.heads, -1)
 
     def keys_values(self, context: Float[Array, "b m e"]) -> tuple[Array, Array]:
-        """Keys and values of a context, [b m heads d_head] each."""
-        k, v = together([self.to_k, self.to_v], context, platform(self.sharding))
-        return self.split_heads(k), self.split_heads(v)
+        """Keys and values of a context, see :data:`Memory`."""
+        return as_read(*map(self.split_heads, together([self.to_k, self.to_v], context, platform(self.sharding))))
 
     def __call__(
         self, x: Float[Array, "b n d"], pairs: Sequence[tuple[Array, Array]] | None = None
@@ -58,6 +62,7 @@ class Attention(nnx.Module):
             pairs = [tuple(own)]
         else:
             q = self.split_heads(self.to_q(x))
+            pairs = [(k.transpose(0, 3, 1, 2), v.swapaxes(1, 2)) for k, v in pairs]
         out = sum(attend(q, k, v, self.sharding) for k, v in pairs)
         return self.to_out[0](out.reshape(x.shape))
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.attend import xla
-from hgdpo_jax.models.attention import Identity, Memory
+from hgdpo_jax.models.attention import Identity, Memory, as_read
 from hgdpo_jax.models.clip import CLIPVisionModelWithProjection
 from hgdpo_jax.models.convert import Place, abstract, from_torch, read_config, to_torch
 from hgdpo_jax.models.layers import layer_norm, linear, normal
@@ -125,9 +125,9 @@ class KeysValues(nnx.Module):
         self.to_v_ip = linear(context_width, width, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "b t e"]) -> tuple[Array, Array]:
-        """[b t heads d_head] each."""
-        k, v = (project(tokens).reshape(*tokens.shape[:2], self.heads, -1) for project in (self.to_k_ip, self.to_v_ip))
-        return k, v
+        """One pair of a :data:`Memory`."""
+        both = (self.to_k_ip, self.to_v_ip)
+        return as_read(*(project(tokens).reshape(*tokens.shape[:2], self.heads, -1) for project in both))
 
 
 class IPAdapter(nnx.Module):

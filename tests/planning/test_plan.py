@@ -4,7 +4,7 @@ import json
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,23 +34,31 @@ PORTRAITS = ["--config", "configs/stage3.py:portraits"]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """The command as in a process that has compiled nothing yet; what it keeps is in folders of the test's own."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("XLA_FLAGS", "")
+def compiling(tmp_path: Path) -> Iterator[None]:
+    """As in a process that has compiled nothing yet, with a cache of programs of the test's own."""
     cache = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
     compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", cache)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, compiling: None
+) -> Callable[..., str]:
+    """The command; what it keeps is in folders of the test's own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XLA_FLAGS", "")
 
     def command(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["plan", *PORTRAITS, *arguments])
         plan.main()
         return capsys.readouterr().out
 
-    yield command
-    jax.config.update("jax_enable_compilation_cache", True)
-    jax.config.update("jax_compilation_cache_dir", cache)
-    compilation_cache.reset_cache()
+    return command
 
 
 def elements(part: str) -> int:
@@ -279,8 +287,9 @@ def test_figures_are_kept_for_one_compiler_with_its_flags(
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """For what compilers write."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiling: None) -> Path:
+    """For what compilers write, of whose programs none comes from a cache."""
+    jax.config.update("jax_enable_compilation_cache", False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
