@@ -140,7 +140,7 @@ def test_a_training_is_that_of_one_process_on_whatever_mesh(mesh: str, settings:
     devices, own = MESHES[mesh]
     for name in ("two", "one"):
         tiny.write_pairs(tmp_path / name / "stage1" / "pairs", train=6, heldout=4)
-    arguments = ("main", *STAGE, *settings, *own)
+    arguments = ("main", *STAGE, *settings, *own, f"--config.train.checkpoint_every={STEPS}")
     run(tmp_path / "logs", 2, devices, *arguments, "--workdir", f"{tmp_path}/two")
     run(tmp_path / "logs", 1, 2 * devices, *arguments, "--workdir", f"{tmp_path}/one")
     compare(tmp_path / "one", tmp_path / "two")
