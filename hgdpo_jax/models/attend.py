@@ -89,8 +89,8 @@ def xla(q: Queries, k: Keys, v: Keys, is_causal: bool = False) -> Queries:
 
 def divided_last(q: Queries, k: Keys, v: Keys) -> Queries:
     """As XLA does it, but what has one number for each query and key is gone through less often: √d divides the
-    queries, and the softmax's sums what comes out. Keys and values are turned as products read them where XLA sees it:
-    those of a text once for all steps of a drawing."""
+    queries, and the softmax's sums what comes out. Keys and values are turned here, not by XLA in its own time, so that
+    it sees where that was done before a loop."""
     q, k, v = q.swapaxes(1, 2), k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
     logits = (q * q.shape[-1] ** -0.5) @ k
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))

@@ -62,7 +62,7 @@ class Attention(nnx.Module):
             pairs = [tuple(own)]
         else:
             q = self.split_heads(self.to_q(x))
-            pairs = [(k.transpose(0, 3, 1, 2), v.swapaxes(1, 2)) for k, v in pairs]
+            pairs = [(k.transpose(0, 3, 1, 2), v.swapaxes(1, 2)) for k, v in pairs]  # back from as_read
         out = sum(attend(q, k, v, self.sharding) for k, v in pairs)
         return self.to_out[0](out.reshape(x.shape))
 

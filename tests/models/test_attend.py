@@ -1,5 +1,6 @@
 """Every kernel of attention is attention; which one is chosen; and each device computes its own part."""
 
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -7,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hgdpo_jax import runtime
 from hgdpo_jax.models import attend
+from hgdpo_jax.models.attention import Attention
 from tests import tiny
 from tests.rounding import EPS, assert_close
 
@@ -53,6 +56,18 @@ def test_splash_can_be_compiled_for_a_tpu_whatever_precision_is_asked_for(dtype:
     with jax.default_matmul_precision(precision):
         text = jax.jit(gradient).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" in text
+
+
+def test_what_is_looked_up_in_each_step_is_turned_once() -> None:
+    layer = Attention(8, 8, 2, bias=False, rngs=nnx.Rngs(0), dtype=jnp.float32)
+
+    def steps(x: jax.Array, text: jax.Array) -> jax.Array:
+        pairs = [layer.keys_values(text)]
+        return jax.lax.fori_loop(0, 3, lambda _, x: layer(x, pairs), x)
+
+    program = jax.jit(steps).lower(jnp.ones((2, 6, 8)), jnp.ones((2, 5, 8))).compile().as_text()
+    (carried,) = re.findall(r"= \((.*)\) while\(", program)
+    assert set(re.findall(r"f32\[(\d+,\d+,\d+,\d+)\]", carried)) == {"2,2,4,5", "2,2,5,4"}  # heads before tokens
 
 
 @pytest.mark.parametrize(("queries", "loops"), [(12, 6), (7, 7)])
