@@ -39,6 +39,9 @@ Held = list[tuple[str, tuple[slice, ...], np.ndarray]]
 KEEP = 2
 _READ_AT_ONCE = 2.5e8  # bytes
 _FOREVER = 7 * 24 * 3600  # seconds that processes wait for each other's files: one that died is missed elsewhere
+# Every device that holds a copy of an array writes a part of it, for which a program is compiled. A LoRA's matrices are
+# too small for that: one device writes them.
+_LEAST = 1_000_000  # bytes of a part
 
 
 def tree_hash(tree: Tree) -> str:
@@ -120,7 +123,7 @@ def _read_back(folder: epath.Path, held: Held) -> None:
             parts.append([])
         parts[-1].append(one)
     try:
-        handler = ocp.PyTreeCheckpointHandler()
+        handler = _arrays()
         known = handler.metadata(folder).tree
         same = set(known) == {name for name, *_ in held}
         handler.restore(folder, args=_restore(_smallest(known)))  # Orbax's own notes, which TensorStore does not need
@@ -138,6 +141,13 @@ def _smallest(known: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     name = min(known, key=lambda name: math.prod(known[name].shape))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {name: jax.ShapeDtypeStruct(known[name].shape, known[name].dtype, sharding=here)}
+
+
+def _arrays() -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of a tree of arrays, with our `_LEAST`."""
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def _restore(target: dict[str, jax.ShapeDtypeStruct]) -> ocp.args.PyTreeRestore:
@@ -171,7 +181,8 @@ class Checkpoints:
         if not place:
             self._policy.mkdir(parents=True, exist_ok=True)
         options = ocp.options.AsyncOptions(timeout_secs=_FOREVER, create_directories_asynchronously=False)
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+        items = ocp.CompositeCheckpointHandler(state=_arrays(), meta=ocp.JsonCheckpointHandler())
+        self._orbax = ocp.AsyncCheckpointer(items, async_options=options)
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
 
@@ -284,7 +295,7 @@ class Checkpoints:
         _need_space(self.folder, reference)
         value = tree_hash(reference)
         path = self.folder / "reference" / "weights"
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with ocp.Checkpointer(_arrays()) as checkpointer:
             checkpointer.save(path, _flat(reference), force=True)
         _read_back(path, _held(reference))
         processes.together()
@@ -301,7 +312,7 @@ class Checkpoints:
         """
         path = self.folder / "reference" / "weights"
         try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
+            with ocp.Checkpointer(_arrays()) as checkpointer:
                 reference = _unflat(checkpointer.restore(path, args=_restore(_target(like))), like)
             found = tree_hash(reference)
         except Exception as error:  # Orbax raises bare Exceptions for damaged files

@@ -210,6 +210,18 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path, part: str) -> N
     assert Checkpoints(tmp_path).latest() == 1
 
 
+def test_large_arrays_alone_are_cut_to_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of what each of eight devices holds, a part each, for which programs are compiled."""
+    everywhere = jax.sharding.NamedSharding(tiny.mesh(8, 1, 1), jax.sharding.PartitionSpec())
+    for step, size in ((1, 1_999_992), (2, 2_000_000)):  # of float32
+        state = {"x": jax.device_put(jnp.arange(size, dtype=jnp.float32), everywhere)}
+        caplog.clear()
+        with Checkpoints(tmp_path) as checkpoints, jax.log_compiles():
+            checkpoints.save(step, state, {})
+        assert ("jit(slice)" in caplog.text) is (step == 2)
+        assert tree_hash(Checkpoints(tmp_path).restore(step, state)) == tree_hash(state)
+
+
 def damage(folder: Path) -> None:
     """Flips a bit in the largest file."""
     data = max((f for f in Path(folder).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
