@@ -42,12 +42,14 @@ def ours(size: str, pairs: int, blocks: str = "all", cached: bool = False) -> Ca
     """A function that takes a step and returns the loss."""
     config = stage1.get_config("sd15")
     config.model.dtype, config.data.resolutions = "float32", (size,)
-    config.train.batch, config.train.checkpointing = pairs, "none"
+    config.train.batch, config.train.checkpointing, config.train.blocks = pairs, "none", blocks
     configuration.validate(config)
     runtime.start()
     runtime.use_precision("float32")
-    runtime.keep_memory(runtime.local_mesh())
+    mesh = runtime.local_mesh()
+    runtime.keep_memory(mesh)
     pipeline = pipelines.of_shapes(without_weights(SD15), "float32")
+    policies.arrange(pipeline.unet, config, mesh)
     policies.add_fresh_lora(pipeline, config)
     denoiser, *parts = steps.split(pipeline, "lora")
     rng = np.random.default_rng(0)

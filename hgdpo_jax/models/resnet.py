@@ -40,13 +40,32 @@ class ResnetBlock2D(nnx.Module):
         if inputs != outputs:
             self.conv_shortcut = conv(inputs, outputs, 1, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "b h w c"], temb: Float[Array, "b d"] | None = None) -> Float[Array, "b h w c2"]:
-        """`temb` is the time embedding, needed where the block has a projection for it."""
-        h = self.conv1(jax.nn.silu(self.norm1(x)))
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        temb: Float[Array, "b d"] | None = None,
+        beside: Float[Array, "b h w c3"] | None = None,
+    ) -> Float[Array, "b h w c2"]:
+        """The block of x, or of x and what lies beside it.
+
+        Args:
+            x: without `beside` all channels of the input.
+            temb: time embedding, needed where the block has a projection for it.
+            beside: the channels behind x's. What is computed of them does not depend on x, but for those that are
+                normalised in one group with some of x's.
+        """
+        if beside is None:
+            h = self.conv1(jax.nn.silu(self.norm1(x)))
+        else:
+            mixed = -x.shape[-1] % self.norm1.group_size
+            x, beside = jnp.concatenate([x, beside[..., :mixed]], axis=-1), beside[..., mixed:]
+            h = self.conv1(jax.nn.silu(self.norm1(x)), jax.nn.silu(self.norm1(beside, x.shape[-1])))
         if temb is not None:
             h = h + in_rows(self.time_emb_proj(jax.nn.silu(temb)), len(h))[:, None, None, :]
         h = self.conv2(jax.nn.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        if hasattr(self, "conv_shortcut"):
+            return h + self.conv_shortcut(x, beside)
+        return h + (x if beside is None else jnp.concatenate([x, beside], axis=-1))
 
 
 class Downsample2D(nnx.Module):

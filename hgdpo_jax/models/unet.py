@@ -72,7 +72,8 @@ class TimestepEmbedding(nnx.Module):
 class Block(nnx.Module):
     """A level of the UNet: residual blocks, each followed by attention where the level has any, then a resampling.
 
-    `checkpointing` is what the gradient keeps, see :meth:`UNet2DConditionModel.checkpoint`.
+    `checkpointing` is what the gradient keeps, see :meth:`UNet2DConditionModel.checkpoint`; for `skips_apart` see its
+    `learns_in_up_blocks`.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jnp.dtype,
     ) -> None:
-        self.checkpointing = "none"
+        self.checkpointing, self.skips_apart = "none", False
         self.resnets = nnx.List([ResnetBlock2D(i, o, **settings, rngs=rngs, dtype=dtype) for i, o in channels])
         outputs = channels[-1][1]
         if transformer is not None:
@@ -101,14 +102,16 @@ class Block(nnx.Module):
         if up:
             self.upsamplers = nnx.List([Upsample2D(outputs, rngs=rngs, dtype=dtype)])
 
-    def layer(self, i: int, x: Array, temb: Array, memory: Memory) -> Array:
-        """Residual block i and its attention."""
+    def layer(self, i: int, x: Array, temb: Array, memory: Memory, skip: Array | None = None) -> Array:
+        """Residual block i, of x and of what an up block gets from a down block, and its attention."""
+        if skip is not None and not self.skips_apart:
+            x, skip = jnp.concatenate([x, skip], axis=-1), None
 
-        def run(x: Array, temb: Array, memory: Memory) -> Array:
-            x = checkpointed(self.resnets[i], self.checkpointing != "none")(x, temb)
+        def run(x: Array, temb: Array, memory: Memory, skip: Array | None) -> Array:
+            x = checkpointed(self.resnets[i], self.checkpointing != "none")(x, temb, skip)
             return self.attentions[i](x, memory) if hasattr(self, "attentions") else x
 
-        return checkpointed(run, self.checkpointing == "everything")(x, temb, memory)
+        return checkpointed(run, self.checkpointing == "everything")(x, temb, memory, skip)
 
 
 class MidBlock(nnx.Module):
@@ -241,6 +244,16 @@ class UNet2DConditionModel(nnx.Module):
             if hasattr(module, "checkpointing"):
                 module.checkpointing = policy
 
+    def learns_in_up_blocks(self) -> None:
+        """From now on an up block computes what it gets from a down block apart from what comes from below: it changes
+        time and rounding, not the result.
+
+        Policy and reference then have that part in common where only the up blocks differ, and no gradient goes there.
+        Elsewhere it only makes two convolutions of one.
+        """
+        for block in self.up_blocks:
+            block.skips_apart = True
+
     def __call__(
         self,
         sample: Float[Array, "b h w c"],
@@ -281,7 +294,7 @@ class UNet2DConditionModel(nnx.Module):
         x = self.mid_block(x, temb, memory)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x = block.layer(i, jnp.concatenate([x, in_rows(skips.pop(), len(x))], axis=-1), temb, memory)
+                x = block.layer(i, x, temb, memory, in_rows(skips.pop(), len(x)))
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

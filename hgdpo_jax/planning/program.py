@@ -20,7 +20,7 @@ from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.diffusion.pipeline import POSITIONS, Pipeline
 from hgdpo_jax.diffusion.source import Source, find, without_weights
-from hgdpo_jax.models import attend, attention, ip_adapter
+from hgdpo_jax.models import attend, ip_adapter
 from hgdpo_jax.models.architectures import SD15, SDXL
 from hgdpo_jax.models.convert import abstract
 from hgdpo_jax.training import policy as policies
@@ -63,8 +63,7 @@ def source_of(config: ConfigDict, variant: str) -> Source:
 def pipeline_of(config: ConfigDict, source: Source, mesh: Mesh) -> Pipeline:
     """The pipeline that :func:`hgdpo_jax.training.policy.load` gives, of shapes."""
     pipeline = pipelines.of_shapes(source, config.model.dtype, policies.stored(config))
-    pipeline.unet.checkpoint(config.train.checkpointing)
-    attention.spread(pipeline.unet, runtime.heads_sharding(mesh))
+    policies.arrange(pipeline.unet, config, mesh)
     policies.add_fresh_lora(pipeline, config)
     for network in pipeline.networks.values():  # which has values now, that no described device can take
         nnx.update(network, jax.eval_shape(nnx.state, network))

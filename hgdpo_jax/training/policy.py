@@ -18,6 +18,7 @@ from hgdpo_jax.errors import UserError
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.attention import spread
 from hgdpo_jax.models.lora import add_lora
+from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.provenance import content, require_same
 from hgdpo_jax.training.checkpoints import Checkpoints
 from hgdpo_jax.training.step import Params, split
@@ -48,13 +49,20 @@ def load(config: ConfigDict, mesh: Mesh, *others: ConfigDict) -> pipelines.Pipel
         param_dtype=stored(config),
         place=runtime.placer(mesh),
     )
-    pipeline.unet.checkpoint(config.train.checkpointing)
-    spread(pipeline.unet, runtime.heads_sharding(mesh))
+    arrange(pipeline.unet, config, mesh)
     for stage in (config, *others):
         add_fresh_lora(pipeline, stage, mesh)
         if stage.train.params == "adapter":
             pipeline = _with_fresh_adapter(pipeline, stage, encoder_of(stage), mesh)
     return pipeline
+
+
+def arrange(unet: UNet2DConditionModel, config: ConfigDict, mesh: Mesh) -> None:
+    """How the UNet is computed on the mesh, and what is kept for its gradient."""
+    unet.checkpoint(config.train.checkpointing)
+    if config.train.blocks == "up":
+        unet.learns_in_up_blocks()
+    spread(unet, runtime.heads_sharding(mesh))
 
 
 def stored(config: ConfigDict) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The UNet against diffusers', for every block type of SD1.5 and SDXL."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ from flax import nnx
 
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.convert import abstract, from_torch
-from hgdpo_jax.models.unet import UNet2DConditionModel
+from hgdpo_jax.models.unet import Block, UNet2DConditionModel
 from tests.models.parity import numpy_weights, ported, randomise, relative_error
-from tests.rounding import NETWORK
+from tests.rounding import GRADIENT, NETWORK, assert_close
 
 SD15 = dict(
     sample_size=16,
@@ -90,3 +91,31 @@ def test_bfloat16_compute_returns_float32_close_to_float32_compute() -> None:
 def test_a_config_value_that_is_not_implemented_is_named(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         nnx.eval_shape(lambda: UNet2DConditionModel(SD15 | change, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
+def test_what_up_blocks_compute_apart_changes_no_result_and_no_gradient(checkpointing: str) -> None:
+    """A group of eight channels has four of x and four of what lies beside it."""
+    settings = {"groups": 4, "eps": 1e-5, "time_channels": 16}
+    channels = [(12 + 20, 8), (8 + 8, 16)]  # of the second the sum is the width: no convolution around it
+    block = Block(channels, transformer=None, settings=settings, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    block.checkpointing = checkpointing
+    rng = np.random.default_rng(0)
+    x, first, second, temb, towards = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((2, 8, 8, 12), (2, 8, 8, 20), (2, 8, 8, 8), (2, 16), (2, 8, 8, 16))
+    )
+
+    def run(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = block.layer(1, block.layer(0, x, temb, {}, first), temb, {}, second)
+        return (out * towards).sum(), out
+
+    found, counts = [], []
+    for block.skips_apart in (False, True):
+        gradient = jax.jit(jax.grad(run, has_aux=True))
+        found.append(gradient(x))
+        counts.append(gradient.lower(x).compile().cost_analysis()["flops"])
+    (gradient, out), (gradient_apart, out_apart) = found
+    assert_close(out_apart, out, NETWORK)
+    assert_close(gradient_apart, gradient, GRADIENT)
+    assert counts[1] < 0.9 * counts[0]  # of the gradient beside x nothing is left
