@@ -26,7 +26,9 @@ def operations(jaxpr: Any, of: tuple[str, ...] = PRODUCTS, trips: int = 1) -> fl
     for equation in jaxpr.eqns:
         inputs = tuple(x if isinstance(x, jax.extend.core.Var) else str(x) for x in equation.invars)
         inputs = tuple(same.get(x, x) for x in inputs)
-        outputs = seen.setdefault((equation.primitive, inputs, str(equation.params)), equation.outvars)
+        # A function with a gradient of its own also has parameters that tell each call from the others.
+        does = str(equation.params.get("call_jaxpr", equation.params))
+        outputs = seen.setdefault((equation.primitive, inputs, does), equation.outvars)
         if outputs is not equation.outvars and not equation.effects:
             same |= zip(equation.outvars, outputs, strict=True)
             continue
