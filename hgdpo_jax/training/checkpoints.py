@@ -126,10 +126,11 @@ def _read_back(folder: epath.Path, held: Held) -> None:
         handler = _arrays()
         known = handler.metadata(folder).tree
         same = set(known) == {name for name, *_ in held}
-        handler.restore(folder, args=_restore(_smallest(known)))  # Orbax's own notes, which TensorStore does not need
         for part in parts:
             reading = [(value, read(name, index)) for name, index, value in part]
             same = same and all(_same(value, found.result()) for value, found in reading)
+        if same:  # Orbax's own notes, which TensorStore does not need
+            handler.restore(folder, args=_restore(_smallest(known)))
     except Exception as error:  # Orbax and TensorStore raise all sorts of them for damaged files
         raise UserError(f"checkpoint {folder}: was written, but cannot be read back") from error
     if not same:
