@@ -72,8 +72,8 @@ class TimestepEmbedding(nnx.Module):
 class Block(nnx.Module):
     """A level of the UNet: residual blocks, each followed by attention where the level has any, then a resampling.
 
-    `checkpointing` is what the gradient keeps, see :meth:`UNet2DConditionModel.checkpoint`; for `skips_apart` see its
-    `learns_in_up_blocks`.
+    `checkpointing` is what the gradient keeps, see :meth:`UNet2DConditionModel.checkpoint`; `skips_apart` is set
+    by its `share_skips`.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class UNet2DConditionModel(nnx.Module):
             if hasattr(module, "checkpointing"):
                 module.checkpointing = policy
 
-    def learns_in_up_blocks(self) -> None:
+    def share_skips(self) -> None:
         """From now on an up block computes what it gets from a down block apart from what comes from below: it changes
         time and rounding, not the result.
 

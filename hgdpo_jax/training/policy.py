@@ -61,7 +61,7 @@ def arrange(unet: UNet2DConditionModel, config: ConfigDict, mesh: Mesh) -> None:
     """How the UNet is computed on the mesh, and what is kept for its gradient."""
     unet.checkpoint(config.train.checkpointing)
     if config.train.blocks == "up":
-        unet.learns_in_up_blocks()
+        unet.share_skips()
     spread(unet, runtime.heads_sharding(mesh))
 
 
