@@ -22,9 +22,12 @@ import jax
 import numpy as np
 
 from benchmarks import peers
-from hgdpo_jax import runtime
-from hgdpo_jax.data import pairs as shards
+from hgdpo_jax.data import shards
 from hgdpo_jax.data.loader import Batch, PairLoader
+from hgdpo_jax.data.pairs import open_pairs
+from hgdpo_jax.data.record import Record, features
+from hgdpo_jax.devices.mesh import local_mesh
+from hgdpo_jax.devices.transfer import to_devices
 
 LATENT, TOKENS, SHARD, NAME = (64, 64, 4), 77, 500, "512x512"
 
@@ -33,13 +36,13 @@ def write(folder: Path, count: int) -> None:
     """Finished shards of `count` pairs to train on and one held out."""
     rng = np.random.default_rng(0)
 
-    def record(name: str) -> shards.Record:
+    def record(name: str) -> Record:
         latents = {role: rng.standard_normal(LATENT, np.float32).astype(np.float16) for role in ("winner", "loser")}
         common = {"id": name, "caption": f"a photograph of a person, number {name}", "winner_number": 0}
         ids = rng.integers(0, 49408, TOKENS).astype(np.int32)
         return common | latents | {"input_ids": ids, "winner_score": 1.0, "loser_score": 0.0}
 
-    schema, paths = shards.features(LATENT[-1], TOKENS, loser=True), {}
+    schema, paths = features(LATENT[-1], TOKENS, loser=True), {}
     shards.begin(folder, {})
     for role, records in (("train", count), ("heldout", 1)):
         sizes = [min(SHARD, records - begin) for begin in range(0, records, SHARD)]
@@ -53,13 +56,13 @@ def write(folder: Path, count: int) -> None:
 def step_seconds(batches: Iterator[Batch], count: int, seconds: float) -> float:
     """The median step, each of which is waited for, as where every step is logged. A median, since other programs may
     take the processor now and then."""
-    mesh, found = runtime.local_mesh(), []
-    batch = runtime.to_devices(next(batches), mesh)
+    mesh, found = local_mesh(), []
+    batch = to_devices(next(batches), mesh)
     for _ in range(count):
         begin = time.perf_counter()
         jax.block_until_ready(batch)
         end = time.perf_counter() + seconds  # of the step that now begins
-        batch = runtime.to_devices(next(batches), mesh)
+        batch = to_devices(next(batches), mesh)
         time.sleep(max(0.0, end - time.perf_counter()))
         found.append(time.perf_counter() - begin)
     return statistics.median(found)
@@ -76,7 +79,7 @@ def main() -> None:
     rates, stalls, seconds = [], [], given.batch / given.rate
     with tempfile.TemporaryDirectory() as temporary:
         write(Path(temporary) / "pairs", given.records)
-        found = shards.open_pairs(Path(temporary) / "pairs", "")  # reads every byte, for its hash
+        found = open_pairs(Path(temporary) / "pairs", "")  # reads every byte, for its hash
         loader = PairLoader(found.sources["train"], given.batch, seed=0)
         one = repeat(next(loader))
         for _ in range(given.rounds + 1):

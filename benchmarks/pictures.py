@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.data.photographs import list_photographs, load_images
-from hgdpo_jax.scoring.pictures import to_uint8
+from hgdpo_jax.pictures.write import to_uint8
 
 ROWS, COLUMNS, SCALE = ("base", "easy", "normal", "hard", "naive"), 10, 2
 PAIRS, PAIR_SCALE = 20, 3

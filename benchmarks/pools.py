@@ -25,13 +25,17 @@ from transformers import CLIPModel  # noqa: E402
 
 from benchmarks import peers  # noqa: E402
 from hgdpo_jax import config as configuration  # noqa: E402
-from hgdpo_jax import runtime  # noqa: E402
 from hgdpo_jax.config import ASSETS  # noqa: E402
-from hgdpo_jax.configs import stage1  # noqa: E402
 from hgdpo_jax.curriculum.selection import begin_records  # noqa: E402
 from hgdpo_jax.data.photographs import Photograph  # noqa: E402
+from hgdpo_jax.devices.mesh import local_mesh  # noqa: E402
+from hgdpo_jax.devices.sharding import parameter_placer  # noqa: E402
+from hgdpo_jax.devices.start import start  # noqa: E402
+from hgdpo_jax.devices.transfer import one_ahead  # noqa: E402
+from hgdpo_jax.devices.xla import use_precision  # noqa: E402
 from hgdpo_jax.diffusion import pipeline as pipelines  # noqa: E402
-from hgdpo_jax.diffusion.painter import Painter  # noqa: E402
+from hgdpo_jax.diffusion.sampler import Sampler  # noqa: E402
+from hgdpo_jax.run.settings import load_config, validate  # noqa: E402
 from hgdpo_jax.scoring.preference import Scorer  # noqa: E402
 
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
@@ -47,24 +51,24 @@ def groups(given: argparse.Namespace) -> list[list[str]]:
 
 
 def ours(given: argparse.Namespace) -> Callable[[], None]:
-    """A round, as `hgdpo_jax.pairs` does it."""
-    config = stage1.get_config("portraits")
+    """A round, as `hgdpo_jax.curriculum.build` does it."""
+    config = load_config("configs/stage1.py:portraits")
     config.model.base, config.data.resolutions, config.pairs.scorer = given.base, (given.size,), given.scorer
     config.pairs.update(sampler="dpmpp_2m", steps=given.steps, guidance=given.guidance)
     config.pairs.update(batch=given.batch, pool_size=given.pool)
-    configuration.validate(config)
-    runtime.start()
-    runtime.use_precision("float32")
-    (resolution,), mesh = configuration.resolutions(config).values(), runtime.local_mesh()
-    pipeline, scorer = pipelines.load(given.base, place=runtime.placer(mesh)), Scorer(given.scorer, mesh)
-    painter = Painter.of(pipeline, mesh, config.pairs, config.seed)
+    validate(config)
+    start()
+    use_precision("float32")
+    (resolution,), mesh = configuration.resolutions(config).values(), local_mesh()
+    pipeline, scorer = pipelines.load_pipeline(given.base, place=parameter_placer(mesh)), Scorer(given.scorer, mesh)
+    sampler = Sampler.from_config(pipeline, mesh, config.pairs, config.seed)
 
     def begin(prompts: list[str]) -> Callable[[], list]:
         photographs = [Photograph(prompt, Path(), prompt) for prompt in prompts]
-        return begin_records(config, painter, scorer, photographs, None, resolution, pipeline.tokenize, {})
+        return begin_records(config, sampler, scorer, photographs, None, resolution, pipeline.tokenize, {})
 
     def run() -> None:
-        records = [record for made in runtime.ahead(begin, groups(given)) for record in made()]
+        records = [record for made in one_ahead(begin, groups(given)) for record in made()]
         assert len(records) == given.batches * given.batch // given.pool
 
     return run

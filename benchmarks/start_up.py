@@ -20,37 +20,42 @@ from benchmarks import peers
 BEGIN = time.perf_counter()
 
 
-def start(name: str) -> dict[str, float]:
+def measure(name: str) -> dict[str, float]:
     """Seconds of each part, in this process."""
     import jax
     import numpy as np
 
     from hgdpo_jax import config as configuration
-    from hgdpo_jax import main as imported  # noqa: F401  # all that the command imports
-    from hgdpo_jax import runtime
+    from hgdpo_jax.devices.mesh import make_mesh
+    from hgdpo_jax.devices.sharding import tree_shardings
+    from hgdpo_jax.devices.start import start
+    from hgdpo_jax.devices.transfer import to_devices
+    from hgdpo_jax.devices.xla import use_precision
     from hgdpo_jax.diffusion.pipeline import POSITIONS
-    from hgdpo_jax.training import policy as policies
+    from hgdpo_jax.run.settings import load_config
+    from hgdpo_jax.training import loop  # noqa: F401  # all that the command imports
     from hgdpo_jax.training import step as steps
     from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
+    from hgdpo_jax.training.policy import load_trainable
 
     times = [BEGIN, time.perf_counter()]
-    runtime.start()
-    config = configuration.load(name, [])
-    runtime.use_precision(config.model.dtype)
-    settings, mesh = config.train, runtime.make_mesh(config.mesh)
-    pipeline = policies.load(config, mesh)
-    denoiser, policy, frozen = steps.split(pipeline, settings.params)
+    start()
+    config = load_config(name, [])
+    use_precision(config.model.dtype)
+    settings, mesh = config.train, make_mesh(config.mesh)
+    pipeline = load_trainable(config, mesh)
+    denoiser, policy, frozen = steps.split_params(pipeline, settings.params)
     jax.block_until_ready(frozen)
     times.append(time.perf_counter())
     tx = make_optimizer(settings)
-    placed = runtime.shardings(jax.eval_shape(lambda p: steps.init_state(p, tx, settings.ema), policy), mesh)
+    placed = tree_shardings(jax.eval_shape(lambda p: steps.init_state(p, tx, settings.ema), policy), mesh)
     state = jax.jit(lambda p: steps.init_state(p, tx, settings.ema), out_shardings=placed)(policy)
     loss = steps.dpo_loss(denoiser, pipeline.schedule, settings.blocks)
     step = steps.make_step(loss, tx, settings.accumulate, placed)
     latent = pipeline.latent_shape(next(iter(configuration.resolutions(config).values())))
     batch = {role: np.zeros((settings.batch, *latent), np.float16) for role in ("winner", "loser")}
     batch["input_ids"] = np.full((settings.batch, POSITIONS), 49407, np.int32)
-    inputs = (state, policy, frozen, runtime.to_devices(batch, mesh), numbers_of(config, 0))
+    inputs = (state, policy, frozen, to_devices(batch, mesh), numbers_of(config, 0))
     compiled = step.lower(*inputs).compile()
     times.append(time.perf_counter())
     jax.block_until_ready(compiled(*inputs))
@@ -66,7 +71,7 @@ def main() -> None:
     parser.add_argument("--only", action="store_true", help="is how each process is started")
     given = parser.parse_args()
     if given.only:
-        print(json.dumps(start(given.config)))
+        print(json.dumps(measure(given.config)))
         return
     command = [sys.executable, "-m", "benchmarks.start_up", "--config", given.config, "--only"]
     rows: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}

@@ -28,30 +28,33 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks import peers
 from hgdpo_jax import config as configuration
-from hgdpo_jax import runtime
-from hgdpo_jax.configs import stage1
+from hgdpo_jax.devices.mesh import local_mesh
+from hgdpo_jax.devices.processor import keep_memory
+from hgdpo_jax.devices.start import start
+from hgdpo_jax.devices.xla import use_precision
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.source import without_weights
 from hgdpo_jax.models.architectures import SD15
-from hgdpo_jax.training import policy as policies
+from hgdpo_jax.run.settings import load_config, validate
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
+from hgdpo_jax.training.policy import add_fresh_lora, configure_unet
 
 
 def ours(size: str, pairs: int, blocks: str = "all", cached: bool = False) -> Callable[[], float]:
     """A function that takes a step and returns the loss."""
-    config = stage1.get_config("sd15")
+    config = load_config("configs/stage1.py:sd15")
     config.model.dtype, config.data.resolutions = "float32", (size,)
     config.train.batch, config.train.checkpointing, config.train.blocks = pairs, "none", blocks
-    configuration.validate(config)
-    runtime.start()
-    runtime.use_precision("float32")
-    mesh = runtime.local_mesh()
-    runtime.keep_memory(mesh)
+    validate(config)
+    start()
+    use_precision("float32")
+    mesh = local_mesh()
+    keep_memory(mesh)
     pipeline = pipelines.of_shapes(without_weights(SD15), "float32")
-    policies.arrange(pipeline.unet, config, mesh)
-    policies.add_fresh_lora(pipeline, config)
-    denoiser, *parts = steps.split(pipeline, "lora")
+    configure_unet(pipeline.unet, config, mesh)
+    add_fresh_lora(pipeline, config)
+    denoiser, *parts = steps.split_params(pipeline, "lora")
     rng = np.random.default_rng(0)
 
     def filled(x: Any) -> jax.Array:
@@ -81,7 +84,7 @@ def ours(size: str, pairs: int, blocks: str = "all", cached: bool = False) -> Ca
 
 def theirs(size: str, pairs: int) -> Callable[[], float]:
     """The same with PyTorch."""
-    train = stage1.get_config("sd15").train
+    train = load_config("configs/stage1.py:sd15").train
     unet = UNet2DConditionModel.from_config(dict(SD15.configs["unet"]))
     unet.requires_grad_(False)
     lora = LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"])

@@ -22,21 +22,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from hgdpo_jax import config as configuration
-from hgdpo_jax import runtime
+from hgdpo_jax.devices.mesh import make_mesh
+from hgdpo_jax.devices.xla import use_precision
 from hgdpo_jax.models import attend
-from hgdpo_jax.planning import devices, hlo, program
+from hgdpo_jax.planning import hlo, program, topologies
 from hgdpo_jax.planning.hlo import Computation, Instruction
+from hgdpo_jax.run.settings import load_config
 
 UNITS = {"v5e": 4, "v5p": 8, "v6e": 16}  # of 128 x 128 products, a v6e's being four each
 
 
-def clock(topology: devices.Topology) -> float:
+def clock(topology: topologies.Topology) -> float:
     """Cycles a second, from the peak in bfloat16."""
     return topology.chip.peak["bfloat16"] / (UNITS[topology.name.partition(":")[0]] * 2 * 128**2)
 
 
-def products(text: hlo.Program, computation: Computation, instruction: Instruction) -> list[tuple[str, int]]:
+def products(text: hlo.HloModule, computation: Computation, instruction: Instruction) -> list[tuple[str, int]]:
     """(shapes, operations) of the convolutions and products that a kernel computes."""
     if instruction.opcode == "fusion":
         inside = text.computations[instruction.called("calls")]
@@ -57,13 +58,13 @@ def products(text: hlo.Program, computation: Computation, instruction: Instructi
 
 def of_step(name: str, overrides: list[str], most: int) -> None:
     """Prints the estimate of a step, by kind of kernel, and the kernels that take longest beyond their arithmetic."""
-    config = configuration.load("configs/stage3.py:sd15", overrides)
-    devices.prepare([name])
-    runtime.use_precision(config.model.dtype)
-    topology = devices.describe(name)
-    mesh = runtime.make_mesh(config.mesh, topology.devices)
+    config = load_config("configs/stage3.py:sd15", overrides)
+    topologies.prepare_compilers([name])
+    use_precision(config.model.dtype)
+    topology = topologies.describe_topology(name)
+    mesh = make_mesh(config.mesh, topology.devices)
     lowered = program.step(config, program.source_of(config, "sd15"), mesh).lowered
-    text = hlo.Program(lowered.compile(compiler_options=topology.options).as_text(), devices=mesh.size)
+    text = hlo.HloModule(lowered.compile(compiler_options=topology.options).as_text(), devices=mesh.size)
     peak, second = topology.chip.peak[config.model.dtype], clock(topology)
     kinds: Counter[str] = Counter()
     rows: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
@@ -89,9 +90,9 @@ def of_attention(name: str, shapes: list[str]) -> None:
     """Prints the estimate of splash, forwards and for the gradient, beside its operations at the peak."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        devices.prepare([name])
-        runtime.use_precision("bfloat16")
-        topology = devices.describe(name)
+        topologies.prepare_compilers([name])
+        use_precision("bfloat16")
+        topology = topologies.describe_topology(name)
         here = jax.sharding.SingleDeviceSharding(topology.devices[0])
         gradient = jax.grad(lambda *x: jnp.square(attend.splash(*x).astype(jnp.float32)).sum(), (0, 1, 2))
         for shape in shapes:

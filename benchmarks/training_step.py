@@ -27,17 +27,21 @@ import numpy as np
 from transformers import CLIPTokenizer
 
 from benchmarks import peers
-from hgdpo_jax import config as configuration
-from hgdpo_jax import runtime
 from hgdpo_jax.config import ASSETS
-from hgdpo_jax.configs import stage1
+from hgdpo_jax.devices.mesh import make_mesh
+from hgdpo_jax.devices.processor import keep_memory
+from hgdpo_jax.devices.sharding import tree_shardings
+from hgdpo_jax.devices.start import start
+from hgdpo_jax.devices.transfer import to_devices
+from hgdpo_jax.devices.xla import use_precision
 from hgdpo_jax.diffusion.pipeline import MODELS
 from hgdpo_jax.models.architectures import SD15, SDXL, Architecture
 from hgdpo_jax.models.convert import abstract, parameters, to_torch_layout, torch_key
 from hgdpo_jax.models.weights import STEMS, write_weights
-from hgdpo_jax.training import policy as policies
+from hgdpo_jax.run.settings import load_config, validate
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
+from hgdpo_jax.training.policy import load_trainable
 
 ARCHITECTURES: Mapping[str, tuple[Architecture, type]] = {"sd15": (SD15, np.float32), "sdxl": (SDXL, np.float16)}
 SHOWN = ("loss/total", "loss/statistics", "gradient_norm", "dpo/margin")
@@ -97,29 +101,29 @@ def main() -> None:
         print(f"{given.folder} written; run again, so that writing it does not count")
         return
 
-    config = stage1.get_config(given.model)
+    config = load_config(f"configs/stage1.py:{given.model}")
     config.model.base, config.model.dtype = str(given.folder), given.dtype
     config.data.resolutions = ("512x512",)
     config.train.batch, config.train.checkpointing = given.pairs, given.checkpointing
-    configuration.validate(config)
-    runtime.start()
-    runtime.use_precision(given.dtype)
-    settings, mesh = config.train, runtime.make_mesh(config.mesh)
+    validate(config)
+    start()
+    use_precision(given.dtype)
+    settings, mesh = config.train, make_mesh(config.mesh)
 
     # As hgdpo_jax.training does it.
-    runtime.keep_memory(mesh)
+    keep_memory(mesh)
     begin = time.perf_counter()
-    pipeline = policies.load(config, mesh)
-    denoiser, policy, frozen = steps.split(pipeline, settings.params)
+    pipeline = load_trainable(config, mesh)
+    denoiser, policy, frozen = steps.split_params(pipeline, settings.params)
     tx = make_optimizer(settings)
-    placed = runtime.shardings(jax.eval_shape(lambda p: steps.init_state(p, tx, settings.ema), policy), mesh)
+    placed = tree_shardings(jax.eval_shape(lambda p: steps.init_state(p, tx, settings.ema), policy), mesh)
     state = jax.jit(lambda p: steps.init_state(p, tx, settings.ema), out_shardings=placed)(policy)
     step = steps.make_step(steps.dpo_loss(denoiser, pipeline.schedule), tx, settings.accumulate, placed)
     numbers = numbers_of(config, 0)
     rng, shape = np.random.default_rng(0), pipeline.latent_shape((512, 512))
     batch = {name: rng.standard_normal((given.pairs, *shape)).astype(np.float16) for name in ("winner", "loser")}
     batch["input_ids"] = pipeline.tokenize(["a woman in a red coat on a bridge"] * given.pairs)
-    batch = runtime.to_devices(batch, mesh)
+    batch = to_devices(batch, mesh)
     jax.block_until_ready((state, frozen))
     kept = f"weights {size(frozen):.2f}, policy and optimizer {size(policy, state):.2f} GiB"
     print(f"load      {time.perf_counter() - begin:6.1f} s   peak {peak():5.2f} GiB   {kept}", flush=True)

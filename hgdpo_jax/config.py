@@ -4,26 +4,17 @@ A file under ``configs/`` is a Python function ``get_config(variant)`` that star
 its stage's paragraph of the paper. Settings are overridden on the command line (``--config.train.lr=1e-5``).
 """
 
-import difflib
 import hashlib
-import importlib.util
 import json
 import math
 import re
-import sys
-import traceback
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from hgdpo_jax.errors import UserError
-
 ASSETS = Path(__file__).parent / "assets"
-CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -220,17 +211,6 @@ def default() -> ConfigDict:
     return ConfigDict(values)
 
 
-def from_json(values: Mapping[str, Any]) -> ConfigDict:
-    """The config that :func:`to_json` wrote; settings that there were not yet have their defaults."""
-    found = ConfigDict(values)
-    for setting in SETTINGS:
-        group, _, leaf = setting.key.rpartition(".")
-        place = found[group] if group else found
-        if leaf not in place:
-            place[leaf] = setting.default
-    return found
-
-
 def as_markdown() -> str:
     """The table of the settings for people: docs/settings.md."""
     rows = [
@@ -249,178 +229,6 @@ def as_markdown() -> str:
     return "\n".join(rows) + "\n"
 
 
-def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Reads ``path/to/config.py[:variant]``, applies ``key=value`` overrides and validates.
-
-    Args:
-        spec: path of a config file, with its variant after a colon. ``configs/NAME.py`` is one of the package's where
-            the working directory has no folder ``configs``.
-        overrides: such as ``["train.lr=1e-4", "mesh.fsdp=8"]``.
-
-    Raises:
-        UserError: no such file or variant; a file with an error in it; an unknown key (the nearest is named); a value
-            of another type or out of range.
-    """
-    path, _, variant = spec.rpartition(":") if re.search(r":\w+$", spec) else (spec, "", "")
-    file = _find(path)
-    try:
-        module = _import(file)
-        config = module.get_config(variant) if variant else module.get_config()
-    except UserError:
-        raise
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        where = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"config {file}{f' line {where}' if where else ''}: {reason}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"config {file}: get_config returned no ConfigDict; start it from hgdpo_jax.config.default()")
-    for override in overrides:
-        _override(config, override)
-    validate(config)
-    config.lock()
-    return config
-
-
-def _find(path: str) -> Path:
-    """The file itself; or the one that the package brings, for configs/NAME.py where there is no folder configs."""
-    given = Path(path)
-    if given.is_file():
-        return given.absolute()
-    shipped = CONFIGS / given.name
-    if given.parent != Path("configs") or not shipped.is_file():
-        raise UserError(f"config {path}: no such file; try configs/stage1.py")
-    if given.parent.is_dir():
-        raise UserError(f"config {path}: your folder configs has no {given.name}; copy or give {shipped}")
-    return shipped
-
-
-def _import(file: Path) -> ModuleType:
-    """A config's module. What it imports from `.` lies beside it, so that a folder of configs is never half another."""
-    package = ModuleType(f"hgdpo_jax_configs_{hashlib.sha256(str(file.parent).encode()).hexdigest()[:12]}")
-    package.__path__ = [str(file.parent)]
-    sys.modules[package.__name__] = package
-    spec = importlib.util.spec_from_file_location(f"{package.__name__}.{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"config {file}: is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _override(config: ConfigDict, override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise UserError(f"override {override!r}: write --config.key=value")
-    old = get(config, key)
-    if isinstance(old, ConfigDict):
-        raise UserError(f"override {key}: is a group of settings, choose one of {', '.join(sorted(old))}")
-    kind = type(old[0]) if isinstance(old, tuple) else type(old)
-    try:
-        if isinstance(old, tuple):
-            new: Any = tuple(_parse(kind, part) for part in _parts(text))
-        else:
-            new = _parse(kind, text)
-    except (ValueError, KeyError) as error:
-        expected = f"a list of {kind.__name__}" if isinstance(old, tuple) else kind.__name__
-        raise UserError(f"override {key}={text}: expects {expected}, like {old!r}") from error
-    group, _, leaf = key.rpartition(".")
-    (get(config, group) if group else config)[leaf] = new
-
-
-def _parts(text: str) -> list[str]:
-    """The parts of a list: JSON, or with commas between."""
-    try:
-        listed = json.loads(text)
-    except json.JSONDecodeError:
-        listed = text.strip("()[] ").split(",")
-    return [str(part).strip() for part in (listed if isinstance(listed, list) else [listed]) if str(part).strip()]
-
-
-def _parse(kind: type, text: str) -> Any:
-    """Raises ValueError or KeyError."""
-    if kind is bool:
-        return {"true": True, "false": False}[text.lower()]
-    return kind(text)
-
-
-def get(config: ConfigDict, key: str) -> Any:
-    """The value at a dotted key. Raises UserError that names the nearest key when there is none."""
-    value: Any = config
-    for part in key.split("."):
-        if not isinstance(value, ConfigDict) or part not in value:
-            near = difflib.get_close_matches(key, keys(config), n=1, cutoff=0.0)
-            raise UserError(f"config key {key}: unknown; did you mean {near[0]}?")
-        value = value[part]
-    return value
-
-
-def keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    """All dotted keys of a config, leaves only."""
-    found: list[str] = []
-    for name, value in config.items():
-        found += keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [f"{prefix}{name}"]
-    return found
-
-
-def validate(config: ConfigDict) -> None:
-    """Raises UserError for an unknown or missing key, an unknown choice or a value out of range."""
-    known, given = keys(default()), keys(config)
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise UserError(f"config key {key}: unknown; did you mean {near[0]}?")
-    for key in known:
-        if key not in given:
-            raise UserError(f"config key {key}: missing; start the config from hgdpo_jax.config.default()")
-    for setting in SETTINGS:
-        _check(setting, get(config, setting.key))
-    train, pairs, mesh = config.train, config.pairs, config.mesh
-    if train.batch % train.accumulate:
-        raise UserError(f"config key train.accumulate={train.accumulate}: must divide train.batch={train.batch}")
-    if len(train.adam) != 2:
-        raise UserError(f"config key train.adam={tuple(train.adam)}: expects two numbers, like (0.9, 0.999)")
-    if pairs.winner == pairs.loser == "pool" and pairs.pool_size < 2:
-        raise UserError(f"config key pairs.pool_size={pairs.pool_size}: winner and loser both come from the pool; "
-                        "expects a whole number from 2")  # fmt: skip
-    if list(mesh.values()).count(-1) > 1:
-        raise UserError(f"config keys mesh={dict(mesh)}: only one of them may be -1")
-    if (pairs.winner == "given") != (pairs.loser == "given"):
-        raise UserError(f"config keys pairs.winner={pairs.winner} and pairs.loser={pairs.loser}: pairs are given "
-                        "whole; expects given for both or for neither")  # fmt: skip
-    if pairs.loser == "none" and pairs.winner != "photograph":
-        raise UserError(
-            f"config key pairs.loser=none: {pairs.winner} is chosen against a loser; expects pool or a stage"
-        )
-    if (pairs.loser == "none") != (config.objective == "sft"):
-        raise UserError(f"config keys objective={config.objective} and pairs.loser={pairs.loser}: sft learns from "
-                        "photographs without losers, dpo from pairs")  # fmt: skip
-    if train.blocks == "up" and (train.params, train.reference, config.objective) != ("lora", "start", "dpo"):
-        raise UserError("config key train.blocks=up: goes with train.params=lora, train.reference=start and "
-                        "objective=dpo: policy and reference share the blocks below")  # fmt: skip
-    if train.blocks == "up" and train.weight_decay:
-        raise UserError(f"config key train.weight_decay={train.weight_decay}: with train.blocks=up the blocks below "
-                        "would decay, which do not learn; expects 0")  # fmt: skip
-    if train.reference_cache and config.objective != "dpo":
-        raise UserError("config key train.reference_cache: goes with objective=dpo; sft has no reference")
-    if train.params == "adapter" and config.objective != "sft":
-        raise UserError("config key train.params=adapter: goes with objective=sft")
-
-
-def _check(setting: Setting, value: Any) -> None:
-    """Raises UserError for a value of another type, or that is not allowed."""
-    listed = isinstance(setting.default, tuple)
-    if listed and not isinstance(value, tuple | list):
-        raise UserError(f"config key {setting.key}={value!r}: expects a list, like {setting.default!r}")
-    if listed and not value:
-        raise UserError(f"config key {setting.key}: is empty; expects {setting.allowed}, once or more")
-    for part in value if listed else (value,):
-        whole = isinstance(setting.default[0] if listed else setting.default, int)
-        if part not in setting.allowed or (whole and isinstance(part, float)):
-            number = ("a whole number " if whole else "a number ") if isinstance(setting.allowed, Range) else ""
-            raise UserError(f"config key {setting.key}={part!r}: expects {number}{setting.allowed}")
-
-
 def resolutions(config: ConfigDict) -> dict[str, tuple[int, int]]:
     """`data.resolutions` as name → (height, width) in pixels."""
     sizes = ((name, name.split("x")) for name in config.data.resolutions)
@@ -432,7 +240,7 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def content_hash(config: ConfigDict) -> str:
+def config_hash(config: ConfigDict) -> str:
     """sha256 over the settings, independent of their order."""
     return hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode()).hexdigest()
 

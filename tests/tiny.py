@@ -16,19 +16,21 @@ from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax import runtime
-from hgdpo_jax.assets.base import INDEX, SCHEDULER, TEXT_ENCODER, UNET
-from hgdpo_jax.assets.vae import CONFIG as VAE
 from hgdpo_jax.config import ASSETS
-from hgdpo_jax.data import pairs as shards
-from hgdpo_jax.files import write_json
+from hgdpo_jax.data import shards
+from hgdpo_jax.data.record import Record, features
+from hgdpo_jax.devices.sharding import path_name
 from hgdpo_jax.models.architectures import SDXL
 from hgdpo_jax.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 from hgdpo_jax.models.convert import abstract, save_model
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
+from hgdpo_jax.run.files import write_json
+from hgdpo_jax.run.settings import validate
 from hgdpo_jax.training.monitor import Monitor
 from hgdpo_jax.training.step import TrainState
+from tools.make_assets.base import INDEX, SCHEDULER, TEXT_ENCODER, UNET
+from tools.make_assets.vae import CONFIG as VAE
 
 LATENT = (4, 4, 8)
 # As few layers as have the structure of SD1.5: compiling them is most of what the tests do.
@@ -64,7 +66,7 @@ def random_model(cls: Callable[..., nnx.Module], config: dict[str, Any], seed: i
 
     def value(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         fan_in = max(1, math.prod(leaf.shape[:-1]))
-        offset = 1.0 if runtime.path_name(path).endswith("scale") else 0.0
+        offset = 1.0 if path_name(path).endswith("scale") else 0.0
         return jnp.asarray(offset + rng.standard_normal(leaf.shape) * fan_in**-0.5 * (leaf.ndim > 1), jnp.float32)
 
     nnx.update(model, jax.tree.map_with_path(value, nnx.state(model)))
@@ -124,7 +126,7 @@ def write_pairs(
 ) -> Path:
     """Finished shards of random latents in `folder` = W/stageN/pairs."""
     rng = np.random.default_rng(0)
-    schema = shards.features(shape[-1], 77, loser=True)
+    schema = features(shape[-1], 77, loser=True)
     assert not shards.begin(folder, {"test": 1})
     paths: dict[str, list[Path]] = {}
     for role, count in (("train", train), ("heldout", heldout)):
@@ -136,7 +138,7 @@ def write_pairs(
     return folder
 
 
-def record(name: str, rng: np.random.Generator, shape: tuple[int, ...] = LATENT) -> shards.Record:
+def record(name: str, rng: np.random.Generator, shape: tuple[int, ...] = LATENT) -> Record:
     """A pair of random latents."""
     ids = np.full(77, 49407, np.int32)
     ids[0], ids[1:4] = 49406, rng.integers(0, 49000, 3)
@@ -162,12 +164,12 @@ def config(base: Path, stage: str = "stage1", **train: object) -> ConfigDict:
     result.evaluate.update(sampler="ddim", steps=2, guidance=1.0, batch=8, images_per_prompt=1)
     result.train.update(steps=4, batch=8, warmup=1, lr=1e-2, lambda_stat=1.0, lora_rank=2, lora_alpha=2.0)
     result.train.update(checkpoint_every=2, log_every=1, eval_every=100, **train)
-    configuration.validate(result)
+    validate(result)
     return result
 
 
 def glance(monitor: Monitor, state: TrainState, step: int) -> None:
-    """In place of `Monitor.look`, which compiles three programs, where a test is not about what people see."""
+    """In place of `Monitor.evaluate`, which compiles three programs, where a test is not about what people see."""
     monitor.log.write({"heldout/loss/total": 0.0}, step)
 
 

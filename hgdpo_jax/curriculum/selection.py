@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from hgdpo_jax.data.concepts import ConceptEncoder
-from hgdpo_jax.data.pairs import Record
 from hgdpo_jax.data.photographs import Photograph
-from hgdpo_jax.diffusion.painter import Judge, Painter
-from hgdpo_jax.errors import UserError
+from hgdpo_jax.data.record import Record
+from hgdpo_jax.diffusion.sampler import ImageFunction, Sampler
+from hgdpo_jax.faces.concepts import ConceptEncoder
+from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.scoring.preference import Scorer
 
 
@@ -56,17 +56,17 @@ def worst(candidates: Candidates) -> Chosen:
 
 
 def pool(
-    painter: Painter, scorer: Scorer, names: Sequence[str], ids: np.ndarray, size: int, resolution: tuple[int, int]
+    sampler: Sampler, scorer: Scorer, names: Sequence[str], ids: np.ndarray, size: int, resolution: tuple[int, int]
 ) -> Candidates:
     """`size` images for each prompt, from different seeds; whole batches stay on the devices and are not waited for."""
     numbers = np.arange(size)
-    keys = painter.keys("pool", [name for name in names for _ in numbers], [int(n) for _ in names for n in numbers])
-    latents, scores = painter.candidates(np.repeat(ids, size, axis=0), keys, resolution, _score(scorer), "pool")
+    keys = sampler.keys("pool", [name for name in names for _ in numbers], [int(n) for _ in names for n in numbers])
+    latents, scores = sampler.candidates(np.repeat(ids, size, axis=0), keys, resolution, _score(scorer), "pool")
     return Candidates(latents.reshape(-1, size, *latents.shape[1:]), scores.reshape(-1, size), numbers)
 
 
 def reconstructions(
-    painter: Painter,
+    sampler: Sampler,
     scorer: Scorer,
     names: Sequence[str],
     ids: np.ndarray,
@@ -74,11 +74,11 @@ def reconstructions(
     strengths: Sequence[int],
 ) -> Candidates:
     """SDRecon of each photograph at each strength, of which 0 is the photograph itself; as in :func:`pool`."""
-    keys = {strength: painter.keys("sdrecon", names, [strength] * len(names)) for strength in strengths}
-    return Candidates(*painter.reconstructions(images, ids, keys, _score(scorer), "SDRecon"), np.array(strengths))
+    keys = {strength: sampler.keys("sdrecon", names, [strength] * len(names)) for strength in strengths}
+    return Candidates(*sampler.reconstructions(images, ids, keys, _score(scorer), "SDRecon"), np.array(strengths))
 
 
-def _score(scorer: Scorer) -> Judge:
+def _score(scorer: Scorer) -> ImageFunction:
     return lambda images, input_ids: scorer(images, input_ids).score
 
 
@@ -98,7 +98,7 @@ def require_finite(scores: Float[np.ndarray, "n *m"], photographs: Sequence[Phot
 
 def begin_records(
     config: ConfigDict,
-    painter: Painter,
+    sampler: Sampler,
     scorer: Scorer | None,
     photographs: Sequence[Photograph],
     images: np.ndarray | None,
@@ -112,7 +112,7 @@ def begin_records(
 
     Args:
         config: the whole config; `pairs` is read.
-        painter: with ε_base.
+        sampler: with ε_base.
         scorer: f; None where neither winner nor loser is chosen.
         photographs: of one shard.
         images: their pixels float32 [n, H, W, 3] in [-1, 1], where :func:`uses_pixels`.
@@ -134,7 +134,7 @@ def begin_records(
 
     if settings.loser == "none":
         assert images is not None
-        latents = painter.encode(images, "encode")
+        latents = sampler.encode(images, "encode")
         records = [
             c | {"winner_number": 0, "winner_score": np.float32(0), "winner": _stored(x)}
             for c, x in zip(common, latents, strict=True)
@@ -149,7 +149,7 @@ def begin_records(
 
     if settings.loser == "given":
         assert images is not None and losers is not None
-        both = painter.encode(images, "encode"), painter.encode(losers, "encode losers")
+        both = sampler.encode(images, "encode"), sampler.encode(losers, "encode losers")
         unscored = {"winner_number": 0, "winner_score": np.float32(0), "loser_score": np.float32(0)}
         rows = zip(common, *both, strict=True)
         records = [c | unscored | {"winner": _stored(x), "loser": _stored(y)} for c, x, y in rows]
@@ -159,12 +159,12 @@ def begin_records(
     drawn_before = [earlier[name] for name in names] if settings.loser != "pool" else []
     pooled = None
     if "pool" in (settings.winner, settings.loser):
-        pooled = pool(painter, scorer, names, ids, settings.pool_size, resolution)
+        pooled = pool(sampler, scorer, names, ids, settings.pool_size, resolution)
     winners = pooled
     if settings.winner != "pool":
         assert images is not None
         strengths = settings.strengths if settings.winner == "sdrecon" else (0,)
-        winners = reconstructions(painter, scorer, names, ids, images, strengths)
+        winners = reconstructions(sampler, scorer, names, ids, images, strengths)
     assert winners is not None
     winner, drawn_loser = best(winners), worst(pooled) if pooled else None
 

@@ -15,7 +15,7 @@ _FIELDS = ("winner", "loser", "input_ids", "concept", "example", "reference")
 _PASSES = 2**32  # without end; a length that Grain cannot count with is not taken
 
 
-def stacked(source: Sequence[dict[str, Any]], numbers: Sequence[int]) -> Batch:
+def stack_records(source: Sequence[dict[str, Any]], numbers: Sequence[int]) -> Batch:
     """What a step needs of some records, as they are stored: latents and concept features float16, token ids int32, and
     perhaps what :class:`hgdpo_jax.training.reference_cache.Draws` adds.
 
@@ -43,7 +43,7 @@ class _Batches:
         return len(self._order) // self._batch
 
     def __getitem__(self, i: int) -> Batch:
-        return stacked(self._source, [self._order[i * self._batch + int(row)] for row in self._rows])
+        return stack_records(self._source, [self._order[i * self._batch + int(row)] for row in self._rows])
 
 
 class PairLoader:
@@ -57,7 +57,7 @@ class PairLoader:
         batch: rows over all processes.
         seed: of the shuffle; each pass over the records has its own order.
         position: examples already drawn, from :attr:`position` of an earlier stream.
-        rows: those that this process loads, see :func:`hgdpo_jax.runtime.rows`; all unless given.
+        rows: those that this process loads, see :func:`hgdpo_jax.devices.transfer.local_rows`; all unless given.
     """
 
     def __init__(
@@ -92,4 +92,6 @@ def first_batches(source: Any, batch: int, limit: int, rows: Sequence[int] | Non
     around to the first."""
     count = max(1, min(len(source), limit) // batch) if len(source) >= batch else 1
     rows = range(batch) if rows is None else rows
-    return [stacked(source, [(begin + row) % len(source) for row in rows]) for begin in range(0, count * batch, batch)]
+    return [
+        stack_records(source, [(begin + row) % len(source) for row in rows]) for begin in range(0, count * batch, batch)
+    ]

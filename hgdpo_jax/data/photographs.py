@@ -24,9 +24,10 @@ from PIL import Image, ImageOps
 
 from hgdpo_jax.data.readers import captions, imagefolder, kohya, parquet, preferences, sidecars, tar, tfds
 from hgdpo_jax.data.readers.example import Example, Examples
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import Index
-from hgdpo_jax.images import Picture, UnreadableImage, read_image
+from hgdpo_jax.pictures.read import UnreadableImage, image_shape, read_image
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import Member
+from hgdpo_jax.run.index import Index
 
 SPLITS = ("base", "train", "heldout")
 HELDOUT, _LEAST = 0.02, 8  # the share, and how many at least, that are held out where nothing is marked
@@ -39,11 +40,11 @@ class Photograph:
     are of the same one, and `#mirrored` for its mirror image."""
 
     id: str
-    picture: Path | Picture
+    picture: Path | Member
     caption: str
     split: str = "train"
     mirrored: bool = False
-    loser: Path | Picture | None = None  # of a pair that is given: the picture that lost against this one
+    loser: Path | Member | None = None  # of a pair that is given: the picture that lost against this one
 
 
 def list_examples(config: ConfigDict, *splits: str, index: Index) -> list[list[Photograph]]:
@@ -190,7 +191,7 @@ def _reader(place: str | Path) -> Callable[[], Examples]:
                     f"{' or '.join(imagefolder.NAMES)}, kohya's .json, .tar or .parquet")  # fmt: skip
 
 
-def by_shape(
+def sort_by_shape(
     photographs: Sequence[Photograph], resolutions: Mapping[str, tuple[int, int]], index: Index | None = None
 ) -> dict[str, list[Photograph]]:
     """Name of a resolution → the photographs whose height / width is nearest to its own on a logarithmic scale.
@@ -205,7 +206,7 @@ def by_shape(
         nearest = first
         if len(resolutions) > 1:
             try:
-                height, width = index.shape(photograph.picture)
+                height, width = index.shape(photograph.picture, image_shape)
             except (OSError, ValueError, UnreadableImage):
                 pass
             else:
@@ -239,7 +240,7 @@ def load_losers(
 
 
 def _cut_all(
-    photographs: Sequence[Photograph], pictures: Sequence[Path | Picture | None], resolution: tuple[int, int]
+    photographs: Sequence[Photograph], pictures: Sequence[Path | Member | None], resolution: tuple[int, int]
 ) -> list[Float[np.ndarray, "H W 3"] | None]:
     """See :func:`_cut`."""
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -247,7 +248,7 @@ def _cut_all(
 
 
 def _cut(
-    photograph: Photograph, picture: Path | Picture | None, resolution: tuple[int, int]
+    photograph: Photograph, picture: Path | Member | None, resolution: tuple[int, int]
 ) -> Float[np.ndarray, "H W 3"] | None:
     """A picture of a photograph's example; None, and a warning, where it cannot be read."""
     height, width = resolution

@@ -12,16 +12,17 @@ from flax import nnx
 from jaxtyping import Float, Int
 from transformers import CLIPTokenizer
 
-from hgdpo_jax import processes
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
-from hgdpo_jax.diffusion.source import MODELS, Source, find
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import Index, ends, json_hash
+from hgdpo_jax.diffusion.source import MODELS, Source, open_source
 from hgdpo_jax.models.convert import Place, abstract, from_torch, keys
 from hgdpo_jax.models.ip_adapter import IPAdapter
 from hgdpo_jax.models.text import TextConditioner
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
+from hgdpo_jax.run import processes
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import fingerprint, json_hash
+from hgdpo_jax.run.index import Index
 
 POSITIONS = 77  # that CLIP has
 
@@ -97,7 +98,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Int[np.ndarra
     return ids.astype(np.int32)
 
 
-def load(
+def load_pipeline(
     base: str | Path,
     dtype: str = "float32",
     *,
@@ -113,14 +114,14 @@ def load(
     Args:
         base, vae, lora: see :func:`find`.
         dtype: of the computation of UNet and text encoders, as in the config: tf32 is float32 here, see
-            :func:`hgdpo_jax.runtime.use_precision`.
+            :func:`hgdpo_jax.devices.xla.use_precision`.
         param_dtype: of the parameters of UNet and text encoders; by part where they differ.
         place: puts a parameter on its devices.
 
     Raises:
         UserError: see :func:`find`; or weights that do not fit their config.
     """
-    source = find(str(base), str(vae), str(lora))
+    source = open_source(str(base), str(vae), str(lora))
 
     def model(part: str, found: Any, stored: Any) -> Any:
         weights, name = source.open(part, keys(found)), f"{source.name}, {part}"
@@ -185,7 +186,7 @@ def _second_padding(source: Source) -> int:
     return int(second.pad_token_id)
 
 
-def content_hash(base: str | Path, vae: str | Path = "", lora: str | Path = "", index: Index | None = None) -> str:
+def base_hash(base: str | Path, vae: str | Path = "", lora: str | Path = "", index: Index | None = None) -> str:
     """sha256 over all that is computed with of a checkpoint: weights, configs, vocabularies, schedule. Neither the
     names of files nor their place count. Process 0 reads all of it, the others as much as tells checkpoints apart.
 
@@ -196,7 +197,7 @@ def content_hash(base: str | Path, vae: str | Path = "", lora: str | Path = "", 
     Raises:
         UserError: see :func:`find`; or the processes' bases differ.
     """
-    source, index = find(str(base), str(vae), str(lora)), index or Index()
+    source, index = open_source(str(base), str(vae), str(lora)), index or Index()
     about = {
         "configs": {part: _settings(config) for part, config in source.configs.items()},
         "vocabularies": {name: tokenizer.get_vocab() for name, tokenizer in source.tokenizers.items()},
@@ -204,9 +205,9 @@ def content_hash(base: str | Path, vae: str | Path = "", lora: str | Path = "", 
         "scheduler": _settings(source.scheduler),
         "pipeline": _settings(source.index),
     }
-    if not processes.alone():  # a glance, where each host has a base of its own
-        processes.agree({f"content of {base}": json_hash([about, *map(ends, source.files)])[:12]})
-    return processes.first(lambda: json_hash({"weights": [index.hash(file) for file in source.files], **about}))
+    if not processes.is_alone():  # a glance, where each host has a base of its own
+        processes.require_same({f"content of {base}": json_hash([about, *map(fingerprint, source.files)])[:12]})
+    return processes.broadcast(lambda: json_hash({"weights": [index.hash(file) for file in source.files], **about}))
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

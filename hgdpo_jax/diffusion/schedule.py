@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hgdpo_jax.errors import UserError
+from hgdpo_jax.run.errors import UserError
 
 Latent = Float[Array, "b h w c"]
 Timesteps = Int[Array, "b"]
@@ -25,7 +25,7 @@ class NoiseSchedule:
     Attributes:
         alphas_cumprod: ᾱ_t, float32 [T], decreasing in [0, 1); the last is 0 with `rescale_betas_zero_snr`.
         prediction_type: `epsilon` or `v_prediction`.
-        config: scheduler_config.json, of which :mod:`hgdpo_jax.diffusion.samplers` reads the rest.
+        config: scheduler_config.json, of which :mod:`hgdpo_jax.diffusion.solvers` reads the rest.
     """
 
     alphas_cumprod: np.ndarray

@@ -18,7 +18,6 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import CLIPTokenizer
 
 from hgdpo_jax.config import ASSETS
-from hgdpo_jax.errors import UserError
 from hgdpo_jax.models import ldm
 from hgdpo_jax.models.architectures import Architecture, recognise
 from hgdpo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
@@ -27,6 +26,7 @@ from hgdpo_jax.models.merged import LoRAFile
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
 from hgdpo_jax.models.weights import Weights, chosen, open_folder, refuse_pickle, shards
+from hgdpo_jax.run.errors import UserError
 
 MODELS: dict[str, type[nnx.Module]] = {
     "unet": UNet2DConditionModel,
@@ -68,7 +68,7 @@ class Source:
         return self.fit.get(part, "its config.json")
 
 
-def find(base: str, vae: str = "", lora: str = "") -> Source:
+def open_source(base: str, vae: str = "", lora: str = "") -> Source:
     """Opens a checkpoint.
 
     Args:
@@ -153,7 +153,7 @@ def _single_file(path: Path, with_vae: bool) -> Source:
 
     def part(name: str, keys: Sequence[str]) -> Mapping[str, np.ndarray]:
         prefix, translate = architecture.parts[name]
-        return ldm.Part(weights, prefix, translate, keys, architecture.configs[name])
+        return ldm.TranslatedWeights(weights, prefix, translate, keys, architecture.configs[name])
 
     return replace(
         without_weights(architecture),
@@ -227,7 +227,7 @@ def _with_vae(source: Source, path: Path) -> Source:
         if name != "vae":
             return source.open(name, keys)
         if f"{prefix}{ldm.VAE_CONV}" in weights:
-            return ldm.Part(weights, prefix, ldm.vae_part, keys, config)
+            return ldm.TranslatedWeights(weights, prefix, ldm.vae_part, keys, config)
         return weights
 
     return replace(

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.ldm import SD1_PARTS, SDXL_PARTS, Translate, bare_clip
 from hgdpo_jax.models.weights import Weights
+from hgdpo_jax.run.errors import UserError
 
 VERSION = "0.42.1"  # of diffusers, whose folders these configs are written into
 

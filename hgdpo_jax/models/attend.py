@@ -137,7 +137,7 @@ def splash(q: Queries, k: Keys, v: Keys, interpret: bool = False) -> Queries:
 
 def _whole_precision(function: Callable[[Array, Array, Array], Array]) -> Callable[[Array, Array, Array], Array]:
     """The same function and gradient for kernels of Pallas, which for TPUs know products of float32 as they are and as
-    they come, but not the precision between that :func:`hgdpo_jax.runtime.use_precision` may ask for."""
+    they come, but not the precision between that :func:`hgdpo_jax.devices.xla.use_precision` may ask for."""
 
     def precision(x: Array) -> AbstractContextManager:
         return jax.default_matmul_precision("float32" if x.dtype == jnp.float32 else "default")

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from hgdpo_jax.models.attend import attend
 from hgdpo_jax.models.layers import conv, group_norm, in_rows, layer_norm, linear, platform
-from hgdpo_jax.models.lora import together
+from hgdpo_jax.models.lora import fused_linear
 from hgdpo_jax.models.resnet import checkpointed
 
 # What cross-attention looks up: for each of the UNet's, by name, its keys and values as :func:`as_read` lays them. More
@@ -23,7 +23,7 @@ def as_read(k: Float[Array, "b m heads d"], v: Float[Array, "b m heads d"]) -> t
     return k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
 
 
-class Identity(nnx.Module):
+class Passthrough(nnx.Module):
     """Holds the place of a Dropout in a list, so that indices stay upstream's."""
 
     def __call__(self, x: Array) -> Array:
@@ -42,7 +42,7 @@ class Attention(nnx.Module):
         self.to_q = linear(width, width, use_bias=bias, dtype=dtype, rngs=rngs)
         self.to_k = linear(context_width, width, use_bias=bias, dtype=dtype, rngs=rngs)
         self.to_v = linear(context_width, width, use_bias=bias, dtype=dtype, rngs=rngs)
-        self.to_out = nnx.List([linear(width, width, dtype=dtype, rngs=rngs), Identity()])
+        self.to_out = nnx.List([linear(width, width, dtype=dtype, rngs=rngs), Passthrough()])
 
     def split_heads(self, x: Float[Array, "b n d"]) -> Float[Array, "b n heads d_head"]:
         """The width as heads."""
@@ -50,14 +50,14 @@ class Attention(nnx.Module):
 
     def keys_values(self, context: Float[Array, "b m e"]) -> tuple[Array, Array]:
         """Keys and values of a context, see :data:`Memory`."""
-        return as_read(*map(self.split_heads, together([self.to_k, self.to_v], context, platform(self.sharding))))
+        return as_read(*map(self.split_heads, fused_linear([self.to_k, self.to_v], context, platform(self.sharding))))
 
     def __call__(
         self, x: Float[Array, "b n d"], pairs: Sequence[tuple[Array, Array]] | None = None
     ) -> Float[Array, "b n d"]:
         """Attention over x, or the sum of attention over each (keys, values); projected."""
         if pairs is None:
-            found = together([self.to_q, self.to_k, self.to_v], x, platform(self.sharding))
+            found = fused_linear([self.to_q, self.to_k, self.to_v], x, platform(self.sharding))
             q, *own = (self.split_heads(y) for y in found)
             pairs = [tuple(own)]
         else:
@@ -67,7 +67,7 @@ class Attention(nnx.Module):
         return self.to_out[0](out.reshape(x.shape))
 
 
-def spread(network: nnx.Module, sharding: NamedSharding) -> None:
+def set_sharding(network: nnx.Module, sharding: NamedSharding) -> None:
     """Attention of a network runs from now on where its inputs lie, convolutions and products as is best there.
 
     Args:
@@ -98,7 +98,7 @@ class FeedForward(nnx.Module):
         self.net = nnx.List(
             [
                 GEGLU(width, 4 * width, rngs=rngs, dtype=dtype),
-                Identity(),
+                Passthrough(),
                 linear(4 * width, width, dtype=dtype, rngs=rngs),
             ]
         )

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.attend import xla
 from hgdpo_jax.models.layers import conv, embed, layer_norm, linear, normal
-from hgdpo_jax.models.lora import together
+from hgdpo_jax.models.lora import fused_linear
 from hgdpo_jax.models.model_config import ModelConfig, check_only
+from hgdpo_jax.run.errors import UserError
 
 _ONLY: dict[str, tuple[Any, ...]] = {"attention_dropout": (0.0, 0), "dropout": (0.0, 0), "num_channels": (3,)}
 _ACTIVATIONS = {
@@ -49,7 +49,7 @@ class CLIPAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"], causal: bool) -> Float[Array, "b n d"]:
         """Each token sees all, or with `causal` those up to itself."""
-        projected = together([self.q_proj, self.k_proj, self.v_proj], x)
+        projected = fused_linear([self.q_proj, self.k_proj, self.v_proj], x)
         q, k, v = (y.reshape(*x.shape[:2], self.heads, -1) for y in projected)
         return self.out_proj(xla(q, k, v, causal).reshape(x.shape))
 
@@ -223,3 +223,23 @@ class CLIPModel(nnx.Module):
     def text_embeds(self, input_ids: Int[Array, "b s"]) -> Float[Array, "b p"]:
         """Projected text embeddings, not normalised, float32."""
         return self.text_projection(self.text_model(input_ids).pooled).astype(jnp.float32)
+
+
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_pixels(images: Float[Array, "b H W 3"], size: int) -> Float[Array, "b size size 3"]:
+    """CLIP's preprocessing of images in [-1, 1]: bicubic to the short side, centre cut, normalised."""
+    b, height, width, _ = images.shape
+    short = min(height, width)
+    new = (int(height * size / short), int(width * size / short))  # cut off, as the image processor does
+    if new != (height, width):
+        images = jnp.clip(jax.image.resize(images, (b, *new, 3), "cubic"), -1.0, 1.0)
+    top, left = (new[0] - size) // 2, (new[1] - size) // 2
+    return clip_normalised(images[:, top : top + size, left : left + size])
+
+
+def clip_normalised(images: Float[Array, "*b 3"]) -> Float[Array, "*b 3"]:
+    """Images in [-1, 1] in the units that CLIP's vision towers were trained on."""
+    return (0.5 * (images + 1.0) - jnp.asarray(_MEAN)) / jnp.asarray(_STD)

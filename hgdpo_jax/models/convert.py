@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hgdpo_jax import processes
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import Index, json_hash, write_json
 from hgdpo_jax.models.layers import SHAPES
 from hgdpo_jax.models.weights import STEMS, open_folder, write_weights
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import json_hash, write_json
+from hgdpo_jax.run.index import Index
 
 Model = TypeVar("Model", bound=nnx.Module)
 # (state path joined by dots, array) → the array on its devices.
@@ -210,15 +210,14 @@ def load_model(
 
 
 def folder_hash(folder: str | Path, index: Index | None = None) -> str:
-    """sha256 over the config and the weights of a model folder, wherever it is. Process 0 reads them.
+    """sha256 over the config and the weights of a model folder, wherever it is.
 
     Args:
         folder: see :func:`load_model`.
         index: spares reading files that it knows.
     """
     folder, index = Path(folder), index or Index()
-    weights = open_folder(folder).files
-    return processes.first(lambda: json_hash({"config": read_config(folder), "weights": [*map(index.hash, weights)]}))
+    return json_hash({"config": read_config(folder), "weights": [*map(index.hash, open_folder(folder).files)]})
 
 
 def save_model(model: nnx.Module, folder: str | Path, dtype: type[np.floating] = np.float32) -> None:

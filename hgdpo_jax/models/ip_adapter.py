@@ -15,15 +15,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.attend import xla
-from hgdpo_jax.models.attention import Identity, Memory, as_read
+from hgdpo_jax.models.attention import Memory, Passthrough, as_read
 from hgdpo_jax.models.clip import CLIPVisionModelWithProjection
 from hgdpo_jax.models.convert import Place, abstract, from_torch, read_config, to_torch
 from hgdpo_jax.models.layers import layer_norm, linear, normal
 from hgdpo_jax.models.model_config import ModelConfig
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.weights import Weights, open_folder, write_weights
+from hgdpo_jax.run.errors import UserError
 
 _HEAD_WIDTH = 64  # of the Resampler; no file tells it, all have it
 _LARGEST_RESAMPLER = 1280  # SDXL's is narrower than its text
@@ -50,7 +50,7 @@ class FaceProjection(nnx.Module):
         self.proj = nnx.List(
             [
                 linear(inputs, 2 * inputs, dtype=dtype, rngs=rngs),
-                Identity(),
+                Passthrough(),
                 linear(2 * inputs, config["tokens"] * width, dtype=dtype, rngs=rngs),
             ]
         )
@@ -95,7 +95,7 @@ class Resampler(nnx.Module):
         def feed_forward() -> nnx.List:
             wide = linear(width, 4 * width, use_bias=False, dtype=dtype, rngs=rngs)
             back = linear(4 * width, width, use_bias=False, dtype=dtype, rngs=rngs)
-            return nnx.List([layer_norm(width, rngs=rngs, dtype=dtype), wide, Identity(), back])
+            return nnx.List([layer_norm(width, rngs=rngs, dtype=dtype), wide, Passthrough(), back])
 
         def layer() -> nnx.List:
             return nnx.List([PerceiverAttention(width, config["heads"], rngs=rngs, dtype=dtype), feed_forward()])
@@ -152,7 +152,7 @@ class IPAdapter(nnx.Module):
         self.image_proj = _PROJECTIONS[config["kind"]](config, rngs=rngs, dtype=dtype)
         layers: list[nnx.Module] = []
         for _, width, heads in config["cross_attentions"]:  # the file counts the self-attentions too
-            layers += [Identity(), KeysValues(config["cross_attention_dim"], width, heads, rngs=rngs, dtype=dtype)]
+            layers += [Passthrough(), KeysValues(config["cross_attention_dim"], width, heads, rngs=rngs, dtype=dtype)]
         self.ip_adapter = nnx.List(layers)
 
     def by_name(self) -> dict[str, KeysValues]:

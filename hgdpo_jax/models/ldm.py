@@ -168,7 +168,7 @@ SDXL_PARTS: dict[str, tuple[str, Translate]] = {
 _IGNORED = re.compile(r"(^loss\.|^model_ema\.|(^|\.)position_ids$|^logit_scale$|^attn_mask$)")
 
 
-class Part(Mapping[str, np.ndarray]):
+class TranslatedWeights(Mapping[str, np.ndarray]):
     """One model of a single file under diffusers' keys, read tensor by tensor.
 
     What the file holds under the prefix and no key asks for appears under its own name, so that it is noticed.

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from hgdpo_jax.errors import UserError
+from hgdpo_jax.run.errors import UserError
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out", "q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -77,7 +77,9 @@ def _backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]
 product.defvjp(_forward, _backward)
 
 
-def together(layers: Sequence[nnx.Linear], x: Float[Array, "*b i"], platform: str = "") -> list[Float[Array, "*b o"]]:
+def fused_linear(
+    layers: Sequence[nnx.Linear], x: Float[Array, "*b i"], platform: str = ""
+) -> list[Float[Array, "*b o"]]:
     """What each of some layers of one size and dtype makes of x, in one product, and with LoRA in two more.
 
     For a `platform` of TPUs only what LoRA reads of x is one product: the others come one by one, each written in the

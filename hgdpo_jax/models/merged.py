@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.ldm import unet_name
 from hgdpo_jax.models.weights import Weights, refuse_pickle
+from hgdpo_jax.run.errors import UserError
 
 _SUFFIXES = (  # of A and B
     (".lora_A.weight", ".lora_B.weight"),

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hgdpo_jax.errors import UserError
+from hgdpo_jax.run.errors import UserError
 
 
 class ModelConfig(Mapping[str, Any]):

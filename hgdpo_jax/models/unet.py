@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.attention import BasicTransformerBlock, Memory, Transformer2DModel
 from hgdpo_jax.models.layers import conv, group_norm, in_rows, linear
 from hgdpo_jax.models.model_config import ModelConfig, check_only
 from hgdpo_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, checkpointed
+from hgdpo_jax.run.errors import UserError
 
 # What changes the computation and is implemented in one way only; an absent key means the first value.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -72,7 +72,7 @@ class TimestepEmbedding(nnx.Module):
 class Block(nnx.Module):
     """A level of the UNet: residual blocks, each followed by attention where the level has any, then a resampling.
 
-    `checkpointing` is what the gradient keeps, see :meth:`UNet2DConditionModel.checkpoint`; `skips_apart` is set
+    `checkpointing` is what the gradient keeps, see :meth:`UNet2DConditionModel.checkpoint`; `separate_skips` is set
     by its `share_skips`.
     """
 
@@ -87,7 +87,7 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jnp.dtype,
     ) -> None:
-        self.checkpointing, self.skips_apart = "none", False
+        self.checkpointing, self.separate_skips = "none", False
         self.resnets = nnx.List([ResnetBlock2D(i, o, **settings, rngs=rngs, dtype=dtype) for i, o in channels])
         outputs = channels[-1][1]
         if transformer is not None:
@@ -104,7 +104,7 @@ class Block(nnx.Module):
 
     def layer(self, i: int, x: Array, temb: Array, memory: Memory, skip: Array | None = None) -> Array:
         """Residual block i, of x and of what an up block gets from a down block, and its attention."""
-        if skip is not None and not self.skips_apart:
+        if skip is not None and not self.separate_skips:
             x, skip = jnp.concatenate([x, skip], axis=-1), None
 
         def run(x: Array, temb: Array, memory: Memory, skip: Array | None) -> Array:
@@ -252,7 +252,7 @@ class UNet2DConditionModel(nnx.Module):
         Elsewhere it only makes two convolutions of one.
         """
         for block in self.up_blocks:
-            block.skips_apart = True
+            block.separate_skips = True
 
     def __call__(
         self,

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from hgdpo_jax.config import ASSETS
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import whole
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import atomic_path, shipped
 
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-CONVERTER = ASSETS / "from_pickle.py"  # for where PyTorch is installed
+CONVERTER = shipped("tools") / "from_pickle.py"  # for where PyTorch is installed
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 
 
@@ -146,7 +145,7 @@ def write_weights(
         header[key] = {"dtype": name, "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in sorted(tensors.items()):
             file.write(np.ascontiguousarray(tensor, jnp.dtype(dtype)).tobytes())

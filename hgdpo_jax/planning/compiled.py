@@ -12,9 +12,9 @@ from pathlib import Path
 
 import jax
 
-from hgdpo_jax.files import file_hash, json_hash, write_json
-from hgdpo_jax.planning import devices, hlo
-from hgdpo_jax.planning.devices import Topology
+from hgdpo_jax.planning import hlo, topologies
+from hgdpo_jax.planning.topologies import Topology
+from hgdpo_jax.run.files import file_hash, json_hash, write_json
 
 _CODE = 1_288_490_188  # bytes of a TPU's program: 0.3 to 1.2 GiB of every step that was compiled to its end
 _PLACED = "after_optimizations-buffer-assignment.txt"
@@ -59,7 +59,7 @@ def compiled(lowered: jax.stages.Lowered, topology: Topology, trips: int = 1) ->
         topology: see there.
         trips: of loops whose number of turns is an argument of the program.
     """
-    counting = [file_hash(Path(module)) for module in (__file__, hlo.__file__, devices.__file__)]
+    counting = [file_hash(Path(module)) for module in (__file__, hlo.__file__, topologies.__file__)]
     about = [topology.name, topology.compiler, topology.options, jax.__version__, trips]
     flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     folder = _folder()
@@ -98,7 +98,7 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology, trips: int) -> Com
     if not placed:
         return Compiled(refused=str(running.exception()).splitlines()[0], seconds=time.perf_counter() - begin)
     text = placed.with_name(placed.name.replace("-buffer-assignment", "")).read_text()
-    counted = hlo.Program(text, trips, len(topology.devices))
+    counted = hlo.HloModule(text, trips, len(topology.devices))
     return Compiled(
         **_sizes(placed),
         code=_CODE if topology.chip.platform == "tpu" else 0,

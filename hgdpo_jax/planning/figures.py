@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from hgdpo_jax.errors import UserError
 from hgdpo_jax.planning.compiled import Compiled, compiled
-from hgdpo_jax.planning.devices import Chip, Topology
 from hgdpo_jax.planning.program import Program
+from hgdpo_jax.planning.topologies import Chip, Topology
+from hgdpo_jax.run.errors import UserError
 
 # Of a GPU's memory JAX takes this part, unless one of these says otherwise; the second is the first's former name.
 _JAX_TAKES, _FRACTIONS = 0.75, ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")

@@ -102,7 +102,7 @@ class Collective(NamedTuple):
     sent: float
 
 
-class Program:
+class HloModule:
     """A program in HLO.
 
     Args:

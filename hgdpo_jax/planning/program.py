@@ -14,20 +14,22 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax import runtime
-from hgdpo_jax.data.concepts import encoder_of
+from hgdpo_jax.devices.mesh import require_divisible
+from hgdpo_jax.devices.sharding import batch_sharding, tree_shardings
+from hgdpo_jax.devices.transfer import place
 from hgdpo_jax.diffusion import pipeline as pipelines
-from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.diffusion.pipeline import POSITIONS, Pipeline
-from hgdpo_jax.diffusion.source import Source, find, without_weights
+from hgdpo_jax.diffusion.sampler import Sampler
+from hgdpo_jax.diffusion.source import Source, open_source, without_weights
+from hgdpo_jax.faces.concepts import encoder_of
 from hgdpo_jax.models import attend, ip_adapter
 from hgdpo_jax.models.architectures import SD15, SDXL
 from hgdpo_jax.models.convert import abstract
-from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.inputs import loss_of
 from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
+from hgdpo_jax.training.policy import add_fresh_lora, configure_unet, parameter_dtypes
 
 _VIT_H = {"hidden_size": 1280, "image_size": 224, "patch_size": 14, "projection_dim": 1024}  # that published ones read
 
@@ -56,15 +58,15 @@ def source_of(config: ConfigDict, variant: str) -> Source:
     """
     known = {"": SD15, "sd15": SD15, "sdxl": SDXL}
     if config.model.base or variant not in known:
-        return find(config.model.base, config.model.vae, config.model.lora)
+        return open_source(config.model.base, config.model.vae, config.model.lora)
     return without_weights(known[variant])
 
 
 def pipeline_of(config: ConfigDict, source: Source, mesh: Mesh) -> Pipeline:
-    """The pipeline that :func:`hgdpo_jax.training.policy.load` gives, of shapes."""
-    pipeline = pipelines.of_shapes(source, config.model.dtype, policies.stored(config))
-    policies.arrange(pipeline.unet, config, mesh)
-    policies.add_fresh_lora(pipeline, config)
+    """The pipeline that :func:`hgdpo_jax.training.policy.load_trainable` gives, of shapes."""
+    pipeline = pipelines.of_shapes(source, config.model.dtype, parameter_dtypes(config))
+    configure_unet(pipeline.unet, config, mesh)
+    add_fresh_lora(pipeline, config)
     for network in pipeline.networks.values():  # which has values now, that no described device can take
         nnx.update(network, jax.eval_shape(nnx.state, network))
     if config.train.params == "adapter":
@@ -95,8 +97,8 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
         UserError: the batch or a resolution does not suit the mesh or the model.
     """
     settings, pipeline = config.train, pipeline_of(config, source, mesh)
-    runtime.check_batch(settings.batch // settings.accumulate, mesh, "train.batch / train.accumulate")
-    denoiser, policy, frozen = steps.split(pipeline, settings.params)
+    require_divisible(settings.batch // settings.accumulate, mesh, "train.batch / train.accumulate")
+    denoiser, policy, frozen = steps.split_params(pipeline, settings.params)
     tx = make_optimizer(settings)
     state = _placed(jax.eval_shape(lambda p: steps.init_state(p, tx, settings.ema), policy), mesh)
     policy, frozen = _placed(policy, mesh), _placed(frozen, mesh)
@@ -139,7 +141,7 @@ def drawing(config: ConfigDict, source: Source, mesh: Mesh) -> tuple[Program, Pr
     resolution = max(configuration.resolutions(config).values(), key=np.prod)
 
     def trace(part: int) -> jax.stages.Traced:
-        return Painter.of(pipeline, mesh, pairs, seed=0).traced(resolution)[part]
+        return Sampler.from_config(pipeline, mesh, pairs, seed=0).traced(resolution)[part]
 
     held = {name: size(_placed(nnx.state(network), mesh)) for name, network in pipeline.networks.items()}
     networks = sum(held.values())
@@ -179,11 +181,11 @@ def _plain_attention() -> Iterator[None]:
 def _placed(tree: Any, mesh: Mesh) -> Any:
     """Shapes with the shardings of the table; of arrays too, which nobody can put on devices that are not here."""
     shapes = jax.eval_shape(lambda tree: tree, tree)
-    return runtime.put(shapes, runtime.shardings(shapes, mesh))
+    return place(shapes, tree_shardings(shapes, mesh))
 
 
 def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=runtime.batch_sharding(mesh))
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=batch_sharding(mesh))
 
 
 def size(tree: Any) -> int:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
-from hgdpo_jax.processes import first_process
+from hgdpo_jax.run.processes import is_first
 from hgdpo_jax.scoring.bootstrap import Measure, Weights
 
 _THREADS = min(8, os.cpu_count() or 1)
@@ -43,7 +43,7 @@ def frechet_distances(sets: Mapping[str, Embeddings], b: Embeddings, weights: We
     # A few at a time: those of all would not fit in memory. Threads within a product of this size wait for each other.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(_THREADS) as threads:
         of_each = threads.map(of_resample, weights)
-        bar = {"desc": "Fréchet distance", "unit": "resample", "leave": False, "disable": not first_process()}
+        bar = {"desc": "Fréchet distance", "unit": "resample", "leave": False, "disable": not is_first()}
         values = np.array(list(tqdm(of_each, total=len(weights), **bar)))
     return dict(zip(sets, map(Measure, values.T), strict=True))
 

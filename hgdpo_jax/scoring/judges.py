@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from PIL import Image
 
 from hgdpo_jax.data.photographs import Photograph
+from hgdpo_jax.faces.embedding import FaceEmbedder
 from hgdpo_jax.scoring.appearance import hue_vector, sharpness
-from hgdpo_jax.scoring.identity import Identity
 from hgdpo_jax.scoring.preference import Scorer
 
 VIEWS = 12  # of each photograph, for distances between sets of faces
@@ -37,7 +37,7 @@ class Judges:
 
     def __init__(self, scorer: str, second: str, mesh: Mesh) -> None:
         self._scorer, self._second = (Scorer(folder, mesh) if folder else None for folder in (scorer, second))
-        self._identity = Identity()
+        self._identity = FaceEmbedder()
         self._appearance = jax.jit(lambda images: {"sharpness": sharpness(images), "hue": hue_vector(images)})
 
     def __call__(self, images: Float[Array, "b H W 3"], input_ids: Int[Array, "b s"]) -> dict[str, PyTree[Array]]:

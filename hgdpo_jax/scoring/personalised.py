@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from hgdpo_jax import processes
-from hgdpo_jax.data.concepts import ConceptEncoder
 from hgdpo_jax.data.photographs import Photograph, load_images
-from hgdpo_jax.diffusion.painter import Painter
 from hgdpo_jax.diffusion.pipeline import Pipeline
-from hgdpo_jax.scoring.identity import Identity
+from hgdpo_jax.diffusion.sampler import Sampler
+from hgdpo_jax.faces.concepts import ConceptEncoder
+from hgdpo_jax.faces.embedding import FaceEmbedder
+from hgdpo_jax.run import processes
 
 SHOWN = 3  # people in the report
 
 
-class Drawn(NamedTuple):
+class PeoplePictures(NamedTuple):
     """What a model drew of n people, the same k prompts and seeds for each.
 
     `distance` is from a person's photograph, `to_other` from another's; pictures are those of the first people that
@@ -29,7 +29,7 @@ class Drawn(NamedTuple):
     pictures: Float[np.ndarray, "s H W 3"]
 
 
-def measures(models: Mapping[str, Drawn]) -> dict[str, dict[str, float | None]]:
+def measures(models: Mapping[str, PeoplePictures]) -> dict[str, dict[str, float | None]]:
     """Model → its measures, over the drawings in which a face is found; standard errors are over people.
 
     `nearer` is how much nearer the drawings are to their own person than to another, `change` how much farther from
@@ -73,18 +73,18 @@ def prompts_of(photograph: Photograph, templates: Sequence[str]) -> list[str]:
 
 def draw(
     pipeline: Pipeline,
-    painter: Painter,
+    sampler: Sampler,
     encoder: ConceptEncoder,
-    identity: Identity,
+    identity: FaceEmbedder,
     people: Sequence[Photograph],
     resolution: tuple[int, int],
     templates: Sequence[str],
     models: Mapping[str, Sequence[Any]],
-) -> dict[str, Drawn]:
+) -> dict[str, PeoplePictures]:
     """Draws each person with each prompt.
 
     Args:
-        pipeline, painter: with an adapter.
+        pipeline, sampler: with an adapter.
         encoder: of what that adapter reads.
         identity: measures.
         people: their photographs, which can be read.
@@ -92,30 +92,32 @@ def draw(
         templates: see :func:`prompts_of`.
         models: name → the policies that draw.
     """
-    k, few = len(templates), painter.whole_batches(len(templates))
+    k, few = len(templates), sampler.whole_batches(len(templates))
 
     def photographs(numbers: np.ndarray) -> np.ndarray:
         return load_images([people[number] for number in numbers], resolution)[1]
 
-    own = processes.share(len(people), lambda some: identity.embed(photographs(some)).embedding, few, "photographs")
+    own = processes.map_over_processes(
+        len(people), lambda some: identity.embed(photographs(some)).embedding, few, "photographs"
+    )
     other, drawn = np.roll(own, 1, axis=0), {}
     for name, policies in models.items():
-        painter.use(*policies)
+        sampler.use_policies(*policies)
 
         shown: list[np.ndarray] = []
 
         def draw_some(numbers: np.ndarray, name: str = name, shown: list = shown) -> tuple[np.ndarray, ...]:
             some, shape = [people[number] for number in numbers], (len(numbers), k)
             ids = pipeline.tokenize([prompt for person in some for prompt in prompts_of(person, templates)])
-            keys = painter.keys("personalised", [p.id for p in some for _ in range(k)], [*range(k)] * len(some))
+            keys = sampler.keys("personalised", [p.id for p in some for _ in range(k)], [*range(k)] * len(some))
             concept = np.repeat(encoder(photographs(numbers)).features, k, axis=0)
-            latents = painter.generate(ids, keys, resolution, f"draw people, {name}", concept)
-            pictures = painter.decode(latents, "decode")
+            latents = sampler.generate(ids, keys, resolution, f"draw people, {name}", concept)
+            pictures = sampler.decode(latents, "decode")
             embedding, found, _ = identity.embed(pictures)
             distances = [identity.distance(embedding, np.repeat(of[numbers], k, axis=0)) for of in (own, other)]
             shown.extend(pictures[: SHOWN * k - len(shown)])
             return distances[0].reshape(shape), distances[1].reshape(shape), found.reshape(shape)
 
-        measured = processes.share(len(people), draw_some, few, f"people, {name}")
-        drawn[name] = Drawn(*measured, np.stack(shown))
+        measured = processes.map_over_processes(len(people), draw_some, few, f"people, {name}")
+        drawn[name] = PeoplePictures(*measured, np.stack(shown))
     return drawn

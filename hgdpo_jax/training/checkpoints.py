@@ -29,10 +29,12 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from hgdpo_jax import processes
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import bucket, file_hash, in_bucket, need_space, require_plain, sync, write_json
-from hgdpo_jax.runtime import path_name, to_host
+from hgdpo_jax.devices.sharding import path_name
+from hgdpo_jax.devices.transfer import to_host
+from hgdpo_jax.run import processes
+from hgdpo_jax.run.buckets import bucket
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import file_hash, in_bucket, require_plain, require_space, sync, write_json
 
 Tree = Any
 Held = list[tuple[str, tuple[slice, ...], np.ndarray]]
@@ -74,7 +76,7 @@ def _target(tree: Tree) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _need_space(folder: epath.Path, tree: Tree) -> None:
-    need_space(folder, 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + 1e6, "a checkpoint")
+    require_space(folder, 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + 1e6, "a checkpoint")
 
 
 def _unflat(values: dict[str, Any], like: Tree) -> Tree:
@@ -201,7 +203,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest step whose files match their hashes, or None. Damaged steps are reported. Process 0 looks."""
-        return processes.first(self._latest)
+        return processes.broadcast(self._latest)
 
     def _latest(self) -> int | None:
         for step in reversed(self._steps()):
@@ -223,7 +225,7 @@ class Checkpoints:
         self.wait()
         require_finite(step, state)
         _need_space(self.folder, state)
-        if processes.first_process():
+        if processes.is_first():
             whole = [kept for kept in self._steps() if (self._policy / f"{kept}.sha256.json").exists()]
             self._remove([damaged for damaged in self._steps() if damaged >= step or damaged not in whole])
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(_flat(state)), meta=ocp.args.JsonSave(meta))
@@ -235,8 +237,8 @@ class Checkpoints:
         folder = self._folder_of(step)
         self._orbax.wait_until_finished()
         _read_back(folder / "state", held)
-        processes.together(f"checkpoint/{self.folder.name}/{step}")
-        if processes.first_process():
+        processes.barrier(f"checkpoint/{self.folder.name}/{step}")
+        if processes.is_first():
             sync(folder)
             write_json(self._policy / f"{step}.sha256.json", _hashes(folder))
             self._remove(self._steps()[:-KEEP])
@@ -299,8 +301,8 @@ class Checkpoints:
         with ocp.Checkpointer(_arrays()) as checkpointer:
             checkpointer.save(path, _flat(reference), force=True)
         _read_back(path, _held(reference))
-        processes.together()
-        if processes.first_process():
+        processes.barrier()
+        if processes.is_first():
             sync(path)
             write_json(self.folder / "reference" / "reference.json", {"sha256": value})
         return value

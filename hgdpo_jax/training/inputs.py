@@ -8,16 +8,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax import provenance, runtime
-from hgdpo_jax.data.concepts import encoder_hash
 from hgdpo_jax.data.pairs import Pairs, open_stage
+from hgdpo_jax.devices.mesh import make_mesh, require_divisible
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
-from hgdpo_jax.files import Index
-from hgdpo_jax.training import policy as policies
+from hgdpo_jax.faces.concepts import encoder_hash
+from hgdpo_jax.run import provenance
+from hgdpo_jax.run.index import Index
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.optimizer import make_optimizer
+from hgdpo_jax.training.policy import load_trainable
 
 
 class Inputs(NamedTuple):
@@ -25,9 +26,9 @@ class Inputs(NamedTuple):
 
     Attributes:
         pipeline: ε_base with the fresh parameters that the stage trains.
-        policy, frozen: its parameters in two parts, see :func:`hgdpo_jax.training.step.split`.
+        policy, frozen: its parameters in two parts, see :func:`hgdpo_jax.training.step.split_params`.
         pairs: of the stage.
-        made_from: what a checkpoint depends on, see :mod:`hgdpo_jax.provenance`.
+        made_from: what a checkpoint depends on, see :mod:`hgdpo_jax.run.provenance`.
     """
 
     mesh: Mesh
@@ -47,22 +48,22 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
         UserError: an input is missing or is not what it claims to be, or does not fit the others.
     """
     settings = config.train
-    mesh = runtime.make_mesh(config.mesh)
-    runtime.check_batch(settings.batch // settings.accumulate, mesh, "train.batch / train.accumulate")
+    mesh = make_mesh(config.mesh)
+    require_divisible(settings.batch // settings.accumulate, mesh, "train.batch / train.accumulate")
     pairs = open_stage(workdir, settings.pairs or config.stage, index)
-    pipeline = policies.load(config, mesh)
+    pipeline = load_trainable(config, mesh)
     pairs.require({name: pipeline.latent_shape(size) for name, size in configuration.resolutions(config).items()})
-    denoiser, policy, frozen = steps.split(pipeline, settings.params)
+    denoiser, policy, frozen = steps.split_params(pipeline, settings.params)
     loss = loss_of(config, denoiser, pipeline.schedule)
     inputs = {
-        "model.base": pipelines.content_hash(config.model.base, config.model.vae, config.model.lora, index),
+        "model.base": pipelines.base_hash(config.model.base, config.model.vae, config.model.lora, index),
         "the pairs": pairs.hash,
     }
     pairs.require_from({"model.base": inputs["model.base"]})
     if settings.params == "adapter":
         inputs["the concept encoder"] = encoder_hash(config, index)
     made_from = provenance.settings(config, depends_on(config))
-    made_from |= {provenance.content(name): value for name, value in inputs.items()}
+    made_from |= {provenance.content_key(name): value for name, value in inputs.items()}
     return Inputs(mesh, pipeline, policy, frozen, pairs, loss, make_optimizer(settings), made_from)
 
 

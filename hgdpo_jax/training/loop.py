@@ -10,19 +10,25 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax import files, processes, runtime
 from hgdpo_jax.data.loader import PairLoader
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import write_json
+from hgdpo_jax.devices.peaks import mesh_peak
+from hgdpo_jax.devices.processor import keep_memory
+from hgdpo_jax.devices.transfer import local_rows, to_devices
+from hgdpo_jax.run import processes
+from hgdpo_jax.run.buckets import require_writable
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import require_plain, write_json
+from hgdpo_jax.run.settings import config_from_json
+from hgdpo_jax.run.shared import index_of_run, lock_for_all
 from hgdpo_jax.training import inputs as stage_inputs
 from hgdpo_jax.training import reference_cache
 from hgdpo_jax.training import start as starts
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
 from hgdpo_jax.training.inputs import Inputs
-from hgdpo_jax.training.metrics import looked
+from hgdpo_jax.training.metrics import was_evaluated
 from hgdpo_jax.training.monitor import Monitor, announce, warn_of_hours
 from hgdpo_jax.training.optimizer import learning_rate, numbers_of
-from hgdpo_jax.training.speed import Speed, peak, those_left
+from hgdpo_jax.training.speed import Speed, remaining_steps
 from hgdpo_jax.training.start import Start
 from hgdpo_jax.training.step import make_step
 
@@ -42,21 +48,21 @@ def train(config: ConfigDict, workdir: Path, traced: range = range(0)) -> None:
             loss, a gradient or a parameter is NaN or infinite; another command trains the stage; no step that is to be
             traced is left.
     """
-    files.require_plain(workdir)
-    folder, index = workdir / config.stage, runtime.index_of(workdir)
-    with runtime.owned(folder):
+    require_plain(workdir)
+    folder, index = workdir / config.stage, index_of_run(workdir)
+    with lock_for_all(folder):
         inputs = stage_inputs.read(config, workdir, index)
         index.save()
         checkpoints = Checkpoints(folder, config.train.checkpoints)
         _require_place(config, folder)
         start = starts.start(config, workdir, inputs, checkpoints)
-        if processes.first_process():
+        if processes.is_first():
             write_json(folder / "config.json", configuration.to_json(config))
         done = int(start.state.step)
-        if done >= config.train.steps and processes.first(lambda: looked(folder / "logs", done)):
+        if done >= config.train.steps and processes.broadcast(lambda: was_evaluated(folder / "logs", done)):
             print(f"{folder}: already trained to step {done}")
             return
-        traced = those_left(traced, done, config.train.steps)
+        traced = remaining_steps(traced, done, config.train.steps)
         if config.train.reference_cache:
             inputs = reference_cache.attach(config, folder, inputs, start, index)
             index.save()
@@ -71,12 +77,12 @@ def _require_place(config: ConfigDict, folder: Path) -> None:
     nothing can be written in that place."""
     place, key = config.train.checkpoints, "train.checkpoints"
     if (folder / "config.json").is_file():
-        before = configuration.from_json(json.loads((folder / "config.json").read_text())).train.checkpoints
+        before = config_from_json(json.loads((folder / "config.json").read_text())).train.checkpoints
         if before != place:
             raise UserError(f"config key {key}={place}: the checkpoints of {folder} are in {before or folder}; use "
                             "that, or another --workdir")  # fmt: skip
-    if place and processes.first_process():
-        files.require_writable(place, key)
+    if place and processes.is_first():
+        require_writable(place, key)
 
 
 def _run(
@@ -84,29 +90,29 @@ def _run(
 ) -> None:
     """The steps that are left, with a checkpoint and a look now and then."""
     settings = config.train
-    runtime.keep_memory(inputs.mesh)
+    keep_memory(inputs.mesh)
     state, reference, reference_hash, position = start
     done = int(state.step)
     numbers = numbers_of(config, done)
     step = make_step(inputs.loss, inputs.optimizer, settings.accumulate, starts.shardings(config, inputs))
-    mine = runtime.rows(settings.batch, inputs.mesh)
+    mine = local_rows(settings.batch, inputs.mesh)
     loader = PairLoader(inputs.pairs.sources["train"], settings.batch, config.seed, position, mine)
-    batch = runtime.to_devices(next(loader), inputs.mesh)
+    batch = to_devices(next(loader), inputs.mesh)
     warn_of_hours(config, inputs, settings.steps - done, step, state, reference, inputs.frozen, batch, numbers)
     monitor = Monitor(config, folder, inputs, reference, numbers)
-    seen = processes.first(lambda: looked(folder / "logs", done))
+    seen = processes.broadcast(lambda: was_evaluated(folder / "logs", done))
     if not seen and (done % settings.eval_every == 0 or done >= settings.steps):
-        monitor.look(state, done)  # at the start, or where a run was killed between its checkpoint and its look
+        monitor.evaluate(state, done)  # at the start, or where a run was killed between its checkpoint and its look
     ahead: deque[jax.Array] = deque()
-    silent = not processes.first_process()
+    silent = not processes.is_first()
     bar = tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step", disable=silent)
-    with bar, Speed(step, settings.batch, peak(inputs.mesh, config.model.dtype), traced, folder / "logs") as speed:
+    with bar, Speed(step, settings.batch, mesh_peak(inputs.mesh, config.model.dtype), traced, folder / "logs") as speed:
         for now in range(done + 1, settings.steps + 1):
             checkpoints.check()
             numbers = numbers._replace(rate=np.float32(learning_rate(settings, now - 1)))
             state, metrics = speed.step(now, state, reference, inputs.frozen, batch, numbers)
             position = loader.position
-            batch = runtime.to_devices(next(loader), inputs.mesh)  # the next is on its way while this one is computed
+            batch = to_devices(next(loader), inputs.mesh)  # the next is on its way while this one is computed
             monitor.log.add(now, metrics)
             ahead.append(metrics["loss/total"])
             if len(ahead) > _AHEAD:
@@ -120,7 +126,7 @@ def _run(
                 values = monitor.log.means()  # stops before what is not finite can reach a checkpoint
                 values |= speed.lap(settings.steps - now) | {"train/learning_rate": float(numbers.rate)}
                 monitor.log.write(values, now)
-                monitor.watch(values, now)
+                monitor.warn_if_unlearning(values, now)
                 shown = {"loss": f"{values['loss/total']:.4f}"}
                 if "speed/pairs_per_second" in values:
                     shown["pairs/s"] = f"{values['speed/pairs_per_second']:.1f}"
@@ -138,7 +144,7 @@ def _run(
             if stop:
                 processes.stopping.stop()
             if look:
-                monitor.look(state, now)
+                monitor.evaluate(state, now)
             if save or look:
                 speed.restart()
     if config.objective == "dpo":

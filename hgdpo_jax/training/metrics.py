@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from hgdpo_jax import processes
-from hgdpo_jax.errors import UserError
+from hgdpo_jax.run import processes
+from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.training.step import TIMESTEP_BINS, Metrics
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class MetricLog:
     def __init__(self, folder: Path) -> None:
         self._folder, self._lines = folder, folder / "metrics.jsonl"
         self._steps: dict[int, Metrics] = {}
-        if not processes.first_process():
+        if not processes.is_first():
             return
         folder.mkdir(parents=True, exist_ok=True)
         if self._lines.is_file():  # half a line of a run that was killed
@@ -60,7 +60,7 @@ class MetricLog:
 
     def write(self, values: dict[str, float], step: int) -> None:
         """Scalars as they are. Process 0 writes."""
-        if not processes.first_process():
+        if not processes.is_first():
             return
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
@@ -70,7 +70,7 @@ class MetricLog:
 
     def images(self, name: str, grid: np.ndarray, step: int) -> None:
         """A picture uint8 [H, W, 3]. Process 0 writes."""
-        if not processes.first_process():
+        if not processes.is_first():
             return
         self._writer.add_image(name, grid, step, dataformats="HWC")
         self._writer.flush()
@@ -89,7 +89,7 @@ def read(folder: Path) -> list[dict[str, float]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def looked(folder: Path, step: int) -> bool:
+def was_evaluated(folder: Path, step: int) -> bool:
     """Whether held-out pairs were measured at a step."""
     return any(line["step"] == step and any(name.startswith("heldout/") for name in line) for line in read(folder))
 

@@ -11,15 +11,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax import runtime
 from hgdpo_jax.data.loader import first_batches
-from hgdpo_jax.diffusion.painter import Painter
-from hgdpo_jax.peaks import CORE
-from hgdpo_jax.scoring.pictures import grid
+from hgdpo_jax.devices.mesh import describe_mesh
+from hgdpo_jax.devices.peaks import CORE, mesh_peak
+from hgdpo_jax.devices.random import stream_key
+from hgdpo_jax.devices.sharding import batch_sharding, path_name, replicated
+from hgdpo_jax.devices.transfer import local_rows, place, to_devices
+from hgdpo_jax.diffusion.sampler import Sampler
+from hgdpo_jax.pictures.write import grid
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.metrics import MetricLog, average
-from hgdpo_jax.training.speed import peak
 from hgdpo_jax.training.step import Metrics, Numbers, Params, TrainState
 
 HELDOUT_PAIRS = 256
@@ -47,27 +49,27 @@ class Monitor:
         self._stage, self._dtype = config.stage, config.model.dtype
         self._batch, self._rate = config.train.batch, config.train.lr
         settings, held = config.evaluate, inputs.pairs.sources["heldout"]
-        self._painter = Painter.of(inputs.pipeline, inputs.mesh, settings, config.seed)
+        self._sampler = Sampler.from_config(inputs.pipeline, inputs.mesh, settings, config.seed)
         self._resolution = next(iter(configuration.resolutions(config).values()))
-        mine = runtime.rows(self._batch, inputs.mesh)
+        mine = local_rows(self._batch, inputs.mesh)
         self._held = [
-            runtime.to_devices(batch, inputs.mesh)
+            to_devices(batch, inputs.mesh)
             for source in held
             for batch in first_batches(source, self._batch, HELDOUT_PAIRS // len(held), mine)
         ]
-        everywhere = runtime.replicated(inputs.mesh)
-        self._evaluate = jax.jit(lambda *arguments: inputs.loss(*arguments)[1], out_shardings=everywhere)
+        everywhere = replicated(inputs.mesh)
+        self._loss_metrics = jax.jit(lambda *arguments: inputs.loss(*arguments)[1], out_shardings=everywhere)
         rows = [source[i] for source in held for i in range(min(SAMPLES, len(source)))][:SAMPLES]
         self._ids = np.stack([row["input_ids"] for row in rows])
         self._concept = np.stack([r["concept"] for r in rows]).astype(np.float32) if "concept" in rows[0] else None
-        self._keys = self._painter.keys("samples", [row["id"].decode() for row in rows], [0] * len(rows))
+        self._keys = self._sampler.keys("samples", [row["id"].decode() for row in rows], [0] * len(rows))
         self._worst = UNLEARNING
 
-    def look(self, state: TrainState, step: int) -> None:
+    def evaluate(self, state: TrainState, step: int) -> None:
         """Held-out pairs at fixed noise and timesteps, and pictures from fixed seeds."""
-        self._painter.use(state.result)
-        latents = self._painter.generate(self._ids, self._keys, self._resolution, "samples", self._concept)
-        self.log.images("samples", grid(self._painter.decode(latents, "decode"), 4), step)
+        self._sampler.use_policies(state.result)
+        latents = self._sampler.generate(self._ids, self._keys, self._resolution, "samples", self._concept)
+        self.log.images("samples", grid(self._sampler.decode(latents, "decode"), 4), step)
         if step == 0 and self._reference:
             self._say_noise(state.policy)
         found = [self._measured(state.policy, self._reference, i) for i in range(len(self._held))]
@@ -75,27 +77,27 @@ class Monitor:
 
     def _measured(self, policy: Params, reference: Params, i: int) -> Metrics:
         """The loss's metrics on a batch of held-out pairs, at the noise that this batch always has."""
-        noise = jax.random.split(runtime.stream_key(0, "heldout", i), self._batch)
-        batch = self._held[i] | {"key": runtime.put(noise, runtime.batch_sharding(self._painter.mesh))}
-        return self._evaluate(policy, reference, self._frozen, batch, self._numbers)
+        noise = jax.random.split(stream_key(0, "heldout", i), self._batch)
+        batch = self._held[i] | {"key": place(noise, batch_sharding(self._sampler.mesh))}
+        return self._loss_metrics(policy, reference, self._frozen, batch, self._numbers)
 
     def _say_noise(self, policy: Params) -> None:
         """Prints how far apart the margins are of a policy that has gone as far as an optimizer step goes, but in no
         direction, and of itself: with few bits that is rounding, times κ."""
 
         def moved(path: tuple, x: jax.Array) -> jax.Array:
-            key = runtime.stream_key(0, "noise", runtime.path_name(path))
+            key = stream_key(0, "noise", path_name(path))
             return x + self._rate * jax.random.rademacher(key, x.shape, x.dtype)
 
         where = jax.tree.map(lambda x: x.sharding, policy)
-        apart = jax.jit(lambda tree: jax.tree.map_with_path(moved, tree), out_shardings=where)(policy)
-        found = [self._measured(apart, policy, i) for i in range(min(_NOISY, len(self._held)))]
+        perturbed = jax.jit(lambda tree: jax.tree.map_with_path(moved, tree), out_shardings=where)(policy)
+        found = [self._measured(perturbed, policy, i) for i in range(min(_NOISY, len(self._held)))]
         mean, deviation = (np.array([m[f"dpo/margin{x}"] for m in found], np.float64) for x in ("", "_deviation"))
         noise = float(np.sqrt(np.mean(deviation**2) + mean.var()))  # over all of them
         print(f"{self._stage}: {self._dtype} tells margins apart from {noise:.2g} on: so far rounding and a step of "
               f"{self._rate:g} in no direction move them; of smaller ones accuracies say little")  # fmt: skip
 
-    def watch(self, values: dict[str, float], step: int) -> None:
+    def warn_if_unlearning(self, values: dict[str, float], step: int) -> None:
         """Warns of a policy that unlearns the winners: both errors grow, and the pictures turn to noise.
 
         Args:
@@ -116,7 +118,7 @@ def announce(config: ConfigDict, inputs: Inputs, state: TrainState) -> None:
     """Prints where a stage is trained and what of it."""
     trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.policy, inputs.frozen))
     unit = "pairs" if config.objective == "dpo" else "photographs"
-    print(f"{config.stage}: {runtime.describe(inputs.mesh)}, {config.train.batch} {unit} a step")
+    print(f"{config.stage}: {describe_mesh(inputs.mesh)}, {config.train.batch} {unit} a step")
     if config.model.lora:
         print(f"{config.stage}: {config.model.lora} is merged into the base: policy and reference go on from it")
     print(f"{config.stage}: trains {config.train.params}, {trained:,} of {trained + frozen:,} parameters of UNet and "
@@ -128,7 +130,7 @@ def announce(config: ConfigDict, inputs: Inputs, state: TrainState) -> None:
         fields = [f"{name} {x.dtype} {[config.train.batch, *x.shape[1:]]}" for name, x in row.items()]
         count = len(source) // max(1, config.train.reference_cache)
         print(f"{config.stage}: a batch of {count:,} {unit} is {', '.join(fields)}")
-    if peak(inputs.mesh, config.model.dtype) is None:
+    if mesh_peak(inputs.mesh, config.model.dtype) is None:
         print(f"{config.stage}: peak unknown of {inputs.mesh.devices.flat[0].device_kind} in {config.model.dtype}: the "
               "log says no speed/share_of_peak")  # fmt: skip
 
@@ -138,7 +140,7 @@ def _table(trees: dict[str, Params]) -> list[str]:
     counts: dict[tuple[str, str, str], int] = {}
     for use, tree in trees.items():
         for path, x in jax.tree.leaves_with_path(tree):
-            row = (".".join(runtime.path_name(path).split(".")[:2]), x.dtype.name, use)
+            row = (".".join(path_name(path).split(".")[:2]), x.dtype.name, use)
             counts[row] = counts.get(row, 0) + x.size
     return [f"{name:28} {count:>13,}  {dtype:8}  {use}" for (name, dtype, use), count in sorted(counts.items())]
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from hgdpo_jax import runtime
+from hgdpo_jax.devices.random import stream_key
 from hgdpo_jax.training.step import GRADIENT_NORM, Numbers, Params
 
 LOSS_SCALE = 2.0**10  # of float16
@@ -56,7 +56,7 @@ def learning_rate(train: ConfigDict, step: int) -> float:
 def numbers_of(config: ConfigDict, step: int) -> Numbers:
     """What the config gives the step after `step` others."""
     train, data = config.train, config.data
-    key = np.asarray(jax.random.key_data(runtime.stream_key(config.seed, config.stage, "step")))
+    key = np.asarray(jax.random.key_data(stream_key(config.seed, config.stage, "step")))
     scale = LOSS_SCALE if config.model.dtype == "float16" else 1.0
     scalars = (train.ema, scale, train.beta, train.lambda_stat, data.caption_dropout, data.concept_dropout)
     return Numbers(key, np.float32(learning_rate(train, step)), *map(np.float32, scalars))

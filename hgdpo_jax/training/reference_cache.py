@@ -22,11 +22,14 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from hgdpo_jax import processes, provenance, runtime
-from hgdpo_jax.data.loader import stacked
-from hgdpo_jax.data.pairs import Record
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import Index, file_hash, need_space, whole, write_json
+from hgdpo_jax.data.loader import stack_records
+from hgdpo_jax.data.record import Record
+from hgdpo_jax.devices.sharding import replicated
+from hgdpo_jax.devices.transfer import local_rows, one_ahead, to_devices, to_host
+from hgdpo_jax.run import processes, provenance
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import atomic_path, file_hash, require_space, write_json
+from hgdpo_jax.run.index import Index
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.optimizer import numbers_of
@@ -104,15 +107,17 @@ def attach(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, index
             is full.
     """
     cache, draws, train = folder / "reference_cache", config.train.reference_cache, inputs.pairs.sources["train"]
-    processes.first(lambda: _begin(cache, _made_from(config, inputs, start)))
+    processes.broadcast(lambda: _begin(cache, _made_from(config, inputs, start)))
     shards = _shards(cache, inputs.pairs.manifest)
-    todo = [shards[i] for i in processes.first(lambda: [i for i, s in enumerate(shards) if not s.note.is_file()])]
+    todo = [shards[i] for i in processes.broadcast(lambda: [i for i, s in enumerate(shards) if not s.note.is_file()])]
     size = sum(shard.size(draws) for shard in shards)
     print(f"{config.stage}: keeps what the reference predicts for {draws} draws of noise of {sum(map(len, train)):,} "
           f"pairs, {size / 1e9:,.2f} GB; {config.train.steps * config.train.batch:,} examples will use it")  # fmt: skip
-    processes.first(lambda: need_space(cache, sum(s.size(draws) for s in todo) + 1e6, "what the reference predicts"))
+    processes.broadcast(
+        lambda: require_space(cache, sum(s.size(draws) for s in todo) + 1e6, "what the reference predicts")
+    )
     _make(config, todo, inputs, start.reference)
-    processes.first(lambda: [_require_whole(shard, index) for shard in shards])
+    processes.broadcast(lambda: [_require_whole(shard, index) for shard in shards])
     parts: list[list[np.ndarray]] = [[] for _ in train]
     for shard in shards:
         parts[shard.resolution].append(np.load(shard.path, mmap_mode="r", allow_pickle=False))
@@ -124,9 +129,9 @@ def _made_from(config: ConfigDict, inputs: Inputs, start: Start) -> dict[str, An
     keys = ["stage", "seed", "model.dtype", "train.reference_cache"]
     keys += ["train.lora_alpha"] if config.train.params.endswith("lora") else []  # which is in no weight
     made_from = provenance.settings(config, keys)
-    base = provenance.content("model.base")
+    base = provenance.content_key("model.base")
     reference = {"the pairs": inputs.pairs.hash, "the reference": start.reference_hash}
-    return made_from | {base: inputs.made_from[base]} | {provenance.content(k): v for k, v in reference.items()}
+    return made_from | {base: inputs.made_from[base]} | {provenance.content_key(k): v for k, v in reference.items()}
 
 
 def _begin(cache: Path, made_from: Mapping[str, Any]) -> None:
@@ -142,15 +147,15 @@ def _begin(cache: Path, made_from: Mapping[str, Any]) -> None:
 def _make(config: ConfigDict, todo: Sequence[Shard], inputs: Inputs, reference: steps.Params) -> None:
     """Computes and writes some shards, as many examples at a time as a step does."""
     draws, size = config.train.reference_cache, config.train.batch // config.train.accumulate
-    denoiser = steps.split(inputs.pipeline, config.train.params)[0]
+    denoiser = steps.split_params(inputs.pipeline, config.train.params)[0]
     predict = steps.reference_predictions(denoiser, inputs.pipeline.schedule)
-    key, mine = numbers_of(config, 0).key, runtime.rows(size, inputs.mesh)
+    key, mine = numbers_of(config, 0).key, local_rows(size, inputs.mesh)
 
-    @jax.jit(out_shardings=runtime.replicated(inputs.mesh))
+    @jax.jit(out_shardings=replicated(inputs.mesh))
     def predicted(reference: steps.Params, frozen: steps.Params, batch: steps.Batch, key: jax.Array) -> jax.Array:
         return predict(reference, frozen, batch | {"key": steps.example_keys(key, batch["example"])})
 
-    silent = not processes.first_process()
+    silent = not processes.is_first()
     with tqdm(total=draws * sum(s.pairs for s in todo), desc="reference", unit="draw", disable=silent) as bar:
         for shard in todo:
             source = Draws(inputs.pairs.sources["train"][shard.resolution], draws)
@@ -158,22 +163,22 @@ def _make(config: ConfigDict, todo: Sequence[Shard], inputs: Inputs, reference: 
 
             def begun(number: int, source: Draws = source, end: int = end) -> tuple[int, jax.Array]:
                 """Examples from `number` on, which devices are given; after the shard's last one it comes again."""
-                batch = stacked(source, [min(number + row, end - 1) for row in mine])
-                return number, predicted(reference, inputs.frozen, runtime.to_devices(batch, inputs.mesh), key)
+                batch = stack_records(source, [min(number + row, end - 1) for row in mine])
+                return number, predicted(reference, inputs.frozen, to_devices(batch, inputs.mesh), key)
 
-            with _written(shard, draws) if processes.first_process() else nullcontext() as values:
-                for number, found in runtime.ahead(begun, range(first, end, size)):
-                    rows = runtime.to_host(found)[: end - number]
+            with _written(shard, draws) if processes.is_first() else nullcontext() as values:
+                for number, found in one_ahead(begun, range(first, end, size)):
+                    rows = to_host(found)[: end - number]
                     if values is not None:
                         values[number - first : number - first + len(rows)] = _finite(rows, shard)
                     bar.update(len(rows))
-    processes.together()
+    processes.barrier()
 
 
 @contextmanager
 def _written(shard: Shard, draws: int) -> Iterator[Float[np.ndarray, "n 2 h w c"]]:
     """The rows of a shard's file, which is there, with its note, once the block ends without an error."""
-    with whole(shard.path) as temporary:
+    with atomic_path(shard.path) as temporary:
         shape = (shard.pairs, draws, 2, *shard.latent)
         values = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
         yield values.reshape(-1, *shape[2:])

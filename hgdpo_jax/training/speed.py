@@ -1,46 +1,19 @@
 """How fast a training is: its steps timed without what is not training, and what its devices could do at most."""
 
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from hgdpo_jax import peaks as peaks_of
-from hgdpo_jax import processes
-from hgdpo_jax.errors import UserError
+from hgdpo_jax.run import processes
+from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.step import Batch, Metrics, Numbers, Params, TrainState
 
 
-def peak(mesh: Mesh, dtype: str) -> float | None:
-    """Operations a second that all devices of a mesh do at most, together; None where that is not known.
-
-    Args:
-        mesh: of any devices.
-        dtype: `model.dtype`.
-    """
-    peaks = [peaks_of.peak(device.device_kind, dtype) for device in mesh.devices.flat]
-    return None if None in peaks else sum(peaks)
-
-
-def steps_to_trace(text: str) -> range:
-    """The steps 10 to 14 of `10:15`.
-
-    Raises:
-        UserError: it is no such range.
-    """
-    numbers = re.fullmatch(r"(\d+):(\d+)", text)
-    steps = range(*map(int, numbers.groups())) if numbers else range(0)
-    if not steps:
-        raise UserError(f"argument --profile {text}: expects FIRST:END with FIRST less than END, such as 10:15")
-    return steps
-
-
-def those_left(traced: range, done: int, steps: int) -> range:
+def remaining_steps(traced: range, done: int, steps: int) -> range:
     """Of the steps that are to be traced, those between `done` and the last.
 
     Raises:
@@ -73,7 +46,7 @@ class Speed:
         folder: Path = Path(),
     ) -> None:
         self._step, self._batch, self._peak, self._folder = step, batch, peak, folder
-        self._traced = traced if processes.first_process() else range(0)
+        self._traced = traced if processes.is_first() else range(0)
         self._operations: dict[Any, float] = {}  # shape of a batch → of its step
         self._running: Any = None
         self._tracing = False

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from hgdpo_jax import provenance, runtime
-from hgdpo_jax.training import policy as policies
+from hgdpo_jax.devices.sharding import tree_shardings
+from hgdpo_jax.run import provenance
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
+from hgdpo_jax.training.finished import BASE, finished_policy, require_base
 from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.step import Params, TrainState, init_state
 
@@ -37,7 +38,7 @@ def start(config: ConfigDict, workdir: Path, inputs: Inputs, checkpoints: Checkp
 
 def shardings(config: ConfigDict, inputs: Inputs) -> TrainState:
     """Where each part of the state lies."""
-    return runtime.shardings(jax.eval_shape(_init(config, inputs), inputs.policy), inputs.mesh)
+    return tree_shardings(jax.eval_shape(_init(config, inputs), inputs.policy), inputs.mesh)
 
 
 def _init(config: ConfigDict, inputs: Inputs) -> Callable[[Params], TrainState]:
@@ -48,8 +49,8 @@ def _begin(config: ConfigDict, workdir: Path, inputs: Inputs, checkpoints: Check
     train, base = config.train, inputs.policy
     policy = base
     if train.start != "base":
-        policies.require_base(workdir, train.start, inputs.made_from[policies.BASE])
-        policy = policies.finished(workdir, train.start, base, config)
+        require_base(workdir, train.start, inputs.made_from[BASE])
+        policy = finished_policy(workdir, train.start, base, config)
     state = jax.jit(_init(config, inputs), out_shardings=shardings(config, inputs))(policy)
     if config.objective == "sft":
         return Start(state, {}, "", 0)

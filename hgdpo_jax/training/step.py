@@ -106,7 +106,7 @@ def policy_filter(params: str) -> nnx.filterlib.Filter:
     return nnx.All(nnx.PathContains(part), kind)
 
 
-def split(pipeline: Pipeline, params: str) -> tuple[Denoiser, Params, Params]:
+def split_params(pipeline: Pipeline, params: str) -> tuple[Denoiser, Params, Params]:
     """(denoiser, policy, frozen); see :func:`policy_filter`.
 
     The states are copies of the containers, not of the arrays: a later write into the pipeline does not show in them.

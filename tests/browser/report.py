@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hgdpo_jax.scoring import report
-from tests.scoring.test_report import example
+from hgdpo_jax.results import report
+from tests.results.test_report import example
 
 DESKTOP, PHONE = (1280, 800), (390, 844)
 _PATIENCE = 60.0  # seconds

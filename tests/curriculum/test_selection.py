@@ -14,18 +14,19 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from hgdpo_jax import files, pairs, runtime
-from hgdpo_jax.curriculum import selection
+from hgdpo_jax.curriculum import build, selection
 from hgdpo_jax.data.pairs import open_stage
 from hgdpo_jax.data.photographs import Photograph, list_photographs, load_images
+from hgdpo_jax.devices.sharding import batch_sharding
 from hgdpo_jax.diffusion import pipeline as pipelines
-from hgdpo_jax.diffusion.painter import Painter
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import file_hash
+from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.models.clip import CLIPModel
 from hgdpo_jax.models.convert import load_model, save_model
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import file_hash, write_json
+from hgdpo_jax.run.folder import stage_config
+from hgdpo_jax.run.locks import lock
 from hgdpo_jax.scoring.preference import Scorer
-from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.loop import train
 from tests import tiny
 from tests.rounding import NETWORK, assert_close
@@ -59,9 +60,9 @@ def make(inputs: Path) -> Make:
 def workdir(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All three stages."""
     folder = tmp_path_factory.mktemp("run")
-    pairs.build(make("stage1"), folder)
-    pairs.build(make("stage2", winner="sdrecon", loser="stage1", keep_if_winner_scores_higher=True), folder)
-    pairs.build(make("stage3", winner="sdrecon", strengths=(1,), loser="stage2"), folder)
+    build.build(make("stage1"), folder)
+    build.build(make("stage2", winner="sdrecon", loser="stage1", keep_if_winner_scores_higher=True), folder)
+    build.build(make("stage3", winner="sdrecon", strengths=(1,), loser="stage2"), folder)
     return folder
 
 
@@ -70,13 +71,13 @@ def test_easy_pairs_are_the_best_and_the_worst_of_the_pool(workdir: Path, inputs
     assert len(found) == 5
     # Draw the pool of one photograph again, alone: it depends on its id only.
     config, mesh = make("stage1"), tiny.mesh()
-    pipeline = pipelines.load(inputs / "base")
-    painter = Painter(pipeline, mesh, sampler="dpmpp_2m", steps=4, guidance=2.0, batch=3, seed=0)
+    pipeline = pipelines.load_pipeline(inputs / "base")
+    sampler = Sampler(pipeline, mesh, solver="dpmpp_2m", steps=4, guidance=2.0, batch=3, seed=0)
     photograph = list_photographs(config.data.photographs, "train")[3]
     ids = np.repeat(pipeline.tokenize([photograph.caption]), 3, axis=0)
-    latents = painter.generate(ids, painter.keys("pool", [photograph.id] * 3, [0, 1, 2]), (32, 32), "")
+    latents = sampler.generate(ids, sampler.keys("pool", [photograph.id] * 3, [0, 1, 2]), (32, 32), "")
     scorer = Scorer(inputs / "scorer", mesh)
-    scores = np.asarray(scorer(painter.decode(latents, ""), ids).score)
+    scores = np.asarray(scorer(sampler.decode(latents, ""), ids).score)
     record = found[photograph.id]
     # Each of four steps adds the UNet's rounding, guidance 2 times that of one half of its batch and once the other's.
     drawn = 4 * 3 * NETWORK
@@ -104,7 +105,7 @@ def test_hard_pairs_are_on_the_same_ids_against_the_normal_winner(workdir: Path,
         assert record["winner_number"] == 1
         assert np.array_equal(record["loser"], normal[name]["winner"])
     # t1 is almost the photograph: nearer to its own than to any other.
-    pipeline = pipelines.load(inputs / "base")
+    pipeline = pipelines.load_pipeline(inputs / "base")
     _, images = load_images(list_photographs(make("stage1").data.photographs, "train"), (32, 32))
     encoded = np.asarray(pipeline.vae.to_latents(images))
     names = [p.id for p in list_photographs(make("stage1").data.photographs, "train")]
@@ -114,18 +115,18 @@ def test_hard_pairs_are_on_the_same_ids_against_the_normal_winner(workdir: Path,
 
 
 def test_candidates_are_what_is_drawn_decoded_and_scored_apart(inputs: Path) -> None:
-    pipeline, mesh = pipelines.load(inputs / "base"), tiny.mesh()
-    painter = Painter(pipeline, mesh, sampler="dpmpp_2m", steps=4, guidance=2.0, batch=2, seed=0)
+    pipeline, mesh = pipelines.load_pipeline(inputs / "base"), tiny.mesh()
+    sampler = Sampler(pipeline, mesh, solver="dpmpp_2m", steps=4, guidance=2.0, batch=2, seed=0)
     scorer, names = Scorer(inputs / "scorer", mesh), ["a", "b", "c"]
     ids, images = (
         pipeline.tokenize(names),
         load_images(list_photographs(inputs / "photographs", "train")[:3], (32, 32))[1],
     )
-    keys, encoded = painter.keys("sdrecon", names, [3] * 3), painter.encode(images, "")
-    latents = np.stack([encoded, painter.reconstruct(encoded, ids, keys, 3, "")], axis=1)
+    keys, encoded = sampler.keys("sdrecon", names, [3] * 3), sampler.encode(images, "")
+    latents = np.stack([encoded, sampler.reconstruct(encoded, ids, keys, 3, "")], axis=1)
     flat = latents.reshape(6, *latents.shape[2:])
-    scores = painter.measure(flat, {"input_ids": ids.repeat(2, axis=0)}, scorer, "").score.reshape(3, 2)
-    found = selection.reconstructions(painter, scorer, names, ids, images, (0, 3))
+    scores = sampler.measure_latents(flat, {"input_ids": ids.repeat(2, axis=0)}, scorer, "").score.reshape(3, 2)
+    found = selection.reconstructions(sampler, scorer, names, ids, images, (0, 3))
     np.testing.assert_array_equal(found.latents, latents)
     np.testing.assert_array_equal(found.scores, scores)
     for choose, index in ((selection.best, scores.argmax(1)), (selection.worst, scores.argmin(1))):
@@ -137,16 +138,16 @@ def test_candidates_are_what_is_drawn_decoded_and_scored_apart(inputs: Path) -> 
 
 def test_devices_exchange_nothing_for_pairs(inputs: Path) -> None:
     """They draw, decode, score and choose their own rows."""
-    pipeline, mesh = pipelines.load(inputs / "base"), tiny.mesh(data=2)
-    painter = Painter(pipeline, mesh, sampler="dpmpp_2m", steps=4, guidance=2.0, batch=4, seed=0)
-    scorer, rows = Scorer(inputs / "scorer", mesh), runtime.batch_sharding(mesh)
+    pipeline, mesh = pipelines.load_pipeline(inputs / "base"), tiny.mesh(data=2)
+    sampler = Sampler(pipeline, mesh, solver="dpmpp_2m", steps=4, guidance=2.0, batch=4, seed=0)
+    scorer, rows = Scorer(inputs / "scorer", mesh), batch_sharding(mesh)
 
     def shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
     candidates = selection.Candidates(shape(4, 3, *tiny.LATENT), shape(4, 3), jnp.arange(3))
     traced = [
-        *painter.traced((32, 32)),
+        *sampler.traced((32, 32)),
         jax.jit(scorer).trace(shape(4, 32, 32, 3), shape(4, 77, dtype=jnp.int32)),
         selection.best.trace(candidates),
         selection.worst.trace(candidates),
@@ -167,9 +168,9 @@ def test_devices_have_the_next_prompts_before_the_last_ones_are_fetched(
         said.append(f"begin {name}")
         return lambda: said.append(f"finish {name}") or finish()
 
-    monkeypatch.setattr(pairs, "begin_records", begin_records)
+    monkeypatch.setattr(build, "begin_records", begin_records)
     config = make("stage1", pool_size=2, batch=4)  # two prompts at a time
-    pairs.build(config, tmp_path)
+    build.build(config, tmp_path)
     begun, finished = ([i for i, what in enumerate(said) if what.startswith(word)] for word in ("begin", "finish"))
     assert len(begun) == len(finished) == 4  # 2 + 2 + 1 to train on, 2 held out
     assert all(next_one < last for next_one, last in zip(begun[1:], finished, strict=False))
@@ -182,7 +183,7 @@ def test_a_stopped_build_goes_on_and_ends_with_the_same_files(workdir: Path, mak
     (folder / "manifest.json").unlink()
     (folder / "pairs-train_32x32.array_record-00001-of-00003").unlink()
     (folder / ".partial.pairs-train_32x32.array_record-00001-of-00003").write_bytes(b"half a file")
-    pairs.build(make("stage1"), workdir)
+    build.build(make("stage1"), workdir)
     assert {path.name: file_hash(path) for path in folder.iterdir()} == before
     assert (folder / "pairs-train_32x32.array_record-00000-of-00003").stat().st_mtime_ns == kept
 
@@ -199,7 +200,7 @@ def test_photographs_of_two_shapes_become_pairs_of_two_shapes_in_every_stage(
     for stage, how in (("stage1", {}), ("stage2", {"winner": "sdrecon", "strengths": (5,), "loser": "stage1"})):
         config = make(stage, **settings, **how)
         config.data.photographs, config.data.resolutions = str(folder), ("32x32", "64x32")
-        pairs.build(config, tmp_path)
+        build.build(config, tmp_path)
         for role, names in (("train", 2), ("heldout", 1)):
             square, high = open_stage(tmp_path, stage).sources[role]
             assert [record["winner"].shape for record in square] == [(4, 4, 8)] * names
@@ -207,19 +208,19 @@ def test_photographs_of_two_shapes_become_pairs_of_two_shapes_in_every_stage(
             assert {record["id"].decode() for record in high} <= {p.id for p in tall}
     config.stage, config.train.steps, config.train.batch = "stage1", 2, 8
     train(config, tmp_path)
-    assert policies.stage_config(tmp_path, "stage1").data.resolutions == ["32x32", "64x32"]
+    assert stage_config(tmp_path, "stage1").data.resolutions == ["32x32", "64x32"]
 
 
 def test_another_config_does_not_touch_finished_pairs(workdir: Path, make: Make) -> None:
     before = file_hash(workdir / "stage1" / "pairs" / "manifest.json")
     with pytest.raises(UserError, match="config key pairs.guidance=3.0: .*/stage1/pairs was made with 2.0; use that"):
-        pairs.build(make("stage1", guidance=3.0), workdir)
+        build.build(make("stage1", guidance=3.0), workdir)
     assert file_hash(workdir / "stage1" / "pairs" / "manifest.json") == before
 
 
 def test_a_stage_before_its_predecessor_names_the_command(make: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stage1/pairs: are missing; build them with: .*configs/stage1.py"):
-        pairs.build(make("stage2", winner="sdrecon", loser="stage1"), tmp_path)
+        build.build(make("stage2", winner="sdrecon", loser="stage1"), tmp_path)
 
 
 def test_losers_come_from_pairs_of_the_same_base_and_scorer(
@@ -229,13 +230,13 @@ def test_losers_come_from_pairs_of_the_same_base_and_scorer(
     shutil.copytree(workdir / "stage1" / "pairs", tmp_path / "stage1" / "pairs")
     config = make("stage2", winner="sdrecon", loser="stage1", scorer=str(tiny.write_scorer(tmp_path / "scorer", 7)))
     with pytest.raises(UserError, match="content of pairs.scorer=sha256 .*stage1/pairs was made with .*; use that"):
-        pairs.build(config, tmp_path)
+        build.build(config, tmp_path)
     config = make("stage2", winner="sdrecon", loser="stage1")
     config.model.base = str(tiny.write_base(tmp_path / "base"))
     scheduler = tmp_path / "base" / "scheduler" / "scheduler_config.json"
-    files.write_json(scheduler, json.loads(scheduler.read_text()) | {"beta_end": 0.013})
+    write_json(scheduler, json.loads(scheduler.read_text()) | {"beta_end": 0.013})
     with pytest.raises(UserError, match="content of model.base=sha256 .*stage1/pairs was made with .*; use that"):
-        pairs.build(config, tmp_path)
+        build.build(config, tmp_path)
     with pytest.raises(UserError, match="content of model.base=sha256 .*stage1/pairs was made with .*; use that"):
         train(tiny.config(tmp_path / "base"), tmp_path)
     assert not (tmp_path / "stage2" / "pairs" / "building.json").exists()
@@ -251,26 +252,26 @@ def test_photographs_of_which_none_has_a_pair_are_one_line(workdir: Path, make: 
         Image.new("RGB", (64, 64), (i, i, i)).save(tmp_path / "others" / f"{i}.png")
         (tmp_path / "others" / f"{i}.txt").write_text("a woman")
     with pytest.raises(UserError, match="others: none has a pair in .*stage1/pairs, from where stage1 takes"):
-        pairs.build(config, tmp_path)
+        build.build(config, tmp_path)
     assert not (tmp_path / "stage2" / "pairs").exists()  # the right ones may come next
 
 
 def test_only_what_the_pairs_depend_on_must_stay(
     workdir: Path, make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(files, "file_hash", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr("hgdpo_jax.run.index.file_hash", lambda path: pytest.fail(f"{path} was read again"))
     config = make("stage1", batch=16)  # images at a time: nothing but rounding
     config.train.lr = 1.0
-    pairs.build(config, workdir)
+    build.build(config, workdir)
     assert "stage1/pairs: already built" in capsys.readouterr().out
     config.model.dtype = "bfloat16"
     with pytest.raises(UserError, match="config key model.dtype='bfloat16': .*/stage1/pairs was made with 'float32'"):
-        pairs.build(config, workdir)
+        build.build(config, workdir)
 
 
 def test_one_command_at_a_time_builds_pairs(workdir: Path, make: Make) -> None:
-    with files.owned(workdir / "stage1" / "pairs"), pytest.raises(UserError, match="pairs: is being written by"):
-        pairs.build(make("stage1"), workdir)
+    with lock(workdir / "stage1" / "pairs"), pytest.raises(UserError, match="pairs: is being written by"):
+        build.build(make("stage1"), workdir)
 
 
 def test_photographs_may_move_but_not_change(workdir: Path, inputs: Path, make: Make, tmp_path: Path) -> None:
@@ -279,17 +280,17 @@ def test_photographs_may_move_but_not_change(workdir: Path, inputs: Path, make: 
     config = make("stage3", winner="sdrecon", strengths=(1,), loser="stage2")
     config.data.photographs = str(tmp_path / "moved")
     before = file_hash(tmp_path / "run" / "stage3" / "pairs" / "manifest.json")
-    pairs.build(config, tmp_path / "run")
+    build.build(config, tmp_path / "run")
     used = open_stage(tmp_path / "run", "stage3").by_id("heldout")
     changed = next(p for p in list_photographs(tmp_path / "moved", "heldout") if p.id in used)
     Image.new("RGB", (64, 64)).save(changed.picture)
     line = rf"photograph {changed.id}: is sha256 \w{{12}}…, pair shard .*-00000-of-00001 was made from sha256 \w{{12}}…"
     with pytest.raises(UserError, match=line):
-        pairs.build(config, tmp_path / "run")
+        build.build(config, tmp_path / "run")
     captions = tmp_path / "moved" / "captions.jsonl"
     captions.write_text(captions.read_text().replace("woman", "lady").replace("man", "gentleman"))
     with pytest.raises(UserError, match="its caption was .* lady, .*; give that"):
-        pairs.build(config, tmp_path / "run")
+        build.build(config, tmp_path / "run")
     assert file_hash(tmp_path / "run" / "stage3" / "pairs" / "manifest.json") == before
 
 
@@ -303,29 +304,29 @@ def test_a_repaired_photograph_is_taken_in(make: Make, tmp_path: Path, caplog: p
     for path in whole:
         path.write_bytes(b"no picture")
     with pytest.raises(UserError, match="none of the 3 photographs of split train can be read; repair them"):
-        pairs.build(config, tmp_path / "run")
+        build.build(config, tmp_path / "run")
     first, second, third = whole
     first.write_bytes(whole[first])
     second.write_bytes(whole[second])
-    pairs.build(config, tmp_path / "run")
+    build.build(config, tmp_path / "run")
     done = open_stage(tmp_path / "run", "stage0")
     assert list(done.by_id("train")) == [p.id for p in train_photographs[:2]]
 
     third.write_bytes(whole[third])
-    pairs.build(config, tmp_path / "run")  # finished: somebody may have learnt from them
+    build.build(config, tmp_path / "run")  # finished: somebody may have learnt from them
     assert "a photograph that could not be read has changed since; remove the shard" in caplog.text
     assert open_stage(tmp_path / "run", "stage0").hash == done.hash
     (tmp_path / "run" / "stage0" / "pairs" / "pairs-train_32x32.array_record-00001-of-00002").unlink()
-    pairs.build(config, tmp_path / "run")
+    build.build(config, tmp_path / "run")
     assert len(open_stage(tmp_path / "run", "stage0").by_id("train")) == 3
 
 
 def test_a_photograph_itself_may_win_over_a_drawing(make: Make, tmp_path: Path) -> None:
     config = make("naive", winner="photograph", loser="pool", pool_size=1)
-    pairs.build(config, tmp_path)
+    build.build(config, tmp_path)
     found = open_stage(tmp_path, "naive").by_id("train")
     photographs, images = load_images(list_photographs(config.data.photographs, "train"), (32, 32))
-    vae = pipelines.load(config.model.base).vae
+    vae = pipelines.load_pipeline(config.model.base).vae
     assert list(found) == [p.id for p in photographs]
     latents = np.stack([found[p.id]["winner"] for p in photographs]).astype(np.float32)
     assert_close(latents, vae.to_latents(images), NETWORK + 2**-11)  # stored in float16
@@ -340,18 +341,18 @@ def test_a_score_that_is_no_number_names_the_prompt(make: Make, inputs: Path, tm
     config.pairs.scorer = str(tmp_path / "scorer")
     first = list_photographs(config.data.photographs, "train")[0]
     with pytest.raises(UserError, match=f"prompt '{first.caption}' of {first.id}: its score is NaN or infinite"):
-        pairs.build(config, tmp_path / "run")
+        build.build(config, tmp_path / "run")
     assert not list((tmp_path / "run" / "stage1" / "pairs").glob("pairs-*"))
 
 
 def test_of_many_captions_the_tokens_of_some_are_counted(
     inputs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(pairs, "_COUNTED", 4)
-    pipeline = pipelines.load(inputs / "base")
+    monkeypatch.setattr(build, "_COUNTED", 4)
+    pipeline = pipelines.load_pipeline(inputs / "base")
     photographs = [Photograph(f"{i}.png", Path(f"{i}.png"), "a " * (i % 100)) for i in range(240)]
-    pairs._warn_of_long(pipeline, photographs)  # every 60th
-    pairs._warn_of_long(pipeline, photographs[75:78])
+    build._warn_of_long(pipeline, photographs)  # every 60th
+    build._warn_of_long(pipeline, photographs[75:78])
     assert caplog.messages == [
         "1 of 4 captions (240 in all) have more than 77 tokens, the first of which are used; that of 180.png has 82",
         "2 of 3 captions (3 in all) have more than 77 tokens, the first of which are used; that of 77.png has 79",
@@ -371,6 +372,6 @@ def test_a_loser_of_another_caption_is_refused(workdir: Path, make: Make, inputs
     with pytest.raises(
         UserError, match=rf"its caption was '{old}' when .*stage1/pairs was made, and is 'somebody else"
     ):
-        pairs.build(config, tmp_path / "run")
+        build.build(config, tmp_path / "run")
     config.data.photographs = str(inputs / "photographs")
-    pairs.build(config, tmp_path / "run")  # nothing was made of the others
+    build.build(config, tmp_path / "run")  # nothing was made of the others

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from hgdpo_jax.data import pairs as shards
-from hgdpo_jax.errors import UserError
+from hgdpo_jax.data import shards
+from hgdpo_jax.data.pairs import RecordsById, open_stage
+from hgdpo_jax.data.record import Record, features
+from hgdpo_jax.run.errors import UserError
 from tests import tiny
 
 
@@ -30,7 +32,7 @@ def test_tfds_opens_what_was_written(workdir: Path) -> None:
         for name in ("winner", "loser", "input_ids"):
             assert np.array_equal(source[i][name], record[name])
             assert source[i][name].dtype == record[name].dtype
-    found = shards.open_stage(workdir, "stage1")
+    found = open_stage(workdir, "stage1")
     for ours, theirs in zip(found.sources["train"][0], source, strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
@@ -43,15 +45,15 @@ def test_tfds_opens_what_was_written(workdir: Path) -> None:
 
 def test_whether_a_record_is_there_is_known_without_reading_any() -> None:
     class Unread:
-        def __getitem__(self, i: int) -> shards.Record:
+        def __getitem__(self, i: int) -> Record:
             raise AssertionError("a record was read")
 
-    found = shards.RecordsById([Unread()], [["a", "b"]])
+    found = RecordsById([Unread()], [["a", "b"]])
     assert "b" in found and "c" not in found and list(found) == ["a", "b"] and len(found) == 2
 
 
 def test_features_of_a_concept_read_as_they_were_written(tmp_path: Path) -> None:
-    folder, schema = tmp_path / "personalise" / "pairs", shards.features(8, 77, loser=False, concept=(2, 3))
+    folder, schema = tmp_path / "personalise" / "pairs", features(8, 77, loser=False, concept=(2, 3))
     rng = np.random.default_rng(0)
     record = {name: value for name, value in tiny.record("a", rng).items() if not name.startswith("loser")}
     record["concept"] = rng.standard_normal((2, 3)).astype(np.float16)
@@ -60,12 +62,12 @@ def test_features_of_a_concept_read_as_they_were_written(tmp_path: Path) -> None
     for (path,) in paths.values():
         shards.write_shard(path, schema, [record])
     shards.finish(folder, schema, paths, {"32x32": tiny.LATENT})
-    found = shards.open_stage(tmp_path, "personalise").sources["train"][0][0]
+    found = open_stage(tmp_path, "personalise").sources["train"][0][0]
     assert found["concept"].dtype == np.float16 and np.array_equal(found["concept"], record["concept"])
 
 
 def test_a_split_may_have_empty_shards_but_not_only_empty_ones(tmp_path: Path) -> None:
-    folder, schema = tmp_path / "stage2" / "pairs", shards.features(8, 77, loser=True)
+    folder, schema = tmp_path / "stage2" / "pairs", features(8, 77, loser=True)
     shards.begin(folder, {})
     name, latents = "train_32x32", {"32x32": tiny.LATENT}
     paths = {name: [shards.shard_path(folder, name, i, 2) for i in range(2)]}
@@ -76,16 +78,16 @@ def test_a_split_may_have_empty_shards_but_not_only_empty_ones(tmp_path: Path) -
     paths[name][1].unlink()
     shards.write_shard(paths[name][1], schema, [tiny.record("a", np.random.default_rng(0))])
     shards.finish(folder, schema, paths, latents)
-    (source,) = shards.open_stage(tmp_path, "stage2").sources["train"]
+    (source,) = open_stage(tmp_path, "stage2").sources["train"]
     assert len(source) == 1 and source[0]["id"] == b"a"
 
 
 def test_missing_shards_name_the_command_that_builds_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"are missing; build them with: python -m hgdpo_jax.pairs --config configs/"):
-        shards.open_stage(tmp_path, "stage2")
+        open_stage(tmp_path, "stage2")
     shards.begin(tmp_path / "stage2" / "pairs", {})
     with pytest.raises(UserError, match="are not finished"):
-        shards.open_stage(tmp_path, "stage2")
+        open_stage(tmp_path, "stage2")
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "altered"])
@@ -100,11 +102,11 @@ def test_a_damaged_shard_is_named(workdir: Path, damage: str) -> None:
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     with pytest.raises(UserError, match=rf"{path}: (is missing|truncated or altered)"):
-        shards.open_stage(workdir, "stage1")
+        open_stage(workdir, "stage1")
 
 
 def test_another_latent_shape_is_refused(workdir: Path) -> None:
-    found = shards.open_stage(workdir, "stage1")
+    found = open_stage(workdir, "stage1")
     found.require({"32x32": tiny.LATENT, "64x32": (8, 4, 8)})
     with pytest.raises(UserError, match=r"latents of 32x32 are \(4, 4, 8\), this model's are \(8, 8, 8\)"):
         found.require({"32x32": (8, 8, 8)})
@@ -128,7 +130,7 @@ def test_a_latent_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
     record["winner"][0, 0, 0] = value
     path = shards.shard_path(tmp_path, "train", 0, 1)
     with pytest.raises(UserError, match="winner of photographs/7.jpg: NaN or infinite"):
-        shards.write_shard(path, shards.features(8, 77, loser=True), [record])
+        shards.write_shard(path, features(8, 77, loser=True), [record])
     assert not list(tmp_path.iterdir())
 
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from hgdpo_jax.config import ASSETS
-from hgdpo_jax.data.photographs import Photograph, by_shape, list_photographs, load_images
-from hgdpo_jax.errors import UserError
+from hgdpo_jax.data.photographs import Photograph, list_photographs, load_images, sort_by_shape
+from hgdpo_jax.run.errors import UserError
 from tests import tiny
 
 
@@ -75,7 +75,7 @@ def test_a_photograph_goes_to_the_resolution_nearest_in_shape(tmp_path: Path) ->
         photographs.append(Photograph(name, tmp_path / f"{name}.jpg", ""))
     photographs.append(Photograph("missing", tmp_path / "missing.jpg", ""))
     resolutions = {"64x64": (64, 64), "128x64": (128, 64), "64x128": (64, 128)}
-    found = {name: [p.id for p in bucket] for name, bucket in by_shape(photographs, resolutions).items()}
+    found = {name: [p.id for p in bucket] for name, bucket in sort_by_shape(photographs, resolutions).items()}
     assert found == {"64x64": ["square", "missing"], "128x64": ["tall", "turned"], "64x128": ["wide"]}
 
 

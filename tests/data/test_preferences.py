@@ -12,20 +12,21 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from hgdpo_jax import config as configuration
-from hgdpo_jax import pairs, sample
+from hgdpo_jax.curriculum import build
 from hgdpo_jax.data.pairs import open_stage
 from hgdpo_jax.data.photographs import list_pairs, load_images, load_losers
 from hgdpo_jax.diffusion import pipeline as pipelines
-from hgdpo_jax.diffusion.painter import Painter
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.evaluate import evaluate
-from hgdpo_jax.files import Index
+from hgdpo_jax.diffusion.sampler import Sampler
+from hgdpo_jax.results import images
+from hgdpo_jax.results.evaluation import evaluate
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.index import Index
+from hgdpo_jax.run.settings import load_config, validate
 from hgdpo_jax.scoring import judges
 from hgdpo_jax.training import loop
 from tests import tiny
 from tests.data.test_readers import CAPTIONS, colour, png, write_images
-from tests.test_export import at_once
+from tests.results.test_exported import at_once
 
 WON = {"a": "b", "b": "c"}  # over whom
 
@@ -122,7 +123,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes,
 
 def test_pairs_are_given_whole() -> None:
     with pytest.raises(UserError, match="pairs are given whole; expects given for both or for neither"):
-        configuration.load("configs/given.py:sd15", ["pairs.loser=pool"])
+        load_config("configs/given.py:sd15", ["pairs.loser=pool"])
 
 
 class Glance:
@@ -144,7 +145,7 @@ def test_one_stage_runs_on_given_pairs_from_building_to_evaluation(
     """The steps and the judges' networks are left out: they are those of every stage."""
     monkeypatch.setattr(judges, "VIEWS", 2)
     monkeypatch.setattr(loop, "_run", at_once)
-    monkeypatch.setattr("hgdpo_jax.evaluate.Judges", Glance)
+    monkeypatch.setattr("hgdpo_jax.results.evaluation.Judges", Glance)
     base, folder, workdir = tiny.write_base(tmp_path / "base"), tmp_path / "photographs", tmp_path / "run"
     listing = (tiny.write_photographs(folder, train=9, heldout=0) / "captions.jsonl").read_text()
     photographs = [json.loads(line)["file"] for line in listing.splitlines()]
@@ -154,19 +155,19 @@ def test_one_stage_runs_on_given_pairs_from_building_to_evaluation(
     config = tiny.config(base, "given", steps=1)
     config.data.pairs = str(folder / "pairs.jsonl")
     config.pairs.update(winner="given", loser="given", batch=8, shard_size=9)
-    configuration.validate(config)
-    pairs.build(config, workdir)
+    validate(config)
+    build.build(config, workdir)
     record = open_stage(workdir, "given").by_id("train")[photographs[0]]
-    pipeline = pipelines.load(base)
-    painter = Painter(pipeline, tiny.mesh(), sampler="ddim", steps=2, guidance=1.0, batch=8, seed=0)
+    pipeline = pipelines.load_pipeline(base)
+    sampler = Sampler(pipeline, tiny.mesh(), solver="ddim", steps=2, guidance=1.0, batch=8, seed=0)
     listed = list_pairs(config.data.pairs, "train", index=Index())[:1]
-    _, *images = load_losers(*load_images(listed, (32, 32)))
-    for role, pixels in zip(("winner", "loser"), images, strict=True):
-        expected = painter.encode(pixels, "")[0]
+    _, *pixels_of = load_losers(*load_images(listed, (32, 32)))
+    for role, pixels in zip(("winner", "loser"), pixels_of, strict=True):
+        expected = sampler.encode(pixels, "")[0]
         # Of another number of devices, so another program: the last bit of float16, below 2.
         assert np.abs(record[role] - expected).max() <= 2**-10 < np.abs(expected).max() < 2
     loop.train(config, workdir)
     found = evaluate(config, workdir)
     assert list(found["models"]) == ["base", "given", "given, whole"] and found["people"] == 3
     assert "preference_score" not in found["models"]["given"] and "faces_found" in found["models"]["given"]
-    assert sample.from_run(workdir, None, 0.5, None, True).settings["stage"] == "given"
+    assert images.from_run(workdir, None, 0.5, None, True).settings["stage"] == "given"

@@ -17,8 +17,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from hgdpo_jax.data.photographs import list_photographs, load_images
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import Index
+from hgdpo_jax.pictures.read import image_shape
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.index import Index
 from tests import mutations
 
 CAPTIONS = {"a": "a woman, ö", "b": "a man", "c": "a child"}
@@ -142,7 +143,7 @@ def check(place: Path | str) -> None:
         expected = np.array([colour(name) for name in names], np.float32)[:, None, None] / 127.5 - 1.0
         assert np.array_equal(images, np.broadcast_to(expected, images.shape))
     index = Index()
-    assert {index.shape(p.picture) for p in found["train"]} == {(8, 12)}
+    assert {index.shape(p.picture, image_shape) for p in found["train"]} == {(8, 12)}
     assert len({index.hash(p.picture) for p in found["train"]}) == 2
     assert [p.id for p in list_photographs(place, "train")] == [p.id for p in found["train"]]
 

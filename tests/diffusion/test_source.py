@@ -24,12 +24,12 @@ from transformers import CLIPTokenizer
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import source as sources
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
-from hgdpo_jax.errors import UserError
 from hgdpo_jax.models import architectures
 from hgdpo_jax.models.architectures import SD15
 from hgdpo_jax.models.convert import to_torch
 from hgdpo_jax.models.weights import Weights
-from hgdpo_jax.sample import from_checkpoint
+from hgdpo_jax.results.images import from_checkpoint
+from hgdpo_jax.run.errors import UserError
 from tests import tiny
 from tests.full.components import shrunken
 from tests.full.original import single_file
@@ -56,7 +56,7 @@ def same(found: Any, expected: Any) -> bool:
 
 @pytest.mark.parametrize("pixel", [False, True], ids=["linear", "convolution"])
 def test_a_vae_with_the_names_of_before_2023_is_read(base: Path, pixel: bool) -> None:
-    expected = pipelines.load(base).vae
+    expected = pipelines.load_pipeline(base).vae
     path = base / "vae" / "diffusion_pytorch_model.safetensors"
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     older = {}
@@ -65,7 +65,7 @@ def test_a_vae_with_the_names_of_before_2023_is_read(base: Path, pixel: bool) ->
         older[old] = value[:, :, None, None] if pixel and old != key and value.ndim == 2 else value
     assert sum("query" in key for key in older) == 4  # weight and bias, of encoder and decoder
     save_file(older, path)
-    assert same(pipelines.load(base).vae, expected)
+    assert same(pipelines.load_pipeline(base).vae, expected)
 
 
 def test_a_file_with_novelais_names_is_read(small: dict[str, np.ndarray], tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_file_with_novelais_names_is_read(small: dict[str, np.ndarray], tmp_pa
     other = {key.replace(f"{inside}text_model.", inside): value for key, value in small.items()}
     assert other.keys() != small.keys()
     save_file(other, tmp_path / "b.safetensors")
-    a, b = (pipelines.load(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
+    a, b = (pipelines.load_pipeline(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
     assert all(same(b.models[part], model) for part, model in a.models.items())
 
 
@@ -91,21 +91,21 @@ def test_a_file_without_a_vae_takes_one_from_another(small: dict, tmp_path: Path
     save_file(rest, tmp_path / "rest.safetensors")
     save_file(small if kind == "whole" else vae, tmp_path / "vae.safetensors")
     with pytest.raises(UserError, match=r"rest\.safetensors: holds no VAE; give one with --config\.model\.vae="):
-        pipelines.load(tmp_path / "rest.safetensors")
-    found = pipelines.load(tmp_path / "rest.safetensors", vae=tmp_path / "vae.safetensors")
-    assert same(found.vae, pipelines.load(tmp_path / "whole.safetensors").vae)
+        pipelines.load_pipeline(tmp_path / "rest.safetensors")
+    found = pipelines.load_pipeline(tmp_path / "rest.safetensors", vae=tmp_path / "vae.safetensors")
+    assert same(found.vae, pipelines.load_pipeline(tmp_path / "whole.safetensors").vae)
 
 
 def test_where_a_single_file_does_not_fit_no_config_json_is_spoken_of(small: dict, tmp_path: Path) -> None:
     save_file({key: value for key, value in small.items() if "conv_norm_out" not in key and "out.0" not in key},
               tmp_path / "a.safetensors")  # fmt: skip
     with pytest.raises(UserError, match="does not fit Stable Diffusion 1.5, which it was taken for") as error:
-        pipelines.load(tmp_path / "a.safetensors")
+        pipelines.load_pipeline(tmp_path / "a.safetensors")
     assert "config.json" not in str(error.value)
     save_file(small, tmp_path / "b.safetensors")
     save_file({"encoder.conv_in.weight": np.zeros((8, 3, 3, 3), np.float32)}, tmp_path / "vae.safetensors")
     with pytest.raises(UserError, match=r"does not fit the VAE that --config\.model\.vae=\S* replaces"):
-        pipelines.load(tmp_path / "b.safetensors", vae=tmp_path / "vae.safetensors")
+        pipelines.load_pipeline(tmp_path / "b.safetensors", vae=tmp_path / "vae.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_single_file_says_what_it_predicts(
     small: dict, tmp_path: Path, metadata: dict, tensors: tuple, prediction: str, last: float
 ) -> None:
     save_file(small | dict.fromkeys(tensors, np.zeros(0, np.float32)), tmp_path / "a.safetensors", metadata)
-    scheduler = sources.find(str(tmp_path / "a.safetensors")).scheduler
+    scheduler = sources.open_source(str(tmp_path / "a.safetensors")).scheduler
     found = NoiseSchedule.from_config(scheduler)
     assert found.prediction_type == prediction == scheduler["prediction_type"]
     assert found.alphas_cumprod[-1] == pytest.approx(last, abs=1e-4)
@@ -143,12 +143,12 @@ def test_a_single_file_that_contradicts_itself_is_refused(
     more = dict.fromkeys(tensors, np.zeros(0, np.float32))
     save_file(small | more, tmp_path / "a.safetensors", {"modelspec.prediction_type": stated})
     with pytest.raises(UserError, match=message):
-        pipelines.load(tmp_path / "a.safetensors")
+        pipelines.load_pipeline(tmp_path / "a.safetensors")
 
 
 def test_words_that_were_added_to_a_tokenizer_do_not_end_the_text(tmp_path: Path) -> None:
     folder = tiny.write_sdxl(tmp_path / "xl")
-    pipeline = pipelines.load(folder)
+    pipeline = pipelines.load_pipeline(folder)
     for name in ("text_encoder", "text_encoder_2"):
         path = next((folder / name).glob("*.safetensors"))
         weights, key = load_file(path), "text_model.embeddings.token_embedding.weight"
@@ -161,7 +161,7 @@ def test_words_that_were_added_to_a_tokenizer_do_not_end_the_text(tmp_path: Path
         tokenizer = CLIPTokenizer.from_pretrained(folder / name)
         assert tokenizer.convert_ids_to_tokens(320) == "a</w>" and tokenizer.add_tokens("<person>") == 1
         tokenizer.save_pretrained(folder / name)
-    taught = pipelines.load(folder)
+    taught = pipelines.load_pipeline(folder)
     old, new = pipeline.tokenize(["a photo of a cat"]), taught.tokenize(["<person> photo of a cat"])
     assert new[0, 1] == 49408 and np.array_equal(np.delete(new, 1), np.delete(old, 1))
     expected, found = (p.text(jnp.asarray(ids), (64, 64)) for p, ids in ((pipeline, old), (taught, new)))
@@ -176,10 +176,10 @@ def _tokenizer_config(folder: Path, change: Callable[[dict], dict]) -> None:
 
 def test_a_tokenizer_without_a_length_has_clips(base: Path) -> None:
     long = ["a cat " * 100, "a cat"]
-    expected = pipelines.load(base).tokenize(long)
+    expected = pipelines.load_pipeline(base).tokenize(long)
     _tokenizer_config(base / "tokenizer", lambda config: config.pop("model_max_length") and config)
     assert expected.shape == (2, 77)
-    assert np.array_equal(pipelines.load(base).tokenize(long), expected)
+    assert np.array_equal(pipelines.load_pipeline(base).tokenize(long), expected)
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -198,19 +198,19 @@ def test_a_broken_tokenizer_is_named(base: Path, name: str, content: str | None,
     path = base / "tokenizer" / name
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(UserError, match=message) as error:
-        pipelines.load(base)
+        pipelines.load_pipeline(base)
     assert str(base) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_card_in_another_encoding_is_read(base: Path) -> None:
     (base / "README.md").write_bytes("---\nlicense: mit\nauthor: Ørsted\n---\n".encode("latin-1"))
-    assert pipelines.load(base).licence == "mit"
+    assert pipelines.load_pipeline(base).licence == "mit"
 
 
 def test_a_size_may_be_a_height_and_a_width(base: Path) -> None:
     path = base / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": [8, 16]}))
-    factor = pipelines.load(base).vae.pixels_per_latent
+    factor = pipelines.load_pipeline(base).vae.pixels_per_latent
     assert from_checkpoint(str(base)).resolution == (8 * factor, 16 * factor)
 
 
@@ -231,7 +231,7 @@ def test_a_lightning_checkpoint_is_converted_by_the_command_that_is_printed(
     checkpoint = {"state_dict": state, "callbacks": {lightning.Callback: lightning.Callback()}, "epoch": 3}
     torch.save(checkpoint, tmp_path / "a b.ckpt")
     with pytest.raises(UserError, match="is a pickle; convert it where PyTorch is installed") as error:
-        pipelines.load(tmp_path / "a b.ckpt")
+        pipelines.load_pipeline(tmp_path / "a b.ckpt")
     _converted(error)
     found = Weights(tmp_path / "a b.safetensors")
     assert all(np.array_equal(found[key], value) for key, value in small.items())
@@ -239,16 +239,16 @@ def test_a_lightning_checkpoint_is_converted_by_the_command_that_is_printed(
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_pickles_in_a_folder_are_converted_to_what_is_looked_for(base: Path, shards: int) -> None:
-    expected, path = pipelines.load(base), base / "text_encoder" / "model.safetensors"
+    expected, path = pipelines.load_pipeline(base), base / "text_encoder" / "model.safetensors"
     state = {key: torch.from_numpy(value) for key, value in load_file(path).items()}
     path.unlink()
     for i in range(shards):
         name = "pytorch_model.bin" if shards == 1 else f"pytorch_model-0000{i + 1}-of-00002.bin"
         torch.save(dict(list(state.items())[i::shards]), path.with_name(name))
     with pytest.raises(UserError, match="is a pickle") as error:
-        pipelines.load(base)
+        pipelines.load_pipeline(base)
     _converted(error)
-    assert same(pipelines.load(base).text, expected.text)
+    assert same(pipelines.load_pipeline(base).text, expected.text)
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def unequal_keys(configs: Mapping[str, Mapping[str, Any]], base: Path, work: Pat
     settings = {"config": str(base), "local_files_only": True, "dtype": torch.from_numpy(np.zeros(1, dtype)).dtype}
     kind.from_single_file(str(work / "original.safetensors"), **settings).save_pretrained(work / "theirs")
     gc.collect()
-    pipeline = pipelines.load(work / "original.safetensors", param_dtype=np.dtype(dtype).name)
+    pipeline = pipelines.load_pipeline(work / "original.safetensors", param_dtype=np.dtype(dtype).name)
     for part, model in pipeline.models.items():
         save_model(model, work / "ours" / part, np.dtype(dtype).type)
     different = []

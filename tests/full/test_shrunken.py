@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from hgdpo_jax import export
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.models import architectures
 from hgdpo_jax.models.architectures import SD15, SDXL, Architecture
 from hgdpo_jax.models.weights import Weights, open_folder
+from hgdpo_jax.results import exported
 from tests.full import checks
 from tests.full.components import shrunken, write_folder
 
@@ -42,7 +42,7 @@ def test_a_checkpoint_that_is_written_becomes_in_diffusers_what_it_was_made_of(
     architecture: Architecture, tmp_path: Path
 ) -> None:
     write_folder(architecture, shrunken(architecture), tmp_path / "base")
-    export.write_checkpoint(pipelines.load(tmp_path / "base"), tmp_path / "one.safetensors", "a title")
+    exported.write_checkpoint(pipelines.load_pipeline(tmp_path / "base"), tmp_path / "one.safetensors", "a title")
     kind = StableDiffusionXLPipeline if architecture is SDXL else StableDiffusionPipeline
     settings = {"config": str(tmp_path / "base"), "local_files_only": True, "dtype": torch.float32}
     found = kind.from_single_file(str(tmp_path / "one.safetensors"), **settings)
@@ -62,6 +62,6 @@ def test_a_checkpoint_says_that_it_predicts_v(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(architectures, "SD15", replace(SD15, configs=configs))
     v = replace(SD15, scheduler=SD15.scheduler | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
     write_folder(v, configs, tmp_path / "base")
-    export.write_checkpoint(pipelines.load(tmp_path / "base"), tmp_path / "one.safetensors", "a title")
-    found = pipelines.load(tmp_path / "one.safetensors")
+    exported.write_checkpoint(pipelines.load_pipeline(tmp_path / "base"), tmp_path / "one.safetensors", "a title")
+    found = pipelines.load_pipeline(tmp_path / "one.safetensors")
     assert found.schedule.prediction_type == "v_prediction" and found.schedule.alphas_cumprod[-1] == 0

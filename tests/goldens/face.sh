@@ -6,8 +6,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../launch/setup.sh" requirements-test.
 goldens=$PWD/tests/goldens
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-python -m tests.models.test_face "$work"
+python -m tests.faces.test_networks "$work"
 (cd "$work" && npm install --silent --no-audit --no-fund @vladmandic/face-api@1.7.15 @tensorflow/tfjs@4.22.0 \
   @tensorflow/tfjs-backend-wasm@4.22.0 && node "$goldens/face.js")
 mv "$work/face.json" "$goldens/face.json"
-python -m tests.models.test_face_attributes "$work/node_modules/@vladmandic/face-api/model"
+python -m tests.tools.test_face_attributes "$work/node_modules/@vladmandic/face-api/model"

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hgdpo_jax import runtime
+from hgdpo_jax.devices.sharding import heads_sharding
 from hgdpo_jax.models import attend
 from hgdpo_jax.models.attention import Attention
 from tests import tiny
@@ -109,7 +109,7 @@ def test_devices_compute_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None
     mesh = tiny.mesh(2, 2, 2)
     for heads in (4, 3):
         arrays = numbers(4, 6, 10, heads, 4)
-        sharding = runtime.heads_sharding(mesh)
+        sharding = heads_sharding(mesh)
         kept = sharding if heads == 4 else NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
         placed = [jax.device_put(x, kept) for x in arrays]
         wanted = with_gradients(formula, arrays)

@@ -6,12 +6,7 @@ import torch
 import transformers
 from flax import nnx
 
-from hgdpo_jax.models.clip import (
-    CLIPModel,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPVisionModelWithProjection,
-)
+from hgdpo_jax.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from hgdpo_jax.models.convert import from_torch, to_torch
 from tests.models.parity import numpy_weights, ported, randomise, relative_error
 from tests.rounding import NETWORK

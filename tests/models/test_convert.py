@@ -8,11 +8,11 @@ import pytest
 from diffusers import UNet2DConditionModel as TorchUNet
 from flax import nnx
 
-from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.clip import CLIPModel
 from hgdpo_jax.models.convert import abstract, from_torch, load_model, save_model, to_torch
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
+from hgdpo_jax.run.errors import UserError
 from tests import tiny
 from tests.models import test_clip
 from tests.models.parity import numpy_weights, randomise

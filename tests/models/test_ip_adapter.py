@@ -17,12 +17,12 @@ from diffusers.models import embeddings
 from flax import nnx
 from safetensors.numpy import save_file
 
-from hgdpo_jax.errors import UserError
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.convert import abstract, from_torch, parameters, to_torch
 from hgdpo_jax.models.lora import LoRALinear, add_lora, to_peft
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.weights import Weights
+from hgdpo_jax.run.errors import UserError
 from tests import tiny
 from tests.models.parity import ported, randomise, relative_error
 from tests.rounding import NETWORK, assert_close

@@ -10,7 +10,8 @@ import torch
 from diffusers import UNet2DConditionModel as TorchUNet
 from flax import nnx
 
-from hgdpo_jax import runtime
+from hgdpo_jax.devices.sharding import batch_sharding, replicated
+from hgdpo_jax.devices.transfer import place
 from hgdpo_jax.models import attention
 from hgdpo_jax.models.convert import to_torch
 from hgdpo_jax.models.lora import LoRALinear, add_lora, merge_lora, product, to_peft
@@ -92,8 +93,8 @@ def test_gradients_of_lora_are_sums_in_float32_over_devices_too(dtype: str, bits
     """The rest is as fine as the dtype is."""
     mesh, shapes = tiny.mesh(8, 1, 1), {"x": (8, 32, 16), "weight": (16, 3, 4), "gradient": (8, 32, 3, 4)}
     x, weight, gradient = (jnp.asarray(RNG.standard_normal(shape), jnp.float32) for shape in shapes.values())
-    x, gradient = (runtime.put(y.astype(dtype), runtime.batch_sharding(mesh)) for y in (x, gradient))
-    weight = runtime.put(weight, runtime.replicated(mesh))
+    x, gradient = (place(y.astype(dtype), batch_sharding(mesh)) for y in (x, gradient))
+    weight = place(weight, replicated(mesh))
     out, (of_x, of_weight) = jax.jit(lambda x, w, g: (lambda y, back: (y, back(g)))(*jax.vjp(product, x, w)))(
         x, weight, gradient
     )
@@ -136,8 +137,8 @@ def test_the_gradients_of_a_product_come_together_before_the_sum_over_devices() 
     """A compiler that may put off that of the weight keeps x and the gradient, both large; a way back that waits for
     each layer's sum over devices is slow."""
     mesh, gradients = tiny.mesh(8, 1, 1), jax.jit(jax.grad(lambda x, w: product(x, w).sum(), (0, 1)))
-    x, weight = runtime.put(jnp.ones((8, 6, 4)), runtime.batch_sharding(mesh)), jnp.ones((4, 2))
-    lowered = gradients.lower(x, runtime.put(weight, runtime.replicated(mesh)))
+    x, weight = place(jnp.ones((8, 6, 4)), batch_sharding(mesh)), jnp.ones((4, 2))
+    lowered = gradients.lower(x, place(weight, replicated(mesh)))
     (barrier,) = (line for line in lowered.as_text().splitlines() if "optimization_barrier" in line)
     assert re.findall("tensor<(.*?)xf32>", barrier) == ["8x6x4", "8x4x2"]  # rows apart, as devices have them
     assert lowered.compile().as_text().count(" all-reduce(") == 1

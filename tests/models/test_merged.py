@@ -18,10 +18,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.numpy import load_file, save_file
 
 from hgdpo_jax.diffusion import pipeline as pipelines
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.export import lora_weights
 from hgdpo_jax.models.convert import to_torch
 from hgdpo_jax.models.lora import LoRALinear, add_lora
+from hgdpo_jax.results.exported import lora_weights
+from hgdpo_jax.run.errors import UserError
 from tests import tiny
 from tests.rounding import EPS, assert_close
 
@@ -39,7 +39,7 @@ class Taught(NamedTuple):
 def taught(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Taught:
     folder = tmp_path_factory.mktemp("base")
     base = tiny.write_base(folder) if request.param == "sd15" else tiny.write_sdxl(folder)
-    pipeline, merged, rng = pipelines.load(base), {}, np.random.default_rng(0)
+    pipeline, merged, rng = pipelines.load_pipeline(base), {}, np.random.default_rng(0)
     for name, model in pipeline.models.items():
         if name == "vae":
             continue
@@ -70,15 +70,13 @@ def test_it_is_the_model_with_the_lora_merged(taught: Taught, tmp_path: Path, ki
     for part in ("unet", "text"):
         weights |= lora_weights(taught.pipeline.models, "kohya" if kind == "kohya" else "peft", part)
     save_file(older(weights) if kind == "older" else weights, tmp_path / "lora.safetensors")
-    found = pipelines.load(taught.base, lora=tmp_path / "lora.safetensors")
+    found = pipelines.load_pipeline(taught.base, lora=tmp_path / "lora.safetensors")
     for name, expected in taught.merged.items():
         model, before = to_torch(found.models[name]), to_torch(taught.pipeline.models[name])
         assert any(np.abs(model[key] - value).max() > 0.01 for key, value in before.items())
         for key, value in expected.items():
             assert_close(model[key], value, 8 * EPS * max(1.0, np.abs(value).max()))
-    assert pipelines.content_hash(taught.base) != pipelines.content_hash(
-        taught.base, lora=tmp_path / "lora.safetensors"
-    )
+    assert pipelines.base_hash(taught.base) != pipelines.base_hash(taught.base, lora=tmp_path / "lora.safetensors")
 
 
 def test_diffusers_alpha_is_read_from_its_metadata(tmp_path: Path) -> None:
@@ -95,7 +93,7 @@ def test_diffusers_alpha_is_read_from_its_metadata(tmp_path: Path) -> None:
         **_collate_lora_metadata({"unet": theirs.unet}),
     )
     (file,) = (tmp_path / "lora").glob("*.safetensors")
-    found = to_torch(pipelines.load(base, lora=file).unet)
+    found = to_torch(pipelines.load_pipeline(base, lora=file).unet)
     theirs.unet.fuse_lora()
     key = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     expected = dict(theirs.unet.named_parameters())[f"{key}.base_layer.weight"].detach().numpy()
@@ -104,7 +102,7 @@ def test_diffusers_alpha_is_read_from_its_metadata(tmp_path: Path) -> None:
 
 def test_pefts_own_file_has_its_alpha_beside_it_and_kohyas_convolutions_are_merged(tmp_path: Path) -> None:
     base, rng = tiny.write_base(tmp_path / "base"), np.random.default_rng(0)
-    before = to_torch(pipelines.load(base).unet)
+    before = to_torch(pipelines.load_pipeline(base).unet)
     key = "down_blocks.0.resnets.0.conv1"
     outputs, inputs = before[f"{key}.weight"].shape[:2]
     down = rng.standard_normal((2, inputs, 3, 3)).astype(np.float32)
@@ -113,7 +111,7 @@ def test_pefts_own_file_has_its_alpha_beside_it_and_kohyas_convolutions_are_merg
     name = f"lora_unet_{key}".replace(".", "_")
     save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": HALF},
               tmp_path / "kohya.safetensors")  # fmt: skip
-    found = to_torch(pipelines.load(base, lora=tmp_path / "kohya.safetensors").unet)
+    found = to_torch(pipelines.load_pipeline(base, lora=tmp_path / "kohya.safetensors").unet)
     assert_close(found[f"{key}.weight"], before[f"{key}.weight"] + 0.25 * change, 100 * EPS)
 
     key = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -122,7 +120,7 @@ def test_pefts_own_file_has_its_alpha_beside_it_and_kohyas_convolutions_are_merg
     save_file({f"base_model.model.{key}.lora_A.weight": down, f"base_model.model.{key}.lora_B.weight": up},
               tmp_path / "adapter_model.safetensors")  # fmt: skip
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6, "target_modules": ["to_k"]}))
-    found = to_torch(pipelines.load(base, lora=tmp_path / "adapter_model.safetensors").unet)
+    found = to_torch(pipelines.load_pipeline(base, lora=tmp_path / "adapter_model.safetensors").unet)
     assert_close(found[f"{key}.weight"], before[f"{key}.weight"] + 3 * up @ down, 100 * EPS)
 
 
@@ -145,11 +143,11 @@ def test_what_cannot_be_merged_is_named(tmp_path: Path, weights: dict, message: 
     shapes = {key: tuple(width if side == 16 else side for side in shape) for key, shape in weights.items()}
     save_file({key: np.zeros(shape, np.float32) for key, shape in shapes.items()}, tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match=message) as error:
-        pipelines.load(base, lora=tmp_path / "lora.safetensors")
+        pipelines.load_pipeline(base, lora=tmp_path / "lora.safetensors")
     assert str(tmp_path / "lora.safetensors") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_pickled_lora_is_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "lora.pt")
     with pytest.raises(UserError, match=r"lora\.pt: is a pickle; convert it"):
-        pipelines.load(tiny.write_base(tmp_path / "base"), lora=tmp_path / "lora.pt")
+        pipelines.load_pipeline(tiny.write_base(tmp_path / "base"), lora=tmp_path / "lora.pt")

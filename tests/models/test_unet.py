@@ -8,9 +8,9 @@ import torch
 from diffusers import UNet2DConditionModel as TorchUNet
 from flax import nnx
 
-from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.convert import abstract, from_torch
 from hgdpo_jax.models.unet import Block, UNet2DConditionModel
+from hgdpo_jax.run.errors import UserError
 from tests.models.parity import numpy_weights, ported, randomise, relative_error
 from tests.rounding import GRADIENT, NETWORK, assert_close
 
@@ -111,7 +111,7 @@ def test_what_up_blocks_compute_apart_changes_no_result_and_no_gradient(checkpoi
         return (out * towards).sum(), out
 
     found, counts = [], []
-    for block.skips_apart in (False, True):
+    for block.separate_skips in (False, True):
         gradient = jax.jit(jax.grad(run, has_aux=True))
         found.append(gradient(x))
         counts.append(gradient.lower(x).compile().cost_analysis()["flops"])

@@ -6,8 +6,8 @@ import torch
 from diffusers import AutoencoderKL as TorchVAE
 from flax import nnx
 
-from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.vae import AutoencoderKL
+from hgdpo_jax.run.errors import UserError
 from tests.models.parity import ported, randomise, relative_error
 from tests.rounding import NETWORK, assert_close
 from tests.tiny import random_model

@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file as load_torch
 
 from hgdpo_jax.diffusion import pipeline as pipelines
-from hgdpo_jax.errors import UserError
 from hgdpo_jax.models.architectures import SD15
 from hgdpo_jax.models.weights import Weights, open_folder, write_weights
+from hgdpo_jax.run.errors import UserError
 from tests import tiny
 from tests.full.components import shrunken, torch_model, write_folder
 from tests.full.original import single_file
@@ -117,7 +117,7 @@ def test_parts_of_different_models_are_refused(tmp_path: Path) -> None:
 def test_another_vae_takes_the_place_of_the_checkpoints(tmp_path: Path) -> None:
     base, other = tiny.write_base(tmp_path / "base"), tmp_path / "vae"
     tiny.save_model(tiny.random_model(tiny.AutoencoderKL, tiny.TINY_VAE, 9), other)
-    found, own = pipelines.load(base, vae=other).vae, pipelines.load(base).vae
+    found, own = pipelines.load_pipeline(base, vae=other).vae, pipelines.load_pipeline(base).vae
     expected = Weights(other / "diffusion_pytorch_model.safetensors")["decoder.conv_in.weight"].transpose(2, 3, 1, 0)
     assert np.array_equal(found.decoder.conv_in.kernel[...], expected)
     assert not np.array_equal(own.decoder.conv_in.kernel[...], expected)
@@ -129,7 +129,7 @@ def test_a_vae_file_in_the_original_layout_is_one_too(tmp_path: Path) -> None:
     prefix = "first_stage_model."
     weights = {key.removeprefix(prefix): x for key, x in single_file(configs).items() if key.startswith(prefix)}
     save_file(weights | {"loss.logvar": np.zeros(())}, tmp_path / "vae.safetensors")
-    found = pipelines.load(tmp_path / "base", vae=tmp_path / "vae.safetensors").vae
+    found = pipelines.load_pipeline(tmp_path / "base", vae=tmp_path / "vae.safetensors").vae
     expected = weights["decoder.mid.attn_1.q.weight"][:, :, 0, 0].T
     assert np.array_equal(found.decoder.mid_block.attentions[0].to_q.kernel[...], expected)
 
@@ -150,7 +150,7 @@ def test_weights_that_do_not_fit_the_config_are_named(tmp_path: Path, change: st
         weights = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": np.zeros((4, 8), np.float32)}
     save_file(weights, path)
     with pytest.raises(UserError, match=message) as error:
-        pipelines.load(base)
+        pipelines.load_pipeline(base)
     assert f"{base}, unet" in str(error.value)
 
 
@@ -171,7 +171,7 @@ def test_a_config_that_does_not_tell_enough_is_named(
     base = tiny.write_base(tmp_path / "base")
     (base / file).write_text(json.dumps(change(json.loads((base / file).read_text()))))
     with pytest.raises(UserError, match=message) as error:
-        pipelines.load(base)
+        pipelines.load_pipeline(base)
     assert str(base) in str(error.value) and "\n" not in str(error.value)
 
 

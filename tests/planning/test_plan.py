@@ -16,15 +16,15 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors import safe_open
 from tqdm import tqdm
 
-from hgdpo_jax import config as configuration
-from hgdpo_jax import plan, runtime
 from hgdpo_jax.config import ASSETS
-from hgdpo_jax.data.concepts import encoder_of
-from hgdpo_jax.errors import UserError
+from hgdpo_jax.devices.sharding import batch_sharding, heads_sharding, replicated
+from hgdpo_jax.faces.concepts import encoder_of
 from hgdpo_jax.models import attend
-from hgdpo_jax.planning import compiled, devices, figures, hlo, program, table
+from hgdpo_jax.planning import compiled, figures, hlo, plan, program, table, topologies
 from hgdpo_jax.planning.compiled import Compiled
 from hgdpo_jax.planning.figures import Plan
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.settings import load_config
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.cost import operations
 from tests import tiny
@@ -109,7 +109,7 @@ def test_the_embedded_step_agrees_with_formulas_and_is_compiled_once(
 
     (kept,) = tmp_path.glob(".cache/hgdpo_jax/planned/*.json")
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"seconds": 12_345}))
-    monkeypatch.setattr(plan, "apart", lambda make, *arguments: make(*arguments))  # which would take seconds to begin
+    monkeypatch.setattr(plan, "in_subprocess", lambda make, *arguments: make(*arguments))  # it takes seconds to begin
     shown = run("--topology", "cpu:8")  # which goes by what is kept
     assert "8 x cpu" in shown and "fits" in shown and "hours for 20 steps" in shown and "12,345 s" in shown
 
@@ -134,7 +134,7 @@ def test_operations_of_known_products() -> None:
 
 
 def test_attention_counts_the_same_whatever_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, sharding = jax.ShapeDtypeStruct((8, 64, 3, 8), jnp.float32), runtime.heads_sharding(tiny.mesh(data=8))
+    q, sharding = jax.ShapeDtypeStruct((8, 64, 3, 8), jnp.float32), heads_sharding(tiny.mesh(data=8))
     traced = jax.jit(lambda q: attend.attend(q, q, q, sharding)).trace
     monkeypatch.setattr(attend, "kernel", lambda *_: lambda q, k, v: jax.pure_callback(lambda q: q, q, q))
     assert program.counted(traced, q) == (0, 2 * 2 * (8 * 3 * 64 * 64 * 8))
@@ -154,7 +154,7 @@ def test_every_kind_of_policy_is_planned_and_split_over_the_mesh(
         config.adapter.image_encoder = str(ASSETS / "portraits" / "scorer")
     source, mesh = program.source_of(config, ""), tiny.mesh(data=2, fsdp=4)
     held = program.step(config, source, mesh).held
-    policy = steps.split(program.pipeline_of(config, source, mesh), params)[1]
+    policy = steps.split_params(program.pipeline_of(config, source, mesh), params)[1]
     whole = sum(x.size * 4 for x in jax.tree.leaves(policy))
     assert (held["policy"] == whole) == params.endswith("lora")  # LoRA is too small to be split
     assert whole / 4 <= held["policy"] <= whole and held["optimizer"] == pytest.approx(2 * held["policy"], abs=16)
@@ -164,9 +164,9 @@ def test_every_kind_of_policy_is_planned_and_split_over_the_mesh(
 
 
 def test_what_an_adapter_reads_is_known_without_its_encoder() -> None:
-    config = configuration.load("configs/personalise.py:portraits")
+    config = load_config("configs/personalise.py:portraits")
     assert program.concept_shape(config) == encoder_of(config).nothing.shape[1:]
-    config = configuration.load("configs/personalise.py:sd15")
+    config = load_config("configs/personalise.py:sd15")
     assert program.concept_shape(config) == (257, 1280)
 
 
@@ -225,7 +225,7 @@ def test_a_compiler_that_refuses_leaves_what_fitted() -> None:
 @pytest.mark.parametrize("name", ["v9:4x4", "v5e:4", "h100:9", "h100:2x8", "cpu:0", "cpu:x"])
 def test_an_unknown_topology_is_one_line(name: str) -> None:
     with pytest.raises(UserError, match=rf"^topology {name}: unknown; write v5e:4x4.*") as caught:
-        devices.prepare([name])
+        topologies.prepare_compilers([name])
     assert "\n" not in str(caught.value)
 
 
@@ -237,7 +237,7 @@ def test_a_missing_compiler_is_one_line_with_its_command(
     with pytest.raises(
         UserError, match=rf'^topology {name}: its compiler is not installed; pip install -e ".\[{extra}\]"'
     ):
-        devices.prepare([name])
+        topologies.prepare_compilers([name])
 
 
 def test_a_share_above_one_an_unknown_variant_and_no_base_are_refused(run) -> None:
@@ -251,7 +251,7 @@ def test_a_share_above_one_an_unknown_variant_and_no_base_are_refused(run) -> No
 
 @pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
 def test_of_a_gpu_a_program_may_fill_what_jax_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, tpu = devices.CHIPS["h100"], devices.CHIPS["v5e"]
+    gpu, tpu = topologies.CHIPS["h100"], topologies.CHIPS["v5e"]
     monkeypatch.delenv(name, raising=False)
     assert figures._room(gpu) == 0.75 * gpu.memory
     monkeypatch.setenv(name, "0.9")
@@ -265,7 +265,7 @@ def test_figures_are_kept_for_one_compiler_with_its_flags(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    topology, lowered, made = devices.describe("cpu"), jax.jit(jnp.sin).lower(1.0), []
+    topology, lowered, made = topologies.describe_topology("cpu"), jax.jit(jnp.sin).lower(1.0), []
     monkeypatch.setattr(compiled, "_compile", lambda *_: made.append(Compiled(traffic=len(made))) or made[-1])
 
     def found() -> Compiled:
@@ -309,8 +309,8 @@ class Begun:
 @pytest.mark.usefixtures("folder")
 def test_sizes_are_those_of_the_whole_program_before_it_is_whole() -> None:
     mesh, end = tiny.mesh(data=8), threading.Event()
-    x = jax.ShapeDtypeStruct((64, 48), jnp.float32, sharding=runtime.batch_sharding(mesh))
-    w = jax.ShapeDtypeStruct((48, 48), jnp.float32, sharding=runtime.replicated(mesh))
+    x = jax.ShapeDtypeStruct((64, 48), jnp.float32, sharding=batch_sharding(mesh))
+    w = jax.ShapeDtypeStruct((48, 48), jnp.float32, sharding=replicated(mesh))
 
     def step(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
         return jnp.tanh(x @ w) @ w, x + 1, w - jnp.sin(x).sum()
@@ -319,19 +319,19 @@ def test_sizes_are_those_of_the_whole_program_before_it_is_whole() -> None:
     whole = lowered.compile()
     sizes = whole.memory_analysis()
     try:
-        found = compiled._compile(Begun(lowered, end.wait), devices.describe("cpu"), 1)
+        found = compiled._compile(Begun(lowered, end.wait), topologies.describe_topology("cpu"), 1)
     finally:
         end.set()
     assert (found.arguments, found.temporaries) == (sizes.argument_size_in_bytes, sizes.temp_size_in_bytes)
     assert found.outputs == sizes.output_size_in_bytes - sizes.alias_size_in_bytes > 4 * 48 * 48
-    counted = hlo.Program(whole.as_text(), 1, 8)
+    counted = hlo.HloModule(whole.as_text(), 1, 8)
     assert found.traffic == counted.traffic() > 0 and found.collectives == {
         "all-reduce": counted.collectives()["all-reduce"]._asdict()
     }
 
 
 def test_a_compiler_that_refuses_fails_or_writes_half_of_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lowered, topology = jax.jit(jnp.sin).lower(1.0), devices.describe("cpu")
+    lowered, topology = jax.jit(jnp.sin).lower(1.0), topologies.describe_topology("cpu")
 
     def found(error: Exception | None) -> Compiled:
         def compile(_: object, compiler_options: dict[str, str]) -> None:
@@ -356,19 +356,19 @@ def test_a_batch_that_is_computed_in_parts_counts_whole(monkeypatch: pytest.Monk
     """70 pairs fit at a time on each of eight devices."""
 
     def step(_: object, spec: str, overrides: list[str], name: str) -> Plan:
-        config = configuration.load(spec, overrides)
+        config = load_config(spec, overrides)
         each = config.train.batch // config.train.accumulate // 8
         return Plan("cpu:8", 8, "", config.train.batch, {}, 0, Compiled(temporaries=each), 70.0, 0.0, {}, {}, "")
 
-    monkeypatch.setattr(plan, "apart", step)
+    monkeypatch.setattr(plan, "in_subprocess", step)
     overrides = ["train.accumulate=4", "train.batch=32"]
-    found = plan.largest(PORTRAITS[1], overrides, devices.describe("cpu:8"), "blocks", tqdm(disable=True))
+    found = plan.largest(PORTRAITS[1], overrides, topologies.describe_topology("cpu:8"), "blocks", tqdm(disable=True))
     assert found[:3] == ("blocks", 4 * 70, 4 * 70 * 8) and found.plan.examples == found.batch
 
 
 def test_the_table_states_the_limits_of_each_topology() -> None:
     """Between hosts GPUs have others than in one."""
-    config, source = configuration.load(PORTRAITS[1], ["data.resolutions=64x64,96x64"]), SimpleNamespace(name="base")
+    config, source = load_config(PORTRAITS[1], ["data.resolutions=64x64,96x64"]), SimpleNamespace(name="base")
     plans = [
         Plan(name, 8, "", 16, {}, 0, Compiled(), 1.0, 0.0, {"interconnect": 1.0}, {"interconnect": peak}, "data sheet")
         for name, peak in (("h100:8", 450e9), ("h100:64", 50e9), ("h200:8", 450e9))

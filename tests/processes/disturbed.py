@@ -19,9 +19,11 @@ import jax  # noqa: I001
 import numpy as np
 
 import tests.conftest  # noqa: F401  # the environment of the tests
-from hgdpo_jax.files import file_hash
-from hgdpo_jax.training import policy as policies
+from hgdpo_jax.run.files import file_hash
+from hgdpo_jax.run.folder import stage_config
 from hgdpo_jax.training.checkpoints import Checkpoints
+from hgdpo_jax.training.finished import finished_policy
+from hgdpo_jax.training.policy import load_trainable, policy_of
 from tests import tiny
 from tests.processes.start import Started
 from tests.processes.test_processes import RATE, STAGE, inputs
@@ -53,10 +55,10 @@ def length(folder: Path, command: str, settings: list[str]) -> float:
 
 
 def parameters(folder: Path) -> np.ndarray:
-    config = policies.stage_config(folder / "run", "stage1")
-    like = policies.of(policies.load(config, tiny.mesh()), config)
+    config = stage_config(folder / "run", "stage1")
+    like = policy_of(load_trainable(config, tiny.mesh()), config)
     return np.concatenate(
-        [np.ravel(x) for x in jax.tree.leaves(policies.finished(folder / "run", "stage1", like, config))]
+        [np.ravel(x) for x in jax.tree.leaves(finished_policy(folder / "run", "stage1", like, config))]
     )
 
 

@@ -14,10 +14,10 @@ COMMAND = """
 import numpy, os, sys
 sys.modules["torch"] = None  # users need none; tensorboardX imports it where it is installed
 from importlib import import_module
-from hgdpo_jax import command, files, processes
+from hgdpo_jax.run import command, index, processes
 from hgdpo_jax.training.monitor import Monitor
 from tests import tiny
-Monitor.look = tiny.glance
+Monitor.evaluate = tiny.glance
 processes._DEAD, command._SHOWN = 15.0, 3  # the tests' processes lie on one machine
 def seen(images, input_ids):
     means = numpy.asarray(images).mean((1, 2))
@@ -25,9 +25,10 @@ def seen(images, input_ids):
     return one | {"face_embedding": means, "embedding": means, "hue": means[:, :2]}
 module = import_module(f"hgdpo_jax.{sys.argv[1]}")
 if sys.argv[1] == "evaluate":
-    module.Judges = lambda *_: seen
+    from hgdpo_jax.results import evaluation
+    evaluation.Judges = lambda *_: seen
 if os.environ.get("JAX_PROCESS_ID", "0") != "0":
-    files.Index.hash = None
+    index.Index.hash = None
 sys.argv = sys.argv[1:]
 command.run(module.main)
 """

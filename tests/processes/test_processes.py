@@ -17,9 +17,11 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from hgdpo_jax.files import file_hash
+from hgdpo_jax.run.files import file_hash
+from hgdpo_jax.run.folder import stage_config
 from hgdpo_jax.training import metrics
-from hgdpo_jax.training import policy as policies
+from hgdpo_jax.training.finished import finished_policy
+from hgdpo_jax.training.policy import load_trainable, policy_of
 from tests import tiny
 from tests.processes.start import Ended, Started, run
 from tests.rounding import NETWORK, assert_close
@@ -126,9 +128,9 @@ def compare(one: Path, two: Path) -> None:
     for a, b in zip(*logs, strict=True):
         for key in [key for key in a if key.startswith("error/")]:
             np.testing.assert_allclose(a[key], b[key], rtol=1e-5)
-    config = policies.stage_config(one, "stage1")
-    like = policies.of(policies.load(config, tiny.mesh()), config)
-    ends = [jax.tree.leaves(policies.finished(workdir, "stage1", like, config)) for workdir in (one, two)]
+    config = stage_config(one, "stage1")
+    like = policy_of(load_trainable(config, tiny.mesh()), config)
+    ends = [jax.tree.leaves(finished_policy(workdir, "stage1", like, config)) for workdir in (one, two)]
     apart = np.concatenate([np.abs(a - b).ravel() for a, b in zip(*ends, strict=True)])
     moved = np.concatenate([np.abs(a - b).ravel() for a, b in zip(ends[0], jax.tree.leaves(like), strict=True)])
     assert apart.max() <= 2.1 * RATE * STEPS and moved.max() > 0.5 * RATE
@@ -216,7 +218,8 @@ def test_help_needs_no_other_process(command: str) -> None:
 @pytest.mark.parametrize("index", ["0", "1"])
 def test_who_comes_names_that_not_all_do(index: str) -> None:
     """JAX aborts it, in C++; ours is the last word."""
-    program = "from hgdpo_jax import command, processes; processes._TOGETHER = 3; command.run(lambda: None)"
+    program = "from hgdpo_jax.devices.start import start; from hgdpo_jax.run import command, processes; "
+    program += "processes._TOGETHER = 3; command.run(start)"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -235,7 +238,7 @@ def test_a_mistake_at_one_ends_another_that_is_busy_with_the_same_line(mistaken:
     """What it does in Python keeps it from hearing of it at once; process 0's service has to wait for that."""
     program = f"""
 import time, jax
-from hgdpo_jax import processes
+from hgdpo_jax.run import processes
 processes.start()
 if jax.process_index() == {mistaken}:
     time.sleep(1)

@@ -7,6 +7,7 @@ import pytest
 import scipy.ndimage
 from PIL import Image
 
+from hgdpo_jax.pictures.write import grid, png
 from hgdpo_jax.scoring.appearance import hue_angle, hue_vector, sharpness
 from tests.rounding import EPS, assert_close
 
@@ -49,7 +50,6 @@ def test_distance_goes_the_short_way_around() -> None:
 
 
 def test_pictures_are_laid_out_row_by_row() -> None:
-    from hgdpo_jax.scoring.pictures import grid, png
 
     images = np.stack([np.full((2, 3, 3), v, np.float32) for v in (-1, 0, 1)])
     picture = grid(images, 2)

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from hgdpo_jax.data.photographs import Photograph
+from hgdpo_jax.faces.embedding import Embedded
 from hgdpo_jax.scoring import personalised
-from hgdpo_jax.scoring.identity import Embedded
 
 
 @pytest.mark.parametrize("few", [1, 2, 5])
@@ -24,13 +24,13 @@ def test_people_are_compared_with_themselves_and_the_one_before_however_many_are
     def concept(images: np.ndarray) -> np.ndarray:
         return images.mean((1, 2, 3))[:, None]
 
-    class Painter:
+    class FakeSampler:
         """Draws a person's grey, a little lighter with the second prompt."""
 
         def whole_batches(self, each: int) -> int:
             return few
 
-        def use(self, policy: str) -> None:
+        def use_policies(self, policy: str) -> None:
             self.lighter = {"base": 0.1, "hard": 0.2}[policy]
 
         def keys(self, stream: str, ids: list[str], numbers: list[int]) -> np.ndarray:
@@ -46,7 +46,7 @@ def test_people_are_compared_with_themselves_and_the_one_before_however_many_are
 
     found = personalised.draw(
         SimpleNamespace(tokenize=lambda prompts: np.array([[int(p[0]), "beach" in p] for p in prompts])),
-        Painter(),
+        FakeSampler(),
         lambda images: SimpleNamespace(features=concept(images)),
         SimpleNamespace(
             embed=lambda images: Embedded(concept(images), np.ones(len(images), bool), np.ones(len(images))),

@@ -12,11 +12,12 @@ from etils import epath
 from gcp_storage_emulator.handlers import objects
 from gcp_storage_emulator.server import create_server
 
-from hgdpo_jax.errors import UserError
+from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.training import metrics
-from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
+from hgdpo_jax.training.finished import finished_policy
 from hgdpo_jax.training.loop import train
+from hgdpo_jax.training.policy import load_trainable, policy_of
 from tests import tiny
 
 PLACE = "gs://bucket/runs/mine"
@@ -60,8 +61,8 @@ def test_a_run_keeps_its_checkpoints_there_and_goes_on_from_them(base: Path, tmp
     assert [line["step"] for line in metrics.read(tmp_path / "stage1" / "logs") if "loss/total" in line] == [1, 2, 3, 4]
     config = tiny.config(base, "stage2", start="stage1", steps=2, checkpoints=PLACE)
     train(config, tmp_path)
-    like = policies.of(policies.load(config, tiny.mesh()), config)
-    easy, checkpoints = policies.finished(tmp_path, "stage1", like, config), Checkpoints(tmp_path / "stage2", PLACE)
+    like = policy_of(load_trainable(config, tiny.mesh()), config)
+    easy, checkpoints = finished_policy(tmp_path, "stage1", like, config), Checkpoints(tmp_path / "stage2", PLACE)
     found = checkpoints.restore_reference(like, checkpoints.meta(2)["reference"])
     assert tree_hash(found) == tree_hash(easy) != tree_hash(like)
     with pytest.raises(

@@ -18,17 +18,19 @@ import optax
 import pytest
 
 from hgdpo_jax.data.loader import PairLoader
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import file_hash, owned
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import file_hash
+from hgdpo_jax.run.locks import lock
 from hgdpo_jax.training import loop, metrics, monitor
-from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
+from hgdpo_jax.training.finished import finished_policy
 from hgdpo_jax.training.inputs import depends_on
 from hgdpo_jax.training.loop import train
 from hgdpo_jax.training.metrics import MetricLog
 from hgdpo_jax.training.monitor import UNLEARNING, Monitor
 from hgdpo_jax.training.optimizer import make_optimizer
+from hgdpo_jax.training.policy import load_trainable, policy_of
 from hgdpo_jax.training.speed import Speed
 from tests import tiny
 
@@ -39,12 +41,12 @@ from tests import tiny
 from hgdpo_jax.training.loop import train
 from hgdpo_jax.training.monitor import Monitor
 base, workdir, steps = sys.argv[1:]
-Monitor.look = tiny.glance
+Monitor.evaluate = tiny.glance
 train(tiny.config(Path(base), steps=int(steps)), Path(workdir))
 """
 
 
-LOOK = Monitor.look
+LOOK = Monitor.evaluate
 pytestmark = pytest.mark.usefixtures("glance")
 
 
@@ -61,8 +63,8 @@ def finished(base: Path, glance: None, tmp_path_factory: pytest.TempPathFactory)
 def everything(workdir: Path, base: Path, step: int, stage: str = "stage1") -> str:
     """A hash of all that a checkpoint holds."""
     config = tiny.config(base)
-    pipeline = policies.load(config, tiny.mesh())
-    like = steps.init_state(policies.of(pipeline, config), make_optimizer(config.train), 0.0)
+    pipeline = load_trainable(config, tiny.mesh())
+    like = steps.init_state(policy_of(pipeline, config), make_optimizer(config.train), 0.0)
     checkpoints = Checkpoints(workdir / stage)
     state = jax.device_put(like, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     return tree_hash(checkpoints.restore(step, state)) + repr(checkpoints.meta(step)["position"])
@@ -134,18 +136,18 @@ def test_a_stage_starts_from_its_predecessors_policy_which_becomes_its_reference
     _copy(finished, tmp_path)
     config = tiny.config(base, "stage2", start="stage1", steps=2)
     train(config, tmp_path)
-    like = policies.of(policies.load(config, tiny.mesh()), config)
-    easy = policies.finished(tmp_path, "stage1", like, config)
+    like = policy_of(load_trainable(config, tiny.mesh()), config)
+    easy = finished_policy(tmp_path, "stage1", like, config)
     checkpoints = Checkpoints(tmp_path / "stage2")
     found = checkpoints.restore_reference(like, checkpoints.meta(2)["reference"])
     assert tree_hash(found) == tree_hash(easy) != tree_hash(like)
-    assert tree_hash(policies.finished(tmp_path, "stage2", like, config)) != tree_hash(easy)
+    assert tree_hash(finished_policy(tmp_path, "stage2", like, config)) != tree_hash(easy)
 
 
 def test_a_policy_keeps_its_strength_where_lora_is_scaled_otherwise(finished: Path, base: Path) -> None:
     same, twice = tiny.config(base), tiny.config(base, lora_alpha=4.0)
-    like = policies.of(policies.load(same, tiny.mesh()), same)
-    own, halved = (policies.finished(finished, "stage1", like, config) for config in (same, twice))
+    like = policy_of(load_trainable(same, tiny.mesh()), same)
+    own, halved = (finished_policy(finished, "stage1", like, config) for config in (same, twice))
     for (path, a), (_, b) in zip(jax.tree.leaves_with_path(own), jax.tree.leaves_with_path(halved), strict=True):
         assert np.array_equal(b, a / 2 if "lora_B" in jax.tree_util.keystr(path) else a)
 
@@ -153,7 +155,7 @@ def test_a_policy_keeps_its_strength_where_lora_is_scaled_otherwise(finished: Pa
 def test_a_reference_with_another_hash_is_refused(finished: Path, base: Path, tmp_path: Path) -> None:
     _copy(finished, tmp_path)
     config = tiny.config(base)
-    like = policies.of(policies.load(config, tiny.mesh()), config)
+    like = policy_of(load_trainable(config, tiny.mesh()), config)
     Checkpoints(tmp_path / "stage1").save_reference(jax.tree.map(lambda x: x + 1, like))
     with pytest.raises(UserError, match="its hash .* is not .* that of the checkpoint's reference"):
         train(tiny.config(base, steps=8), tmp_path)
@@ -306,11 +308,11 @@ def test_steps_that_were_raised_and_lowered_again_leave_the_stage_finished(
         with pytest.raises(KeyboardInterrupt):
             train(tiny.config(base, steps=9), tmp_path)
     config = tiny.config(base, steps=6)
-    like = policies.of(policies.load(config, tiny.mesh()), config)
+    like = policy_of(load_trainable(config, tiny.mesh()), config)
     with pytest.raises(UserError, match="stage1 stands at step 6 of 9"):
-        policies.finished(tmp_path, "stage1", like, config)
+        finished_policy(tmp_path, "stage1", like, config)
     train(config, tmp_path)
-    policies.finished(tmp_path, "stage1", like, config)
+    finished_policy(tmp_path, "stage1", like, config)
 
 
 def test_a_base_may_move_but_not_change(finished: Path, base: Path, tmp_path: Path) -> None:
@@ -333,7 +335,7 @@ def test_what_a_stage_depends_on_follows_its_settings(base: Path) -> None:
 
 
 def test_one_command_at_a_time_trains_a_stage(finished: Path, base: Path) -> None:
-    with owned(finished / "stage1"), pytest.raises(UserError, match="stage1: is being written by .* wait until that"):
+    with lock(finished / "stage1"), pytest.raises(UserError, match="stage1: is being written by .* wait until that"):
         train(tiny.config(base, steps=8), finished)
 
 
@@ -352,10 +354,10 @@ def test_the_checkpoint_comes_before_the_pictures_which_a_resumed_run_makes_up_f
 ) -> None:
     _copy(finished, tmp_path)
     with monkeypatch.context() as killed:
-        killed.setattr(Monitor, "look", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(Monitor, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(tiny.config(base, steps=8), tmp_path)
-    assert Checkpoints(tmp_path / "stage1").latest() == 8 and not metrics.looked(tmp_path / "stage1" / "logs", 8)
+    assert Checkpoints(tmp_path / "stage1").latest() == 8 and not metrics.was_evaluated(tmp_path / "stage1" / "logs", 8)
     made: list[int] = []
 
     def look(monitor: Monitor, state: steps.TrainState, step: int) -> None:
@@ -363,10 +365,10 @@ def test_the_checkpoint_comes_before_the_pictures_which_a_resumed_run_makes_up_f
         LOOK(monitor, state, step)
         monitor._say_noise(state.policy)
 
-    monkeypatch.setattr(Monitor, "look", look)
+    monkeypatch.setattr(Monitor, "evaluate", look)
     for _ in range(2):
         train(tiny.config(base, steps=8), tmp_path)
-    assert made == [8] and metrics.looked(tmp_path / "stage1" / "logs", 8)
+    assert made == [8] and metrics.was_evaluated(tmp_path / "stage1" / "logs", 8)
     noise = re.search(r"stage1: float32 tells margins apart from ([\d.e-]+) on", capsys.readouterr().out)
     assert 0.0 < float(noise[1]) < 100.0
 

@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from hgdpo_jax import runtime
-from hgdpo_jax.errors import UserError
+from hgdpo_jax.devices.xla import use_precision
+from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.training import optimizer
-from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.loop import train
 from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
+from hgdpo_jax.training.policy import load_trainable
 from tests import tiny
 from tests.training.test_step import batch
 
@@ -26,8 +26,8 @@ def measured(base: Path, dtype: str) -> tuple[float, np.ndarray]:
     constant)."""
     config = tiny.config(base, clip_norm=0.0, lambda_stat=0.0)
     config.model.dtype = dtype
-    pipeline = policies.load(config, tiny.mesh())
-    denoiser, policy, frozen = steps.split(pipeline, "lora")
+    pipeline = load_trainable(config, tiny.mesh())
+    denoiser, policy, frozen = steps.split_params(pipeline, "lora")
     signs = np.random.default_rng(0)
     apart = jax.tree.map(lambda x: x + 1e-6 * signs.choice([-1.0, 1.0], x.shape).astype(np.float32), policy)
     tx = make_optimizer(config.train)
@@ -75,7 +75,7 @@ def test_float32_products_are_exact_unless_tf32_is_asked_for() -> None:
     """On every device: products of a program say how many bits they need."""
     try:
         for dtype, wanted in (("float32", "HIGHEST"), ("tf32", "HIGH"), ("bfloat16", "HIGH")):
-            runtime.use_precision(dtype)
+            use_precision(dtype)
             text = jax.jit(lambda x: x @ x).lower(jnp.ones((8, 8))).as_text()
             assert f"precision = [{wanted}, {wanted}]" in text
     finally:

@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from hgdpo_jax import config as configuration
-from hgdpo_jax.data.loader import stacked
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import Index, file_hash
+from hgdpo_jax.data.loader import stack_records
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import file_hash
+from hgdpo_jax.run.index import Index
+from hgdpo_jax.run.settings import load_config
 from hgdpo_jax.training import inputs as stage_inputs
-from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import reference_cache, start
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
 from hgdpo_jax.training.cost import operations
+from hgdpo_jax.training.finished import finished_policy
 from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.loop import train
 from hgdpo_jax.training.optimizer import numbers_of
+from hgdpo_jax.training.policy import load_trainable, policy_of
 from hgdpo_jax.training.reference_cache import Draws
 from hgdpo_jax.training.start import Start
 from tests import tiny
@@ -61,7 +63,7 @@ def test_margins_are_those_of_a_reference_that_is_computed_in_the_step(finished:
     margin = jax.jit(lambda policy, batch: inputs.loss(policy, begin.reference, inputs.frozen, batch, numbers)[1])
     kappa, largest, seen = chosen.train.beta / 2, 0.0, set()
     for i in range(len(source)):
-        batch = jax.tree.map(jnp.asarray, stacked(source, [i]))
+        batch = jax.tree.map(jnp.asarray, stack_records(source, [i]))
         example, reference = batch.pop("example"), batch.pop("reference")
         batch["key"] = steps.example_keys(numbers.key, example)
         computed, kept = (margin(begin.state.policy, data) for data in (batch, batch | {"reference": reference}))
@@ -93,8 +95,8 @@ def test_it_goes_on_with_what_is_kept(
     train(config(base, steps=6), tmp_path)
     assert written == [second] and file_hash(second) == expected
     assert np.load(first).shape == (RECORDS // 2, DRAWS, 2, *tiny.LATENT)
-    like = policies.of(policies.load(config(base), tiny.mesh()), config(base))
-    ended = [tree_hash(policies.finished(workdir, "stage1", like, config(base))) for workdir in (finished, tmp_path)]
+    like = policy_of(load_trainable(config(base), tiny.mesh()), config(base))
+    ended = [tree_hash(finished_policy(workdir, "stage1", like, config(base))) for workdir in (finished, tmp_path)]
     assert ended[0] == ended[1]
 
 
@@ -132,7 +134,7 @@ def test_what_is_not_finite_is_not_kept(finished: Path, base: Path, tmp_path: Pa
 
 def test_supervised_fine_tuning_has_no_reference() -> None:
     with pytest.raises(UserError, match="config key train.reference_cache: goes with objective=dpo"):
-        configuration.load("configs/stage0_sft.py:portraits", ["train.reference_cache=1"])
+        load_config("configs/stage0_sft.py:portraits", ["train.reference_cache=1"])
 
 
 def test_every_pass_sees_each_draw_of_each_pair_once() -> None:

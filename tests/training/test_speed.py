@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hgdpo_jax.errors import UserError
+from hgdpo_jax.devices.peaks import mesh_peak
+from hgdpo_jax.main import steps_to_trace
 from hgdpo_jax.models import attend
+from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.training import speed
 from hgdpo_jax.training.cost import operations
-from hgdpo_jax.training.speed import Speed, peak, steps_to_trace, those_left
+from hgdpo_jax.training.speed import Speed, remaining_steps
 
 
 class Clock:
@@ -74,12 +76,14 @@ def devices(*kinds: str) -> Any:
 
 
 def test_a_peak_is_of_all_devices_and_of_those_that_are_known() -> None:
-    assert peak(devices(*["NVIDIA H100 80GB HBM3"] * 8), "bfloat16") == 8 * 989e12
-    assert peak(devices("NVIDIA A100-SXM4-40GB"), "tf32") == 156e12
-    assert peak(devices("NVIDIA A100-SXM4-40GB"), "float32") == 19.5e12
-    assert peak(devices("TPU v5 lite"), "bfloat16") == 197e12 and peak(devices("TPU v5"), "bfloat16") == 459e12
-    assert peak(devices("cpu"), "float32") is None
-    assert peak(devices("NVIDIA A100-SXM4-40GB MIG 1g.5gb"), "bfloat16") is None
+    assert mesh_peak(devices(*["NVIDIA H100 80GB HBM3"] * 8), "bfloat16") == 8 * 989e12
+    assert mesh_peak(devices("NVIDIA A100-SXM4-40GB"), "tf32") == 156e12
+    assert mesh_peak(devices("NVIDIA A100-SXM4-40GB"), "float32") == 19.5e12
+    assert (
+        mesh_peak(devices("TPU v5 lite"), "bfloat16") == 197e12 and mesh_peak(devices("TPU v5"), "bfloat16") == 459e12
+    )
+    assert mesh_peak(devices("cpu"), "float32") is None
+    assert mesh_peak(devices("NVIDIA A100-SXM4-40GB MIG 1g.5gb"), "bfloat16") is None
     assert Speed(None, 1, None).lap(5).keys() <= {"memory/device_gib"}
 
 
@@ -91,10 +95,10 @@ def test_what_is_no_range_of_steps_is_refused(text: str) -> None:
 
 def test_of_the_steps_to_trace_those_to_go_are_taken() -> None:
     assert list(steps_to_trace("10:13")) == [10, 11, 12]
-    assert list(those_left(range(10, 15), 11, 13)) == [12, 13]
-    assert not those_left(range(0), 5, 10)
+    assert list(remaining_steps(range(10, 15), 11, 13)) == [12, 13]
+    assert not remaining_steps(range(0), 5, 10)
     with pytest.raises(UserError, match="argument --profile 10:15: the steps to go are 15 to 20"):
-        those_left(range(10, 15), 14, 20)
+        remaining_steps(range(10, 15), 14, 20)
 
 
 def test_a_trace_is_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,19 +15,20 @@ from diffusers import UNet2DConditionModel as TorchUNet
 from flax import nnx
 from jax.sharding import Mesh
 
-from hgdpo_jax import runtime
-from hgdpo_jax.assets.base import SCHEDULER
+from hgdpo_jax.devices.sharding import path_name, tree_shardings
+from hgdpo_jax.devices.transfer import to_devices
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.models.convert import to_torch, to_torch_layout, torch_key
 from hgdpo_jax.training import cost
-from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
 from hgdpo_jax.training.optimizer import learning_rate, make_optimizer, numbers_of
+from hgdpo_jax.training.policy import load_trainable, set_policy
 from tests import tiny
 from tests.rounding import EPS, GRADIENT, MEAN, assert_close
+from tools.make_assets.base import SCHEDULER
 
 # β multiplies the rounding of the errors: a small one leaves the tolerance to the step itself.
 ALL = {"params": "all", "beta": 10.0, "lr": 3e-5}
@@ -69,11 +70,11 @@ class Program(NamedTuple):
 def program(base: Path, mesh: Mesh, beta: float = 100.0, loss: steps.Loss | None = None, **train: Any) -> Program:
     """Compiled once for all tests with these settings; `loss` is DPO's unless given."""
     config = tiny.config(base, **train)
-    pipeline = policies.load(config, mesh)
-    denoiser, policy, frozen = steps.split(pipeline, config.train.params)
+    pipeline = load_trainable(config, mesh)
+    denoiser, policy, frozen = steps.split_params(pipeline, config.train.params)
     tx = make_optimizer(config.train)
     empty = jax.eval_shape(lambda p: steps.init_state(p, tx, config.train.ema), policy)
-    placed = runtime.shardings(empty, mesh)
+    placed = tree_shardings(empty, mesh)
     start = jax.jit(lambda p: steps.init_state(p, tx, config.train.ema), out_shardings=placed)
     config.train.beta, config.train.lambda_stat = beta, 0.1
     loss = loss or steps.dpo_loss(denoiser, pipeline.schedule, config.train.blocks)
@@ -91,7 +92,7 @@ def run(base: Path, mesh: Mesh, count: int, **settings: Any) -> tuple[steps.Trai
     step, compiled, start, policy, frozen = program(base, mesh, **settings)
     state, before, metrics = start(policy), tree_hash(policy), []
     for _ in range(count):
-        state, found = step(state, policy, frozen, runtime.to_devices(batch(), mesh))
+        state, found = step(state, policy, frozen, to_devices(batch(), mesh))
         metrics.append(jax.device_get(found))
     assert compiled._cache_size() <= 1
     return state, metrics, before, tree_hash(policy)
@@ -140,12 +141,12 @@ def test_stages_share_one_program(base: Path) -> None:
         tiny.config(base, "stage2", beta=2e3, lambda_stat=0.0, schedule="cosine", warmup=0, steps=7),
     ]
     stages[1].seed = 5
-    arguments = (start(policy), policy, frozen, runtime.to_devices(batch(), tiny.mesh()))
+    arguments = (start(policy), policy, frozen, to_devices(batch(), tiny.mesh()))
     texts = {compiled.lower(*arguments, numbers_of(config, 3)).as_text() for config in stages}
     assert len(texts) == 1
-    pipeline = policies.load(stages[0], tiny.mesh())
-    denoiser, *_ = steps.split(pipeline, "lora")
-    data = runtime.to_devices(batch(), tiny.mesh()) | {"key": jax.random.split(jax.random.key(0), 8)}
+    pipeline = load_trainable(stages[0], tiny.mesh())
+    denoiser, *_ = steps.split_params(pipeline, "lora")
+    data = to_devices(batch(), tiny.mesh()) | {"key": jax.random.split(jax.random.key(0), 8)}
     loss = jax.jit(steps.dpo_loss(denoiser, pipeline.schedule))
     texts = {loss.lower(policy, policy, frozen, data, numbers_of(config, 3)).as_text() for config in stages}
     assert len(texts) == 1
@@ -187,7 +188,7 @@ def test_eight_devices_train_as_one_does_and_restore_on_two_and_on_one(base: Pat
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(10, eight, {"position": 80})
     for mesh in (tiny.mesh(1, 2, 1), tiny.mesh()):
-        like = jax.device_put(eight, runtime.shardings(eight, mesh))
+        like = jax.device_put(eight, tree_shardings(eight, mesh))
         found = Checkpoints(tmp_path).restore(10, jax.tree.map(jnp.zeros_like, like))
         assert tree_hash(found) == tree_hash(eight)
         assert all(x.sharding.device_set <= set(mesh.devices.flat) for x in jax.tree.leaves(found))
@@ -196,7 +197,7 @@ def test_eight_devices_train_as_one_does_and_restore_on_two_and_on_one(base: Pat
 def test_fully_sharded_training_keeps_an_eighth_of_everything_on_each_of_eight_devices(base: Path) -> None:
     mesh = tiny.mesh(1, 8, 1)
     state, *_ = run(base, mesh, 1, loss=half_square, params="all", ema=0.9)
-    reference = policies.load(tiny.config(base, params="all"), mesh)
+    reference = load_trainable(tiny.config(base, params="all"), mesh)
     for tree in (state.policy, state.ema, state.optimizer, nnx.state(reference.unet)):
         leaves = [x for x in jax.tree.leaves(tree) if x.ndim > 1]  # norms and biases are on all of them
         total = sum(x.nbytes for x in leaves)
@@ -226,8 +227,8 @@ def test_the_average_of_the_policy_is_what_a_stage_hands_on(base: Path) -> None:
 
 def test_gradient_through_the_unet_equals_pytorch(base: Path) -> None:
     beta, rows = 20.0, 3
-    pipeline: Pipeline = pipelines.load(base)
-    denoiser, reference, frozen = steps.split(pipeline, "all")
+    pipeline: Pipeline = pipelines.load_pipeline(base)
+    denoiser, reference, frozen = steps.split_params(pipeline, "all")
     noise_of = jax.tree.unflatten(
         jax.tree.structure(reference), list(jax.random.split(jax.random.key(9), len(jax.tree.leaves(reference))))
     )
@@ -242,7 +243,7 @@ def test_gradient_through_the_unet_equals_pytorch(base: Path) -> None:
     alpha = torch.tensor(pipeline.schedule.alphas_cumprod[np.asarray(t)], dtype=torch.float64)[:, None, None, None]
 
     def torch_unet(state: Any) -> TorchUNet:
-        policies.put(pipeline, state)
+        set_policy(pipeline, state)
         unet = TorchUNet(**{k: v for k, v in tiny.TINY_UNET.items() if not k.startswith("_")})
         unet.load_state_dict({key: torch.tensor(value) for key, value in to_torch(pipeline.unet).items()})
         return unet.double()
@@ -272,8 +273,8 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(base: Path) -
     kept, gradients = [], []
     for checkpointing in ("none", "blocks", "everything"):
         config = tiny.config(base, checkpointing=checkpointing, beta=100.0, lambda_stat=0.1)
-        pipeline = policies.load(config, tiny.mesh())
-        denoiser, policy, frozen = steps.split(pipeline, "lora")
+        pipeline = load_trainable(config, tiny.mesh())
+        denoiser, policy, frozen = steps.split_params(pipeline, "lora")
         whole, numbers = steps.dpo_loss(denoiser, pipeline.schedule), numbers_of(config, 0)
         loss = functools.partial(lambda whole, *arguments: whole(*arguments)[0], whole)
         shifted = jax.tree.map(lambda x: x + 0.01, policy)
@@ -298,7 +299,7 @@ def test_adafactor_trains_with_a_smaller_state(base: Path) -> None:
 
 def test_blocks_up_is_the_whole_step_without_the_gradients_below(base: Path) -> None:
     """The same gradients in the up blocks, none elsewhere, and at least a quarter fewer operations."""
-    config, placed = tiny.config(base), runtime.to_devices(batch(), tiny.mesh())
+    config, placed = tiny.config(base), to_devices(batch(), tiny.mesh())
     gradients, operations, counted = {}, {}, {}
     for blocks in ("all", "up"):
         step, compiled, start, policy, frozen = program(base, tiny.mesh(), blocks=blocks, clip_norm=0.0)
@@ -308,7 +309,7 @@ def test_blocks_up_is_the_whole_step_without_the_gradients_below(base: Path) -> 
         counted[blocks] = cost.operations(traced.jaxpr)
         state, _ = step(start(policy), policy, frozen, placed)
         gradients[blocks] = optax.tree.get(state.optimizer, "mu")  # times a constant
-    up = [np.full(x.size, "up_blocks" in runtime.path_name(path)) for path, x in jax.tree.leaves_with_path(policy)]
+    up = [np.full(x.size, "up_blocks" in path_name(path)) for path, x in jax.tree.leaves_with_path(policy)]
     assert_close(gradients["up"], np.where(np.concatenate(up), gradients["all"], 0.0), GRADIENT)
     assert operations["up"] < 0.75 * operations["all"]
     assert counted["up"] < 0.75 * counted["all"]  # who counts finds what both have in common, too

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from hgdpo_jax.data.readers.example import Example, Examples
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import read_lines
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import read_lines
 
 NAME = "captions.jsonl"
 _SPLITS = ("base", "train", "heldout")

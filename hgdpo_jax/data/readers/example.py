@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hgdpo_jax.images import Picture
+from hgdpo_jax.run.files import Member
 
 # What other programs call our splits.
 SPLITS = {name: "heldout" for name in ("heldout", "validation", "valid", "val", "test", "eval")} | {
@@ -26,10 +26,10 @@ class Example(NamedTuple):
     """
 
     name: str
-    picture: Path | Picture
+    picture: Path | Member
     caption: str
     split: str | None = None
-    loser: Path | Picture | None = None
+    loser: Path | Member | None = None
 
 
 Examples = Iterator[Example]

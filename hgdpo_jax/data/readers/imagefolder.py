@@ -7,8 +7,8 @@ from typing import Any
 
 from hgdpo_jax.data.readers import table
 from hgdpo_jax.data.readers.example import CAPTIONS, SPLITS, Example, Examples, caption_of, split_of_folder
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import read_lines
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import read_lines
 
 NAMES = ("metadata.jsonl", "metadata.csv")
 
@@ -35,7 +35,7 @@ def read(folder: Path) -> Examples:
 
 def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix == ".csv":
-        yield from table.rows(path)
+        yield from table.read_rows(path)
         return
     for number, line in read_lines(path):
         try:

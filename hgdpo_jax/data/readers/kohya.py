@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from hgdpo_jax.data.readers.example import Example, Examples, caption_of, split_of_folder
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.images import SUFFIXES
+from hgdpo_jax.pictures.read import SUFFIXES
+from hgdpo_jax.run.errors import UserError
 
 
 def read(path: Path) -> Examples:

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hgdpo_jax.data.readers.example import CAPTIONS, SPLITS, Example, Examples, split_of_file
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.images import Picture
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import Member
 
 
 def read(files: Sequence[Path]) -> Examples:
@@ -24,13 +24,13 @@ def read(files: Sequence[Path]) -> Examples:
             image, caption = _columns(schema, path)
             return [name for name in (caption, "split") if name in schema.names]
 
-        for group, row, entry in rows(path, wanted):
+        for group, row, entry in read_rows(path, wanted):
             if isinstance(entry[caption], str):
                 split = SPLITS.get(str(entry.get("split", "")).lower()) or split_of_file(path)
                 yield Example(f"{path.name}/{group}/{row}", picture(path, image, group, row), entry[caption], split)
 
 
-def rows(path: Path, wanted: Callable[[pa.Schema], Sequence[str]]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def read_rows(path: Path, wanted: Callable[[pa.Schema], Sequence[str]]) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """(row group, row in it, its values in the columns that `wanted` chooses) of a file.
 
     Raises:
@@ -61,7 +61,7 @@ def _is_image(field: pa.Field) -> bool:
     return pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
 
 
-def picture(path: Path, column: str, group: int, row: int) -> Picture:
+def picture(path: Path, column: str, group: int, row: int) -> Member:
     """The bytes of a row, or of the field `bytes` in it; they are read when they are asked for."""
 
     def content() -> bytes:
@@ -72,7 +72,7 @@ def picture(path: Path, column: str, group: int, row: int) -> Picture:
             raise OSError("has no bytes")
         return found
 
-    return Picture(path, f"{column} of row {row} of group {group}", content)
+    return Member(path, f"{column} of row {row} of group {group}", content)
 
 
 _one_reads = Lock()  # several threads would each read the group

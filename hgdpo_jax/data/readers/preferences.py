@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from hgdpo_jax.data.readers import parquet, table
 from hgdpo_jax.data.readers.example import Example, Examples, split_of_file
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import read_lines
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import read_lines
 
 _SPLITS = ("train", "heldout")
 _PICK_A_PIC = ("jpg_0", "jpg_1", "label_0", "caption")
@@ -77,7 +77,7 @@ def real_align(path: Path) -> Examples:
     found = table.columns(path)
     if not set(_REAL_ALIGN) <= set(found):
         raise UserError(f"{path}: has columns {', '.join(found)}; expects {', '.join(_REAL_ALIGN)}")
-    for number, row in table.rows(path):
+    for number, row in table.read_rows(path):
         prompt, real, fake = (row[key] for key in _REAL_ALIGN)
         if not (prompt and real and fake):
             raise UserError(f"{path} line {number}: expects {', '.join(_REAL_ALIGN)}")
@@ -97,7 +97,7 @@ def pick_a_pic(shards: Sequence[Path]) -> Examples:
                 raise UserError(f"{path}: has columns {', '.join(schema.names)}; expects {', '.join(_PICK_A_PIC)}")
             return ["label_0", "caption", *(["has_label"] if "has_label" in schema.names else [])]
 
-        for group, row, entry in parquet.rows(path, wanted):
+        for group, row, entry in parquet.read_rows(path, wanted):
             fault = _fault(entry)
             if fault:
                 dropped[fault] += 1

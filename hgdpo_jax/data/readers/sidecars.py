@@ -4,8 +4,8 @@ import logging
 from pathlib import Path
 
 from hgdpo_jax.data.readers.example import Example, Examples, split_of_folder
-from hgdpo_jax.files import read_lines
-from hgdpo_jax.images import SUFFIXES
+from hgdpo_jax.pictures.read import SUFFIXES
+from hgdpo_jax.run.files import read_lines
 
 _TEXTS = (".txt", ".caption")
 

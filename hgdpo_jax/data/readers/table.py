@@ -4,8 +4,8 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.files import read_lines
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import read_lines
 
 
 def columns(path: Path) -> list[str]:
@@ -14,7 +14,7 @@ def columns(path: Path) -> list[str]:
     return _values(path, *lines[0]) if lines else []
 
 
-def rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows with the numbers of their lines, by the names of the columns.
 
     Raises:

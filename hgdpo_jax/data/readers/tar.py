@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from hgdpo_jax.data.readers.example import Example, Examples, caption_of, split_of_file
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.images import SUFFIXES, Picture
+from hgdpo_jax.pictures.read import SUFFIXES
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import Member
 
 
 def read(shards: Sequence[Path]) -> Examples:
     """Members are read where they lie: a shard is neither unpacked nor kept open. Raises UserError for a broken one."""
     for shard in shards:
-        pictures: dict[str, Picture] = {}
+        pictures: dict[str, Member] = {}
         captions: dict[str, str] = {}
         try:
             with tarfile.open(shard, "r:") as archive:
@@ -41,7 +42,7 @@ def read(shards: Sequence[Path]) -> Examples:
                 yield Example(f"{shard.name}/{name}", picture, captions[name], split_of_file(shard))
 
 
-def _picture(shard: Path, member: tarfile.TarInfo) -> Picture:
+def _picture(shard: Path, member: tarfile.TarInfo) -> Member:
     begin, size = member.offset_data, member.size
 
     def content() -> bytes:
@@ -49,7 +50,7 @@ def _picture(shard: Path, member: tarfile.TarInfo) -> Picture:
             file.seek(begin)
             return file.read(size)
 
-    return Picture(shard, member.name, content)
+    return Member(shard, member.name, content)
 
 
 def _caption(content: bytes, suffix: str) -> str | None:

@@ -6,8 +6,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from hgdpo_jax.data.readers.example import CAPTIONS, SPLITS, Example, Examples
-from hgdpo_jax.errors import UserError
-from hgdpo_jax.images import Picture
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import Member
 
 PREFIX = "tfds:"
 
@@ -48,5 +48,5 @@ def _source(builder: Any, split: str, image: str, prepare: str) -> Any:
         ) from error
 
 
-def _picture(folder: Path, source: Any, split: str, row: int, image: str) -> Picture:
-    return Picture(folder, f"{split} {row}", lambda: source[row][image])
+def _picture(folder: Path, source: Any, split: str, row: int, image: str) -> Member:
+    return Member(folder, f"{split} {row}", lambda: source[row][image])

@@ -1,0 +1,47 @@
+"""What the stages of a variant share."""
+
+from ml_collections import ConfigDict
+
+from hgdpo_jax.config import ASSETS, default
+from hgdpo_jax.run.errors import UserError
+
+
+def base(variant: str) -> ConfigDict:
+    """`sd15`: the paper's settings, for a checkpoint and photographs of your own. `sdxl`: the same for SDXL.
+    `portraits`: the embedded default."""
+    config = default()
+    if variant in ("sd15", "sdxl"):
+        config.data.resolutions = ("1024x704",)
+        config.train.checkpointing = "blocks"
+    elif variant == "portraits":
+        config.model.base = str(ASSETS / "portraits" / "base")
+        config.model.dtype = "float32"
+        config.data.photographs = str(ASSETS / "portraits")
+        config.data.resolutions = ("64x64",)
+        config.pairs.scorer = str(ASSETS / "portraits" / "scorer")
+        config.pairs.pool_size = 4
+        # In few steps the ancestral sampler draws smooth pictures, the smoother the more of the steps are its own: a
+        # reconstruction, which takes only the last ones, is sharper than a picture drawn from nothing.
+        config.pairs.sampler = "ddpm"
+        config.pairs.steps = 16
+        config.pairs.guidance = 1.0  # captions say little about a face; guidance burns colours and doubles the time
+        config.pairs.batch = 32
+        config.pairs.shard_size = 32
+        config.adapter.image_encoder = str(ASSETS / "portraits" / "scorer")
+        config.adapter.weights = str(ASSETS / "portraits" / "ip_adapter.safetensors")
+        config.train.batch = 8
+        config.train.lr = 3e-4
+        config.train.warmup = 10
+        config.train.checkpoint_every = 100
+        config.train.log_every = 5
+        config.train.eval_every = 100
+        config.evaluate.scorer = str(ASSETS / "portraits" / "judge")
+        config.evaluate.images_per_prompt = 4
+        config.evaluate.steps = 12
+        config.evaluate.guidance = 1.0
+        config.evaluate.batch = 32
+        scenes = ("blue background, soft light", "brown background, dark light", "white background, bright light")
+        config.evaluate.concept_prompts = tuple(f"{{subject}}, {scene}" for scene in scenes)
+    else:
+        raise UserError(f"config variant {variant}: unknown; choose sd15, sdxl or portraits")
+    return config

@@ -1,0 +1,30 @@
+"""The pair record: what a training example is on disk."""
+
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+Record = dict[str, Any]
+LATENT = np.float16
+
+
+def features(
+    channels: int, tokens: int, loser: bool, concept: tuple[int, int] | None = None
+) -> tfds.features.FeaturesDict:
+    """The schema: ids, caption, token ids int32, latents float16 [h, w, c], and who won by how much; or, for an
+    adapter, the features float16 [m, f] of the concept image."""
+    latent = tfds.features.Tensor(shape=(None, None, channels), dtype=LATENT, encoding="bytes")
+    fields: dict[str, Any] = {
+        "id": tfds.features.Text(),
+        "caption": tfds.features.Text(),
+        "input_ids": tfds.features.Tensor(shape=(tokens,), dtype=np.int32),
+        "winner": latent,
+        "winner_number": tfds.features.Scalar(np.int32),  # which of the pool, or which strength
+        "winner_score": tfds.features.Scalar(np.float32),
+    }
+    if loser:
+        fields |= {"loser": latent, "loser_score": tfds.features.Scalar(np.float32)}
+    if concept:
+        fields["concept"] = tfds.features.Tensor(shape=concept, dtype=LATENT, encoding="bytes")
+    return tfds.features.FeaturesDict(fields)

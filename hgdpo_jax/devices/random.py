@@ -1,0 +1,29 @@
+"""Random streams: a key is a function of a seed and of names, and of nothing else."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+
+def stream_key(seed: int, *names: str | int) -> jax.Array:
+    """A PRNG key that is a function of the seed and of named streams, example ids or steps, and of nothing else."""
+    key = jax.random.key(seed)
+    for name in names:
+        key = jax.random.fold_in(key, name if isinstance(name, int) else _fnv1a(name))
+    return key
+
+
+def stream_keys(seed: int, stream: str, example_ids: Sequence[str], numbers: Sequence[int]) -> jax.Array:
+    """`stream_key(seed, stream, id, number)` for many examples at once, [n]."""
+    key = stream_key(seed, stream)
+    words = np.array([[_fnv1a(i), n] for i, n in zip(example_ids, numbers, strict=True)], np.uint32)
+    return jax.vmap(lambda w: jax.random.fold_in(jax.random.fold_in(key, w[0]), w[1]))(words)
+
+
+def _fnv1a(text: str) -> int:
+    """32-bit FNV-1a: `hash()` differs between processes."""
+    value = 2166136261
+    for byte in text.encode():
+        value = ((value ^ byte) * 16777619) % 2**32
+    return value

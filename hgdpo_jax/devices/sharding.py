@@ -1,0 +1,73 @@
+"""Where each parameter lies on the mesh: one table from names to axes."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# First match decides. A Linear kernel is [in, out], a Conv kernel [height, width, in, out]; a 1x1 one is split like a
+# Linear. Projections into heads or hidden units are split over `tensor` by output, projections back by input, so that
+# a block needs one all-reduce.
+SHARDING_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"(lora_A|lora_B)$", PartitionSpec()),
+    (
+        r"(to_q|to_kv?|to_v|to_k_ip|to_v_ip|[qkv]_proj|proj|fc1|linear_1)\.kernel$",
+        PartitionSpec("fsdp", "tensor"),
+    ),
+    (r"(to_out\.0|out_proj|net\.2|fc2|linear_2|proj_in|proj_out)\.kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"conv\w*\.kernel$", PartitionSpec(None, None, None, "fsdp")),
+    (r"\.embedding$", PartitionSpec("fsdp", None)),
+    (r".*", PartitionSpec()),
+)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """`unet.down_blocks.0.conv.kernel` for a key path of a pytree."""
+    return ".".join(
+        str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path if str(k) != ".value"
+    )
+
+
+def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The table's answer for one parameter, for its last dimensions; an axis that does not divide one is left out."""
+    for pattern, spec in SHARDING_TABLE:
+        if re.search(pattern, name) and len(spec) <= len(shape):
+            last = shape[len(shape) - len(spec) :]
+            axes = [axis if axis and n % mesh.shape[axis] == 0 else None for axis, n in zip(spec, last, strict=True)]
+            return PartitionSpec(*[None] * (len(shape) - len(spec)), *axes) if axes else PartitionSpec()
+    raise AssertionError("the last pattern matches everything")
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each array (or ShapeDtypeStruct) of a pytree, decided by its path."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, mesh)), tree
+    )
+
+
+def parameter_placer(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:
+    """Puts a parameter on the mesh as the table says: each device gets its shard and nothing else."""
+
+    def place(name: str, value: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(mesh, partition_spec(name, value.shape, mesh))
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return place
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first dimension is split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def heads_sharding(mesh: Mesh) -> NamedSharding:
+    """Of queries, keys and values [b n heads d]: `tensor` splits the heads, as the table splits what makes them."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor", None))

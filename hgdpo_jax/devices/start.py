@@ -1,0 +1,53 @@
+"""The start of a command, once its arguments are read: JAX is told how to compile, processes meet."""
+
+import gc
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from hgdpo_jax.devices.xla import processor, use_precision, xla_flags
+from hgdpo_jax.run import command, processes
+
+
+def start(folder: Path | None = None, asked: Mapping[str, Any] | None = None, dtype: str | None = None) -> None:
+    """Joins the other processes of a run, see :func:`hgdpo_jax.run.processes.start`, and turns on the persistent
+    compilation cache.
+
+    Args:
+        folder, asked: see :func:`hgdpo_jax.run.command.require_same_command`, which is called where they are given.
+        dtype: see :func:`hgdpo_jax.devices.xla.use_precision`, likewise.
+
+    Raises:
+        UserError: not all processes came, or one was asked something else.
+    """
+    # To trace models makes millions of objects. After each 700 Python would look for cycles among them: a tenth of the
+    # time of a command that computes little.
+    gc.set_threshold(20_000)
+    os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""), processor())
+    processes.start()
+    _use_cache()
+    if folder is not None:
+        command.require_same_command(folder, asked or {})
+    if dtype is not None:
+        use_precision(dtype)
+
+
+def _use_cache() -> None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        try:
+            folder = Path.home() / ".cache" / "hgdpo_jax" / "compiled"
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except (OSError, RuntimeError) as error:  # the latter where there is no home
+            print(f"no compilation cache: {error}; set JAX_COMPILATION_CACHE_DIR to a folder", file=sys.stderr)
+        else:
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # Small programs too: a command has a hundred, and they take longer to compile together than the large ones.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,0 +1,81 @@
+"""Arrays from hosts to devices and back, in one process or in several."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Int
+
+from hgdpo_jax.devices.sharding import batch_sharding
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process holds whole, or that lie on the mesh already, as the shardings say.
+
+    `jax.device_put` does not reach devices of other processes.
+
+    Args:
+        tree: arrays of the host or of one device; PRNG keys too. A shape stays one, with its sharding.
+        shardings: one for all, or a pytree of them.
+    """
+
+    def one(x: Any, sharding: NamedSharding) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+            return jax.device_put(x, sharding)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(x), sharding))
+        value = np.asarray(x)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: one(x, shardings), tree)
+    return jax.tree.map(one, tree, shardings)
+
+
+def local_rows(batch: int, mesh: Mesh) -> Int[np.ndarray, "n"]:
+    """Which rows of a batch this process's devices hold: with `mesh.tensor` across processes, several hold the same."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in held]))
+
+
+def to_devices(part: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch, see :func:`rows`, become its shards of global arrays."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    blocks = local_rows(ways, mesh)  # of rows that one device holds: those that are here
+
+    def one(value: np.ndarray) -> jax.Array:
+        size = len(value) // len(blocks)
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            begin = size * int(np.searchsorted(blocks, (index[0].start or 0) // size))
+            return value[begin : begin + size]
+
+        return jax.make_array_from_callback((size * ways, *value.shape[1:]), batch_sharding(mesh), shard)
+
+    return {name: one(value) for name, value in part.items()}
+
+
+def one_ahead(begin: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """What `begin` makes of each item: it begins the next before the last is used, which it does not wait for."""
+    begun: deque[Result] = deque()
+    for item in items:
+        begun.append(begin(item))
+        if len(begun) > 1:
+            yield begun.popleft()
+    yield from begun
+
+
+def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole array on every process."""
+    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

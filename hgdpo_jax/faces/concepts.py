@@ -1,0 +1,94 @@
+"""Concept images: a photograph of a person → what an IP-Adapter reads of the face."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+from ml_collections import ConfigDict
+
+from hgdpo_jax.faces.detection import FaceDetector, crop
+from hgdpo_jax.faces.embedding import FaceEmbedder
+from hgdpo_jax.models import ip_adapter
+from hgdpo_jax.models.clip import clip_normalised
+from hgdpo_jax.models.convert import folder_hash
+from hgdpo_jax.run import processes
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.index import Index
+
+
+class Concept(NamedTuple):
+    """Features of each image, and in which of them a face was found; of the others they are of the central square."""
+
+    features: Float[np.ndarray, "n m f"]
+    found: Bool[np.ndarray, "n"]
+
+
+class ConceptEncoder:
+    """Images in [-1, 1] → :class:`Concept`.
+
+    The face is cut out. `face_id` reads its identity embedding, of length one; the other kinds what CLIP's vision tower
+    makes of it.
+
+    Args:
+        kind: of the adapter, see `ip_adapter.KINDS`.
+        image_encoder: folder of a CLIPVisionModelWithProjection or CLIPModel; not used by `face_id`.
+        identity: ArcFace ONNX file for `face_id`; the embedded network unless given.
+
+    Attributes:
+        nothing: the features of no image, [1 m f].
+
+    Raises:
+        UserError: a network is missing or is not what it should be.
+    """
+
+    def __init__(self, kind: str, image_encoder: str, identity: str = "") -> None:
+        if kind == "face_id":
+            self._identity = FaceEmbedder(identity)
+            grey = np.zeros((1, 64, 64, 3), np.float32)
+            self.nothing = np.zeros_like(self._identity.embed(grey).embedding[:, None])
+            return
+        _require_encoder(kind, image_encoder)
+        encoder = ip_adapter.load_image_encoder(image_encoder)
+        self._identity, self._faces, self._size = None, FaceDetector(), encoder.config["image_size"]
+        graph, self._weights = nnx.split(encoder)
+
+        @jax.jit
+        def features(weights: nnx.State, faces: Float[Array, "n s s 3"]) -> Float[Array, "n m f"]:
+            return ip_adapter.image_features(nnx.merge(graph, weights), kind, clip_normalised(faces))
+
+        self._features = features
+        one = jnp.zeros((1, self._size, self._size, 3))
+        self.nothing = np.asarray(ip_adapter.empty(kind, features(self._weights, one), encoder))
+
+    def __call__(self, images: Float[Array, "n H W 3"]) -> Concept:
+        """Features of each image."""
+        if self._identity is not None:
+            embedding, found, _ = self._identity.embed(images)
+            return Concept((embedding / np.linalg.norm(embedding, axis=-1, keepdims=True))[:, None], found)
+        at = self._faces.detect(images)
+        faces = crop(images, at.boxes, self._size)
+        return Concept(np.asarray(self._features(self._weights, faces)), np.asarray(at.found))
+
+
+def encoder_of(config: ConfigDict) -> ConceptEncoder:
+    """As the config's `adapter` group says."""
+    return ConceptEncoder(config.adapter.kind, config.adapter.image_encoder, config.adapter.identity)
+
+
+def _require_encoder(kind: str, image_encoder: str) -> None:
+    if not image_encoder:
+        raise UserError(f"config key adapter.image_encoder: is empty; {kind} needs the folder of a "
+                        "CLIPVisionModelWithProjection or CLIPModel")  # fmt: skip
+
+
+def encoder_hash(config: ConfigDict, index: Index) -> str:
+    """sha256 of the network that :func:`encoder_of` reads concept images with."""
+    if config.adapter.kind == "face_id":
+        identity = config.adapter.identity
+        return processes.broadcast(lambda: index.hash(Path(identity))) if identity else "the embedded network"
+    _require_encoder(config.adapter.kind, config.adapter.image_encoder)
+    return processes.broadcast(lambda: folder_hash(config.adapter.image_encoder, index))

@@ -1,0 +1,97 @@
+"""An image file as people have it: of any kind that Pillow opens, turned upright, in sRGB, on white."""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+from hgdpo_jax.run.files import Member
+
+_ORIENTATION = 0x0112
+# What Pillow opens, by the end of a name.
+SUFFIXES = frozenset(Image.registered_extensions())
+_OF_PROFILE = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # colour space → Pillow's mode
+_SRGB = ImageCms.createProfile("sRGB")
+_filters = Lock()  # of warnings: all threads share them
+
+
+class UnreadableImage(Exception):
+    """A file that is no image, or a broken one."""
+
+
+@contextmanager
+def _opened(image: Path | Member) -> Iterator[Image.Image]:
+    """The image, opened; what goes wrong meanwhile is an UnreadableImage."""
+    try:
+        content = image if isinstance(image, Path) else io.BytesIO(image.read())
+        with _filters, warnings.catch_warnings():
+            # Pillow's limit is for what strangers upload; beyond twice that it raises.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(content)  # which reads no more than the header
+        with opened as file:
+            yield file
+    except Exception as error:  # Pillow's plugins raise whatever they stumble over: SyntaxError, struct.error, …
+        raise UnreadableImage(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def image_shape(image: Path | Member) -> tuple[int, int]:
+    """(height, width) of an image once it is upright, without decoding it.
+
+    Raises:
+        UnreadableImage: it is none.
+    """
+    with _opened(image) as file:
+        width, height = file.size
+        turned = file.getexif().get(_ORIENTATION) in (5, 6, 7, 8)  # some programs write text there
+    return (width, height) if turned else (height, width)
+
+
+def read_image(path: Path | Member) -> Image.Image:
+    """An image of mode RGB.
+
+    Grey of 16 bits is scaled to 8, an embedded colour profile converted to sRGB, what is transparent laid on white, of
+    several frames the first taken.
+
+    Raises:
+        UnreadableImage: it is none, or broken.
+    """
+    with _opened(path) as file:
+        image = ImageOps.exif_transpose(file)
+        profile, alpha = file.info.get("icc_profile"), None
+        if image.mode.startswith("I") or image.mode == "F":
+            image = _eight_bits(image)
+        if image.has_transparency_data:
+            image = image.convert("LA" if image.mode in ("L", "LA") else "RGBA")
+            alpha = image.getchannel("A")
+        image = _in_srgb(image, profile, path) if profile else image.convert("RGB")
+        if alpha is not None:
+            image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    return image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, or of numbers in [0, 1], as grey of 8."""
+    values = np.asarray(image, np.float64)
+    top = 1.0 if image.mode == "F" else 65535.0
+    if not (values.min() >= 0.0 and values.max() <= top):
+        raise ValueError(f"grey values from {values.min():g} to {values.max():g}; expected 0 to {top:g}")
+    return Image.fromarray((values * (255.0 / top)).round().astype(np.uint8))
+
+
+def _in_srgb(image: Image.Image, icc: bytes, path: Path | Member) -> Image.Image:
+    """Colours by their profile. One that cannot be used is named, and the colours are taken as they are."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return image.convert("RGB")
+        mode = _OF_PROFILE[profile.profile.xcolor_space.strip()]
+        return ImageCms.profileToProfile(image.convert(mode), profile, _SRGB, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, KeyError, ValueError) as error:
+        logging.warning("image %s: its colour profile cannot be used (%s); its colours are taken for sRGB", path, error)
+        return image.convert("RGB")

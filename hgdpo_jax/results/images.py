@@ -1,0 +1,254 @@
+"""Images drawn into a folder: each a function of its prompt, its seed and the settings alone."""
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+from ml_collections import ConfigDict
+from PIL import Image
+from tqdm import tqdm
+
+from hgdpo_jax import config as configuration
+from hgdpo_jax.devices.mesh import local_mesh
+from hgdpo_jax.devices.random import stream_key
+from hgdpo_jax.devices.sharding import parameter_placer
+from hgdpo_jax.devices.transfer import one_ahead
+from hgdpo_jax.devices.xla import use_precision
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion import recipe
+from hgdpo_jax.diffusion.sampler import Sampler
+from hgdpo_jax.pictures.read import UnreadableImage, read_image
+from hgdpo_jax.pictures.write import contact_sheet, to_uint8, write_png
+from hgdpo_jax.run import processes
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import file_hash, write_json
+from hgdpo_jax.run.folder import CURRICULUM, DRAWN_STAGES, TEXT_ENCODER, blocks_of, last_stage, stage_config
+from hgdpo_jax.training.checkpoints import tree_hash
+from hgdpo_jax.training.finished import find_base, finished_policy, with_trained_adapter
+from hgdpo_jax.training.policy import load_trainable, policy_of
+
+SAMPLER, SHEET = "dpmpp_2m", 100  # images on a contact sheet
+
+
+class Generator(NamedTuple):
+    """What draws: a pipeline, the policies it draws with, height and width, the features [1 m f] of a concept image if
+    there is one, and all of it in words."""
+
+    pipeline: pipelines.Pipeline
+    policies: Sequence[Any]
+    resolution: tuple[int, int]
+    settings: dict[str, Any]
+    concept: np.ndarray | None = None
+
+
+def from_run(
+    workdir: Path,
+    stage: str | None = None,
+    weight: float | None = None,
+    blocks: str | None = None,
+    text_encoder: bool = True,
+    base: str | None = None,
+) -> Generator:
+    """A run's stage under HG-DPO's recipe.
+
+    Args:
+        workdir: of the run.
+        stage: base, easy, normal or hard; the last one that was started unless given.
+        weight: of all LoRA; the recipe's unless given.
+        blocks: where the stage's LoRA acts: `all`; `up`, the other blocks being the base's; `up+normal`, the others
+            keeping the normal stage's. Unless given, `up` for hard and `all` for others.
+        text_encoder: also use the text encoder's LoRA, where it was trained.
+        base: where the run's base model is, if it was moved.
+
+    Raises:
+        UserError: the stage is not finished, the base is another, or the stage trained all parameters where LoRA is
+            asked for.
+    """
+    folder = last_stage(workdir) if stage is None else DRAWN_STAGES[stage]
+    weight = recipe.WEIGHT if weight is None else weight
+    config = stage_config(workdir, folder or last_stage(workdir))
+    content = find_base(workdir, config, base)
+    settings: dict[str, Any] = {"model": config.model.base, "base": content, "stage": folder or "base"}
+    text = TEXT_ENCODER
+    with_text = text_encoder and folder is not None and (workdir / text / "config.json").is_file()
+    text_config = [stage_config(workdir, text)] if with_text else []
+    mesh = local_mesh()
+    use_precision(config.model.dtype)
+    pipeline = load_trainable(config, mesh, *text_config)
+    used = []
+    if folder is not None:
+        like = policy_of(pipeline, config)
+        policy = finished_policy(workdir, folder, like, config)
+        if config.train.params == "lora":
+            blocks = blocks or blocks_of(folder)
+            normal = None
+            if blocks == "up+normal":
+                normal = finished_policy(workdir, CURRICULUM["normal"], like, config)
+            policy = recipe.as_drawn(policy, blocks, weight, normal)
+            settings |= {"LoRA weight": weight, "LoRA blocks": blocks}
+        elif blocks:
+            raise UserError(f"--blocks {blocks}: {folder} trained all parameters, it has no LoRA")
+        used.append(policy)
+    for found in text_config:
+        used.append(recipe.weighted(finished_policy(workdir, text, policy_of(pipeline, found), found), weight))
+        settings["text encoder"] = f"LoRA weight {weight} while t >= {recipe.TEXT_FROM}"
+    settings["policy"] = [tree_hash(policy) for policy in used]
+    return Generator(pipeline, used, next(iter(configuration.resolutions(config).values())), settings)
+
+
+def from_checkpoint(model: str) -> Generator:
+    """A checkpoint as it is, in bfloat16 on accelerators; see `pipeline.find` for what it may be."""
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    use_precision(dtype)
+    pipeline = pipelines.load_pipeline(model, dtype, param_dtype=dtype, place=parameter_placer(local_mesh()))
+    size = pipeline.unet.config.get("sample_size", 64)  # a number, or height and width
+    height, width = (side * pipeline.vae.pixels_per_latent for side in (size if isinstance(size, list) else [size] * 2))
+    return Generator(pipeline, [], (height, width), {"model": model, "base": pipelines.base_hash(model)})
+
+
+def with_concept(source: Generator, concept: Path, adapter: ConfigDict, workdir: Path | None) -> Generator:
+    """The source with an IP-Adapter and a concept image.
+
+    Args:
+        source: without.
+        concept: a photograph of a person.
+        adapter, workdir: see `training.policy.with_trained_adapter`.
+
+    Raises:
+        UserError: the photograph cannot be read, or shows no face where `face_id` needs one; no adapter, or one for
+            another model.
+    """
+    image = load_whole(concept)
+    pipeline, encoder = with_trained_adapter(source.pipeline, adapter, workdir, local_mesh())
+    if encoder is None:
+        raise UserError("--concept: needs an IP-Adapter; give its .safetensors file with --adapter, or train "
+                        "configs/personalise.py in the --workdir")  # fmt: skip
+    features, found = encoder(image[None])
+    if not found[0]:
+        if pipeline.adapter.config["kind"] == "face_id":
+            raise UserError(f"--concept {concept}: no face found; give a photograph that shows one")
+        logging.warning("--concept %s: no face found; its centre is used", concept)
+    settings = {"concept": file_hash(concept), "adapter": tree_hash(nnx.state(pipeline.adapter, nnx.Param))}
+    return source._replace(pipeline=pipeline, concept=features, settings=source.settings | settings)
+
+
+def load_whole(path: Path, side: int = 1024) -> Float[np.ndarray, "H W 3"]:
+    """A photograph in [-1, 1], uncut, no larger than `side`. Raises UserError where it cannot be read."""
+    try:
+        image = read_image(path)
+    except UnreadableImage as error:
+        raise UserError(f"--concept {path}: cannot be read as an image ({error})") from error
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(image, np.float32) / 127.5 - 1.0
+
+
+def claim(out: Path, settings: dict[str, Any]) -> None:
+    """Makes the folder of a run's images, or finds it again. The model counts by its content, not by its place.
+
+    Raises:
+        UserError: it holds anything else.
+    """
+    mark = out / "settings.json"
+    if mark.is_file():
+        found, wanted = json.loads(mark.read_text()), json.loads(json.dumps(settings))
+        other = [key for key in {**found, **wanted} if key != "model" and found.get(key) != wanted.get(key)]
+        if other:
+            values = f"{other[0]} {found.get(other[0])!r}, now it is {wanted.get(other[0])!r}"
+            raise UserError(f"--out {out}: holds images of another run ({values}); choose another folder")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: holds something else; choose another folder")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(mark, settings)
+
+
+class Settings(NamedTuple):
+    """How images are drawn: steps of DPM-Solver++, guidance (up to 1 means none), images that a device draws at once,
+    whether latents are normalised (LAN), what takes the place of the empty prompt, strength of the adapter."""
+
+    steps: int = 50
+    guidance: float = 5.0
+    per_device: int = 4
+    normalise: bool = False
+    negative: str = ""
+    concept_scale: float = 1.0
+
+
+def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: Path, asked: Settings) -> Sampler:
+    """Draws each prompt with each seed into `out`, what is not there yet; returns what drew.
+
+    An image is a function of its prompt, its seed and the settings alone. Each process draws a part of them.
+    """
+    settings = {"sampler": SAMPLER, "steps": asked.steps, "guidance": asked.guidance, "LAN": asked.normalise,
+                "size": "{}x{}".format(*source.resolution), **source.settings}  # fmt: skip
+    if source.concept is not None:
+        settings["concept scale"] = asked.concept_scale
+    if asked.negative:
+        settings["negative prompt"] = asked.negative
+    if processes.is_first():
+        claim(out, {**settings, "prompts": list(prompts), "seeds": list(seeds)})
+    processes.barrier()
+    for prompt, count in zip(prompts, source.pipeline.count_tokens(prompts), strict=True):
+        if count > pipelines.POSITIONS:
+            logging.warning("prompt %r has %d tokens: the first %d are used", prompt, count, pipelines.POSITIONS)
+    work = [(i, seed, out / f"{i:05d}_{seed}.png") for i in range(len(prompts)) for seed in seeds]
+    paths = [path for _, _, path in work]
+    mine, mesh = work[jax.process_index() :: jax.process_count()], local_mesh()
+    # Of all images, so that those that are left are drawn by the same program.
+    batch = mesh.size * min(asked.per_device, math.ceil(max(len(mine), 1) / mesh.size))
+    mine = [item for item in mine if not item[2].is_file()]
+    sampler = Sampler(
+        source.pipeline,
+        mesh,
+        solver=SAMPLER,
+        steps=asked.steps,
+        guidance=asked.guidance,
+        batch=batch,
+        seed=0,
+        negative=asked.negative,
+        normalise=asked.normalise,
+        concept_scale=asked.concept_scale,
+    )
+    sampler.use_policies(*source.policies)
+    ids = source.pipeline.tokenize(prompts)
+
+    def begun(part: Sequence[tuple[int, int, Path]]) -> tuple[Sequence[tuple[int, int, Path]], jax.Array]:
+        """What the devices draw of it, which is not waited for."""
+        rows, keys = ids[[i for i, _, _ in part]], [stream_key(seed, "sample") for _, seed, _ in part]
+        concept = None if source.concept is None else np.repeat(source.concept, len(part), axis=0)
+        _, images = sampler.candidates(
+            rows, jnp.stack(keys), source.resolution, lambda images, _: images, "draw", concept
+        )
+        return part, images
+
+    def write(images: np.ndarray, part: Sequence[tuple[int, int, Path]]) -> None:
+        for image, (i, seed, path) in zip(to_uint8(images), part, strict=True):
+            write_png(path, image, {**settings, "prompt": prompts[i], "seed": seed})
+
+    silent = not processes.is_first()
+    with ThreadPoolExecutor(1) as writer, tqdm(total=len(mine), desc="images", unit="image", disable=silent) as bar:
+        written = None
+        parts = [mine[begin : begin + batch] for begin in range(0, len(mine), batch)]
+        for part, drawn in one_ahead(begun, parts):
+            images = np.asarray(drawn)
+            if written is not None:
+                written.result()  # raises what went wrong there
+            written = writer.submit(write, images, part)
+            bar.update(len(part))
+        if written is not None:
+            written.result()
+    processes.barrier()
+    if processes.is_first():
+        for number, begin in enumerate(range(0, len(paths), SHEET)):
+            columns = len(seeds) if 1 < len(seeds) <= 10 else 10
+            write_png(out / f"sheet_{number:03d}.png", contact_sheet(paths[begin : begin + SHEET], columns), {})
+    return sampler

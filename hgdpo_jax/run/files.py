@@ -1,0 +1,178 @@
+"""Files: written whole or not at all, and known by their content."""
+
+import codecs
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hgdpo_jax.run.errors import UserError
+
+PACKAGE = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Member:
+    """Bytes inside a file: of an archive, or of a table.
+
+    Attributes:
+        path: of the file that holds it.
+        inside: its name there.
+        read: its bytes.
+    """
+
+    path: Path
+    inside: str
+    read: Callable[[], bytes] = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.path}, {self.inside}"
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".partial.{path.name}")
+
+
+def shipped(folder: str) -> Path:
+    """`configs` or `tools`: inside the package where it was installed, beside it in a checkout."""
+    inside = PACKAGE / folder
+    return inside if inside.is_dir() else PACKAGE.parent / folder
+
+
+def in_bucket(path: Path) -> bool:
+    """Whether a path is an address of object storage: an object appears whole, and is on the disk when it appears."""
+    return "://" in str(path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder with all that is below it, is on the disk."""
+    if in_bucket(path):
+        return
+    for entry in [*Path(path).rglob("*"), path]:  # a file has nothing below it
+        _sync_entry(entry)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Mounted buckets have no folders that could be flushed.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file or a folder under. Once the block ends without an error, what is there is on
+    the disk and takes the name `path`; after an error nothing is left of it."""
+    temporary = _partial(path)
+    _remove(temporary)
+    try:
+        yield temporary
+        sync(temporary)
+        if path.is_dir():
+            path.rmdir()  # only an empty one can be replaced
+        os.replace(temporary, path)
+    except BaseException as error:
+        _remove(temporary)
+        error.add_note(f"while {path} was written")
+        raise
+    _sync_entry(path.parent)  # the new name itself
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) -> None:
+    """Readable JSON; makes the folder. Also in a bucket."""
+    text = json.dumps(value, indent=indent, sort_keys=True) + "\n"
+    if in_bucket(path):
+        path.write_text(text)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 of a file's size, its first and its last megabyte: tells files of weights apart without reading all."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(2**20)
+        file.seek(max(0, size - 2**20))
+        return hashlib.sha256(str(size).encode() + first + file.read()).hexdigest()
+
+
+def json_hash(value: Any) -> str:
+    """sha256 of a value that JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def require_space(folder: Path, size: float, what: str) -> None:
+    """Raises UserError unless `size` bytes are free where `folder` is. A bucket has room."""
+    if in_bucket(folder):
+        return
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(f"{folder}: {free / 1e3:,.0f} kB free, {what} needs {size / 1e3:,.0f}; free some disk space")
+
+
+def local_folder(text: str) -> Path:
+    """A folder as a command line names it.
+
+    Raises:
+        UserError: an address of object storage, which knows neither renames nor locks.
+    """
+    if "://" in text:
+        raise UserError(f"{text}: is object storage, which has no renames and locks; give a folder on a file system "
+                        "that all hosts mount: NFS, Lustre, Filestore (gcsfuse is for photographs only). Checkpoints "
+                        "may lie in a bucket: --config.train.checkpoints=gs://bucket/folder")  # fmt: skip
+    return Path(text)
+
+
+def require_plain(workdir: Path) -> None:
+    """Raises UserError for a folder whose path Orbax would take for a pattern: it deletes what it has just written."""
+    found = sorted(set(str(workdir.absolute())) & set("[]*?"))
+    if found:
+        raise UserError(f"--workdir {workdir}: its path holds {' '.join(found)}, which checkpoints cannot be written "
+                        "under; choose another folder")  # fmt: skip
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, with their numbers. They end at a line feed and nowhere else.
+
+    Raises:
+        UserError: no such file, or not UTF-8, with or without a byte order mark.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    found = []
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+        try:
+            text = line.decode().strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} line {number}: is not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        if text:
+            found.append((number, text))
+    return found

@@ -1,0 +1,120 @@
+"""What a stage of a run handed on: its policy, and what that was made from."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from hgdpo_jax.devices.sharding import parameter_placer
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.recipe import weighted
+from hgdpo_jax.faces.concepts import ConceptEncoder
+from hgdpo_jax.models import ip_adapter
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.folder import PERSONALISE, stage_config, train_command
+from hgdpo_jax.run.provenance import content_key, require_same
+from hgdpo_jax.run.shared import index_of_run
+from hgdpo_jax.training.checkpoints import Checkpoints
+from hgdpo_jax.training.policy import _with_fresh_adapter, policy_of, set_policy
+from hgdpo_jax.training.step import Params
+
+BASE, PAIRS = content_key("model.base"), content_key("the pairs")  # their names in what a checkpoint is made from
+
+
+def with_trained_adapter(
+    pipeline: pipelines.Pipeline, settings: ConfigDict, workdir: Path | None, mesh: Mesh
+) -> tuple[pipelines.Pipeline, ConceptEncoder | None]:
+    """The pipeline with an adapter, and the encoder of what that reads; as it is, and None, where there is none.
+
+    Args:
+        pipeline: without.
+        settings: a config's `adapter` group. `weights` is a file of any kind; without, the adapter is the one that the
+            run's own stage trained, with the settings of that stage.
+        workdir: of the run, if there is one.
+        mesh: to put the weights on.
+
+    Raises:
+        UserError: the file is not an IP-Adapter for this UNet, the stage is not finished, or an encoder is missing or
+            makes features of another width.
+    """
+    if settings.weights:
+        adapter = ip_adapter.load(settings.weights, pipeline.unet, place=parameter_placer(mesh))
+        encoder = ConceptEncoder(adapter.config["kind"], settings.image_encoder, settings.identity)
+        width, wanted = encoder.nothing.shape[-1], adapter.config["features"]
+        if width != wanted:
+            raise UserError(f"adapter {settings.weights}: reads features of width {wanted}, its encoder makes {width}; "
+                            "give what it was trained with")  # fmt: skip
+        return replace(pipeline, adapter=adapter, no_concept=encoder.nothing), encoder
+    if workdir is None or not (workdir / PERSONALISE / "config.json").is_file():
+        return pipeline, None
+    trained = stage_config(workdir, PERSONALISE)
+    encoder = ConceptEncoder(trained.adapter.kind, trained.adapter.image_encoder, trained.adapter.identity)
+    pipeline = _with_fresh_adapter(pipeline, trained, encoder, mesh)
+    set_policy(pipeline, finished_policy(workdir, PERSONALISE, policy_of(pipeline, trained), trained))
+    return pipeline, encoder
+
+
+def made_from(workdir: Path, stage: str) -> dict[str, Any]:
+    """What the newest checkpoint of a stage was made from, see :mod:`hgdpo_jax.run.provenance`; empty without one."""
+    checkpoints = Checkpoints(workdir / stage, stage_config(workdir, stage).train.checkpoints)
+    step = checkpoints.latest()
+    return {} if step is None else checkpoints.meta(step)["made_from"]
+
+
+def require_base(workdir: Path, stage: str, base: str) -> None:
+    """Raises UserError where a stage was trained on another ε_base.
+
+    Args:
+        workdir, stage: of the run.
+        base: content hash of ε_base.
+    """
+    found = made_from(workdir, stage).get(BASE, base)
+    require_same({BASE: found}, {BASE: base}, f"{stage} in {workdir}", "use that base")
+
+
+def find_base(workdir: Path, config: ConfigDict, base: str | None) -> str:
+    """Sets a run's `model.base` to where it is now; returns its content hash.
+
+    Args:
+        workdir: of the run.
+        config: of a stage; changed.
+        base: its new place, if it has one.
+
+    Raises:
+        UserError: it is not there, or is another than the stage was trained on.
+    """
+    config.model.base = base or config.model.base
+    try:
+        found = pipelines.base_hash(config.model.base, config.model.vae, config.model.lora, index_of_run(workdir))
+    except UserError as error:
+        raise error if base else UserError(f"{error}; if it was moved, say where it is with --base") from error
+    require_base(workdir, config.stage, found)
+    return found
+
+
+def finished_policy(workdir: Path, stage: str, like: Params, config: ConfigDict) -> Params:
+    """The policy that a stage handed on.
+
+    Args:
+        workdir, stage: of the run.
+        like: a policy of the same shape, with the shardings to restore to.
+        config: that the policy's network was made for: of a stage that scaled its LoRA otherwise, B is multiplied.
+
+    Raises:
+        UserError: the stage was not trained, or not to its end, or with another kind of policy.
+    """
+    wanted = stage_config(workdir, stage).train
+    checkpoints = Checkpoints(workdir / stage, wanted.checkpoints)
+    step = checkpoints.latest()
+    if step is None or step < wanted.steps:
+        raise UserError(
+            f"{stage} stands at step {step or 0} of {wanted.steps}; run first: {train_command(stage, workdir)}"
+        )
+    name = "ema" if wanted.ema else "policy"
+    policy = checkpoints.restore(step, {name: like})[name]
+    if not wanted.params.endswith("lora"):
+        return policy
+    own, given = (train.lora_alpha / train.lora_rank for train in (wanted, config.train))
+    return policy if own == given else weighted(policy, own / given)

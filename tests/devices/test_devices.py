@@ -1,0 +1,120 @@
+"""Mesh, sharding table and named random streams."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from hgdpo_jax.devices.mesh import make_mesh, require_divisible
+from hgdpo_jax.devices.random import stream_key
+from hgdpo_jax.devices.sharding import batch_sharding, partition_spec, tree_shardings
+from hgdpo_jax.devices.transfer import local_rows, place, to_devices
+from hgdpo_jax.devices.xla import xla_flags
+from hgdpo_jax.run.errors import UserError
+
+
+def mesh(data: int = -1, fsdp: int = 2, tensor: int = 2) -> jax.sharding.Mesh:
+    return make_mesh(ConfigDict(dict(data=data, fsdp=fsdp, tensor=tensor)))
+
+
+def test_one_axis_takes_the_devices_that_are_left() -> None:
+    assert dict(mesh().shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused() -> None:
+    with pytest.raises(UserError, match="3 x 2 x 2 does not make the 8 devices"):
+        mesh(data=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "spec"),
+    [
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.kernel", (8, 8), P("fsdp", "tensor")),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.kernel", (8, 8), P("tensor", "fsdp")),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A", (8, 4), P()),
+        ("unet.down_blocks.0.resnets.0.conv1.kernel", (3, 3, 8, 8), P(None, None, None, "fsdp")),
+        ("unet.down_blocks.0.attentions.0.proj_in.kernel", (1, 1, 8, 8), P(None, None, "tensor", "fsdp")),
+        ("unet.down_blocks.0.resnets.0.norm1.scale", (8,), P()),
+        ("unet.conv_out.kernel", (3, 3, 8, 3), P(None, None, None, None)),
+    ],
+)
+def test_the_table_decides_by_path_and_leaves_out_what_does_not_divide(name: str, shape: tuple, spec: P) -> None:
+    assert partition_spec(name, shape, mesh()) == spec
+
+
+def test_optimizer_moments_are_sharded_like_their_parameters() -> None:
+    tree = {"mu": {"attn": {"to_q": {"kernel": jnp.zeros((8, 8))}}}, "count": jnp.zeros(())}
+    found = tree_shardings(tree, mesh())
+    assert found["mu"]["attn"]["to_q"]["kernel"].spec == P("fsdp", "tensor") and found["count"].spec == P()
+
+
+def test_streams_differ_by_name_and_repeat_by_name() -> None:
+    data = [jax.random.key_data(stream_key(0, *names)).tolist() for names in
+            [("pool", "a", 1), ("pool", "a", 1), ("pool", "a", 2), ("pool", "b", 1), ("noise", "a", 1)]]  # fmt: skip
+    assert data[0] == data[1] and len({tuple(d) for d in data}) == 4
+
+
+def test_intels_avx512_is_not_compiled_for_where_the_cache_would_refuse_it() -> None:
+    intel, always = "vendor_id : GenuineIntel\nflags : fpu avx2 avx512f avx512vl", "--xla_gpu_dot_merger_threshold_mb=8"
+    assert xla_flags("", intel) == f"{always} --xla_cpu_max_isa=AVX2"
+    assert xla_flags("--a=1", intel) == f"--a=1 {always} --xla_cpu_max_isa=AVX2"
+    for given, processor in (
+        ("--xla_cpu_max_isa=AVX512", intel),  # what the user set wins
+        ("--a=1", intel.replace("avx512f avx512vl", "")),
+        ("", ""),
+    ):
+        assert xla_flags(given, processor) == f"{given} {always}".lstrip()
+    amd = intel.replace("GenuineIntel", "AuthenticAMD")
+    assert xla_flags("", amd) == f"{always} --xla_cpu_prefer_vector_width=512"
+    assert xla_flags("--xla_gpu_dot_merger_threshold_mb=1", "") == "--xla_gpu_dot_merger_threshold_mb=1"
+
+
+KEEPS = """
+import resource
+import numpy as np
+from hgdpo_jax.devices.mesh import local_mesh
+from hgdpo_jax.devices.processor import keep_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        np.full(16_000_000, 1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+a = faults()
+keep_memory(local_mesh())
+faults()
+print(a, faults())
+"""
+
+
+def test_a_processor_keeps_the_memory_of_temporaries() -> None:
+    """Of 128 MB, five times: 31,250 pages of 4 KB or 61 large ones each, and then none."""
+    found = subprocess.run([sys.executable, "-c", KEEPS], capture_output=True, text=True, check=True)
+    before, after = map(int, found.stdout.split())
+    assert before > 200 and after < 0.1 * before
+
+
+def test_a_batch_that_the_mesh_cannot_split_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train.batch=6: must be a multiple of 4"):
+        require_divisible(6, mesh(), "train.batch")
+
+
+def test_rows_of_a_batch_lie_on_the_devices_that_hold_them() -> None:
+    """In one process all rows are here, on whatever mesh; what is put together again is the batch."""
+    batch = {"x": np.arange(16.0).reshape(8, 2)}
+    for shape in ((8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)):
+        found = to_devices(batch, mesh(*shape))["x"]
+        assert local_rows(8, mesh(*shape)).tolist() == list(range(8))
+        np.testing.assert_array_equal(found, batch["x"])
+        assert found.sharding == batch_sharding(mesh(*shape))
+
+
+def test_keys_and_arrays_are_put_where_they_are_told() -> None:
+    keys = jax.random.split(jax.random.key(0), 8)
+    put = place({"key": keys, "x": np.arange(8)}, batch_sharding(mesh()))
+    np.testing.assert_array_equal(jax.random.key_data(put["key"]), jax.random.key_data(keys))
+    assert put["x"].sharding == put["key"].sharding == batch_sharding(mesh())

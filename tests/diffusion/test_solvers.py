@@ -1,0 +1,222 @@
+"""Schedule and samplers against diffusers' schedulers, step by step on the same predictions."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from hgdpo_jax.diffusion.guidance import guided
+from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.diffusion.solvers import from_noise, make_steps, sample, sdrecon
+from hgdpo_jax.run.errors import UserError
+from tests.rounding import EPS, assert_close
+
+CLASSES = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
+SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+
+
+def scheduler(sampler: str, prediction: str, spacing: str):
+    extra = {} if sampler == "dpmpp_2m" else {"clip_sample": False}
+    if sampler == "ddim":
+        extra["set_alpha_to_one"] = False
+    return CLASSES[sampler](**SD, prediction_type=prediction, timestep_spacing=spacing, **extra)
+
+
+def predict(x: np.ndarray, t: int) -> np.ndarray:
+    """Any smooth function of x and t stands for a network."""
+    return (np.sin(x * 1.3) * 0.7 + 0.2 * x + t / 4000).astype(np.float32)
+
+
+def assert_every_step_is(theirs, config: dict, sampler: str, steps: int, monkeypatch, tolerance: float) -> None:
+    """Our table of a config against a scheduler of diffusers, each step from where theirs is."""
+    theirs.set_timesteps(steps)
+    schedule = NoiseSchedule.from_config(config)
+    table, clip = make_steps(schedule, sampler, steps), from_noise(schedule, sampler, steps).clip
+    np.testing.assert_array_equal(table.t, theirs.timesteps.numpy())
+    noise = np.random.default_rng(1).standard_normal((steps, 2, 4, 3, 3)).astype(np.float32)
+    drawn = iter(noise)
+    monkeypatch.setattr(f"{CLASSES['ddpm'].__module__}.randn_tensor", lambda *a, **k: torch.tensor(next(drawn)))
+    x = noise[0] * 0.5
+    x_t, previous = torch.tensor(x), np.zeros_like(x)
+    for i, t in enumerate(theirs.timesteps):
+        before = x_t.numpy()
+        pred = predict(before, int(t))
+        x_t = theirs.step(torch.tensor(pred), t, x_t).prev_sample
+        x_0 = np.asarray(schedule.x_0_at(pred, before, table.signal[i], table.sigma[i]))
+        ours = table.x[i] * before + table.x_0[i] * x_0 + table.previous_x_0[i] * previous + table.noise[i] * noise[i]
+        ours = ours + table.clipping[i] * (np.clip(x_0, -clip, clip) - x_0)
+        previous = x_0
+        assert_close(ours, x_t.numpy(), tolerance)
+
+
+@pytest.mark.parametrize("steps", [5, 20, 50])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", CLASSES)
+def test_every_step_is_diffusers(sampler: str, prediction: str, spacing: str, steps: int, monkeypatch) -> None:
+    theirs = scheduler(sampler, prediction, spacing)
+    # A few roundings; x̂_0 divides them by √ᾱ, which is 0.068 at the first step.
+    assert_every_step_is(theirs, dict(theirs.config), sampler, steps, monkeypatch, 5 * EPS / 0.068)
+
+
+# scheduler_config.json as people have it, each written for another class than the one that samples.
+PNDM = SD | {
+    "_class_name": "PNDMScheduler",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "num_train_timesteps": 1000,
+}
+CONFIGS = {
+    "SD 1.5's": PNDM | {"clip_sample": False, "trained_betas": None},
+    "without clip_sample": PNDM,
+    "with another range": PNDM | {"clip_sample": True, "clip_sample_range": 0.3},
+    "SDXL's": PNDM
+    | {"_class_name": "EulerDiscreteScheduler", "clip_sample": False, "interpolation_type": "linear"}
+    | {"sample_max_value": 1.0, "timestep_spacing": "leading", "use_karras_sigmas": False},
+    "SD 2.1's": PNDM | {"_class_name": "DDIMScheduler", "clip_sample": False, "prediction_type": "v_prediction"},
+    "Karras": PNDM | {"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "use_karras_sigmas": True},
+    "without signal at last": PNDM
+    | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+}
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("sampler", CLASSES)
+def test_a_config_is_read_as_its_class_reads_it(sampler: str, config: str, steps: int, monkeypatch) -> None:
+    theirs = CLASSES[sampler].from_config(CONFIGS[config])
+    # A step from where the signal is 2⁻¹² loses as much in the solver's σ / √ᾱ, float32 there.
+    tolerance = 5 * EPS * (2**12 if config == "without signal at last" else 1 / 0.068)
+    assert_every_step_is(theirs, CONFIGS[config], sampler, steps, monkeypatch, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "key", "value"),
+    [
+        ("dpmpp_2m", "use_lu_lambdas", True),
+        ("dpmpp_2m", "use_exponential_sigmas", True),
+        ("dpmpp_2m", "use_beta_sigmas", True),
+        ("dpmpp_2m", "final_sigmas_type", "sigma_min"),
+        ("dpmpp_2m", "algorithm_type", "sde-dpmsolver++"),
+        ("dpmpp_2m", "solver_order", 3),
+        ("dpmpp_2m", "solver_type", "heun"),
+        ("dpmpp_2m", "lambda_min_clipped", -5.1),
+        ("dpmpp_2m", "variance_type", "learned_range"),
+        ("ddpm", "variance_type", "fixed_large"),
+        ("ddpm", "timestep_spacing", "karras"),
+        *[(sampler, "thresholding", True) for sampler in CLASSES],
+    ],
+)
+def test_what_is_not_computed_is_refused(sampler: str, key: str, value: object) -> None:
+    schedule = NoiseSchedule.from_config(PNDM | {key: value})
+    with pytest.raises(UserError, match=re.escape(f"scheduler_config.json {key}={value!r}: {sampler} expects")):
+        make_steps(schedule, sampler, 20)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"beta_schedule": "squaredcos_cap_v2"}, {"trained_betas": [0.1]}, {"prediction_type": "sample"},
+     {"rescale_betas_zero_snr": True}],
+)  # fmt: skip
+def test_another_schedule_is_refused(wrong: dict) -> None:
+    with pytest.raises(UserError, match=f"model M: scheduler config {next(iter(wrong))}="):
+        NoiseSchedule.from_config(PNDM | wrong, "model M: ")
+
+
+def test_more_steps_than_there_are_timesteps_are_refused() -> None:
+    schedule = NoiseSchedule.from_config(PNDM)
+    for steps, reason in ((1000, "with steps_offset=1 they begin beyond the 1000"), (1001, "expects 1 to 1000")):
+        with pytest.raises(UserError, match=reason):
+            make_steps(schedule, "ddpm", steps)
+
+
+def drawing(schedule: NoiseSchedule, denoise=lambda x, t: jnp.tanh(x)):
+    """The program of trajectories, latents and keys."""
+    return jax.jit(lambda trajectory, x, keys: sample(denoise, schedule, trajectory, x, keys))
+
+
+def test_the_loop_runs_the_table() -> None:
+    theirs = scheduler("dpmpp_2m", "epsilon", "linspace")
+    theirs.set_timesteps(20)
+    keys = jax.random.split(jax.random.key(0), 2)
+    first = jax.vmap(jax.random.split)(keys)[:, 0]
+    x_t = torch.tensor(np.stack([jax.random.normal(key, (4, 3, 3)) for key in first]))
+    for t in theirs.timesteps:
+        x_t = theirs.step(torch.tensor(predict(x_t.numpy(), int(t))), t, x_t).prev_sample
+    denoise = lambda x, t: jnp.sin(x * 1.3) * 0.7 + 0.2 * x + t[:, None, None, None] / 4000  # noqa: E731
+    schedule = NoiseSchedule.from_config(dict(theirs.config))
+    found = drawing(schedule, denoise)(from_noise(schedule, "dpmpp_2m", 20), np.zeros((2, 4, 3, 3)), keys)
+    assert_close(found, x_t.numpy(), 20 * 5 * EPS)  # of twenty steps
+
+
+def test_one_program_draws_with_every_sampler_from_everywhere() -> None:
+    schedule = NoiseSchedule.from_config(SD)
+    draw = drawing(schedule)
+    x, keys = np.ones((2, 3, 3, 2), np.float32), jax.random.split(jax.random.key(0), 2)
+    found = [draw(from_noise(schedule, sampler, steps), x, keys) for sampler in CLASSES for steps in (3, 8, 400)]
+    found += [draw(sdrecon(schedule, "ddpm", 8, strength), x, keys) for strength in (1, 10)]
+    assert draw._cache_size() == 1
+    assert all(np.isfinite(a).all() for a in found)
+    assert len({np.asarray(a).tobytes() for a in found}) == len(found)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_forward_process_is_diffusers(prediction: str) -> None:
+    theirs = scheduler("ddpm", prediction, "leading")
+    schedule = NoiseSchedule.from_config(dict(theirs.config))
+    rng = np.random.default_rng(0)
+    x, noise = rng.standard_normal((2, 3, 4, 3, 3)).astype(np.float32)
+    t = np.array([0, 500, 999])
+    x_t = theirs.add_noise(torch.tensor(x), torch.tensor(noise), torch.tensor(t)).numpy()
+    found = schedule.add_noise(x, noise, t)
+    assert_close(found, x_t, 5 * EPS)
+    target = theirs.get_velocity(torch.tensor(x), torch.tensor(noise), torch.tensor(t)).numpy()
+    expected = noise if prediction == "epsilon" else target
+    assert_close(schedule.target(x, noise, t), expected, 5 * EPS)
+    signal = schedule.alphas_cumprod[t].min() ** 0.5  # divides, where noise is predicted
+    assert_close(schedule.x_0_at(expected, found, *schedule.signal_and_noise(t)), x, 10 * EPS / signal)
+
+
+@pytest.mark.parametrize("sampler", CLASSES)
+def test_an_example_does_not_depend_on_its_batch(sampler: str) -> None:
+    schedule = NoiseSchedule.from_config(SD)
+    x = jax.random.normal(jax.random.key(1), (4, 3, 3, 2))
+    keys = jax.random.split(jax.random.key(0), 4)
+    draw, trajectory = drawing(schedule), sdrecon(schedule, sampler, 8, 7)
+    among_others = draw(trajectory, jnp.concatenate([x[2:], 3 * x[:2]]), jnp.concatenate([keys[2:], keys[:2]]))
+    np.testing.assert_array_equal(draw(trajectory, x, keys)[2:], among_others[:2])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "steps", "begins"),
+    [
+        ("dpmpp_2m", "linspace", 50, [100, 400, 500, 599, 699, 999]),  # SD1.5's
+        ("dpmpp_2m", "leading", 50, [96, 400, 495, 609, 704, 951]),  # SDXL's; 19 apart
+        ("ddpm", "linspace", 16, [67, 400, 533, 599, 733, 999]),  # the embedded base's; 66.6 apart
+    ],
+)
+def test_sdrecon_begins_at_the_nearest_timestep(sampler: str, spacing: str, steps: int, begins: list[int]) -> None:
+    schedule = NoiseSchedule.from_config(dict(scheduler(sampler, "epsilon", spacing).config))
+    found = [sdrecon(schedule, sampler, steps, strength).steps.t[0] for strength in (1, 4, 5, 6, 7, 10)]
+    assert found == begins
+
+
+def test_sdrecon_keeps_less_of_the_photograph_the_stronger_it_is() -> None:
+    schedule = NoiseSchedule.from_config(SD)
+    x = jax.random.normal(jax.random.key(1), (16, 4, 4, 2))
+    keys = jax.random.split(jax.random.key(0), 16)
+    # The exact denoiser of standard normal data: E[ε | x_t] = √(1−ᾱ_t) · x_t.
+    denoise = lambda x_t, t: schedule.signal_and_noise(t)[1] * x_t  # noqa: E731
+    draw = drawing(schedule, denoise)
+    distances = [float(jnp.abs(draw(sdrecon(schedule, "dpmpp_2m", 20, k), x, keys) - x).mean()) for k in (1, 4, 7, 10)]
+    assert distances == sorted(distances) and distances[0] < 0.5 * distances[-1]
+
+
+def test_guidance_extrapolates_from_unconditional_to_conditional() -> None:
+    both = jnp.arange(4.0).reshape(4, 1, 1, 1)
+    found = guided(lambda x, t: both, 3.0)(jnp.zeros((2, 1, 1, 1)), jnp.zeros(2, jnp.int32))
+    np.testing.assert_array_equal(found.ravel(), [0 + 3 * 1, 2 + 3 * 1])

@@ -1,0 +1,397 @@
+"""What the sampling command draws is what diffusers draws, with every part of the recipe; and what it refuses."""
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from flax import nnx
+from PIL import Image
+from safetensors.numpy import save_file
+
+from hgdpo_jax import config as configuration
+from hgdpo_jax import sample
+from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion import recipe
+from hgdpo_jax.diffusion.sampler import Sampler
+from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.diffusion.solvers import from_noise
+from hgdpo_jax.diffusion.solvers import sample as draw_latents
+from hgdpo_jax.faces.concepts import ConceptEncoder
+from hgdpo_jax.models import ip_adapter
+from hgdpo_jax.models.lora import add_lora
+from hgdpo_jax.models.unet import UNet2DConditionModel
+from hgdpo_jax.results import images
+from hgdpo_jax.results.exported import PEFT_FILE, PEFT_NORMAL_FILE, PEFT_TEXT_FILE, RECIPE, lora_weights
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.training.finished import with_trained_adapter
+from hgdpo_jax.training.step import split_params
+from tests import tiny
+from tests.rounding import EPS, NETWORK, assert_close
+from tools.make_assets.base import SCHEDULER
+
+PROMPTS = ["a portrait photograph of a woman, blue background", "a man"]
+STEPS, GUIDANCE = 13, 3.0  # of the 13 timesteps one is at least 900
+# Each step adds the UNet's rounding, guidance 3 times that of one half of its batch and 2 times that of the other.
+DRAWN = STEPS * (2 * GUIDANCE - 1) * NETWORK
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    return tiny.write_base(folder) if request.param == "sd15" else tiny.write_sdxl(folder)
+
+
+def shaken(policy: Any, seed: int) -> Any:
+    """A LoRA that does something, B included."""
+    leaves, tree = jax.tree.flatten(policy)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [x + jnp.asarray(0.4 * rng.standard_normal(x.shape), x.dtype) for x in leaves])
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pipelines.Pipeline, dict, Path]:
+    """A pipeline with LoRA everywhere; the policies hard, normal, text; a folder with their files."""
+    pipeline, folder = pipelines.load_pipeline(base), tmp_path_factory.mktemp("export")
+    for i, (name, model) in enumerate(pipeline.models.items()):
+        if name != "vae":
+            add_lora(model, 2, 2.0, nnx.Rngs(i))
+    fresh = {name: split_params(pipeline, params)[1] for name, params in (("unet", "lora"), ("text", "text_lora"))}
+    policies = {"hard": shaken(fresh["unet"], 1), "normal": shaken(fresh["unet"], 2), "text": shaken(fresh["text"], 3)}
+    for name, file in (("hard", PEFT_FILE), ("normal", PEFT_NORMAL_FILE), ("text", PEFT_TEXT_FILE)):
+        nnx.update(pipeline.networks, policies[name])
+        save_file(lora_weights(pipeline.models, "peft", "text" if name == "text" else "unet"), folder / file)
+    nnx.update(pipeline.networks, fresh["unet"])
+    nnx.update(pipeline.networks, fresh["text"])
+    return pipeline, policies, folder
+
+
+def sampler_of(pipeline: pipelines.Pipeline, **settings: Any) -> Sampler:
+    chosen = {"solver": "dpmpp_2m", "steps": STEPS, "guidance": GUIDANCE, "batch": 2, "seed": 0} | settings
+    return Sampler(pipeline, tiny.mesh(), **chosen)
+
+
+@pytest.fixture(scope="module")
+def sampler(trained: tuple) -> Sampler:
+    return sampler_of(trained[0])
+
+
+def ours(sampler: Sampler, pipeline: pipelines.Pipeline, *policies: Any, concept: Any = None) -> np.ndarray:
+    """Images in [0, 1]."""
+    sampler.use_policies(*policies)
+    keys = sampler.keys("test", PROMPTS, [0, 1])
+    latents = sampler.generate(pipeline.tokenize(PROMPTS), keys, (32, 32), "", concept)
+    return (sampler.decode(latents, "") + 1) / 2
+
+
+def start(sampler: Sampler) -> torch.Tensor:
+    keys = sampler.keys("test", PROMPTS, [0, 1])
+    latents = jax.vmap(lambda key: jax.random.normal(jax.random.split(key)[0], tiny.LATENT))(keys)
+    return torch.tensor(np.asarray(latents).transpose(0, 3, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """What export puts beside the weights."""
+    spec = importlib.util.spec_from_file_location("hgdpo_recipe", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def theirs(script: ModuleType, pipeline: Any, sampler: Sampler, **more: Any) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": 32, "width": 32}
+    return script.draw(pipeline, PROMPTS, latents=start(sampler), output_type="np", **settings, **more).images
+
+
+def chosen(policies: dict[str, Any], blocks: str, text: bool) -> list[Any]:
+    hard = policies["hard"]
+    if blocks != "all":
+        hard = recipe.in_up_blocks(hard, policies["normal"] if blocks == "up+normal" else None)
+    return [recipe.weighted(policy, 0.5) for policy in (hard, *([policies["text"]] if text else []))]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "given", "text"),  # None is what the stage's files ask for
+    [("all", None, False), ("up", "up", False), ("up+normal", "up+normal", False), ("up", None, True)],
+)
+def test_the_recipe_gives_the_images_of_diffusers(
+    base: Path,
+    trained: tuple,
+    sampler: Sampler,
+    script: ModuleType,
+    tmp_path: Path,
+    blocks: str,
+    given: str | None,
+    text: bool,
+) -> None:
+    pipeline, policies, folder = trained
+    for file in folder.iterdir():
+        if not (file.name == PEFT_TEXT_FILE and not text or file.name == PEFT_NORMAL_FILE and blocks == "all"):
+            (tmp_path / file.name).symlink_to(file)
+    reference = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    script.load(reference, tmp_path, weight=0.5, blocks=given)
+    found = ours(sampler, pipeline, *chosen(policies, blocks, text))
+    assert_close(found, theirs(script, reference, sampler), DRAWN)
+    others = [ours(sampler, pipeline), ours(sampler, pipeline, *chosen(policies, blocks, not text))]
+    assert all(np.abs(other - found).max() > 10 * DRAWN for other in others)
+    assert sampler._draw._cache_size() == 2  # without and with the text encoder's policy
+
+
+def test_without_policies_the_images_are_those_of_the_base(
+    base: Path, trained: tuple, sampler: Sampler, script: ModuleType, tmp_path: Path
+) -> None:
+    reference = script.load(DiffusionPipeline.from_pretrained(base, dtype=torch.float32), tmp_path)
+    assert_close(ours(sampler, trained[0]), theirs(script, reference, sampler), DRAWN)
+
+
+@pytest.mark.parametrize("kind", ["ip_adapter", "ip_adapter_plus"])
+def test_a_concept_image_gives_the_images_of_diffusers_with_and_without_lora(
+    base: Path, trained: tuple, script: ModuleType, tmp_path: Path, kind: str
+) -> None:
+    pipeline, policies, folder = trained
+    encoder = ConceptEncoder(kind, str(tiny.write_scorer(tmp_path / "clip")))
+    adapter = ip_adapter.fresh(pipeline.unet, kind, encoder.nothing.shape[-1], nnx.Rngs(5))
+    ip_adapter.save(adapter, tmp_path / "adapter.safetensors")
+    settings = configuration.default().adapter
+    settings.update(weights=str(tmp_path / "adapter.safetensors"), image_encoder=str(tmp_path / "clip"))
+    with_adapter, encoder = with_trained_adapter(pipeline, settings, None, tiny.mesh())
+    photographs = list_photographs(configuration.ASSETS / "portraits", "heldout")[:1]
+    concept = encoder(load_images(photographs, (64, 64))[1]).features
+    sampler = sampler_of(with_adapter, concept_scale=0.7)
+    embeds = torch.tensor(np.concatenate([encoder.nothing, concept]))
+    embeds = embeds[:, None] if kind == "ip_adapter_plus" else embeds  # diffusers counts images before patches
+    hard = chosen(policies, "up", False)
+    without_concept = [ours(sampler, pipeline), ours(sampler, pipeline, *hard)]
+    for number, used in enumerate(([], hard)):
+        reference = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+        script.load(reference, folder if used else tmp_path)
+        reference.hgdpo_text = {}
+        if used:
+            reference.delete_adapters("text")
+        reference.load_ip_adapter(str(tmp_path), "", "adapter.safetensors", image_encoder_folder=None)
+        reference.set_ip_adapter_scale(0.7)
+        expected = theirs(script, reference, sampler, ip_adapter_image_embeds=[embeds])
+        found = ours(sampler, pipeline, *used, concept=np.repeat(concept, 2, axis=0))
+        assert_close(found, expected, DRAWN)
+        assert np.abs(without_concept[number] - found).max() > 10 * DRAWN
+
+
+def test_lan_restores_the_statistics_of_a_policy_that_shifts_channels() -> None:
+    schedule = NoiseSchedule.from_config(SCHEDULER)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(jax.random.key(1), (3, 8, 8, 4))
+
+    def base(x: jax.Array, t: jax.Array) -> jax.Array:
+        return 0.8 * x + 0.1 * jnp.sin(3 * x)
+
+    def shifted(x: jax.Array, t: jax.Array) -> jax.Array:
+        return 1.1 * base(x, t) + jnp.asarray([0.5, -0.4, 0.3, 0.0])
+
+    trajectory = from_noise(schedule, "dpmpp_2m", 10)
+
+    def draw(denoise: Any, anchor: Any = None) -> np.ndarray:
+        return np.asarray(draw_latents(denoise, schedule, trajectory, x, keys, anchor))
+
+    wanted, drifted, restored = draw(base), draw(shifted), draw(shifted, base)
+    for statistic in (np.mean, np.std):
+        of = [statistic(latents, axis=(1, 2)) for latents in (wanted, drifted, restored)]
+        assert np.abs(of[1] - of[0]).max() > 0.1
+        # Ten steps of a few roundings; x̂_0 divides them by √ᾱ, 0.068 at the first.
+        assert_close(of[2], of[0], 10 * 5 * EPS / 0.068)
+    assert np.abs(restored - wanted).max() > 0.01
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> images.Generator:
+    base = tiny.write_base(tmp_path_factory.mktemp("base"))
+    return images.from_checkpoint(str(base))._replace(resolution=(32, 32))
+
+
+@pytest.mark.parametrize("negative", ["blurry, a drawing", ""])
+def test_a_negative_prompt_is_diffusers(base: Path, trained: tuple, negative: str) -> None:
+    pipeline = trained[0]
+    sampler = sampler_of(pipeline, negative=negative)
+    found = ours(sampler, pipeline)
+    reference = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": 32, "width": 32}
+    expected = reference(
+        PROMPTS,
+        negative_prompt=[negative] * 2 if negative else None,
+        latents=start(sampler),
+        output_type="np",
+        **settings,
+    ).images
+    assert_close(found, expected, DRAWN)
+    assert sampler._draw._cache_size() == 1
+    if negative:
+        assert np.abs(found - ours(sampler_of(pipeline), pipeline)).max() > 10 * DRAWN
+
+
+def test_a_negative_prompt_without_guidance_says_that_it_has_no_effect(
+    base: Path, trained: tuple, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        sampler_of(trained[0], negative="blurry", guidance=1.0)
+    assert "negative prompt 'blurry': has no effect, guidance 1 means none" in caplog.text
+
+
+def test_a_byte_order_mark_is_not_of_the_prompt(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("a woman\u2028in red\r\n\na man\n".encode("utf-8-sig"))
+    assert sample.read_prompts(tmp_path / "p.txt") == ["a woman\u2028in red", "a man"]
+    (tmp_path / "p.txt").write_bytes("a w\xf6man".encode("latin-1"))
+    with pytest.raises(UserError, match=r"p\.txt line 1: is not UTF-8"):
+        sample.read_prompts(tmp_path / "p.txt")
+
+
+def test_a_concept_that_is_no_picture_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 60)
+    with pytest.raises(UserError, match=r"--concept .*a\.png: cannot be read as an image \(") as error:
+        images.load_whole(tmp_path / "a.png")
+    assert "\n" not in str(error.value)
+
+
+def draw(source: images.Generator, prompts: list[str], seeds: list[int], out: Path, **settings: Any) -> Sampler:
+    chosen = {"steps": 2, "guidance": 2.0, "per_device": 2, "normalise": False} | settings
+    return images.draw(source, prompts, seeds, out, images.Settings(**chosen))
+
+
+def test_lan_with_the_base_as_policy_changes_nothing(source: images.Generator) -> None:
+    pipeline = source.pipeline
+    plain, normalised = (sampler_of(pipeline, normalise=normalise) for normalise in (False, True))
+    assert_close(ours(normalised, pipeline), ours(plain, pipeline), DRAWN)
+
+
+def test_devices_draw_without_asking_each_other(source: images.Generator) -> None:
+    settings = {"solver": "dpmpp_2m", "steps": STEPS, "guidance": GUIDANCE, "batch": 4, "seed": 0}
+    sampler = Sampler(source.pipeline, tiny.mesh(data=2), **settings)
+    for program in sampler.traced((32, 32)):
+        text = program.lower().compile().as_text()
+        assert "num_partitions=2" in text
+        assert not {name for name in ("all-to-all", "all-reduce", "all-gather", "collective-permute") if name in text}
+
+
+def test_a_file_of_prompts_is_drawn_with_one_compilation(source: images.Generator, tmp_path: Path) -> None:
+    prompts = [f"prompt {i}" for i in range(5)]
+    sampler = draw(source, prompts, [3, 4], tmp_path / "out")
+    assert sampler._draw._cache_size() == sampler._decode._cache_size() == 1
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 10 and (tmp_path / "out" / "sheet_000.png").is_file()
+
+
+def test_an_image_is_a_function_of_prompt_seed_and_settings_and_says_so(
+    source: images.Generator, tmp_path: Path
+) -> None:
+    draw(source, ["a woman", "a man"], [7, 8], tmp_path / "many")
+    draw(source, ["a man"], [8], tmp_path / "one")
+    with Image.open(tmp_path / "many" / "00001_8.png") as many, Image.open(tmp_path / "one" / "00000_8.png") as one:
+        np.testing.assert_array_equal(np.asarray(many), np.asarray(one))
+        said = json.loads(many.text["hgdpo_jax"])
+        assert many.text["parameters"].startswith("a man\n")
+    assert (said["prompt"], said["seed"], said["steps"], said["guidance"]) == ("a man", 8, 2, 2.0)
+
+
+def test_guidance_up_to_one_is_none_as_in_diffusers(source: images.Generator, tmp_path: Path) -> None:
+    drawn = []
+    for guidance in (0.0, 0.5, 1.0):
+        draw(source, ["a man"], [0], tmp_path / str(guidance), guidance=guidance)
+        drawn.append(np.asarray(Image.open(tmp_path / str(guidance) / "00000_0.png"), np.int32))
+    assert max(abs(image - drawn[-1]).max() for image in drawn) <= 1  # one program, compiled three times
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["--guidance", "nan"], "--guidance nan: expects from 0"),
+        (["--steps", "0"], "--steps 0: expects from 1"),
+        (["--lora-weight", "inf"], "--lora-weight inf: expects a finite number"),
+    ],
+)
+def test_numbers_out_of_range_are_named(
+    given: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["sample", "--model", "m", "--prompt", "p", "--out", str(tmp_path / "out"), *given]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(UserError, match=line):
+        sample.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_kept_and_another_runs_folder_is_refused(source: images.Generator, tmp_path: Path) -> None:
+    seeds = list(range(9))  # more than there are devices
+    whole = draw(source, ["a man"], seeds, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "00000_1.png").unlink()
+    kept = (tmp_path / "out" / "00000_0.png").stat().st_mtime_ns
+    rest = draw(source, ["a man"], seeds, tmp_path / "out")
+    assert rest.batch == whole.batch  # the same program
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert (tmp_path / "out" / "00000_0.png").stat().st_mtime_ns == kept
+    with pytest.raises(UserError, match=r"holds images of another run \(guidance 2.0, now it is 3.0\); choose another"):
+        draw(source, ["a man"], seeds, tmp_path / "out", guidance=3.0)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    with pytest.raises(UserError, match="holds something else; choose another folder"):
+        draw(source, ["a man"], [0, 1], tmp_path / "mine")
+
+
+def test_long_prompts_are_said_and_cut_as_diffusers_does(
+    source: images.Generator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = " ".join(["portrait"] * 90)
+    draw(source, [long, "a man"], [0], tmp_path / "out")
+    assert [r.message for r in caplog.records if "tokens" in r.message] == [
+        f"prompt {long!r} has 92 tokens: the first 77 are used"
+    ]
+    ids = source.pipeline.tokenize([long, " ".join(["portrait"] * 75)])
+    np.testing.assert_array_equal(ids[0], ids[1])
+
+
+def test_seeds_that_overlap_and_prompts_that_repeat_are_named(tmp_path: Path) -> None:
+    assert sample.all_seeds([0, 10], 3) == [0, 1, 2, 10, 11, 12]
+    with pytest.raises(UserError, match="--seed 0 2: with --samples 3 the seeds overlap, 2 comes twice"):
+        sample.all_seeds([0, 2], 3)
+    with pytest.raises(UserError, match="--seed -1: expects numbers from 0"):
+        sample.all_seeds([-1], 1)
+    (tmp_path / "prompts.txt").write_text("a man\n\na woman\na man\n")
+    with pytest.raises(UserError, match="prompts.txt line 4: repeats line 1"):
+        sample.read_prompts(tmp_path / "prompts.txt")
+    (tmp_path / "prompts.txt").write_text("\n")
+    with pytest.raises(UserError, match="is empty; expects one prompt a line"):
+        sample.read_prompts(tmp_path / "prompts.txt")
+
+
+def test_concept_images_and_adapters_that_do_not_fit_are_named(source: images.Generator, tmp_path: Path) -> None:
+    settings = configuration.default().adapter
+    photograph = configuration.ASSETS / "portraits" / "photographs" / "000f.jpg"
+    with pytest.raises(UserError, match="--concept: needs an IP-Adapter"):
+        images.with_concept(source, photograph, settings, None)
+    with pytest.raises(UserError, match=r"notes.txt: cannot be read as an image"):
+        (tmp_path / "notes.txt").write_text("no image")
+        images.with_concept(source, tmp_path / "notes.txt", settings, None)
+    other = tiny.random_model(UNet2DConditionModel, tiny.TINY_XL, 0)
+    ip_adapter.save(ip_adapter.fresh(other, "face_id", 128, nnx.Rngs(0)), tmp_path / "other.safetensors")
+    settings.weights = str(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"other.safetensors: is for another UNet: it has"):
+        images.with_concept(source, photograph, settings, None)
+    ip_adapter.save(ip_adapter.fresh(source.pipeline.unet, "face_id", 128, nnx.Rngs(0)), tmp_path / "face.safetensors")
+    settings.weights = str(tmp_path / "face.safetensors")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    with pytest.raises(UserError, match=r"noise.png: no face found; give a photograph that shows one"):
+        images.with_concept(source, tmp_path / "noise.png", settings, None)
+    found = images.with_concept(source, photograph, settings, None)
+    draw(found, ["a man"], [0], tmp_path / "out")
+    draw(source, ["a man"], [0], tmp_path / "plain")
+    with Image.open(tmp_path / "out" / "00000_0.png") as one, Image.open(tmp_path / "plain" / "00000_0.png") as two:
+        assert not np.array_equal(np.asarray(one), np.asarray(two))

@@ -1,0 +1,175 @@
+"""Files are whole or absent, a folder has one owner, and content is read once."""
+
+import fcntl
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hgdpo_jax.data import shards
+from hgdpo_jax.data.record import features
+from hgdpo_jax.models.weights import write_weights
+from hgdpo_jax.pictures.read import image_shape
+from hgdpo_jax.pictures.write import write_png
+from hgdpo_jax.run import command
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import atomic_path, file_hash, require_plain, write_json
+from hgdpo_jax.run.index import Index
+from hgdpo_jax.run.locks import lock, lock_owner
+from tests import tiny
+
+
+def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ZeroDivisionError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "file").write_text("half")
+        raise ZeroDivisionError
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["file", "folder"])
+def test_what_takes_its_name_is_on_the_disk(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    real = {"fsync": os.fsync, "replace": os.replace}
+    monkeypatch.setattr(os, "fsync", lambda f: done.append(os.readlink(f"/proc/self/fd/{f}")) or real["fsync"](f))
+    monkeypatch.setattr(os, "replace", lambda *names: done.append("renamed") or real["replace"](*names))
+    with atomic_path(tmp_path / name) as temporary:
+        if name == "folder":
+            temporary.mkdir()
+            (temporary / "a").write_text("a")
+        else:
+            temporary.write_text("a")
+    written = [str(tmp_path / ".partial.folder" / "a")] * (name == "folder") + [str(tmp_path / f".partial.{name}")]
+    assert done == [*written, "renamed", str(tmp_path)]
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """As on a full disk, no file can grow beyond 10 kB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _shard(folder: Path) -> None:
+    records = [tiny.record(str(i), np.random.default_rng(i), (16, 16, 8)) for i in range(4)]
+    shards.write_shard(shards.shard_path(folder, "train", 0, 1), features(8, 77, loser=True), records)
+
+
+def _weights(folder: Path) -> None:
+    write_weights(folder / "model.safetensors", {"a": np.zeros(10_000, np.float32)}, np.float32)
+
+
+def _picture(folder: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8)
+    write_png(folder / "a.png", noise, {})
+
+
+@pytest.mark.parametrize("write", [_shard, _weights, _picture])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    write: Callable[[Path], None], tmp_path: Path, small_files: None, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        command.run(lambda: write(tmp_path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1 and line.startswith("error: ") and "free some disk space" in line
+    assert f"while {tmp_path}/" in line
+    assert not list(tmp_path.iterdir())
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from hgdpo_jax.run.locks import lock
+with lock(Path(sys.argv[1])):
+    print("mine", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_below_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    line = r"file/run/stage1: cannot be written \(Not a directory\); choose another"
+    with pytest.raises(UserError, match=line), lock(tmp_path / "file" / "run" / "stage1"):
+        pass
+
+
+def test_who_owns_a_folder_is_asked_as_nfs_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a lock needs a file that is open for writing."""
+    modes = []
+
+    def flock(descriptor: int, _: int) -> None:
+        modes.append(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE)
+
+    with lock(tmp_path / "stage1"):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        assert lock_owner(tmp_path / "stage1") is None and modes == [os.O_RDWR]
+
+
+def test_a_folder_has_one_owner_and_a_dead_ones_is_taken_over(tmp_path: Path) -> None:
+    folder = tmp_path / "stage1"
+    process = subprocess.Popen([sys.executable, "-c", OWNER, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "mine\n"
+        line = rf"stage1: is being written by .*\(process {process.pid} on "
+        with pytest.raises(UserError, match=line), lock(folder):
+            pass
+        assert f"process {process.pid}" in str(lock_owner(folder))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert lock_owner(folder) is None
+    with lock(folder):
+        assert f"process {os.getpid()}" in str(lock_owner(folder))
+    assert lock_owner(folder) is None and not list(tmp_path.iterdir())
+
+
+def test_content_is_read_again_only_when_the_file_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    real = file_hash
+    monkeypatch.setattr("hgdpo_jax.run.index.file_hash", lambda path: read.append(path) or real(path))
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (30, 20)).save(picture)
+    index = Index(tmp_path / "content.json")
+    first = index.hash(picture)
+    assert index.shape(picture, image_shape) == (20, 30)
+    index.save()
+    again = Index(tmp_path / "content.json")
+    assert again.hash(picture) == first and read == [picture]
+    monkeypatch.setattr(Image, "open", lambda path: pytest.fail("was opened"))
+    assert again.shape(picture, image_shape) == (20, 30)
+    monkeypatch.undo()
+    Image.new("RGB", (10, 40)).save(picture)
+    os.utime(picture, ns=(0, time.time_ns()))
+    assert again.hash(picture) != first and again.shape(picture, image_shape) == (40, 10)
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[abc]", "a*", "a?"])
+def test_a_workdir_that_checkpoints_would_take_for_a_pattern_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="its path holds .* which checkpoints cannot be written under"):
+        command.parse("", ["--config", "configs/stage1.py", "--workdir", str(tmp_path / name)])
+    with pytest.raises(UserError, match="choose another folder"):
+        require_plain(tmp_path / name / "stage1")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["gs://bucket/run", "s3://bucket/run"])
+def test_object_storage_is_no_place_for_a_run(name: str) -> None:
+    with pytest.raises(UserError, match=rf"{name}: is object storage, .* NFS, Lustre, Filestore"):
+        command.parse("", ["--config", "configs/stage1.py:portraits", "--workdir", name])

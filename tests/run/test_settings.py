@@ -1,0 +1,161 @@
+"""The config is checked once, and every complaint names the key."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from hgdpo_jax import config as configuration
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.settings import CONFIGS, load_config
+
+ROOT = Path(__file__).parent.parent.parent
+STAGES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "common"))
+
+
+@pytest.mark.parametrize("variant", ["sd15", "sdxl", "portraits"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_shipped_config_is_valid(stage: str, variant: str) -> None:
+    load_config(f"{CONFIGS / stage}.py:{variant}")
+
+
+def load(*overrides: str) -> ConfigDict:
+    return load_config(f"{CONFIGS}/stage1.py", overrides)
+
+
+def test_overrides_keep_the_type_of_the_setting() -> None:
+    loaded = load("train.lr=1e-4", "train.steps=7", "pairs.strengths=1,2", "mesh.fsdp=2")
+    assert (loaded.train.lr, loaded.train.steps, loaded.pairs.strengths, loaded.mesh.fsdp) == (1e-4, 7, (1, 2), 2)
+
+
+def test_a_list_may_hold_commas() -> None:
+    loaded = load('evaluate.concept_prompts=["{subject}, in a park", "a bust of {subject}"]', "train.adam=[0.8, 0.99]")
+    assert loaded.evaluate.concept_prompts == ("{subject}, in a park", "a bust of {subject}")
+    assert loaded.train.adam == (0.8, 0.99)
+    assert load("pairs.strengths=[3]", "data.resolutions=64x64,128x64").data.resolutions == ("64x64", "128x64")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lrr=1", "config key train.lrr: unknown; did you mean train.lr?"),
+        ("train.steps=many", "train.steps=many: expects int"),
+        ("train=3", "train: is a group"),
+        ("train.steps", "write --config.key=value"),
+        ("train.steps=0", "train.steps=0: expects a whole number from 1"),
+        ("train.accumulate=3", "must divide train.batch"),
+        ("objective=ppo", "objective='ppo': expects one of dpo, sft"),
+        ("pairs.strengths=11", "pairs.strengths=11: expects a whole number from 1 to 10"),
+        ("pairs.strengths=", "pairs.strengths: is empty"),
+        ("mesh.fsdp=0", "mesh.fsdp=0: expects a whole number from 1, or -1"),
+        ("mesh.tensor=-2", "mesh.tensor=-2: expects a whole number from 1, or -1"),
+        ("mesh.fsdp=-1", "only one of them may be -1"),
+        ("train.lora_rank=0", "train.lora_rank=0: expects a whole number from 1"),
+        ("train.adam=0.9", "train.adam=(0.9,): expects two numbers"),
+        ("train.adam=0.9,0.99,0.999", "expects two numbers"),
+        ("train.adam=0.9,1.0", "train.adam=1.0: expects a number from 0 to below 1"),
+        ("seed=-1", "seed=-1: expects a whole number from 0 to 4294967295"),
+        ("seed=4294967296", "seed=4294967296: expects a whole number from 0 to 4294967295"),
+        ("train.ema=1", "train.ema=1.0: expects a number from 0 to below 1"),
+        ("pairs.pool_size=1", "winner and loser both come from the pool"),
+        ("pairs.loser=none", "pairs.loser=none: pool is chosen against a loser"),
+        ("objective=sft", "objective=sft and pairs.loser=pool: sft learns from photographs without losers"),
+        ("train.lambda_stat=-1", "train.lambda_stat=-1.0: expects a number from 0"),
+        ("train.warmup=-1", "train.warmup=-1: expects a whole number from 0"),
+        ("data.caption_dropout=1.1", "data.caption_dropout=1.1: expects a number from 0 to 1"),
+        ("data.concept_dropout=-0.1", "data.concept_dropout=-0.1: expects a number from 0 to 1"),
+        ("pairs.guidance=inf", "pairs.guidance=inf: expects a number from 0"),
+        ("evaluate.guidance=nan", "evaluate.guidance=nan: expects a number from 0"),
+        ("train.lr=nan", "train.lr=nan: expects a number above 0"),
+        ("train.clip_norm=-1", "train.clip_norm=-1.0: expects a number from 0"),
+        ("stage=a/b", "stage='a/b': expects a name of a folder"),
+        ("stage=..", "stage='..': expects a name of a folder"),
+        ("stage=", "stage='': expects a name of a folder"),
+        ("data.resolutions=64", "data.resolutions='64': expects HEIGHTxWIDTH in pixels"),
+    ],
+)
+def test_a_bad_override_is_one_line_that_names_it(override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(override)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_blocks_that_do_not_learn_do_not_decay() -> None:
+    with pytest.raises(UserError, match="train.weight_decay=0.1: with train.blocks=up the blocks below would decay"):
+        load("train.blocks=up", "train.weight_decay=0.1")
+
+
+@pytest.mark.parametrize("setting", configuration.SETTINGS, ids=lambda setting: setting.key)
+def test_every_number_has_a_range_with_its_default_inside_and_refuses_what_is_no_number(
+    setting: configuration.Setting,
+) -> None:
+    numbers = setting.default if isinstance(setting.default, tuple) else (setting.default,)
+    if isinstance(numbers[0], bool) or not isinstance(numbers[0], int | float):
+        return
+    assert isinstance(setting.allowed, configuration.Range)
+    assert all(number in setting.allowed for number in numbers)
+    for value in (float("nan"), float("inf"), True, "1"):
+        assert value not in setting.allowed
+
+
+def test_the_documented_settings_are_those_of_the_program() -> None:
+    assert (ROOT / "docs" / "settings.md").read_text() == configuration.as_markdown()
+
+
+def test_what_is_wrong_in_a_config_file_is_one_line_with_file_and_line(tmp_path: Path) -> None:
+    body = "from hgdpo_jax.config import default\ndef get_config():\n    c = default()\n    {}\n    return c\n"
+    path = tmp_path / "stage.py"
+    for line, message in [
+        ("c.train.lr = 'fast'", r"stage.py line 4: TypeError: .*train|stage.py line 4: TypeError"),
+        ("raise KeyError('x')", "stage.py line 4: KeyError: 'x'"),
+        ("c.stage = ", "stage.py line 4: SyntaxError"),
+        ("from . import absent", "stage.py line 4: ImportError"),
+        ("return {}", "returned no ConfigDict"),
+    ]:
+        path.write_text(body.format(line))
+        with pytest.raises(UserError, match=message) as error:
+            load_config(str(path))
+        assert "\n" not in str(error.value)
+
+
+def test_the_packages_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/stage3.py:portraits").stage == "stage3"
+    for path in ("configs/stage9.py", "/no/such/folder/configs/stage1.py", "runs/configs/stage1.py"):
+        with pytest.raises(UserError, match=f"config {path}: no such file"):
+            load_config(path)
+
+
+def test_a_folder_configs_of_the_users_own_is_taken_whole_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "configs"
+    own.mkdir()
+    with pytest.raises(UserError, match=r"your folder configs has no stage3.py; copy or give .*stage3.py"):
+        load_config("configs/stage3.py:portraits")
+    shutil.copyfile(CONFIGS / "stage3.py", own / "stage3.py")
+    with pytest.raises(UserError, match="ImportError: cannot import name 'common'"):  # not that of the package
+        load_config("configs/stage3.py:portraits")
+    (own / "common.py").write_text((CONFIGS / "common.py").read_text().replace("pool_size = 4", "pool_size = 6"))
+    assert load_config("configs/stage3.py:portraits").pairs.pool_size == 6
+    assert load_config(f"{CONFIGS}/stage3.py:portraits").pairs.pool_size == 4
+
+
+def test_a_missing_or_misspelt_key_in_a_config_file_is_named(tmp_path: Path) -> None:
+    body = "from hgdpo_jax.config import default\ndef get_config():\n    c = default()\n    {}\n    return c\n"
+    for line, message in [
+        ("del c.train['beta']", "train.beta: missing"),
+        ("c.train.bta = 1.0", "train.bta: unknown; did you mean train.beta?"),
+    ]:
+        path = tmp_path / "stage.py"
+        path.write_text(body.format(line))
+        with pytest.raises(UserError, match=message.replace("?", r"\?")):
+            load_config(str(path))
+
+
+def test_the_hash_is_of_the_content() -> None:
+    first, second = (load_config(f"{CONFIGS}/stage1.py") for _ in range(2))
+    other = load_config(f"{CONFIGS}/stage1.py", ["seed=1"])
+    assert configuration.config_hash(first) == configuration.config_hash(second) != configuration.config_hash(other)

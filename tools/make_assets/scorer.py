@@ -1,0 +1,142 @@
+"""Trains the embedded preference scorer, which chooses winners and losers.
+
+python -m tools.make_assets.scorer PORTRAITS DRAWN MODEL_FOLDER      writes PORTRAITS/scorer
+
+People would have to say which of two pictures they prefer. For want of them a network says it that was made for
+something else: where face-api's landmarks of a face stay where they are when the picture is framed otherwise or
+mirrored, the face is well formed and plain to see. The scorer, a CLIPModel, learns that from drawn faces (the folder
+DRAWN), photographs, and what ε_base makes of both by SDRecon; and that a picture's own caption is better than another.
+All pictures pass through the VAE, or it would learn to recognise the VAE.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.devices.mesh import local_mesh
+from hgdpo_jax.devices.start import start
+from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.sampler import Sampler
+from hgdpo_jax.faces.landmarks import FaceLandmarks
+from hgdpo_jax.models.clip import CLIPModel
+from hgdpo_jax.models.convert import save_model
+from hgdpo_jax.run import command
+from hgdpo_jax.scoring.preference import judge
+from tools.make_assets.clip import config, fit
+from tools.make_assets.face import from_npm
+from tools.make_assets.photographs import SIZE
+
+STRENGTHS = (3, 5, 7, 9)  # of the reconstructions
+SHARPNESS = 8.0  # how sure a preference is: the logit of a difference of 1 in the logarithm of the unsteadiness
+_FRAMES = ((52, 0, 2), (56, 2, 0), (48, -2, 4))  # side, and how far the centre lies to the right and below, pixels
+_BATCH = 64
+# The landmark that is where another was, in a mirror: iBUG's order.
+_MIRRORED = np.r_[
+    16:-1:-1, 26:16:-1, 27:31, 35:30:-1, 45:41:-1, 47, 46, 39:35:-1, 41, 40, 54:47:-1, 59:54:-1, 64:59:-1, 67:64:-1
+]
+Images = Float[np.ndarray, "n 64 64 3"]
+
+
+class Steadiness:
+    """How steady landmarks are: −log of how many pixels they move between framings of a picture and its mirror image.
+
+    Args:
+        models: folder `model` of the npm package @vladmandic/face-api.
+    """
+
+    def __init__(self, models: Path) -> None:
+        graph, self._weights = nnx.split(from_npm(models, FaceLandmarks))
+
+        @jax.jit
+        def unsteadiness(weights: nnx.State, images: Float[Array, "n 64 64 3"]) -> Float[Array, "n"]:
+            network, seen = nnx.merge(graph, weights), []
+            for side, x, y in _FRAMES:
+                left, top = (SIZE - side) // 2 + x, (SIZE - side) // 2 + y
+                frame, corner = np.s_[:, top : top + side, left : left + side], np.array([left, top])
+                seen.append(network(images[frame]) * side + corner)
+                mirrored = (network(images[:, :, ::-1][frame]) * side + corner)[:, _MIRRORED]
+                seen.append(mirrored * np.array([-1, 1]) + np.array([SIZE, 0]))
+            return jnp.sqrt(jnp.square(jnp.stack(seen).std(0)).sum(-1).mean(-1))
+
+        self._unsteadiness = unsteadiness
+
+    def __call__(self, images: Images) -> Float[np.ndarray, "n"]:
+        """Of pictures in [-1, 1]."""
+        found = []
+        for begin in range(0, len(images), _BATCH):
+            rows = np.minimum(np.arange(begin, begin + _BATCH), len(images) - 1)
+            found.append(np.asarray(self._unsteadiness(self._weights, images[rows].astype(np.float32))))
+        return -np.log(np.concatenate(found)[: len(images)])
+
+
+def loss(model: CLIPModel, images: Array, ids: Array, steadiness: Array) -> tuple[Array, Array]:
+    """Cross-entropy of every pair's preference (Bradley and Terry 1952), the softer the smaller the difference, and
+    −log σ of a caption against another. The correlation of scores with steadiness, and how often the right caption is
+    preferred."""
+    score, other = judge(model, images, ids).score, jnp.roll(ids, 1, 0)
+    difference, pairs = score[:, None] - score, 1.0 - jnp.eye(len(score))
+    wanted = jax.nn.sigmoid(SHARPNESS * (steadiness[:, None] - steadiness))
+    preference = wanted * jax.nn.log_sigmoid(difference) + (1.0 - wanted) * jax.nn.log_sigmoid(-difference)
+    text, differ = score - judge(model, images, other).score, (ids != other).any(-1)
+    right = ((text > 0) * differ).sum() / jnp.maximum(differ.sum(), 1)
+    total = -(preference * pairs).sum() / pairs.sum() - 0.25 * (differ * jax.nn.log_sigmoid(text)).mean()
+    return total, jnp.array([jnp.corrcoef(score, steadiness)[0, 1], right])
+
+
+def altered(images: Images, rng: np.random.Generator) -> Images:
+    """Mirrored by chance, moved by up to three pixels, with other light and colours: none of these is to count."""
+    n = len(images)
+    mirrored = np.where(rng.random((n, 1, 1, 1)) < 0.5, images, images[:, :, ::-1])
+    gain = np.exp(rng.normal(0.0, 0.2, (n, 1, 1, 1)) + rng.normal(0.0, 0.08, (n, 1, 1, 3)))
+    offset = rng.normal(0.0, 0.1, (n, 1, 1, 1)) + rng.normal(0.0, 0.08, (n, 1, 1, 3))
+    moved = np.roll(mirrored, rng.integers(-3, 4, 2), (1, 2))
+    return (moved * gain + offset).clip(-1.0, 1.0).astype(np.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("portraits", type=Path)
+    parser.add_argument("drawn", type=Path)
+    parser.add_argument("models", type=Path, metavar="MODEL_FOLDER", help="package/model of @vladmandic/face-api")
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--faces", type=int, default=3000, help="drawn ones")
+    parser.add_argument("--redrawn", type=int, default=1000, help="how many of them are reconstructed too")
+    arguments = parser.parse_args()
+    start()
+    mesh, pipeline = local_mesh(), pipelines.load_pipeline(arguments.portraits / "base")
+    sampler = Sampler(pipeline, mesh, solver="ddpm", steps=20, guidance=1.0, batch=_BATCH, seed=0)
+    listed = list_photographs(arguments.portraits, "train")
+    listed += list_photographs(arguments.drawn, "base")[: arguments.faces]
+    photographs, pixels = load_images(listed, (SIZE, SIZE))
+    ids = pipeline.tokenize([p.caption for p in photographs])
+    latents, few = sampler.encode(pixels, "encode"), len(photographs) - arguments.faces + arguments.redrawn
+    names = [p.id for p in photographs[:few]]
+    parts, numbers = [latents], [np.arange(len(photographs))]
+    for strength in STRENGTHS:
+        keys = sampler.keys("scorer", names, [strength] * few)
+        parts.append(sampler.reconstruct(latents[:few], ids[:few], keys, strength, f"SDRecon t{strength}"))
+        numbers.append(np.arange(few))
+    images = np.concatenate([sampler.decode(part, "decode").astype(np.float16) for part in parts])
+    number, steadiness = np.concatenate(numbers), Steadiness(arguments.models)(images)
+    heldout = number % 20 == 0  # all pictures of one face
+
+    def batch(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        pick = rng.choice(np.flatnonzero(~heldout), arguments.batch)
+        return altered(images[pick], rng), ids[number[pick]], steadiness[pick].astype(np.float32)
+
+    pick = np.random.default_rng(1).choice(np.flatnonzero(heldout), 512)
+    held = (images[pick].astype(np.float32), ids[number[pick]], steadiness[pick].astype(np.float32))
+    model, (correlation, caption) = fit(config(64, 4), loss, batch, held, steps=arguments.steps, seed=0, name="scorer")
+    print(f"held-out: correlation with steadiness {correlation:.3f}, prefers the right caption {caption:.3f}")
+    save_model(model, arguments.portraits / "scorer", dtype=np.float16)
+
+
+if __name__ == "__main__":
+    command.run(main)
