@@ -117,8 +117,8 @@ SETTINGS = (
     Setting("model.dtype", "bfloat16", OneOf(("float32", "tf32", "float16", "bfloat16")),
             "of the computation and of frozen parameters; trained ones stay float32. tf32: float32 whose products have "
             "10 bits"),
-    Setting("data.photographs", "", _ANY, "photographs with captions, in one of the forms of docs/files.md"),
-    Setting("data.pairs", "", _ANY, "preference pairs that are given, in one of the forms of docs/files.md"),
+    Setting("data.photographs", "", _ANY, "photographs with captions, in one of the forms of docs/your-data.md"),
+    Setting("data.pairs", "", _ANY, "preference pairs that are given, in one of the forms of docs/your-data.md"),
     Setting("data.heldout", 0.02, Range(0, 1, open_high=True),
             "share of them that is held out where none is marked as that, at least eight"),
     Setting("data.split", "train", OneOf(("base", "train")), "which of them to learn from"),

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from hgdpo_jax import __version__
 from hgdpo_jax import config as configuration
 from hgdpo_jax.devices.mesh import local_mesh
 from hgdpo_jax.devices.xla import use_precision
@@ -80,6 +81,7 @@ def export(
     trained = {name: finished_policy(workdir, name, policy_of(pipeline, c), c) for name, c in configs.items()}
     pairs = made_from(workdir, stage)[PAIRS]
     origin = {
+        "version": __version__,
         "stage": stage,
         "policies": {name: tree_hash(policy) for name, policy in trained.items()},
         "base": content,
@@ -88,7 +90,7 @@ def export(
     if not processes.is_first():  # which has read what process 0 now writes: reading is in step
         return
     mark = out / "hgdpo.json"
-    if mark.is_file() and json.loads(mark.read_text()) == origin:
+    if mark.is_file() and json.loads(mark.read_text()) | {"version": __version__} == origin:
         print(f"{out}: already holds {stage}")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

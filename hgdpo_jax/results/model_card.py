@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from hgdpo_jax import __version__
 from hgdpo_jax import config as configuration
 from hgdpo_jax.diffusion.pipeline import Pipeline
 
@@ -65,7 +66,7 @@ def text(pipeline: Pipeline, config: ConfigDict, *, policy: str, pairs: str, fil
             "",
             f"# {name}, {config.stage} of HG-DPO",
             "",
-            "Preference training towards real photographs (Na, Kim, Lee, CVPR 2025) with hgdpo_jax.",
+            f"Preference training towards real photographs (Na, Kim, Lee, CVPR 2025) with hgdpo_jax {__version__}.",
             "",
             f"- Base model: `{config.model.base}`"
             + (f", VAE `{config.model.vae}`" if config.model.vae else "")

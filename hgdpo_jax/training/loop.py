@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from hgdpo_jax import __version__
 from hgdpo_jax import config as configuration
 from hgdpo_jax.data.loader import PairLoader
 from hgdpo_jax.devices.peaks import mesh_peak
@@ -139,6 +140,7 @@ def _run(
                     "position": position,
                     "reference": reference_hash,
                     "made_from": inputs.made_from,
+                    "version": __version__,
                 }
                 checkpoints.save(now, state, meta)
             if stop:

@@ -79,9 +79,9 @@ def test_each_form_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture, wri
     assert [p.caption for p in found] == [CAPTIONS[w] for w in WON]
     readable, winners, losers = load_losers(*load_images(found, (8, 12)))
     assert [p.id for p in readable] == [p.id for p in found]
-    for images, names in ((winners, WON), (losers, WON.values())):
+    for cut, names in ((winners, WON), (losers, WON.values())):
         expected = np.array([colour(name) for name in names], np.float32)[:, None, None] / 127.5 - 1.0
-        assert np.array_equal(images, np.broadcast_to(expected, images.shape))
+        assert np.array_equal(cut, np.broadcast_to(expected, cut.shape))
     if write is pick_a_pic:
         assert "pairs: 1 ties and 1 without a label or caption dropped" in caplog.text
     if write in (jsonl, pick_a_pic):

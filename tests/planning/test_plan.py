@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors import safe_open
 from tqdm import tqdm
 
+from hgdpo_jax import plan as command_line
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.devices.sharding import batch_sharding, heads_sharding, replicated
 from hgdpo_jax.faces.concepts import encoder_of
@@ -55,7 +56,7 @@ def run(
 
     def command(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["plan", *PORTRAITS, *arguments])
-        plan.main()
+        command_line.main()
         return capsys.readouterr().out
 
     return command

@@ -245,5 +245,5 @@ def test_small_pictures_are_shown_pixel_by_pixel(side: int, kind: str, shown: in
 
 def test_a_wheel_carries_the_page() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    listed = project["tool"]["setuptools"]["package-data"]["hgdpo_jax.scoring"]
-    assert report.TEMPLATE.name in listed and report.TEMPLATE.parent.name == "scoring"
+    listed = project["tool"]["setuptools"]["package-data"]["hgdpo_jax.results"]
+    assert report.TEMPLATE.name in listed and report.TEMPLATE.parent.name == "results"
