@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 requirements=$1
 needed="hgdpo_jax.curriculum.build, hgdpo_jax.training.loop, hgdpo_jax.results.evaluation, jax; jax.devices()"
-[ "$requirements" != requirements-test.txt ] || needed="pytest, xdist, mypy, typeguard, torch, diffusers, peft, onnx, gcsfs, gcp_storage_emulator, $needed"
+[ "$requirements" != requirements-test.txt ] || needed="pytest, xdist, mypy, beartype, torch, diffusers, peft, onnx, gcsfs, gcp_storage_emulator, $needed"
 installed="from importlib.metadata import version; version('hgdpo_jax')"
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || python -c "$installed" > /dev/null 2>&1; then
   if missing=$(python -c "import $needed" 2>&1); then

@@ -7,6 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+import tests.typed  # noqa: F401  # the hook looks it up by name
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling is most of what the tests do: without LLVM's optimisations it takes two thirds of the time. The programs
@@ -21,6 +24,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch's threads wait by spinning; the t
 # Many tests train the same tiny model: compile it once.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # as a command does
+# Shapes and dtypes that annotations state are checked at each call. Imported before the package is.
+install_import_hook("hgdpo_jax", "tests.typed.checked")
 gc.set_threshold(20_000)  # as hgdpo_jax.devices.xla.start does
 
 

@@ -58,7 +58,7 @@ class ShardPhotograph(NamedTuple):
     whether it could be read."""
 
     id: str
-    content_key: str | None = None
+    content: str | None = None
     readable: bool = True
 
 
