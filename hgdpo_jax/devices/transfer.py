@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from hgdpo_jax.devices.sharding import batch_sharding
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def place(tree: PyTree, shardings: NamedSharding | PyTree[NamedSharding]) -> PyTree:
@@ -40,10 +41,10 @@ def place(tree: PyTree, shardings: NamedSharding | PyTree[NamedSharding]) -> PyT
     return jax.tree.map(one, tree, shardings)
 
 
-def local_rows(batch: int, mesh: Mesh) -> Int[np.ndarray, "n"]:
+def local_rows(batch: int, mesh: Mesh) -> list[int]:
     """Which rows of a batch this process's devices hold: with `mesh.tensor` across processes, several hold the same."""
     held = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
-    return np.unique(np.concatenate([np.arange(batch)[index] for index in held]))
+    return sorted({row for index in held if index for row in range(batch)[index[0]]})
 
 
 def to_devices(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:

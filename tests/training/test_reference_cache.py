@@ -65,7 +65,7 @@ def test_margins_are_those_of_a_reference_that_is_computed_in_the_step(finished:
     for i in range(len(source)):
         batch = jax.tree.map(jnp.asarray, stack_records(source, [i]))
         example, reference = batch.pop("example"), batch.pop("reference")
-        batch["key"] = steps.example_keys(numbers.key, example)
+        batch["key"] = steps.example_keys(numbers, example)
         computed, kept = (margin(begin.state.policy, data) for data in (batch, batch | {"reference": reference}))
         assert abs(float(kept["dpo/margin"] - computed["dpo/margin"])) < 1e-6 * kappa
         largest = max(largest, abs(float(computed["dpo/margin"])))
