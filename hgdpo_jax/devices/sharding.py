@@ -38,7 +38,7 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return PartitionSpec()
 
 
-def tree_shardings(tree: PyTree, mesh: Mesh) -> PyTree[NamedSharding]:
+def tree_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     """A NamedSharding for each array (or ShapeDtypeStruct) of a pytree, decided by its path."""
     return jax.tree.map_with_path(
         lambda path, leaf: NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, mesh)), tree

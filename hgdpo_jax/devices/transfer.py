@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def place(tree: PyTree, shardings: NamedSharding | PyTree[NamedSharding]) -> PyTree:
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
     """Puts arrays where shardings say: on devices of other processes too, which `jax.device_put` does not reach.
 
     Args:

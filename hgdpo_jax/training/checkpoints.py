@@ -37,7 +37,7 @@ from hgdpo_jax.run.buckets import bucket
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import file_hash, in_bucket, require_plain, require_space, sync, write_json
 
-Tree = PyTree[jax.Array | np.ndarray | jax.ShapeDtypeStruct]
+Tree = PyTree  # of arrays, or of shapes with shardings to restore to
 HostParts = list[tuple[str, tuple[slice, ...], np.ndarray]]  # name of an array, place in it, values
 KEEP = 2
 _READ_AT_ONCE = 2.5e8  # bytes

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from hgdpo_jax.devices.random import stream_key
-from hgdpo_jax.training.step import GRADIENT_NORM, Numbers, Params
+from hgdpo_jax.training.step import GRADIENT_NORM, Numbers
 
 LOSS_SCALE = 2.0**10  # where model.dtype is float16
 
@@ -38,7 +39,7 @@ def make_optimizer(train: ConfigDict) -> optax.GradientTransformationExtraArgs:
 def _without_scale() -> optax.GradientTransformationExtraArgs:
     """Divides the gradient by the scale of the loss."""
 
-    def update(gradient: Params, state: Any, params: Any = None, *, scale: Any = 1.0, **_: Any) -> tuple[Params, Any]:
+    def update(gradient: PyTree, state: Any, params: Any = None, *, scale: Any = 1.0, **_: Any) -> tuple[PyTree, Any]:
         return jax.tree.map(lambda x: x / scale, gradient), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

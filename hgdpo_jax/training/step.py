@@ -4,7 +4,7 @@ Nothing here knows which stage is trained, and no number of a stage is a constan
 curriculum share one. Legend: `b` pairs, `h w c` latent, `s` tokens, `m f` a concept's features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.recipe import in_up_blocks
@@ -22,7 +22,7 @@ from hgdpo_jax.models.ip_adapter import join
 from hgdpo_jax.training import objectives
 from hgdpo_jax.training.objectives import WinnerLoser
 
-Params = PyTree[Array | jax.ShapeDtypeStruct]  # shapes where a program is planned and not run
+Params = Mapping[Any, Any]  # nested by name; the leaves are arrays, or shapes where a program is planned
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
 TIMESTEP_BINS = 10

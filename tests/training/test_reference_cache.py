@@ -84,8 +84,9 @@ def test_it_goes_on_with_what_is_kept(
     finished: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after four steps, with one of two files lost: that alone is computed again, and all ends as it did."""
-    tiny.write_pairs(tmp_path / "stage1" / "pairs", RECORDS)
-    train(config(base, steps=4), tmp_path)
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "stage1" / "policy" / "6")
+    (tmp_path / "stage1" / "policy" / "6.sha256.json").unlink()
     first, second = sorted((tmp_path / CACHE).glob("*.npy"))
     expected = file_hash(second)
     second.with_name(f"{second.name}.json").unlink()
