@@ -82,7 +82,7 @@ def watched(base: Path, glance: None, tmp_path_factory: pytest.TempPathFactory) 
             function = getattr(owner, name)
             patch.setattr(owner, name, lambda *given, f=function, n=name: order.append(n) or f(*given))
         patch.setattr(monitor, "_LARGE", 1e3)
-        patch.setattr(monitor, "CORE", 1e4)
+        patch.setattr(monitor, "CORE", 1e4 / (os.cpu_count() or 1))
         patch.setattr(monitor.logging, "warning", lambda text, *values: warned.append(text % values))
         patch.setattr(jax.profiler, "start_trace", traced.append)
         patch.setattr(jax.profiler, "stop_trace", lambda: traced.append(Path("stop")))
@@ -133,7 +133,8 @@ def test_the_log_says_how_fast_it_is(finished: Path) -> None:
     assert [line["step"] for line in lines] == [*range(1, 7)]
     assert all(line["train/learning_rate"] == np.float32(1e-2) for line in lines)
     assert "speed/step_seconds" not in lines[0]  # it was compiled
-    for line in lines[1:]:
+    assert "speed/step_seconds" not in lines[5]  # it was traced
+    for line in lines[1:5]:
         assert line["speed/pairs_per_second"] == pytest.approx(8 / line["speed/step_seconds"])
         assert line["speed/hours_left"] == pytest.approx((6 - line["step"]) * line["speed/step_seconds"] / 3600)
         assert line["speed/tflops_per_second"] > 0 and "speed/share_of_peak" not in line
@@ -371,9 +372,7 @@ def test_the_checkpoint_comes_before_the_pictures_which_a_resumed_run_makes_up_f
     for _ in range(2):
         train(tiny.config(base, steps=8), tmp_path)
     assert made == [8] and metrics.was_evaluated(tmp_path / "stage1" / "logs", 8)
-    noise = re.search(
-        r"stage1: rounding in float32 and a step of 0.01 .* move margins by ([\d.e-]+):", capsys.readouterr().out
-    )
+    noise = re.search(r"rounding in float32 and a step of 0.01 .* by ([\d.e-]+):", capsys.readouterr().out)
     assert 0.0 < float(noise[1]) < 100.0
 
 
@@ -425,14 +424,14 @@ def test_it_says_where_it_runs_what_it_trains_and_how_long_a_processor_takes_for
     watched: Finished,
 ) -> None:
     assert "stage1: cpu, 8 x cpu, mesh data 8 x fsdp 1 x tensor 1, 8 pairs a step" in watched.printed
-    assert "stage1: trains lora, 1,248 of 449,688 parameters" in watched.printed
+    assert "stage1: trains lora, 1,024 of 415,128 parameters" in watched.printed
     parameters = [line.split()[1:] for line in watched.printed.splitlines() if line.endswith(("trained", "frozen"))]
-    assert ["unet.mid_block", "480", "float32", "trained"] in parameters
-    assert sum(int(count.replace(",", "")) for _, count, *_ in parameters) == 449_688
+    assert ["unet.down_blocks", "256", "float32", "trained"] in parameters
+    assert sum(int(count.replace(",", "")) for _, count, *_ in parameters) == 415_128
     assert "winner float16 [8, 4, 4, 8], loser float16 [8, 4, 4, 8], input_ids int32 [8, 77]" in watched.printed
     assert watched.printed.count("the peak of cpu in float32 is unknown") == 1
     (warned,) = [line for line in watched.warned if "is trained on a processor: 6 steps will take about" in line]
-    assert float(warned.split("about ")[1].split(" hours")[0]) >= 6.0  # a step is about a billion operations
+    assert float(warned.split("about ")[1].split(" hours")[0]) >= 1.0  # a step is some hundred million operations
     assert watched.traced == [watched.workdir / "stage1" / "logs", Path("stop")]
 
 
@@ -443,5 +442,5 @@ def test_pictures_are_drawn_with_what_the_stage_hands_on_and_errors_are_the_poli
     found._ids = found._keys = found._resolution = found._concept = found._reference = None
     found._measured = lambda policy, reference, i: seen.append(policy) or {"loss": np.zeros(())}
     found._held, found.log = [None], Mock()
-    found.evaluate(steps.TrainState(policy, average, (), jnp.zeros((), int)), 5)
+    EVALUATE(found, steps.TrainState(policy, average, (), jnp.zeros((), int)), 5)
     assert seen[0] is average and seen[1] is policy

@@ -19,9 +19,9 @@ from tests import tiny
 from tests.training.test_step import batch, program
 
 
-def step(base: Path, dtype: str, **numbers: float) -> tuple[TrainState, Metrics]:
+def step(two_levels: Path, dtype: str, **numbers: float) -> tuple[TrainState, Metrics]:
     """A step of a policy against one that is next to it."""
-    compiled = program(base, tiny.mesh(), dtype=dtype) if dtype != "float32" else program(base, tiny.mesh())
+    compiled = program(two_levels, tiny.mesh(), dtype=dtype)
     signs = np.random.default_rng(0)
     policy = compiled.policy
     reference = jax.tree.map(lambda x: x + 1e-6 * signs.choice([-1.0, 1.0], x.shape).astype(np.float32), policy)
@@ -31,35 +31,35 @@ def step(base: Path, dtype: str, **numbers: float) -> tuple[TrainState, Metrics]
 
 
 @cache
-def measured(base: Path, dtype: str) -> tuple[float, np.ndarray]:
+def measured(two_levels: Path, dtype: str) -> tuple[float, np.ndarray]:
     """(mean margin of a policy against one that is next to it, at κ = 2500; its gradient at κ = 50, times a
     constant)."""
-    noise = float(step(base, dtype, beta=5000.0)[1]["dpo/margin_deviation"])
-    state, found = step(base, dtype, beta=100.0)
+    noise = float(step(two_levels, dtype, beta=5000.0)[1]["dpo/margin_deviation"])
+    state, found = step(two_levels, dtype, beta=100.0)
     values = [x for x in jax.tree.leaves((state.policy, state.optimizer, found)) if jnp.issubdtype(x.dtype, float)]
     assert all(x.dtype == jnp.float32 for x in values)
     return noise, np.asarray(optax.tree.get(state.optimizer, "mu"))
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8)])
-def test_gradients_are_those_of_float32_as_far_as_the_bits_go(base: Path, dtype: str, bits: int) -> None:
-    wanted, found = measured(base, "float32")[1], measured(base, dtype)[1]
+def test_gradients_are_those_of_float32_as_far_as_the_bits_go(two_levels: Path, dtype: str, bits: int) -> None:
+    wanted, found = measured(two_levels, "float32")[1], measured(two_levels, dtype)[1]
     # Weights and every value in between are rounded, by half of a last bit: some hundred times there and back.
     assert np.linalg.norm(found - wanted) <= 64 * 2.0**-bits * np.linalg.norm(wanted)
 
 
-def test_margins_in_float16_have_a_fraction_of_the_noise_of_bfloat16(base: Path) -> None:
+def test_margins_in_float16_have_a_fraction_of_the_noise_of_bfloat16(two_levels: Path) -> None:
     """The policies are so near to each other that their margins are rounding, but for float32's."""
-    noise = {dtype: measured(base, dtype)[0] for dtype in ("float32", "float16", "bfloat16")}
+    noise = {dtype: measured(two_levels, dtype)[0] for dtype in ("float32", "float16", "bfloat16")}
     assert noise["float32"] < noise["float16"] < noise["bfloat16"] / 3  # it is eight times as fine
 
 
-def test_float16_stops_where_a_number_is_too_large(base: Path, tmp_path: Path) -> None:
-    config, log = tiny.config(base), MetricLog(tmp_path)
+def test_float16_stops_where_a_number_is_too_large(two_levels: Path, tmp_path: Path) -> None:
+    config, log = tiny.config(two_levels), MetricLog(tmp_path)
     config.model.dtype = "float16"
     assert numbers_of(config, 0).scale == 2.0**10
     for number, scale in ((1, 2.0**10), (2, 2.0**100)):
-        log.add(number, step(base, "float16", scale=scale)[1])
+        log.add(number, step(two_levels, "float16", scale=scale)[1])
     with pytest.raises(UserError, match="gradient_norm is (nan|inf) at step 2.*take bfloat16 where config.model.dtype"):
         log.means()
 

@@ -35,12 +35,6 @@ ALL = {"params": "all", "beta": 10.0, "lr": 1e-4}
 
 
 @pytest.fixture(scope="module")
-def two_levels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base with the layers between resolutions too."""
-    return tiny.write_base(tmp_path_factory.mktemp("two_levels"))
-
-
-@pytest.fixture(scope="module")
 def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SDXL's text encoders and conditioning, with as few layers as have them."""
     unet = tiny.TINY_XL | {"layers_per_block": 1, "transformer_layers_per_block": [1, 1]}
