@@ -21,7 +21,8 @@ from PIL import Image
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from hgdpo_jax.data.photographs import list_pairs, list_photographs, load_images, load_losers
+from hgdpo_jax.data.photographs import list_pairs, list_photographs
+from hgdpo_jax.data.pixels import load_images, load_losers
 from hgdpo_jax.models.weights import Weights
 from hgdpo_jax.pictures.read import image_shape
 from hgdpo_jax.run.errors import UserError

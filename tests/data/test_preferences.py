@@ -14,7 +14,8 @@ from PIL import Image
 
 from hgdpo_jax.curriculum import build
 from hgdpo_jax.data.pairs import open_stage
-from hgdpo_jax.data.photographs import list_pairs, load_images, load_losers
+from hgdpo_jax.data.photographs import list_pairs
+from hgdpo_jax.data.pixels import load_images, load_losers
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.results import images

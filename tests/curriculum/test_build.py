@@ -14,9 +14,12 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from hgdpo_jax.curriculum import build, selection
+from hgdpo_jax.curriculum import build
+from hgdpo_jax.curriculum.candidates import Candidates, best, worst
+from hgdpo_jax.curriculum.winners import Group, Pool, Reconstruction
 from hgdpo_jax.data.pairs import open_stage
-from hgdpo_jax.data.photographs import Photograph, list_photographs, load_images
+from hgdpo_jax.data.photographs import Photograph, list_photographs
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.devices.sharding import batch_sharding
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.sampler import Sampler
@@ -82,9 +85,9 @@ def test_easy_pairs_are_the_best_and_the_worst_of_the_pool(workdir: Path, inputs
     # Each of four steps adds the UNet's rounding, guidance 2 times that of one half of its batch and once the other's.
     drawn = 4 * 3 * NETWORK
     assert np.diff(np.sort(scores)).min() > 10 * drawn  # so that it is certain which is the best
-    for role, best in (("winner", scores.argmax()), ("loser", scores.argmin())):
-        assert_close(record[role], latents[best], 2**-11 + drawn)  # stored in float16
-        assert record[f"{role}_score"] == pytest.approx(scores[best], abs=drawn)  # of cosines
+    for role, i in (("winner", scores.argmax()), ("loser", scores.argmin())):
+        assert_close(record[role], latents[i], 2**-11 + drawn)  # stored in float16
+        assert record[f"{role}_score"] == pytest.approx(scores[i], abs=drawn)  # of cosines
     assert record["winner_number"] == scores.argmax() and record["caption"] == photograph.caption
 
 
@@ -114,22 +117,25 @@ def test_hard_pairs_are_on_the_same_ids_against_the_normal_winner(workdir: Path,
         assert names[int(distance.argmin())] == name
 
 
-def test_candidates_are_what_is_drawn_decoded_and_scored_apart(inputs: Path) -> None:
+def test_candidates_are_what_is_drawn_decoded_and_scored_by_themselves(inputs: Path, make: Make) -> None:
     pipeline, mesh = pipelines.load_pipeline(inputs / "base"), tiny.mesh()
     sampler = Sampler(pipeline, mesh, solver="dpmpp_2m", steps=4, guidance=2.0, batch=2, seed=0)
-    scorer, names = Scorer(inputs / "scorer", mesh), ["a", "b", "c"]
-    ids, images = (
-        pipeline.tokenize(names),
-        load_images(list_photographs(inputs / "photographs", "train")[:3], (32, 32))[1],
+    scorer, (photographs, images) = (
+        Scorer(inputs / "scorer", mesh),
+        load_images(list_photographs(inputs / "photographs", "train")[:3], (32, 32)),
     )
+    names = [photograph.id for photograph in photographs]
+    ids = pipeline.tokenize(names)
     keys, encoded = sampler.keys("sdrecon", names, [3] * 3), sampler.encode(images, "")
     latents = np.stack([encoded, sampler.reconstruct(encoded, ids, keys, 3, "")], axis=1)
     flat = latents.reshape(6, *latents.shape[2:])
     scores = sampler.measure_latents(flat, {"input_ids": ids.repeat(2, axis=0)}, scorer, "").score.reshape(3, 2)
-    found = selection.reconstructions(sampler, scorer, names, ids, images, (0, 3))
+    settings = make("stage2", winner="sdrecon", strengths=(0, 3), loser="stage1").pairs
+    group = Group(photographs, ids, (32, 32), images)
+    found = Reconstruction(settings, sampler, scorer).candidates(group)
     np.testing.assert_array_equal(found.latents, latents)
     np.testing.assert_array_equal(found.scores, scores)
-    for choose, index in ((selection.best, scores.argmax(1)), (selection.worst, scores.argmin(1))):
+    for choose, index in ((best, scores.argmax(1)), (worst, scores.argmin(1))):
         chosen = choose(found)
         np.testing.assert_array_equal(chosen.latents, latents[np.arange(3), index])
         np.testing.assert_array_equal(chosen.scores, scores[np.arange(3), index])
@@ -145,12 +151,12 @@ def test_devices_exchange_nothing_for_pairs(inputs: Path) -> None:
     def shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
-    candidates = selection.Candidates(shape(4, 3, *tiny.LATENT), shape(4, 3), jnp.arange(3))
+    candidates = Candidates(shape(4, 3, *tiny.LATENT), shape(4, 3), jnp.arange(3))
     traced = [
         *sampler.traced((32, 32)),
         jax.jit(scorer).trace(shape(4, 32, 32, 3), shape(4, 77, dtype=jnp.int32)),
-        selection.best.trace(candidates),
-        selection.worst.trace(candidates),
+        best.trace(candidates),
+        worst.trace(candidates),
     ]
     for program in traced:
         text = program.lower().compile().as_text()
@@ -163,12 +169,14 @@ def test_devices_have_the_next_prompts_before_the_last_ones_are_fetched(
 ) -> None:
     said: list[str] = []
 
-    def begin_records(*arguments: Any) -> Callable[[], list]:
-        name, finish = arguments[3][0].id, selection.begin_records(*arguments)
+    real = Pool.begin
+
+    def begin(winners: Pool, group: Group) -> Callable[[], list]:
+        name, finish = group.photographs[0].id, real(winners, group)
         said.append(f"begin {name}")
         return lambda: said.append(f"finish {name}") or finish()
 
-    monkeypatch.setattr(build, "begin_records", begin_records)
+    monkeypatch.setattr(Pool, "begin", begin)
     config = make("stage1", pool_size=2, batch=4)  # two prompts at a time
     build.build(config, tmp_path)
     begun, finished = ([i for i, what in enumerate(said) if what.startswith(word)] for word in ("begin", "finish"))
