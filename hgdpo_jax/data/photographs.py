@@ -41,64 +41,6 @@ class Photograph:
     loser: Path | Member | None = None  # of a pair that is given: the picture that lost against this one
 
 
-def list_examples(config: ConfigDict, *splits: str, index: Index) -> list[list[Photograph]]:
-    """What a stage learns from, or is evaluated on, of each split: photographs, or the pairs that are given.
-
-    Args:
-        config: of the stage.
-        splits: some of SPLITS.
-        index: see :func:`list_photographs`.
-
-    Raises:
-        UserError: see there; or none is in one of the splits.
-    """
-    given = config.pairs.winner == "given"
-    reader, place = (list_pairs, config.data.pairs) if given else (list_photographs, config.data.photographs)
-    every = reader(place, *splits, mirror=config.data.mirror, heldout=config.data.heldout, index=index)
-    found = [[photograph for photograph in every if photograph.split == split] for split in splits]
-    for split, photographs in zip(splits, found, strict=True):
-        if not photographs:
-            other = ", or set data.split" if split == "base" else ""
-            raise UserError(f"photographs {place}: none of the {len(every)} is of split {split}; mark some as {split}"
-                            f"{other}")  # fmt: skip
-    return found
-
-
-def list_pairs(
-    place: str | Path,
-    *splits: str,
-    mirror: bool = False,
-    heldout: float = HELDOUT,
-    index: Index | None = None,
-) -> list[Photograph]:
-    """As :func:`list_photographs`, the winners of given pairs, with their losers."""
-    return _of_splits(preferences.reader(place)(), place, splits, mirror, heldout, index)
-
-
-def list_photographs(
-    place: str | Path,
-    *splits: str,
-    mirror: bool = False,
-    heldout: float = HELDOUT,
-    index: Index | None = None,
-) -> list[Photograph]:
-    """The photographs of some splits, in the order of their list; with `mirror` each is followed by its mirror image.
-
-    Every caption is an example of its own, several of one photograph too.
-
-    Args:
-        place: a folder, a file, or tfds:NAME.
-        splits: some of SPLITS.
-        mirror: whether mirror images are examples too.
-        heldout: share that is held out where nothing is marked as that, at least eight (but no more than half).
-        index: spares reading photographs whose content it knows.
-
-    Raises:
-        UserError: nothing that can be read, a line that is not as it should be, or none in these splits.
-    """
-    return _of_splits(_reader(place)(), place, splits, mirror, heldout, index)
-
-
 @contextmanager
 def _without_collection() -> Iterator[None]:
     """While many objects are made, Python looks for cycles among them again and again: half of the time that a list of
@@ -111,10 +53,31 @@ def _without_collection() -> Iterator[None]:
 
 
 @_without_collection()
-def _of_splits(
-    read: Examples, place: str | Path, splits: Sequence[str], mirror: bool, heldout: float, index: Index | None
+def list_photographs(
+    place: str | Path,
+    *splits: str,
+    mirror: bool = False,
+    heldout: float = HELDOUT,
+    index: Index | None = None,
+    given: bool = False,
 ) -> list[Photograph]:
-    examples = list(read)
+    """The photographs of some splits, in the order of their list; with `mirror` each is followed by its mirror image.
+
+    Every caption is an example of its own, several of one photograph too.
+
+    Args:
+        place: a folder, a file, or tfds:NAME.
+        splits: some of SPLITS.
+        mirror: whether mirror images are examples too.
+        heldout: share that is held out where nothing is marked as that, at least eight (but no more than half).
+        index: spares reading photographs whose content it knows.
+        given: whether the place holds preference pairs: the photographs are their winners, which have losers.
+
+    Raises:
+        UserError: nothing that can be read, a line that is not as it should be, or none in these splits.
+    """
+    read = preferences.reader(place) if given else _reader(place)
+    examples = list(read())
     split = {example.name: example.split or "train" for example in examples}
     # Files of many datasets are named train-…, whose others are not there, or never were.
     marked = any(example.split == "heldout" for example in examples)
@@ -124,11 +87,11 @@ def _of_splits(
     seen: Counter[str] = Counter()
     for example in examples:
         seen[example.name] += 1
-        of = (marked and example.split) or split[example.name]
-        if of not in splits:
+        role = (marked and example.split) or split[example.name]
+        if role not in splits:
             continue
         name = example.name if seen[example.name] == 1 else f"{example.name}#{seen[example.name]}"
-        photograph = Photograph(name, example.picture, example.caption, of, loser=example.loser)
+        photograph = Photograph(name, example.picture, example.caption, role, loser=example.loser)
         found.append(photograph)
         if mirror:
             found.append(replace(photograph, id=f"{name}#mirrored", mirrored=True))
@@ -138,6 +101,29 @@ def _of_splits(
     twice = [name for name, count in Counter(p.id for p in found).items() if count > 1]
     if twice:
         raise UserError(f"photographs {place}: {twice[0]} names two examples; rename the file whose name ends in #")
+    return found
+
+
+def list_examples(config: ConfigDict, *splits: str, index: Index) -> list[list[Photograph]]:
+    """What a stage learns from, or is evaluated on, of each split: photographs, or the pairs that are given.
+
+    Args:
+        config: of the stage.
+        splits: some of SPLITS.
+        index: see :func:`list_photographs`.
+
+    Raises:
+        UserError: see there; or none is in one of the splits.
+    """
+    given = config.pairs.winner == "given"
+    data, place = config.data, config.data.pairs if given else config.data.photographs
+    every = list_photographs(place, *splits, mirror=data.mirror, heldout=data.heldout, index=index, given=given)
+    found = [[photograph for photograph in every if photograph.split == split] for split in splits]
+    for split, photographs in zip(splits, found, strict=True):
+        if not photographs:
+            other = ", or set data.split" if split == "base" else ""
+            raise UserError(f"photographs {place}: none of the {len(every)} is of split {split}; mark some as {split}"
+                            f"{other}")  # fmt: skip
     return found
 
 
