@@ -10,7 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from hgdpo_jax.config import ASSETS
-from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.data.photographs import list_photographs
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.faces.alignment import align, similarity
 from hgdpo_jax.faces.detection import FaceDetector, crop
 from hgdpo_jax.faces.embedding import Embedded, FaceEmbedder

@@ -19,7 +19,8 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.data.photographs import list_photographs
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.devices.start import start
 from hgdpo_jax.diffusion.pipeline import tokenize
 from hgdpo_jax.models.clip import CLIPModel

@@ -18,7 +18,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.data.photographs import list_photographs
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.devices.mesh import local_mesh
 from hgdpo_jax.devices.start import start
 from hgdpo_jax.diffusion import pipeline as pipelines

@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.data.photographs import list_photographs
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.devices.mesh import local_mesh
 from hgdpo_jax.devices.sharding import batch_sharding, replicated
 from hgdpo_jax.devices.start import start
