@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file as load_torch
 
 from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.source import open_source
 from hgdpo_jax.models.architectures import SD15
 from hgdpo_jax.models.weights import Weights, open_folder, write_weights
 from hgdpo_jax.run.errors import UserError
@@ -50,7 +51,7 @@ def test_the_command_that_converts_a_pickle_works(tmp_path: Path) -> None:
     path = tmp_path / "my model.ckpt"
     torch.save({"state_dict": {"a.weight": torch.arange(3.0)}}, path)
     with pytest.raises(UserError) as error:
-        pipelines.find(str(path))
+        open_source(str(path))
     assert "\n" not in str(error.value)
     command = shlex.split(str(error.value).partition("installed: ")[2])
     subprocess.run([sys.executable, *command[1:]], check=True)
@@ -77,7 +78,7 @@ def test_another_file_taken_for_a_checkpoint_is_refused(tmp_path: Path, keys: di
     path = tmp_path / "file.safetensors"
     save_file({key: np.zeros(shape, np.float32) for key, shape in keys.items()}, path)
     with pytest.raises(UserError, match=message) as error:
-        pipelines.find(str(path))
+        open_source(str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -91,7 +92,7 @@ def test_another_file_taken_for_a_checkpoint_is_refused(tmp_path: Path, keys: di
 )
 def test_what_is_not_there_is_named(base: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        pipelines.find(base)
+        open_source(base)
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
     save_file({CONV_IN: np.zeros((320, 4, 3, 3), np.float32)}, path)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match=rf"{path}: not a whole safetensors file"):
-        pipelines.find(str(path))
+        open_source(str(path))
 
 
 def test_parts_of_different_models_are_refused(tmp_path: Path) -> None:
@@ -107,11 +108,11 @@ def test_parts_of_different_models_are_refused(tmp_path: Path) -> None:
     config = (base / "unet" / "config.json").read_text()
     (base / "unet" / "config.json").write_text(config.replace('"cross_attention_dim": 8', '"cross_attention_dim": 24'))
     with pytest.raises(UserError, match="text encoders give embeddings of width 8, its UNet reads 24"):
-        pipelines.find(str(base))
+        open_source(str(base))
     for channels, message in ((9, "9 channels, as inpainting models do; the latents"), (4, "4 channels, the latents")):
         (base / "unet" / "config.json").write_text(config.replace('"in_channels": 8', f'"in_channels": {channels}'))
         with pytest.raises(UserError, match=f"its UNet takes {message} of its VAE have 8"):
-            pipelines.find(str(base))
+            open_source(str(base))
 
 
 def test_another_vae_takes_the_place_of_the_checkpoints(tmp_path: Path) -> None:
