@@ -15,13 +15,15 @@ from hgdpo_jax.models.lora import fused_linear
 from hgdpo_jax.models.resnet import checkpointed
 
 # Keys and values as products read them: a processor would otherwise transpose them in each step of a sampler.
-Pair = tuple[Float[Array, "rows heads d_head m"], Float[Array, "rows heads m d_head"]]
+Pair = tuple[Float[Array, "_ heads d_head _"], Float[Array, "_ heads _ d_head"]]
 # What cross-attention looks up: name of a transformer block of the UNet → pairs, of sizes of their own. Each
 # pair is attended to by itself, and the results are added.
 Memory = Mapping[str, Sequence[tuple[Float[Array, "_ _ _ _"], Float[Array, "_ _ _ _"]]]]
 
 
-def as_pair(k: Float[Array, "b m heads d"], v: Float[Array, "b m heads d"]) -> Pair:
+def as_pair(
+    k: Float[Array, "b m heads d"], v: Float[Array, "b m heads d"]
+) -> tuple[Float[Array, "b heads d m"], Float[Array, "b heads m d"]]:
     """Keys and values as products read them."""
     return k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
 

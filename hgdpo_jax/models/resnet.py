@@ -33,14 +33,14 @@ class ResnetBlock2D(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b h w c"],
-        temb: Float[Array, "b d"] | None = None,
-        beside: Float[Array, "b h w c3"] | None = None,
-    ) -> Float[Array, "b h w c2"]:
+        temb: Float[Array, "b2 d"] | None = None,
+        beside: Float[Array, "b h w c2"] | None = None,
+    ) -> Float[Array, "b h w c3"]:
         """The block of x, or of x and `beside`.
 
         Args:
             x: all channels of the input, or the first.
-            temb: time embedding, needed where the block has a projection for it.
+            temb: time embedding of b rows or a divisor, needed where the block has a projection for it.
             beside: the other channels. What is computed from them does not depend on x, but for those that share a
                 group of the normalisation with some of x's.
         """

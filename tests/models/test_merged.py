@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.models.convert import to_torch
-from hgdpo_jax.models.lora import LoRALinear, add_lora
+from hgdpo_jax.models.lora import add_lora, lora_layers
 from hgdpo_jax.results.exported import lora_weights
 from hgdpo_jax.run.errors import UserError
 from tests import tiny
@@ -36,21 +36,19 @@ class Taught(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
-def taught(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Taught:
-    folder = tmp_path_factory.mktemp("base")
-    base = tiny.write_base(folder) if request.param == "sd15" else tiny.write_sdxl(folder)
+def taught(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Taught:
+    if request.param == "sdxl":
+        base = tiny.write_sdxl(tmp_path_factory.mktemp("base"))
     pipeline, merged, rng = pipelines.load_pipeline(base), {}, np.random.default_rng(0)
     for name, model in pipeline.models.items():
         if name == "vae":
             continue
         add_lora(model, 4, 2.0, nnx.Rngs(0))
         merged[name] = to_torch(model)
-        for path, module in nnx.iter_modules(model):
-            if isinstance(module, LoRALinear):
-                a, b = (0.1 * rng.standard_normal(x.shape, np.float32) for x in (module.lora_A, module.lora_B))
-                module.lora_A[...], module.lora_B[...] = jnp.asarray(a), jnp.asarray(b)
-                key = f"{'.'.join(map(str, path))}.weight"
-                merged[name][key] = merged[name][key] + 0.5 * (a @ b).T
+        for path, layer in lora_layers(model).items():
+            a, b = (0.1 * rng.standard_normal(x.shape, np.float32) for x in (layer.lora_A, layer.lora_B))
+            layer.lora_A[...], layer.lora_B[...] = jnp.asarray(a), jnp.asarray(b)
+            merged[name][f"{path}.weight"] = merged[name][f"{path}.weight"] + 0.5 * (a @ b).T
     return Taught(base, pipeline, merged)
 
 
@@ -79,8 +77,7 @@ def test_it_is_the_model_with_the_lora_merged(taught: Taught, tmp_path: Path, ki
     assert pipelines.base_hash(taught.base) != pipelines.base_hash(taught.base, lora=tmp_path / "lora.safetensors")
 
 
-def test_diffusers_alpha_is_read_from_its_metadata(tmp_path: Path) -> None:
-    base = tiny.write_base(tmp_path / "base")
+def test_diffusers_alpha_is_read_from_its_metadata(base: Path, tmp_path: Path) -> None:
     theirs = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     theirs.unet.add_adapter(LoraConfig(r=4, lora_alpha=12, target_modules=["to_q", "to_out.0"]))
     with torch.no_grad():
@@ -100,8 +97,8 @@ def test_diffusers_alpha_is_read_from_its_metadata(tmp_path: Path) -> None:
     assert_close(found[f"{key}.weight"], expected, 8 * EPS)
 
 
-def test_pefts_own_file_has_its_alpha_beside_it_and_kohyas_convolutions_are_merged(tmp_path: Path) -> None:
-    base, rng = tiny.write_base(tmp_path / "base"), np.random.default_rng(0)
+def test_pefts_own_file_has_its_alpha_beside_it_and_kohyas_convolutions_are_merged(base: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
     before = to_torch(pipelines.load_pipeline(base).unet)
     key = "down_blocks.0.resnets.0.conv1"
     outputs, inputs = before[f"{key}.weight"].shape[:2]
@@ -137,8 +134,7 @@ TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
         ({f"{TO_Q}.lora_A.weight": (2, 640), f"{TO_Q}.lora_B.weight": (640, 2)}, "it is of another model"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_merged_is_named(tmp_path: Path, weights: dict, message: str) -> None:
-    base = tiny.write_base(tmp_path / "base")
+def test_what_cannot_be_merged_is_named(base: Path, tmp_path: Path, weights: dict, message: str) -> None:
     width = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")[f"{TO_Q[5:]}.weight"].shape[0]
     shapes = {key: tuple(width if side == 16 else side for side in shape) for key, shape in weights.items()}
     save_file({key: np.zeros(shape, np.float32) for key, shape in shapes.items()}, tmp_path / "lora.safetensors")
@@ -147,7 +143,7 @@ def test_what_cannot_be_merged_is_named(tmp_path: Path, weights: dict, message: 
     assert str(tmp_path / "lora.safetensors") in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_pickled_lora_is_refused(tmp_path: Path) -> None:
+def test_a_pickled_lora_is_refused(base: Path, tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "lora.pt")
     with pytest.raises(UserError, match=r"lora\.pt: is a pickle; convert it"):
-        pipelines.load_pipeline(tiny.write_base(tmp_path / "base"), lora=tmp_path / "lora.pt")
+        pipelines.load_pipeline(base, lora=tmp_path / "lora.pt")
