@@ -48,8 +48,7 @@ class ConceptEncoder:
     def __init__(self, kind: str, image_encoder: str, identity: str = "") -> None:
         self._identity = FaceEmbedder(identity) if kind == "face_id" else None
         if self._identity is not None:
-            grey = np.zeros((1, 64, 64, 3), np.float32)
-            self.nothing = np.zeros_like(self._identity.embed(grey).embedding[:, None])
+            self.nothing = np.zeros((1, 1, self._identity.width()), np.float32)
             return
         _require_encoder(kind, image_encoder)
         encoder = ip_adapter.load_image_encoder(image_encoder)

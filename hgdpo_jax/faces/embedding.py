@@ -52,6 +52,8 @@ class _ArcFace:
     It sees faces aligned by their five points, and the central square of an image without a face.
     """
 
+    size = ALIGNED_SIZE
+
     def __init__(self, path: str) -> None:
         if not Path(path).is_file():
             raise UserError(f"face network {path}: no such file; give an ArcFace ONNX file, or none for the embedded")
@@ -104,6 +106,10 @@ class FaceEmbedder:
         at = self._faces.detect(images)
         embedding = self._network.embed(self._network.cut(self._faces, images, at))
         return Embedded(embedding, np.asarray(at.found), np.asarray(at.scores))
+
+    def width(self) -> int:
+        """The width d of an embedding."""
+        return self._network.embed(jnp.zeros((1, self._network.size, self._network.size, 3))).shape[-1]
 
     def distance(self, a: Embeddings, b: Embeddings) -> Float[np.ndarray, "n"]:
         """The distance of embeddings, pair by pair: Euclidean (dlib's), or 1 − cosine for ArcFace; 0 is the same."""

@@ -112,9 +112,7 @@ class DepthwiseConv(nnx.Module):
         border, step = (2 - self.stride, 1), self.stride  # stride 2 leaves the first row and column without zeros
         kernel, x = self.kernel[...].astype(self.dtype), jnp.pad(x, ((0, 0), border, border, (0, 0)))
         places = [(i, j) for i in range(3) for j in range(3)]
-        return jnp.asarray(
-            sum(x[:, i : i + height : step, j : j + width : step] * kernel[i, j, 0] for i, j in places)
-        )
+        return jnp.asarray(sum(x[:, i : i + height : step, j : j + width : step] * kernel[i, j, 0] for i, j in places))
 
 
 class SeparableConv(nnx.Module):

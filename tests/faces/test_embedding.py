@@ -1,7 +1,6 @@
 """Faces of the embedded portraits, found, cut out, aligned and told apart; and networks of the user's."""
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ from PIL import Image
 
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.data.photographs import list_photographs, load_images
-from hgdpo_jax.faces import embedding
 from hgdpo_jax.faces.alignment import align, similarity
 from hgdpo_jax.faces.detection import FaceDetector, crop
 from hgdpo_jax.faces.embedding import Embedded, FaceEmbedder
@@ -59,24 +57,6 @@ def network(path: Path, size: int = 112, count: int | str = "n", inputs: int = 1
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
     return str(path)
-
-
-@pytest.fixture(scope="module")
-def faces() -> FaceDetector:
-    return FaceDetector()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(faces: FaceDetector) -> Iterator[None]:
-    """All embedders have one detector."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding, "FaceDetector", lambda: faces)
-        yield
-
-
-@pytest.fixture(scope="module")
-def identity() -> FaceEmbedder:
-    return FaceEmbedder()
 
 
 @pytest.fixture(scope="module")

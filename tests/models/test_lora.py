@@ -50,7 +50,7 @@ def test_a_fresh_one_changes_nothing_and_a_trained_one_is_diffusers_and_can_be_m
     add_lora(ours, 4, 8.0, nnx.Rngs(0))
     layers = lora_layers(ours)
     assert len(layers) == 4 * sum(name.endswith("to_q.weight") for name in names) > 0
-    assert set(to_torch(ours)) == names
+    assert set(to_torch(ours)) == names and {layer.scale for layer in layers.values()} == {8.0 / 4}
     assert not any(layer.lora_B[...].any() for layer in layers.values())
     assert_close(predict(ours), before, NETWORK)
     fill(ours)

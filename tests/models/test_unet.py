@@ -109,3 +109,26 @@ def test_separate_skips_change_no_result_and_no_gradient() -> None:
     assert_close(out_apart, out, NETWORK)
     assert_close(gradient_apart, gradient, GRADIENT)
     assert counts[1] < 0.9 * counts[0]  # of the gradient beside x nothing is left
+
+
+def test_checkpointing_and_separate_skips_are_switched_on_in_every_block() -> None:
+    one_level = {"block_out_channels": [8], "down_block_types": ["CrossAttnDownBlock2D"]}
+    model = abstract(UNet2DConditionModel, tiny.TINY_UNET | one_level | {"up_block_types": ["CrossAttnUpBlock2D"]})
+
+    def program() -> str:
+        graph, weights = nnx.split(model)
+        shapes = jnp.zeros((2, 4, 4, 8)), jnp.zeros(2, jnp.int32), jnp.zeros((2, 7, 8))
+        return str(jax.make_jaxpr(lambda weights, *inputs: nnx.merge(graph, weights)(*inputs))(weights, *shapes))
+
+    resnets = sum(len(block.resnets) for block in (*model.down_blocks, model.mid_block, *model.up_blocks))
+    plain, transformers = program(), len(model.transformer_blocks())
+    counts = {}
+    for policy in ("blocks", "everything", "none"):
+        model.checkpoint(policy)
+        counts[policy] = program().count("checkpoint[") + program().count("remat2[")
+    assert counts["none"] == 0 and counts["blocks"] == resnets + transformers
+    assert counts["everything"] > counts["blocks"]
+    model.share_skips()
+    more = program().count("conv_general_dilated[") - plain.count("conv_general_dilated[")
+    skips = sum(len(block.resnets) for block in model.up_blocks)
+    assert more >= skips > 0
