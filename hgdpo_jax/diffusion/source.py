@@ -214,13 +214,12 @@ def _with_vae(source: Source, path: Path) -> Source:
     refuse_pickle(path)
     config, prefix = source.configs["vae"], ""
     fit = "its config.json"
+    weights: Weights | Any
     if path.is_dir():
         config, weights = read_config(path), open_folder(path)
     else:
-        weights, fit = (
-            Weights(path),
-            f"the VAE that --config.model.vae={path} replaces; give a folder with its config.json",
-        )
+        weights = Weights(path)
+        fit = f"the VAE that --config.model.vae={path} replaces; give a folder with its config.json"
         prefix = next((prefix for prefix in ("", ldm.VAE_PREFIX) if f"{prefix}{ldm.VAE_CONV}" in weights), "")
 
     def part(name: str, keys: Sequence[str]) -> Mapping[str, np.ndarray]:

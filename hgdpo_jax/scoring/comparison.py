@@ -10,7 +10,7 @@ from hgdpo_jax.scoring.appearance import hue_angle
 from hgdpo_jax.scoring.bootstrap import Measure, Weights, mean, resamples
 from hgdpo_jax.scoring.distance import frechet_distances, kernel_distance
 
-# What :class:`hgdpo_jax.scoring.judges.Judges` saw of n people: name → array [n, k, ...], k pictures of each.
+# What :class:`hgdpo_jax.scoring.judges.Judges` saw of n people: name → array [n, k, ...], k pictures of each person.
 Seen = Mapping[str, np.ndarray]
 Measures = dict[str, Measure]
 
@@ -34,8 +34,8 @@ def compare(drawn: Mapping[str, Seen], photographs: Seen) -> dict[str, Measures]
     """Model → name of a metric → its measure.
 
     Args:
-        drawn: of each model; `base` is among them.
-        photographs: of the same n > 1 people, with another k.
+        drawn: what the judges saw of each model's pictures; `base` is among the models.
+        photographs: what they saw of the same n > 1 people's photographs, with another k.
     """
     weights, base = resamples(len(photographs["face_embedding"])), drawn["base"]
     frechet = {
@@ -44,7 +44,7 @@ def compare(drawn: Mapping[str, Seen], photographs: Seen) -> dict[str, Measures]
         if kind in photographs
     }
     return {
-        name: _measures(seen, base, photographs, {kind: of[name] for kind, of in frechet.items()}, weights)
+        name: _measures(seen, base, photographs, {kind: found[name] for kind, found in frechet.items()}, weights)
         for name, seen in drawn.items()
     }
 
@@ -76,7 +76,7 @@ def _measures(seen: Seen, base: Seen, photographs: Seen, frechet: Mapping[str, M
 
 
 def differences(models: Mapping[str, Measures], pairs: Sequence[tuple[str, str]]) -> dict[str, Measures]:
-    """`a - b` → metric → the measure of a less that of b, for pairs of which both were measured."""
+    """`a - b` → metric → the measure of a less that of b, for the pairs whose models were both measured."""
     return {
         f"{a} - {b}": {name: models[a][name] - models[b][name] for name in models[a]}
         for a, b in pairs
@@ -86,5 +86,7 @@ def differences(models: Mapping[str, Measures], pairs: Sequence[tuple[str, str]]
 
 def to_json(measures: Measures) -> dict[str, Any]:
     """metric → number, and metric_interval → [low, high]."""
-    pairs = [((name, m.value), (f"{name}_interval", m.interval)) for name, m in measures.items()]
-    return dict(entry for pair in pairs for entry in pair)
+    found: dict[str, Any] = {}
+    for name, measure in measures.items():
+        found |= {name: measure.value, f"{name}_interval": measure.interval}
+    return found

@@ -125,7 +125,7 @@ def test_candidates_are_what_is_drawn_decoded_and_scored_apart(inputs: Path) -> 
     keys, encoded = sampler.keys("sdrecon", names, [3] * 3), sampler.encode(images, "")
     latents = np.stack([encoded, sampler.reconstruct(encoded, ids, keys, 3, "")], axis=1)
     flat = latents.reshape(6, *latents.shape[2:])
-    scores = sampler.measure_latents(flat, {"input_ids": ids.repeat(2, axis=0)}, scorer, "").score.reshape(3, 2)
+    scores = sampler.measure_latents(flat, ids.repeat(2, axis=0), scorer, "").score.reshape(3, 2)
     found = selection.reconstructions(sampler, scorer, names, ids, images, (0, 3))
     np.testing.assert_array_equal(found.latents, latents)
     np.testing.assert_array_equal(found.scores, scores)
