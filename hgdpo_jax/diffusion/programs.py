@@ -27,7 +27,7 @@ from hgdpo_jax.models.layers import in_rows
 Images = Float[Array, "b H W 3"]  # in [-1, 1]
 # States by name: `unet`, `text`, `vae`, `adapter` where there is one, and `early text` where a text encoder's policy is
 # used at early timesteps.
-Weights = dict[str, nnx.State]
+Weights = dict[str, PyTree[Array]]
 
 
 class Inputs(NamedTuple):
@@ -109,7 +109,7 @@ class Programs:
 
         return guided(predict, guidance.scale) if self._guide else predict
 
-    def _text(self, unet: Any, weights: nnx.State, inputs: Inputs, guidance: Guidance) -> tuple[Memory, Any]:
+    def _text(self, unet: Any, weights: PyTree[Array], inputs: Inputs, guidance: Guidance) -> tuple[Memory, Any]:
         """What the UNet reads of the captions."""
         height, width = (self._pipeline.vae.pixels_per_latent * side for side in inputs.latent.shape[1:3])
         encode = nnx.merge(self._graphs["text"], weights)

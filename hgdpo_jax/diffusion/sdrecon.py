@@ -19,4 +19,4 @@ def sdrecon(schedule: NoiseSchedule, solver: str, steps: int, strength: int) -> 
     rising = make_steps(schedule, solver, steps).t[::-1]
     nearest = int(np.argmin(np.abs(rising - strength * schedule.num_train_timesteps / 10)))
     table = make_steps(schedule, solver, steps, last=nearest + 1)
-    return Trajectory.make(schedule, table, signal=table.signal[0], noise=table.sigma[0])
+    return Trajectory.of_table(schedule, table, signal=table.signal[0], noise=table.sigma[0])

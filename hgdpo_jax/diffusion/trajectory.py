@@ -28,8 +28,10 @@ class Trajectory(NamedTuple):
     table: Steps
 
     @classmethod
-    def make(cls, schedule: NoiseSchedule, table: Steps, signal: float, noise: float) -> "Trajectory":
-        """A trajectory that runs all of a table."""
+    def of_table(
+        cls, schedule: NoiseSchedule, table: Steps, signal: float | np.float32, noise: float | np.float32
+    ) -> "Trajectory":
+        """A trajectory that runs a whole table."""
         rest = schedule.num_train_timesteps - len(table.t)
         clip = schedule.config.get("clip_sample_range", 1.0)
         padded = Steps(*(np.pad(column, (0, rest)) for column in table))
@@ -42,7 +44,7 @@ def from_noise(schedule: NoiseSchedule, solver: str, steps: int) -> Trajectory:
     Raises:
         UserError: see :func:`hgdpo_jax.diffusion.solvers.make_steps`.
     """
-    return Trajectory.make(schedule, make_steps(schedule, solver, steps), signal=0.0, noise=1.0)
+    return Trajectory.of_table(schedule, make_steps(schedule, solver, steps), signal=0.0, noise=1.0)
 
 
 def sample(
