@@ -30,7 +30,7 @@ from hgdpo_jax.diffusion import source as sources
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.models import architectures
 from hgdpo_jax.models.architectures import SD15
-from hgdpo_jax.models.convert import abstract, keys, load_model, to_torch
+from hgdpo_jax.models.convert import abstract, from_torch, keys, load_model, to_torch
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
 from hgdpo_jax.models.weights import Weights
@@ -134,8 +134,10 @@ def test_where_a_single_file_does_not_fit_no_config_json_is_spoken_of(small: dic
     assert "config.json" not in str(error.value)
     save_file(small, tmp_path / "b.safetensors")
     save_file({"encoder.conv_in.weight": np.zeros((8, 3, 3, 3), np.float32)}, tmp_path / "vae.safetensors")
+    source = sources.open_source(str(tmp_path / "b.safetensors"), vae=str(tmp_path / "vae.safetensors"))
+    vae = abstract(AutoencoderKL, source.configs["vae"])
     with pytest.raises(UserError, match=r"does not fit the VAE that --config\.model\.vae=\S* replaces"):
-        pipelines.load_pipeline(tmp_path / "b.safetensors", vae=tmp_path / "vae.safetensors")
+        from_torch(source.open("vae", keys(vae)), vae, expected_by=source.expected("vae"))
 
 
 @pytest.mark.parametrize(
