@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from hgdpo_jax.diffusion.guidance import guided
+from hgdpo_jax.diffusion.guidance import guided, side_by_side
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.diffusion.sdrecon import sdrecon
 from hgdpo_jax.diffusion.solvers import make_steps
@@ -144,18 +144,23 @@ def drawing(schedule: NoiseSchedule, denoise=lambda x, t: jnp.tanh(x)):
     return jax.jit(lambda trajectory, x, keys: sample(denoise, schedule, trajectory, x, keys))
 
 
-def test_the_loop_runs_the_table() -> None:
-    theirs = scheduler("dpmpp_2m", "epsilon", "linspace")
-    theirs.set_timesteps(20)
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm"])
+def test_the_loop_runs_the_table(sampler: str, monkeypatch) -> None:
+    theirs, steps = scheduler(sampler, "epsilon", "linspace"), 20
+    theirs.set_timesteps(steps)
     keys = jax.random.split(jax.random.key(0), 2)
-    first = jax.vmap(jax.random.split)(keys)[:, 0]
-    x_t = torch.tensor(np.stack([jax.random.normal(key, (4, 3, 3)) for key in first]))
+    first, later = jax.vmap(jax.random.split, out_axes=1)(keys)
+    normal = jax.jit(jax.vmap(lambda key: jax.random.normal(key, (4, 3, 3))))
+    noise = [normal(jax.vmap(jax.random.fold_in, (0, None))(later, i)) for i in range(steps)]
+    drawn = iter(np.asarray(noise))
+    monkeypatch.setattr(f"{CLASSES['ddpm'].__module__}.randn_tensor", lambda *a, **k: torch.tensor(next(drawn)))
+    x_t = torch.tensor(np.asarray(normal(first)))
     for t in theirs.timesteps:
         x_t = theirs.step(torch.tensor(predict(x_t.numpy(), int(t))), t, x_t).prev_sample
     denoise = lambda x, t: jnp.sin(x * 1.3) * 0.7 + 0.2 * x + t[:, None, None, None] / 4000  # noqa: E731
     schedule = NoiseSchedule.from_config(dict(theirs.config))
-    found = drawing(schedule, denoise)(from_noise(schedule, "dpmpp_2m", 20), jnp.zeros((2, 4, 3, 3)), keys)
-    assert_close(found, x_t.numpy(), 20 * 5 * EPS)  # of twenty steps
+    found = drawing(schedule, denoise)(from_noise(schedule, sampler, steps), jnp.zeros((2, 4, 3, 3)), keys)
+    assert_close(found, x_t.numpy(), steps * 5 * EPS)
 
 
 def test_one_program_draws_with_every_sampler_from_everywhere_and_an_example_does_not_depend_on_its_batch() -> None:
@@ -220,3 +225,18 @@ def test_guidance_extrapolates_from_unconditional_to_conditional() -> None:
     both = jnp.arange(4.0).reshape(4, 1, 1, 1)
     found = guided(lambda x, t: both, 3.0)(jnp.zeros((2, 1, 1, 1)), jnp.zeros(2, jnp.int32))
     np.testing.assert_array_equal(found.ravel(), [0 + 3 * 1, 2 + 3 * 1])
+    np.testing.assert_array_equal(side_by_side(both[0::2], both[1::2]), both)
+
+
+def test_normalised_latents_have_the_statistics_of_the_anchors() -> None:
+    schedule, keys = NoiseSchedule.from_config(SD), jax.random.split(jax.random.key(0), 2)
+    x, trajectory = jnp.zeros((2, 3, 3, 2)), from_noise(schedule, "ddim", 4)
+    policy, anchor = lambda x, t: jnp.sin(2 * x) + 0.3, lambda x, t: jnp.sin(x)
+    draw = jax.jit(lambda: [sample(*one) for one in ((anchor, *common), (policy, *common), (policy, *common, anchor))])
+    common = (schedule, trajectory, x, keys)
+    wanted, drifted, found = (np.asarray(latents) for latents in draw())
+    for statistic in (np.mean, np.std):
+        a, b, c = (statistic(latents, axis=(1, 2)) for latents in (wanted, drifted, found))
+        assert_close(c, a, 4 * 5 * EPS / 0.068)
+        assert np.abs(b - a).max() > 0.01
+    assert np.abs(found - wanted).max() > 0.01

@@ -1,15 +1,12 @@
 """Sharpness and hue against other implementations."""
 
 import colorsys
-import io
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
-from PIL import Image
 
-from hgdpo_jax.pictures.write import grid, png
 from hgdpo_jax.scoring.appearance import hue_angle, hue_vector, sharpness
 from tests.rounding import EPS, assert_close
 
@@ -44,11 +41,3 @@ def test_distance_goes_the_short_way_around() -> None:
 
     assert hue_angle(unit(350, 10), unit(10, 100)) == pytest.approx([20, 90])
     assert (hue_angle(unit(5, 7), unit(5, 7)) == 0).all()
-
-
-def test_pictures_are_laid_out_row_by_row() -> None:
-    images = np.stack([np.full((2, 3, 3), v, np.float32) for v in (-1, 0, 1)])
-    picture = grid(images, 2)
-    assert picture.shape == (4, 6, 3)
-    assert (picture[:2, :3] == 0).all() and (picture[:2, 3:] == 128).all() and (picture[2:] == 255).all()
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png(picture)))), picture)
