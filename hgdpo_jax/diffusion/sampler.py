@@ -84,16 +84,8 @@ class Sampler:
     @classmethod
     def from_config(cls, pipeline: Pipeline, mesh: Mesh, settings: ConfigDict, seed: int) -> "Sampler":
         """As the config's `pairs` or `evaluate` group says."""
-        return cls(
-            pipeline,
-            mesh,
-            solver=settings.sampler,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            batch=settings.batch,
-            seed=seed,
-            negative=settings.negative_prompt,
-        )
+        given = {name: settings[name] for name in ("steps", "guidance", "batch")}
+        return cls(pipeline, mesh, solver=settings.sampler, negative=settings.negative_prompt, seed=seed, **given)
 
     def use_policies(self, *policies: Any) -> None:
         """Draws with these policies' parameters, and otherwise with what the pipeline was given, from now on.
@@ -101,12 +93,10 @@ class Sampler:
         A policy of the text encoders is used as the recipe says, at early timesteps only: it needs a program of its
         own. Nothing else is compiled again for other policies.
         """
-        given, shardings = self._programs.given, self._programs.shardings
-        self._weights = given
-        for policy in policies:
-            for name, state in policy.items():
-                merged = place(nnx.merge_state(given[name], state), shardings[name])
-                self._weights = self._weights | {"early text" if name == "text" else name: merged}
+        self._weights = given = self._programs.given
+        for name, state in (item for policy in policies for item in policy.items()):
+            merged = place(nnx.merge_state(given[name], state), self._programs.shardings[name])
+            self._weights = self._weights | {"early text" if name == "text" else name: merged}
 
     def whole_batches(self, each: int) -> int:
         """The smallest number of things whose images, `each` for every one, fill whole batches."""
@@ -114,12 +104,10 @@ class Sampler:
 
     def traced(self, resolution: tuple[int, int]) -> tuple[jax.stages.Traced, jax.stages.Traced]:
         """The programs that draw and decode a batch of a resolution from noise; the pipeline may be one of shapes."""
-        rows = {"ids": ((POSITIONS,), jnp.int32), "key": ((), jax.random.key(0).dtype)}
-        rows["latent"] = (self._latent_shape(resolution), jnp.float32)
-        shapes = {name: jax.ShapeDtypeStruct((self.batch, *shape), dtype) for name, (shape, dtype) in rows.items()}
-        inputs = Inputs(concept=None, **place(shapes, self._rows))
-        given, programs = self._programs.given, self._programs
-        draw = programs.draw.trace(self._weights, given, inputs, self._from_noise, self._guidance)
+        rows = ((POSITIONS,), jnp.int32), ((), jax.random.key(0).dtype), (self._latent_shape(resolution), jnp.float32)
+        shapes = [jax.ShapeDtypeStruct((self.batch, *shape), dtype) for shape, dtype in rows]
+        inputs, programs = Inputs(None, *place(shapes, self._rows)), self._programs
+        draw = programs.draw.trace(self._weights, programs.given, inputs, self._from_noise, self._guidance)
         return draw, programs.decode.trace(self._weights, inputs.latent)
 
     def keys(self, stream: str, example_ids: Sequence[str], numbers: Sequence[int]) -> Keys:
@@ -130,9 +118,8 @@ class Sampler:
         self, ids: TokenIds, keys: Keys, resolution: tuple[int, int], note: str, concept: Concepts | None = None
     ) -> Latents:
         """Latents drawn for each row of token ids, and of concept features where the pipeline has an adapter."""
-        return self._run(
-            lambda part: self._draw(self._from_noise, part), self._fresh(ids, keys, resolution, concept), note
-        )
+        inputs = self._fresh(ids, keys, resolution, concept)
+        return self._run(lambda part: self._draw(self._from_noise, part), inputs, note)
 
     def candidates(
         self,

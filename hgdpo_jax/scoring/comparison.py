@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from hgdpo_jax.scoring.appearance import hue_angle
 from hgdpo_jax.scoring.bootstrap import Measure, Weights, mean, resamples
@@ -50,28 +49,24 @@ def compare(drawn: Mapping[str, Seen], photographs: Seen) -> dict[str, Measures]
 
 
 def _measures(seen: Seen, base: Seen, photographs: Seen, frechet: Mapping[str, Measure], weights: Weights) -> Measures:
-    # The kernel is made for entries of about 1; the face network's embeddings have a length of about 1.
-    faces, real = (x["face_embedding"] * x["face_embedding"].shape[-1] ** 0.5 for x in (seen, photographs))
-
-    def wins(name: str) -> Float[np.ndarray, "n k"]:
-        return 0.5 + 0.5 * np.sign(seen[name] - base[name])
-
     found = {
         "faces_found": mean(seen["face_found"], weights),
         "face_score": mean(seen["face_score"], weights),
-        "face_kernel_distance": kernel_distance(faces, real, weights),
-        "face_frechet_distance": frechet["face_embedding"],
         "sharpness": mean(seen["sharpness"], weights),
         "hue_distance": mean(hue_angle(seen["hue"], base["hue"]), weights),
     }
-    if "score" in seen:
-        found["preference_score"] = mean(seen["score"], weights)
-        found["win_rate"] = mean(wins("score"), weights)
-        found["kernel_distance"] = kernel_distance(seen["embedding"], photographs["embedding"], weights)
-        found["frechet_distance"] = frechet["embedding"]
-    if "second_score" in seen:
-        found["second_score"] = mean(seen["second_score"], weights)
-        found["second_win_rate"] = mean(wins("second_score"), weights)
+    scores = ("score", "preference_score", "win_rate"), ("second_score", "second_score", "second_win_rate")
+    for score, name, wins in scores:
+        if score in seen:
+            found[name] = mean(seen[score], weights)
+            found[wins] = mean(0.5 + 0.5 * np.sign(seen[score] - base[score]), weights)
+    for embedding, prefix in (("face_embedding", "face_"), ("embedding", "")):
+        if embedding in seen:
+            a, b = seen[embedding], photographs[embedding]
+            # The kernel is made for entries of about 1; the face network's embeddings have a length of about 1.
+            scale = a.shape[-1] ** 0.5 if prefix else 1.0
+            found[f"{prefix}kernel_distance"] = kernel_distance(a * scale, b * scale, weights)
+            found[f"{prefix}frechet_distance"] = frechet[embedding]
     return {name: found[name] for name in METRICS if name in found}
 
 

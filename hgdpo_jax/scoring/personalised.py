@@ -16,14 +16,8 @@ SHOWN = 3  # people in the report
 
 
 class PeoplePictures(NamedTuple):
-    """What a model drew of n people, the same k prompts and seeds for each.
-
-    Attributes:
-        distance: from the person's photograph.
-        to_other: from another person's.
-        found: whether there is a face.
-        pictures: those of the first people that this process drew.
-    """
+    """What a model drew of n people, the same k prompts and seeds for each: its distances from the person's photograph
+    and from another person's, whether there is a face, and the pictures of the first people that this process drew."""
 
     distance: Float[np.ndarray, "n k"]
     to_other: Float[np.ndarray, "n k"]
@@ -95,12 +89,10 @@ class PersonalisedDrawing(NamedTuple):
 
     def draw(self, models: Mapping[str, Sequence[Any]]) -> dict[str, PeoplePictures]:
         """What each model draws, given by name with its policies."""
-        few, count = self.sampler.whole_batches(len(self.templates)), len(self.people)
-
-        def embed(numbers: np.ndarray) -> np.ndarray:
-            return self.identity.embed(self._photographs(numbers)).embedding
-
-        own, drawn = processes.map_over_processes(count, embed, few, "photographs"), {}
+        few, count, drawn = self.sampler.whole_batches(len(self.templates)), len(self.people), {}
+        own = processes.map_over_processes(
+            count, lambda numbers: self.identity.embed(self._photographs(numbers)).embedding, few, "photographs"
+        )
         for name, policies in models.items():
             self.sampler.use_policies(*policies)
             shown: list[np.ndarray] = []
