@@ -212,16 +212,13 @@ def _download(repository: str, revision: str) -> Path:
 def _with_vae(source: Source, path: Path) -> Source:
     """The source with another VAE: a model folder, or a file in either layout, alone or in a whole checkpoint."""
     refuse_pickle(path)
-    config, prefix = source.configs["vae"], ""
-    fit = "its config.json"
+    config, fit = source.configs["vae"], "its config.json"
     if path.is_dir():
         config, weights = read_config(path), open_folder(path)
     else:
-        weights, fit = (
-            Weights(path),
-            f"the VAE that --config.model.vae={path} replaces; give a folder with its config.json",
-        )
-        prefix = next((prefix for prefix in ("", ldm.VAE_PREFIX) if f"{prefix}{ldm.VAE_CONV}" in weights), "")
+        weights, instead = Weights(path), "give a folder with its config.json"
+        fit = f"the VAE that --config.model.vae={path} replaces; {instead}"
+    prefix = next((prefix for prefix in ("", ldm.VAE_PREFIX) if f"{prefix}{ldm.VAE_CONV}" in weights), "")
 
     def part(name: str, keys: Sequence[str]) -> Mapping[str, np.ndarray]:
         if name != "vae":

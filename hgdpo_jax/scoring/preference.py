@@ -32,8 +32,8 @@ def judge(model: CLIPModel, images: Float[Array, "b H W 3"], input_ids: Int[Arra
 class Scorer:
     """A compiled preference estimator from a folder that transformers wrote.
 
-    Token ids are those of the pipeline's tokenizer: every CLIP text tower shares its vocabulary, and what follows the
-    first end-of-text token does not count.
+    Token ids are those of the pipeline's tokenizer: every CLIP text tower shares its vocabulary, and tokens after the
+    first end of text do not count.
 
     Raises:
         UserError: no such folder, or weights that do not fit its config.json.

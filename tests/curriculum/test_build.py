@@ -150,7 +150,7 @@ def test_candidates_are_what_is_drawn_decoded_and_scored_by_themselves(inputs: P
     keys, encoded = sampler.keys("sdrecon", names, [3] * 3), sampler.encode(images, "")
     latents = np.stack([encoded, sampler.reconstruct(encoded, ids, keys, 3, "")], axis=1)
     flat = latents.reshape(6, *latents.shape[2:])
-    scores = sampler.measure_latents(flat, {"input_ids": ids.repeat(2, axis=0)}, scorer, "").score.reshape(3, 2)
+    scores = sampler.measure_latents(flat, ids.repeat(2, axis=0), scorer, "").score.reshape(3, 2)
     settings = make("stage2", winner="sdrecon", strengths=(0, 3), loser="stage1").pairs
     group = Group(photographs, ids, (32, 32), images)
     found = Reconstruction(settings, sampler, scorer).candidates(group)

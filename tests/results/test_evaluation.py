@@ -105,9 +105,9 @@ def test_views_of_a_few_photographs_are_in_memory_at_a_time(tmp_path: Path) -> N
         def whole_batches(self, each: int) -> int:
             return 36 // each
 
-        def measure_images(self, views: np.ndarray, beside: dict, *_: object) -> dict[str, np.ndarray]:
+        def measure_images(self, views: np.ndarray, ids: np.ndarray, *_: object) -> dict[str, np.ndarray]:
             together.append(len(views))
-            return {"mean": views.mean((1, 2, 3)), "ids": beside["input_ids"]}
+            return {"mean": views.mean((1, 2, 3)), "ids": ids}
 
     tokenizer = SimpleNamespace(tokenize=lambda captions: np.full((len(captions), 2), 5))
     seen = _measure_photographs(FakeSampler(), tokenizer, None, held, (2, 2))

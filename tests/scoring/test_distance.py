@@ -53,7 +53,7 @@ def kernel(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> float:
 
 
 def test_kernel_distance_equals_the_sums_written_out() -> None:
-    weights = np.array([[1, 1, 1, 1, 1], [2, 0, 1, 2, 0]])
+    weights = np.array([[1.0, 1, 1, 1, 1], [2, 0, 1, 2, 0]])
     found = kernel_distance(A[:5], B[:5], weights).values
     assert found == pytest.approx([kernel(A[:5], B[:5], counts) for counts in weights])
 
