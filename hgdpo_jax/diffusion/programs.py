@@ -1,7 +1,7 @@
 """The programs of a pipeline that a sampler compiles: latents are drawn and decoded, images encoded.
 
-Weights are their arguments, so that no policy needs another program; only a text encoder's policy does, beside whose
-embeddings the given ones are needed too.
+Weights are arguments of the programs, so that another policy needs no other program. Only a text encoder's policy does,
+because it acts at early timesteps and the given weights at late ones.
 """
 
 from typing import Any, NamedTuple
