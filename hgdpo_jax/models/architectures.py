@@ -1,4 +1,4 @@
-"""What a single file leaves out: the configs of Stable Diffusion 1.5 and XL, and how to tell which one a file holds."""
+"""The configs of Stable Diffusion 1.5 and XL, which single files leave out; and which of the two a file holds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -155,7 +155,7 @@ def recognise(weights: Weights, source: str, with_vae: bool = True) -> Architect
     Args:
         weights: the file.
         source: named in errors.
-        with_vae: whether it has to hold one.
+        with_vae: it has to hold a VAE.
 
     Raises:
         UserError: a LoRA, a part of a checkpoint, or a checkpoint of another kind.
@@ -187,13 +187,13 @@ def recognise(weights: Weights, source: str, with_vae: bool = True) -> Architect
         raise UserError(f"{source}: its UNet reads text of width {width}, that of {architecture.name} is {expected}")
     prefix, _ = architecture.parts["text_encoder"]
     if any(key.startswith(f"{prefix}embeddings.") for key in weights):
-        architecture = replace(architecture, parts=architecture.parts | {"text_encoder": (prefix, bare_clip)})
-    return replace(architecture, scheduler=architecture.scheduler | _prediction(weights, source))
+        architecture = replace(architecture, parts={**architecture.parts, "text_encoder": (prefix, bare_clip)})
+    return replace(architecture, scheduler={**architecture.scheduler, **_prediction(weights, source)})
 
 
 def _prediction(weights: Weights, source: str) -> dict[str, Any]:
-    """What the network predicts, and whether the last timestep has no signal, as a single file says it where it does:
-    in its metadata, or with an empty tensor of that name."""
+    """What the network predicts, and whether the last timestep has no signal, where a single file says it: in its
+    metadata, or by an empty tensor of that name."""
     stated = weights.metadata.get("modelspec.prediction_type", "").lower()
     if stated not in ("", "epsilon", "v", "v_prediction"):
         raise UserError(f"{source}: its metadata has modelspec.prediction_type={stated!r}; expected epsilon or v")
@@ -201,5 +201,5 @@ def _prediction(weights: Weights, source: str) -> dict[str, Any]:
     if v and stated == "epsilon":
         raise UserError(f"{source}: its metadata has modelspec.prediction_type='epsilon', and v_pred or "
                         "ss_v_parameterization says v; take out the wrong one")  # fmt: skip
-    found = {"prediction_type": "v_prediction"} if v or stated.startswith("v") else {}
-    return found | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in weights else {})
+    predicts = {"prediction_type": "v_prediction"} if v or stated.startswith("v") else {}
+    return predicts | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in weights else {})

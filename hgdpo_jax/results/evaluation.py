@@ -11,8 +11,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax.curriculum.selection import require_finite
-from hgdpo_jax.data.photographs import Photograph, list_examples, load_images
+from hgdpo_jax.curriculum.winners import require_finite
+from hgdpo_jax.data.photographs import Photograph, list_examples
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.devices.mesh import local_mesh
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe

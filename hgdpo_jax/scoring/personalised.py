@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from hgdpo_jax.data.photographs import Photograph, load_images
+from hgdpo_jax.data.photographs import Photograph
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.faces.concepts import ConceptEncoder
 from hgdpo_jax.faces.embedding import FaceEmbedder

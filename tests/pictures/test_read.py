@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from hgdpo_jax.data.photographs import Photograph, load_images, sort_by_shape
+from hgdpo_jax.data.photographs import Photograph, sort_by_shape
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.pictures import read
 from hgdpo_jax.pictures.read import UnreadableImage, image_shape, read_image
 

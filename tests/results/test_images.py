@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax import sample
-from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.data.photographs import list_photographs
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.sampler import Sampler
