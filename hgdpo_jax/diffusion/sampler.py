@@ -22,7 +22,7 @@ from hgdpo_jax.devices.random import stream_keys
 from hgdpo_jax.devices.sharding import batch_sharding
 from hgdpo_jax.devices.transfer import one_ahead, place, to_host
 from hgdpo_jax.diffusion.pipeline import POSITIONS, Pipeline
-from hgdpo_jax.diffusion.programs import Guidance, SamplerInputs, Programs
+from hgdpo_jax.diffusion.programs import Guidance, Programs, SamplerInputs
 from hgdpo_jax.diffusion.sdrecon import sdrecon
 from hgdpo_jax.diffusion.trajectory import Trajectory, from_noise
 from hgdpo_jax.run import processes
