@@ -80,7 +80,7 @@ def test_easy_pairs_are_the_best_and_the_worst_of_the_pool(workdir: Path, inputs
     ids = np.repeat(pipeline.tokenize([photograph.caption]), 3, axis=0)
     latents = sampler.generate(ids, sampler.keys("pool", [photograph.id] * 3, [0, 1, 2]), (32, 32), "")
     scorer = Scorer(inputs / "scorer", mesh)
-    scores = np.asarray(scorer(sampler.decode(latents, ""), ids).score)
+    scores = np.asarray(scorer(jnp.asarray(sampler.decode(latents, "")), jnp.asarray(ids)).score)
     record = found[photograph.id]
     # Each of four steps adds the UNet's rounding, guidance 2 times that of one half of its batch and once the other's.
     drawn = 4 * 3 * NETWORK
@@ -110,7 +110,7 @@ def test_hard_pairs_are_on_the_same_ids_against_the_normal_winner(workdir: Path,
     # t1 is almost the photograph: nearer to its own than to any other.
     pipeline = pipelines.load_pipeline(inputs / "base")
     _, images = load_images(list_photographs(make("stage1").data.photographs, "train"), (32, 32))
-    encoded = np.asarray(pipeline.vae.to_latents(images))
+    encoded = np.asarray(pipeline.vae.to_latents(jnp.asarray(images)))
     names = [p.id for p in list_photographs(make("stage1").data.photographs, "train")]
     for name, record in hard.items():
         distance = np.abs(encoded - record["winner"].astype(np.float32)).mean((1, 2, 3))
@@ -372,7 +372,7 @@ def test_a_photograph_itself_may_win_over_a_drawing(make: Make, tmp_path: Path) 
     vae = pipelines.load_pipeline(config.model.base).vae
     assert list(found) == [p.id for p in photographs]
     latents = np.stack([found[p.id]["winner"] for p in photographs]).astype(np.float32)
-    assert_close(latents, vae.to_latents(images), NETWORK + 2**-11)  # stored in float16
+    assert_close(latents, vae.to_latents(jnp.asarray(images)), NETWORK + 2**-11)  # stored in float16
     assert all((found[p.id]["loser"] != found[p.id]["winner"]).any() for p in photographs)
 
 
