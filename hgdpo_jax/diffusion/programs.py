@@ -1,7 +1,7 @@
 """The programs of a pipeline that a sampler compiles: latents are drawn and decoded, images encoded.
 
-Weights are their arguments, so that no policy needs another program; only a text encoder's policy does, beside whose
-embeddings the given ones are needed too.
+Weights are arguments of the programs, so that another policy needs no other program. Only a text encoder's policy does,
+because it acts at early timesteps and the given weights at late ones.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ Images = Float[Array, "b H W 3"]  # in [-1, 1]
 Weights = dict[str, PyTree[Array]]
 
 
-class Inputs(NamedTuple):
+class SamplerInputs(NamedTuple):
     """What images are drawn from, b rows each: concept features where the pipeline has an adapter, token ids, PRNG keys
     and the scaled latents of photographs. A trajectory from noise uses the latents' shape alone."""
 
@@ -74,7 +74,7 @@ class Programs:
         )
 
     def _draw(
-        self, weights: Weights, given: Weights, inputs: Inputs, trajectory: Trajectory, guidance: Guidance
+        self, weights: Weights, given: Weights, inputs: SamplerInputs, trajectory: Trajectory, guidance: Guidance
     ) -> Latent:
         denoise = self._denoiser(weights, inputs, guidance)
         anchor = self._denoiser(given, inputs, guidance) if self._normalise else None
@@ -86,7 +86,7 @@ class Programs:
     def _encode(self, weights: Weights, images: Images) -> Latent:
         return nnx.merge(self._graphs["vae"], weights["vae"]).to_latents(images)
 
-    def _denoiser(self, weights: Weights, inputs: Inputs, guidance: Guidance) -> Denoise:
+    def _denoiser(self, weights: Weights, inputs: SamplerInputs, guidance: Guidance) -> Denoise:
         """The prediction for these captions and concepts; what does not depend on the step is computed here."""
         unet = nnx.merge(self._graphs["unet"], weights["unet"])
         late = self._text(unet, weights["text"], inputs, guidance)
@@ -109,7 +109,7 @@ class Programs:
 
         return guided(predict, guidance.scale) if self._guide else predict
 
-    def _text(self, unet: Any, weights: PyTree[Array], inputs: Inputs, guidance: Guidance) -> tuple[Memory, Any]:
+    def _text(self, unet: Any, weights: PyTree[Array], inputs: SamplerInputs, guidance: Guidance) -> tuple[Memory, Any]:
         """What the UNet reads of the captions."""
         height, width = (self._pipeline.vae.pixels_per_latent * side for side in inputs.latent.shape[1:3])
         encode = nnx.merge(self._graphs["text"], weights)

@@ -22,7 +22,7 @@ from hgdpo_jax.devices.random import stream_keys
 from hgdpo_jax.devices.sharding import batch_sharding
 from hgdpo_jax.devices.transfer import one_ahead, place, to_host
 from hgdpo_jax.diffusion.pipeline import POSITIONS, Pipeline
-from hgdpo_jax.diffusion.programs import Guidance, Inputs, Programs
+from hgdpo_jax.diffusion.programs import Guidance, Programs, SamplerInputs
 from hgdpo_jax.diffusion.sdrecon import sdrecon
 from hgdpo_jax.diffusion.trajectory import Trajectory, from_noise
 from hgdpo_jax.run import processes
@@ -106,7 +106,7 @@ class Sampler:
         """The programs that draw and decode a batch of a resolution from noise; the pipeline may be one of shapes."""
         rows = ((POSITIONS,), jnp.int32), ((), jax.random.key(0).dtype), (self._latent_shape(resolution), jnp.float32)
         shapes = [jax.ShapeDtypeStruct((self.batch, *shape), dtype) for shape, dtype in rows]
-        inputs, programs = Inputs(None, *place(shapes, self._rows)), self._programs
+        inputs, programs = SamplerInputs(None, *place(shapes, self._rows)), self._programs
         draw = programs.draw.trace(self._weights, programs.given, inputs, self._from_noise, self._guidance)
         return draw, programs.decode.trace(self._weights, inputs.latent)
 
@@ -155,7 +155,7 @@ class Sampler:
         def program(part: Any) -> tuple[jax.Array, Any]:
             encoded, found = self._encode(part["images"]), []
             for strength in keys:
-                inputs = Inputs(None, part["ids"], part["keys"][strength], encoded)
+                inputs = SamplerInputs(None, part["ids"], part["keys"][strength], encoded)
                 latents = self._draw(self._sdrecon(strength), inputs) if strength else encoded
                 found.append((latents, measure(self._decode(latents), part["ids"])))
             return jax.tree.map(lambda *each: jnp.stack(each, axis=1), *found)
@@ -165,7 +165,7 @@ class Sampler:
     def reconstruct(self, latents: Latents, ids: TokenIds, keys: Keys, strength: int, note: str) -> Latents:
         """SDRecon of each latent: noised to timestep 100 · strength and denoised from there."""
         trajectory = self._sdrecon(strength)
-        return self._run(lambda part: self._draw(trajectory, part), Inputs(None, ids, keys, latents), note)
+        return self._run(lambda part: self._draw(trajectory, part), SamplerInputs(None, ids, keys, latents), note)
 
     def decode(self, latents: Latents, note: str) -> Images:
         """Images in [-1, 1]."""
@@ -183,11 +183,13 @@ class Sampler:
         """As :meth:`measure_latents`, of images in [-1, 1]."""
         return self._run(lambda part: measure(*part), (images, ids), note)
 
-    def _fresh(self, ids: TokenIds, keys: Keys, resolution: tuple[int, int], concept: Concepts | None) -> Inputs:
+    def _fresh(self, ids: TokenIds, keys: Keys, resolution: tuple[int, int], concept: Concepts | None) -> SamplerInputs:
         """Inputs of a trajectory from noise."""
-        return Inputs(concept, ids, keys, np.broadcast_to(np.float32(0), (len(ids), *self._latent_shape(resolution))))
+        return SamplerInputs(
+            concept, ids, keys, np.broadcast_to(np.float32(0), (len(ids), *self._latent_shape(resolution)))
+        )
 
-    def _draw(self, trajectory: Trajectory, part: Inputs) -> Float[Array, "b h w c"]:
+    def _draw(self, trajectory: Trajectory, part: SamplerInputs) -> Float[Array, "b h w c"]:
         return self._programs.draw(self._weights, self._programs.given, part, trajectory, self._guidance)
 
     def _decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:

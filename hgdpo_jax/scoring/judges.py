@@ -9,18 +9,16 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 from PIL import Image
 
 from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.faces.embedding import FaceEmbedder
 from hgdpo_jax.scoring.appearance import hue_vector, sharpness
-from hgdpo_jax.scoring.preference import Scorer
+from hgdpo_jax.scoring.preference import Images, Scorer, TokenIds
 
 VIEWS = 12  # of each photograph, for distances between sets
 _NEAREST = 0.85  # side of the smallest view, in sides of the photograph
-
-Images = Float[np.ndarray, "n H W 3"]
 
 
 class Judges:
@@ -40,7 +38,7 @@ class Judges:
         self._identity = FaceEmbedder()
         self._appearance = jax.jit(lambda images: {"sharpness": sharpness(images), "hue": hue_vector(images)})
 
-    def __call__(self, images: Float[Array, "b H W 3"], input_ids: Int[Array, "b s"]) -> dict[str, PyTree[Array]]:
+    def __call__(self, images: Images, input_ids: TokenIds) -> dict[str, PyTree[Array]]:
         """What the judges see in pictures in [-1, 1] of these captions, arrays of b rows.
 
         `score` and `embedding` are the choosing scorer's, `second_score` is the other's. `face_found` is 0 or 1,
@@ -56,7 +54,7 @@ class Judges:
         return seen | {"face_found": found, "face_score": faces.scores, "face_embedding": faces.embedding}
 
 
-def views(photographs: Sequence[Photograph], images: Images) -> Float[np.ndarray, "n v H W 3"]:
+def views(photographs: Sequence[Photograph], images: Float[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n v H W 3"]:
     """Each photograph as it is, and cut a little nearer and beside the centre, every other cut mirrored.
 
     Few people are held out, and one photograph of each says little about the distribution of such photographs.

@@ -7,7 +7,6 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -249,10 +248,15 @@ def test_a_size_may_be_a_height_and_a_width(changing: Path) -> None:
     assert from_checkpoint(str(changing)).resolution == (8 * 8, 16 * 8)
 
 
-def _command(error: pytest.ExceptionInfo[UserError]) -> list[str]:
-    """What a line advises, after `python`."""
+def _convert(error: pytest.ExceptionInfo[UserError], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Does what a line advises, elsewhere and in this process, which has PyTorch."""
     assert "\n" not in str(error.value)
-    return shlex.split(str(error.value).partition("installed: ")[2])[1:]
+    program, *command = shlex.split(str(error.value).partition("installed: ")[2])
+    assert program == "python"
+    with monkeypatch.context() as patch:
+        patch.chdir("/")
+        patch.setattr(sys, "argv", command)
+        runpy.run_path(command[0], run_name="__main__")
 
 
 def test_a_lightning_checkpoint_is_converted_by_the_command_that_is_printed(
@@ -266,7 +270,8 @@ def test_a_lightning_checkpoint_is_converted_by_the_command_that_is_printed(
     torch.save(checkpoint, tmp_path / "a b.ckpt")
     with pytest.raises(UserError, match="is a pickle; convert it where PyTorch is installed") as error:
         sources.open_source(str(tmp_path / "a b.ckpt"))
-    subprocess.run([sys.executable, *_command(error)], check=True, cwd="/")
+    monkeypatch.delitem(sys.modules, "pytorch_lightning")
+    _convert(error, monkeypatch)
     found = Weights(tmp_path / "a b.safetensors")
     assert all(np.array_equal(found[key], value) for key, value in small.items())
 
@@ -277,15 +282,13 @@ def test_pickles_in_a_folder_are_converted_to_what_is_looked_for(
     path = changing / "text_encoder" / "model.safetensors"
     expected = load_file(path)
     state = {key: torch.from_numpy(value) for key, value in expected.items()}
-    monkeypatch.chdir("/")
     for names in (["pytorch_model.bin"], [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]):
         path.unlink()
         for i, name in enumerate(names):
             torch.save(dict(list(state.items())[i :: len(names)]), path.with_name(name))
         with pytest.raises(UserError, match="is a pickle") as error:
             sources.open_source(str(changing))
-        monkeypatch.setattr(sys, "argv", _command(error))
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        _convert(error, monkeypatch)
         assert same(weights_of(changing, "text_encoder"), expected)
         for name in names:
             path.with_name(name).unlink()

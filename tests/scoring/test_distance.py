@@ -59,6 +59,6 @@ def test_kernel_distance_equals_the_sums_written_out() -> None:
 
 
 def test_kernel_distance_is_unbiased() -> None:
-    sets = RNG.standard_normal((400, 2, 10, 2, 3))
+    sets = RNG.standard_normal((200, 2, 10, 2, 3))
     values = [kernel_distance(x, y, np.ones((1, 10))).value for x, y in sets]
     assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(len(values))
