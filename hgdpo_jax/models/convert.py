@@ -160,7 +160,7 @@ class _Json(dict[str, Any]):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a model folder; a key that is looked up in it and is not there is a UserError too.
+    """A JSON file of a model folder; a later look-up of a missing key raises UserError too.
 
     Raises:
         UserError: there is no file, or it is not a JSON object.

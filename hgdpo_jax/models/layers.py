@@ -104,7 +104,7 @@ class Conv(nnx.Conv):
 
 
 def _halves(kernel: Array, axis: int) -> tuple[Array, Array]:
-    """Of a kernel's three rows, or columns: what the first of two equal pixels sees, and what the second sees."""
+    """What the first of two equal pixels sees of a kernel's three rows, or columns, and what the second sees."""
     first, second, third = (jax.lax.slice_in_dim(kernel, i, i + 1, axis=axis) for i in range(3))
     return jnp.concatenate([first, second + third], axis), jnp.concatenate([first + second, third], axis)
 

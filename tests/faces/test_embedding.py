@@ -1,4 +1,4 @@
-"""Faces of the embedded portraits, found, cut out, aligned and told apart; and networks of the user's."""
+"""Faces of the embedded portraits, found, cut out, aligned and recognised; and networks of the user's."""
 
 import functools
 from pathlib import Path

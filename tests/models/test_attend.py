@@ -110,7 +110,7 @@ def test_to_divide_last_is_attention(size: float) -> None:
 
 
 def test_devices_compute_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With few enough probabilities for a device's part, but not for the whole, nothing is cut; a third of that, and
+    """With few enough probabilities for a device's part, but not for all, nothing is cut; a third of that, and
     each device cuts its own part. Three heads are not split over two devices."""
     monkeypatch.setattr(attend, "_FEW_KEYS", 0)
     mesh = tiny.mesh(2, 2, 2)

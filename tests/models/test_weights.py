@@ -18,7 +18,7 @@ from safetensors.torch import load_file as load_torch
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.source import open_source
 from hgdpo_jax.models.architectures import SD15
-from hgdpo_jax.models.weights import Weights, open_folder, write_weights
+from hgdpo_jax.models.weights import Weights, chosen, open_folder, write_weights
 from hgdpo_jax.run.errors import UserError
 from tests import tiny
 from tests.full.components import shrunken, torch_model, write_folder
@@ -38,6 +38,14 @@ def test_a_folder_is_read_however_diffusers_wrote_it(tmp_path: Path, settings: d
     expected = model.state_dict()
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[key], value.numpy()) for key, value in expected.items())
+
+
+def test_full_precision_comes_first() -> None:
+    stem = "diffusion_pytorch_model"
+    assert chosen({f"{stem}.fp16.safetensors", f"{stem}.safetensors"}) == f"{stem}.safetensors"
+    assert chosen({f"{stem}.fp16.safetensors", "model.safetensors.index.json"}) == "model.safetensors.index.json"
+    assert chosen({f"{stem}.fp16.safetensors", f"{stem}.bin"}) == f"{stem}.fp16.safetensors"
+    assert chosen({f"{stem}.bin"}) is None
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
 
 
 def dense_net(outputs: int) -> Weights:
-    """Of face-api's names and shapes."""
+    """Random weights with face-api's names and shapes."""
     shapes = {}
     for i, (before, after) in enumerate(pairwise((3, 32, 64, 128, 256))):
         shapes |= separable(f"dense{i}/conv0", before, after) if i else dense("dense0/conv0", before, after, 3)
@@ -63,7 +63,7 @@ def dense_net(outputs: int) -> Weights:
 
 
 def xception() -> Weights:
-    """Of face-api's names and shapes."""
+    """Random weights with face-api's names and shapes."""
     shapes = dense("entry_flow/conv_in", 3, 32, 3)
     for block, before, after in (
         ("entry_flow/reduction_block_0", 32, 64),

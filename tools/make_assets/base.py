@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hgdpo_jax.devices.start import start
-from hgdpo_jax.models.architectures import SD15, VERSION
+from hgdpo_jax.models.architectures import SD15
 from hgdpo_jax.models.clip import CLIPTextModel
 from hgdpo_jax.models.convert import load_model, save_model
 from hgdpo_jax.models.unet import UNet2DConditionModel
@@ -37,7 +37,7 @@ UNET = {
 }
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
-    "_diffusers_version": VERSION,
+    "_diffusers_version": SD15.index["_diffusers_version"],
     "algorithm_type": "dpmsolver++",
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",

@@ -67,7 +67,7 @@ class Steadiness:
         self._unsteadiness = unsteadiness
 
     def __call__(self, images: Images) -> Float[np.ndarray, "n"]:
-        """Of pictures in [-1, 1]."""
+        """The steadiness of pictures in [-1, 1]."""
         found = []
         for begin in range(0, len(images), _BATCH):
             rows = np.minimum(np.arange(begin, begin + _BATCH), len(images) - 1)
