@@ -11,8 +11,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax.curriculum.selection import require_finite
-from hgdpo_jax.data.photographs import Photograph, list_examples, load_images
+from hgdpo_jax.curriculum.winners import require_finite
+from hgdpo_jax.data.photographs import Photograph, list_examples
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.devices.mesh import local_mesh
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
@@ -31,6 +32,7 @@ from hgdpo_jax.run.shared import first_process_first, index_of_run, lock_for_all
 from hgdpo_jax.scoring import personalised
 from hgdpo_jax.scoring.comparison import METRICS, Seen, compare, differences, to_json
 from hgdpo_jax.scoring.judges import VIEWS, Judges, views
+from hgdpo_jax.scoring.personalised import PersonalisedDrawing
 from hgdpo_jax.training.checkpoints import tree_hash
 from hgdpo_jax.training.finished import finished_policy, require_base, with_trained_adapter
 from hgdpo_jax.training.policy import load_trainable, policy_of
@@ -136,7 +138,8 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if encoder:
         identity, last = FaceEmbedder(config.adapter.identity), [name for name in acting if models[name].recipe][-1]
         chosen = {name: acting[name] for name in ("base", _BEST if _BEST in acting else last)}
-        people = personalised.draw(pipeline, sampler, encoder, identity, held, size, settings.concept_prompts, chosen)
+        drawing = PersonalisedDrawing(sampler, encoder, identity, held, size, settings.concept_prompts)
+        people = drawing.draw(chosen)
         results["personalised"] = personalised.measures(people)
     stages = {name: report.read_stage(workdir, s, sampler) for name, s in SHOWN_STAGES.items() if s in trained}
     if processes.is_first():
@@ -213,7 +216,7 @@ def _draw(
     def judge(numbers: np.ndarray) -> Seen:
         people = [held[number] for number in numbers]
         ids, latents = generate(people, k)
-        seen = sampler.measure_latents(latents, {"input_ids": ids}, judges, f"measure {name}")
+        seen = sampler.measure_latents(latents, ids, judges, f"measure {name}")
         for key, folder in (("score", config.pairs.scorer), ("second_score", config.evaluate.scorer)):
             if key in seen:
                 require_finite(seen[key], [p for p in people for _ in range(k)], folder)
@@ -244,7 +247,7 @@ def _measure_photographs(
         people, images = load_images([held[number] for number in numbers], resolution)
         of_each = views(people, images)
         ids = np.repeat(pipeline.tokenize([p.caption for p in people]), of_each.shape[1], axis=0)
-        seen = sampler.measure_images(of_each.reshape(-1, *of_each.shape[2:]), {"input_ids": ids}, judges, "views")
+        seen = sampler.measure_images(of_each.reshape(-1, *of_each.shape[2:]), ids, judges, "views")
         return {key: value.reshape(len(numbers), -1, *value.shape[1:]) for key, value in seen.items()}
 
     return processes.map_over_processes(len(held), look, sampler.whole_batches(VIEWS), "photographs")

@@ -106,7 +106,7 @@ def from_run(
 
 
 def from_checkpoint(model: str) -> Generator:
-    """A checkpoint as it is, in bfloat16 on accelerators; see `pipeline.find` for what it may be."""
+    """A checkpoint as it is, in bfloat16 on accelerators; see `diffusion.source.open_source` for what it may be."""
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     use_precision(dtype)
     pipeline = pipelines.load_pipeline(model, dtype, param_dtype=dtype, place=parameter_placer(local_mesh()))

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from hgdpo_jax.curriculum import build
-from hgdpo_jax.data import photographs
 from hgdpo_jax.data.photographs import Photograph
+from hgdpo_jax.pictures.read import read_image
 from hgdpo_jax.results import report
 from hgdpo_jax.results.evaluation import _heldout, _inputs, _measure_photographs, _page, _persons, evaluate
 from hgdpo_jax.run.errors import UserError
@@ -105,9 +105,9 @@ def test_views_of_a_few_photographs_are_in_memory_at_a_time(tmp_path: Path) -> N
         def whole_batches(self, each: int) -> int:
             return 36 // each
 
-        def measure_images(self, views: np.ndarray, beside: dict, *_: object) -> dict[str, np.ndarray]:
+        def measure_images(self, views: np.ndarray, ids: np.ndarray, *_: object) -> dict[str, np.ndarray]:
             together.append(len(views))
-            return {"mean": views.mean((1, 2, 3)), "ids": beside["input_ids"]}
+            return {"mean": views.mean((1, 2, 3)), "ids": ids}
 
     tokenizer = SimpleNamespace(tokenize=lambda captions: np.full((len(captions), 2), 5))
     seen = _measure_photographs(FakeSampler(), tokenizer, None, held, (2, 2))
@@ -118,7 +118,7 @@ def test_views_of_a_few_photographs_are_in_memory_at_a_time(tmp_path: Path) -> N
 def test_of_all_photographs_those_that_are_held_out_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, read = tiny.config(tmp_path), []
     config.data.mirror, config.data.photographs = True, str(tiny.write_photographs(tmp_path / "photographs", 9, 3))
-    real = photographs.read_image
-    monkeypatch.setattr(photographs, "read_image", lambda picture: read.append(picture) or real(picture))
+    real = read_image
+    monkeypatch.setattr("hgdpo_jax.data.pixels.read_image", lambda picture: read.append(picture) or real(picture))
     held = _heldout(config, Index())
     assert len(held) == 3 and sorted(read) == sorted(p.picture for p in held)

@@ -19,13 +19,14 @@ from safetensors.numpy import save_file
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax import sample
-from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.data.photographs import list_photographs
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
-from hgdpo_jax.diffusion.solvers import from_noise
-from hgdpo_jax.diffusion.solvers import sample as draw_latents
+from hgdpo_jax.diffusion.trajectory import from_noise
+from hgdpo_jax.diffusion.trajectory import sample as draw_latents
 from hgdpo_jax.faces.concepts import ConceptEncoder
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.lora import add_lora
@@ -145,7 +146,7 @@ def test_the_recipe_gives_the_images_of_diffusers(
     assert_close(found, theirs(script, reference, sampler), DRAWN)
     others = [ours(sampler, pipeline), ours(sampler, pipeline, *chosen(policies, blocks, not text))]
     assert all(np.abs(other - found).max() > 10 * DRAWN for other in others)
-    assert sampler._draw._cache_size() == 2  # without and with the text encoder's policy
+    assert sampler._programs.draw._cache_size() == 2  # without and with the text encoder's policy
 
 
 def test_without_policies_the_images_are_those_of_the_base(
@@ -234,7 +235,7 @@ def test_a_negative_prompt_is_diffusers(base: Path, trained: tuple, negative: st
         **settings,
     ).images
     assert_close(found, expected, DRAWN)
-    assert sampler._draw._cache_size() == 1
+    assert sampler._programs.draw._cache_size() == 1
     if negative:
         assert np.abs(found - ours(sampler_of(pipeline), pipeline)).max() > 10 * DRAWN
 
@@ -285,7 +286,7 @@ def test_devices_draw_without_asking_each_other(source: images.Generator) -> Non
 def test_a_file_of_prompts_is_drawn_with_one_compilation(source: images.Generator, tmp_path: Path) -> None:
     prompts = [f"prompt {i}" for i in range(5)]
     sampler = draw(source, prompts, [3, 4], tmp_path / "out")
-    assert sampler._draw._cache_size() == sampler._decode._cache_size() == 1
+    assert sampler._programs.draw._cache_size() == sampler._programs.decode._cache_size() == 1
     assert len(list((tmp_path / "out").glob("0*.png"))) == 10 and (tmp_path / "out" / "sheet_000.png").is_file()
 
 
