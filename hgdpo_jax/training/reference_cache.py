@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hgdpo_jax.data.loader import stack_records
-from hgdpo_jax.data.record import Record
+from hgdpo_jax.data.record import Record, RecordSource
 from hgdpo_jax.devices.sharding import replicated
 from hgdpo_jax.devices.transfer import local_rows, one_ahead, to_devices, to_host
 from hgdpo_jax.run import processes, provenance
@@ -36,7 +36,7 @@ from hgdpo_jax.training.optimizer import numbers_of
 from hgdpo_jax.training.start import Start
 
 
-class Draws(Sequence[Record]):
+class Draws:
     """Every record K times, each time as another `example`, int32, which decides its noise.
 
     Args:
@@ -46,7 +46,7 @@ class Draws(Sequence[Record]):
     """
 
     def __init__(
-        self, records: Sequence[Record], draws: int, parts: Sequence[Float[np.ndarray, "_ k 2 h w c"]] = ()
+        self, records: RecordSource, draws: int, parts: Sequence[Float[np.ndarray, "_ k 2 h w c"]] = ()
     ) -> None:
         self._records, self._draws, self._parts = records, draws, parts
         self._begins = np.cumsum([0, *map(len, parts)])
@@ -54,7 +54,7 @@ class Draws(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._records) * self._draws
 
-    def __getitem__(self, i: int) -> Record:  # type: ignore[override]  # one at a time: nobody asks for a slice
+    def __getitem__(self, i: int) -> Record:
         number, draw = divmod(i, self._draws)
         record = self._records[number] | {"example": np.int32(i)}
         if self._parts:

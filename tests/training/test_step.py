@@ -159,18 +159,18 @@ class Twice(nnx.Module):
     """An adapter: twice the concept."""
 
     def __call__(self, concept: Any) -> dict:
-        return {"": [(concept, 2 * concept)]}
+        return {"": [(concept[:, None], 2 * concept[:, None])]}
 
 
 class Sum(nnx.Module):
     """A UNet that predicts the sum of what it is conditioned on."""
 
     def keys_values(self, states: Any) -> dict:
-        return {"": [(states, states)]}
+        return {"": [(states[:, None], states[:, None])]}
 
     def __call__(self, x: Any, t: Any, memory: Any, added: Any) -> jax.Array:
-        SUMS.append(sum(value for _, value in memory[""])[:, 0, 0])
-        return jnp.zeros_like(x) + SUMS[-1][:, None, None, None]
+        SUMS.append(sum(value for _, value in memory[""]))
+        return jnp.zeros_like(x) + SUMS[-1]
 
 
 SUMS: list[jax.Array] = []
