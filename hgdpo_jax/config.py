@@ -1,4 +1,4 @@
-"""What a run is: every setting with its meaning, read once at the start and checked before anything is computed.
+"""Every setting of a run: its meaning, type, range and default.
 
 A file under ``configs/`` is a Python function ``get_config(variant)`` that starts from :func:`default` and reads as
 its stage's paragraph of the paper. Settings are overridden on the command line (``--config.train.lr=1e-5``).
@@ -19,8 +19,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers from `low` to `high`, without an end where it is open; and `also`, a value with a meaning of
-    its own."""
+    """The finite numbers from `low` to `high`, without an end that is open; and `also`, which has its own meaning."""
 
     low: float
     high: float = math.inf
@@ -87,8 +86,7 @@ Allowed = Range | OneOf | Text | Flag
 
 
 class Setting(NamedTuple):
-    """A setting: dotted key, default (whose type every value has), what a value, or each of a list, may be, and what
-    it means."""
+    """A setting: dotted key, default (every value has its type), what a value, or each of a list, may be; meaning."""
 
     key: str
     default: Any
@@ -105,6 +103,7 @@ _FOLDER = Text(r"(?!\.+$)[^/\\\[\]*?]+", "a name of a folder, without / \\ [ ] *
 _RESOLUTION = Text(r"[1-9]\d*x[1-9]\d*", "HEIGHTxWIDTH in pixels, like 1024x704")
 _SAMPLER = OneOf(("ddpm", "ddim", "dpmpp_2m"))
 _AXIS = Range(1, also=-1)
+CHECKPOINTING = ("none", "blocks", "everything")
 
 # With the paper's values where it states them.
 SETTINGS = (
@@ -120,11 +119,10 @@ SETTINGS = (
     Setting("data.photographs", "", _ANY, "photographs with captions, in one of the forms of docs/your-data.md"),
     Setting("data.pairs", "", _ANY, "preference pairs that are given, in one of the forms of docs/your-data.md"),
     Setting("data.heldout", 0.02, Range(0, 1, open_high=True),
-            "share of them that is held out where none is marked as that, at least eight"),
-    Setting("data.split", "train", OneOf(("base", "train")), "which of them to learn from"),
+            "share of the photographs that is held out, at least eight, where none is marked as held out"),
+    Setting("data.split", "train", OneOf(("base", "train")), "which photographs to learn from"),
     Setting("data.resolutions", ("512x512",), _RESOLUTION,
-            "height x width; a photograph goes to the one nearest to it in shape; pictures in log and report have the "
-            "first"),
+            "each photograph is cut to the one nearest to it in shape; pictures in log and report have the first"),
     Setting("data.mirror", False, _FLAG, "each photograph's mirror image is a further example"),
     Setting("data.caption_dropout", 0.0, _SHARE,
             "sft: share of captions replaced by the empty one, for guidance"),
@@ -141,7 +139,7 @@ SETTINGS = (
     Setting("pairs.sampler", "dpmpp_2m", _SAMPLER, "that draws candidates"),
     Setting("pairs.steps", 50, _COUNT, "of the sampler"),
     Setting("pairs.guidance", 5.0, _NOT_NEGATIVE, "classifier-free; up to 1: none"),
-    Setting("pairs.negative_prompt", "", _ANY, "takes the place of the empty caption in guidance"),
+    Setting("pairs.negative_prompt", "", _ANY, "replaces the empty caption in guidance"),
     Setting("pairs.scorer", "", _ANY, "folder of a CLIPModel such as PickScore v1"),
     Setting("pairs.batch", 16, _COUNT, "images per sampling call, rounded up to the devices"),
     Setting("pairs.shard_size", 256, _COUNT, "prompts per shard"),
@@ -156,12 +154,12 @@ SETTINGS = (
     Setting("train.start", "base", _FOLDER, "base, or the stage whose policy this one starts from"),
     Setting("train.reference", "start", OneOf(("start", "base")), "start: the policy it started from; base: ε_base"),
     Setting("train.reference_cache", 0, Range(0, 1000),
-            "dpo: draws of noise of each pair, for which the reference's predictions are computed once and kept; 0: "
-            "each step draws anew"),
+            "dpo: draws of noise for each pair, whose reference predictions are computed once and kept; 0: each step "
+            "draws anew"),
     Setting("train.params", "lora", OneOf(("lora", "text_lora", "all", "adapter")),
             "lora and all: of the UNet; text_lora: of the text encoders; adapter: an IP-Adapter"),
     Setting("train.blocks", "all", OneOf(("all", "up")),
-            "of the UNet that learn; up: below them the policy stays the reference, and both are computed as one"),
+            "of the UNet that learn; up: the policy's other blocks stay the reference's and are computed once for both"),
     Setting("train.lora_rank", 8, _COUNT, "of LoRA"),
     Setting("train.lora_alpha", 8.0, _POSITIVE, "LoRA is scaled by alpha / rank"),
     Setting("train.beta", 5000.0, _POSITIVE, "κ = β/2 multiplies the difference of errors"),
@@ -176,7 +174,7 @@ SETTINGS = (
     Setting("train.adam", (0.9, 0.999), _DECAY, "decay of AdamW's two moments"),
     Setting("train.weight_decay", 0.0, _NOT_NEGATIVE, "decoupled, times the rate"),
     Setting("train.clip_norm", 1.0, _NOT_NEGATIVE, "largest norm of a gradient; 0: no clipping"),
-    Setting("train.checkpointing", "none", OneOf(("none", "blocks", "everything")),
+    Setting("train.checkpointing", "none", OneOf(CHECKPOINTING),
             "of gradients: ever less memory, ever more time"),
     Setting("train.ema", 0.0, _DECAY,
             "decay of the averaged policy; 0: none. What is averaged is what the stage hands on"),
@@ -184,14 +182,14 @@ SETTINGS = (
     Setting("train.checkpoints", "", _BUCKET,
             "where policy and reference are kept: a folder of this run alone in a bucket; empty: the workdir"),
     Setting("train.log_every", 50, _COUNT, "steps"),
-    Setting("train.eval_every", 1000, _COUNT, "steps between looks at held-out pairs and pictures"),
+    Setting("train.eval_every", 1000, _COUNT, "steps between evaluations, with held-out pairs and pictures"),
     Setting("evaluate.scorer", "", _ANY,
-            "folder of a second CLIPModel, which chose nothing, as a judge; empty: none"),
+            "folder of a second CLIPModel, a judge that chose no pairs; empty: none"),
     Setting("evaluate.images_per_prompt", 4, _COUNT, "of each held-out caption"),
     Setting("evaluate.sampler", "dpmpp_2m", _SAMPLER, "that draws for log and report"),
     Setting("evaluate.steps", 50, _COUNT, "of the sampler"),
     Setting("evaluate.guidance", 5.0, _NOT_NEGATIVE, "classifier-free; up to 1: none"),
-    Setting("evaluate.negative_prompt", "", _ANY, "takes the place of the empty caption in guidance"),
+    Setting("evaluate.negative_prompt", "", _ANY, "replaces the empty caption in guidance"),
     Setting("evaluate.batch", 16, _COUNT, "images per sampling call, rounded up to the devices"),
     Setting("evaluate.concept_prompts", ("{subject}", "{subject} in a park", "{subject}, black and white"),
             Text(r"[\s\S]+", "text"),
@@ -203,7 +201,7 @@ SETTINGS = (
 
 
 def default() -> ConfigDict:
-    """The settings every stage shares, see :data:`SETTINGS`."""
+    """The defaults of all :data:`SETTINGS`, from which every config starts."""
     values: dict[str, Any] = {}
     for setting in SETTINGS:
         group, _, leaf = setting.key.rpartition(".")

@@ -9,14 +9,15 @@ from hgdpo_jax.run import command
 
 
 def main() -> None:
-    config, workdir = command.parse("Measures base and every stage, writes results.json and report.html.")
+    parser = command.run_parser("Measures base and every stage, writes results.json and report.html.")
+    config, given = command.parse(parser)
 
     from hgdpo_jax.devices.start import start
     from hgdpo_jax.results.evaluation import evaluate, show
 
-    start(workdir, command.asked(config), config.model.dtype)
-    show(evaluate(config, workdir))
-    print(f"{workdir / 'results.json'}, {workdir / 'report.html'}")
+    start(given.workdir, command.as_arguments(config), config.model.dtype)
+    show(evaluate(config, given.workdir))
+    print(f"{given.workdir / 'results.json'}, {given.workdir / 'report.html'}")
 
 
 def cli() -> None:

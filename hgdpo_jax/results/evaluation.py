@@ -24,10 +24,10 @@ from hgdpo_jax.pictures.write import to_uint8
 from hgdpo_jax.results import report
 from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import atomic_path, json_hash, require_plain, write_json
-from hgdpo_jax.run.folder import CURRICULUM, GIVEN, NAIVE, TEXT_ENCODER, blocks_of, stage_config
-from hgdpo_jax.run.index import Index
-from hgdpo_jax.run.shared import first_process_first, index_of_run, lock_for_all
+from hgdpo_jax.run.files import atomic_path, json_hash, write_json
+from hgdpo_jax.run.folder import CURRICULUM, GIVEN, NAIVE, TEXT_ENCODER, blocks_of, require_plain, stage_config
+from hgdpo_jax.run.index import Index, first_process_first, index_of_run
+from hgdpo_jax.run.locks import lock_for_all
 from hgdpo_jax.scoring import personalised
 from hgdpo_jax.scoring.comparison import METRICS, Seen, compare, differences, to_json
 from hgdpo_jax.scoring.judges import VIEWS, Judges, views

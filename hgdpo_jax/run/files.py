@@ -136,27 +136,6 @@ def require_space(folder: Path, size: float, what: str) -> None:
         raise UserError(f"{folder}: {free / 1e3:,.0f} kB free, {what} needs {size / 1e3:,.0f}; free some disk space")
 
 
-def local_folder(text: str) -> Path:
-    """A folder as a command line names it.
-
-    Raises:
-        UserError: an address of object storage, which knows neither renames nor locks.
-    """
-    if "://" in text:
-        raise UserError(f"{text}: is object storage, which has no renames and locks; give a folder on a file system "
-                        "that all hosts mount: NFS, Lustre, Filestore (gcsfuse is for photographs only). Checkpoints "
-                        "may lie in a bucket: --config.train.checkpoints=gs://bucket/folder")  # fmt: skip
-    return Path(text)
-
-
-def require_plain(workdir: Path) -> None:
-    """Raises UserError for a folder whose path Orbax would take for a pattern: it deletes what it has just written."""
-    found = sorted(set(str(workdir.absolute())) & set("[]*?"))
-    if found:
-        raise UserError(f"--workdir {workdir}: its path holds {' '.join(found)}, which checkpoints cannot be written "
-                        "under; choose another folder")  # fmt: skip
-
-
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """The lines of a text file that are not blank, with their numbers. They end at a line feed and nowhere else.
 

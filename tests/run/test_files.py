@@ -22,7 +22,8 @@ from hgdpo_jax.pictures.read import image_shape
 from hgdpo_jax.pictures.write import write_png
 from hgdpo_jax.run import command
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import atomic_path, file_hash, require_plain, write_json
+from hgdpo_jax.run.files import atomic_path, file_hash, write_json
+from hgdpo_jax.run.folder import require_plain
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.locks import lock, lock_owner
 from tests import tiny
