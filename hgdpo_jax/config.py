@@ -159,7 +159,7 @@ SETTINGS = (
     Setting("train.params", "lora", OneOf(("lora", "text_lora", "all", "adapter")),
             "lora and all: of the UNet; text_lora: of the text encoders; adapter: an IP-Adapter"),
     Setting("train.blocks", "all", OneOf(("all", "up")),
-            "of the UNet that learn; up: the policy's other blocks stay the reference's and are computed once for both"),
+            "of the UNet that learn; up: the other blocks stay the reference's and are computed once for both"),
     Setting("train.lora_rank", 8, _COUNT, "of LoRA"),
     Setting("train.lora_alpha", 8.0, _POSITIVE, "LoRA is scaled by alpha / rank"),
     Setting("train.beta", 5000.0, _POSITIVE, "κ = β/2 multiplies the difference of errors"),

@@ -27,7 +27,7 @@ def steps_to_trace(text: str) -> range:
 def main() -> None:
     parser = command.run_parser("Trains one stage.")
     parser.add_argument("--profile", metavar="FIRST:END", type=steps_to_trace, default=range(0),
-                        help="writes a JAX trace of the steps from FIRST on and before END into W/stageN/logs")  # fmt: skip
+                        help="writes a JAX trace of steps FIRST to END - 1 into W/stageN/logs")  # fmt: skip
     config, given = command.parse(parser)
 
     from hgdpo_jax.devices.start import start

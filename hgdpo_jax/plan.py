@@ -20,7 +20,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
                         "b200:8, cpu; may be given more than once; default cpu")  # fmt: skip
     parser.add_argument("--largest", nargs="*", choices=CHECKPOINTING, metavar="CHECKPOINTING",
                         help="also find the largest batch, with none, blocks and everything or with these")  # fmt: skip
-    parser.add_argument("--drawing", action="store_true", help="also plan the drawing and decoding of the pool's images")
+    parser.add_argument("--drawing", action="store_true", help="also plan drawing and decoding the pool's images")
     parser.add_argument("--share", type=_fraction, default=0.4, help="of the roofline that is reached; default 0.4")
     parser.add_argument("--json", action="store_true", help="print JSON")
     known, rest = parser.parse_known_args(arguments)

@@ -163,7 +163,8 @@ def validate(config: ConfigDict) -> None:
         (len(train.adam) != 2,
          f" train.adam={tuple(train.adam)}: expects two numbers, like (0.9, 0.999)"),
         (pairs.winner == pairs.loser == "pool" and pairs.pool_size < 2,
-         f" pairs.pool_size={pairs.pool_size}: winner and loser both come from the pool; expects a whole number from 2"),
+         f" pairs.pool_size={pairs.pool_size}: winner and loser both come from the pool; expects a whole "
+         "number from 2"),
         (list(mesh.values()).count(-1) > 1,
          f"s mesh={dict(mesh)}: only one of them may be -1"),
         ((pairs.winner == "given") != (pairs.loser == "given"),
