@@ -5,7 +5,30 @@ python -m hgdpo_jax.evaluate --config configs/stage3.py[:variant] --workdir W
 Every model draws the same prompts from the same seeds. What a model drew is kept in W/evaluation and not drawn again.
 """
 
+from typing import Any
+
 from hgdpo_jax.run import command
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """A row for each model: what the judges say that chose nothing, then the rest; lines about people, if any."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from hgdpo_jax.results.report import measured_titles
+    from hgdpo_jax.scoring import personalised
+
+    titles = measured_titles(results["models"])
+    count, people = results["images_per_model"], results["people"]
+    table = Table("", title=f"{count} images per model for {people} held-out people, the same seeds")
+    for title in titles.values():
+        table.add_column(title, justify="right")
+    for model, row in results["models"].items():
+        table.add_row(model, *(f"{row[name]:.3f}" for name in titles))
+    console = Console(width=190)
+    console.print(table)
+    for line in personalised.lines(results.get("personalised", {})):
+        console.print(line)
 
 
 def main() -> None:
@@ -13,10 +36,10 @@ def main() -> None:
     config, given = command.parse(parser)
 
     from hgdpo_jax.devices.start import start
-    from hgdpo_jax.results.evaluation import evaluate, show
+    from hgdpo_jax.results.evaluation import evaluate
 
     start(given.workdir, command.as_arguments(config), config.model.dtype)
-    show(evaluate(config, given.workdir))
+    print_table(evaluate(config, given.workdir))
     print(f"{given.workdir / 'results.json'}, {given.workdir / 'report.html'}")
 
 

@@ -8,13 +8,15 @@ See docs/plan.md.
 import argparse
 from collections.abc import Sequence
 
+from ml_collections import ConfigDict
+
 from hgdpo_jax.config import CHECKPOINTING
 from hgdpo_jax.run import command
 from hgdpo_jax.run.settings import load_config
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """(arguments, overrides of the config)."""
+def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, ConfigDict, list[str]]:
+    """(arguments, validated config, its overrides)."""
     parser = command.config_parser("Compiles a config's step for devices that are not here and says what it needs.")
     parser.add_argument("--topology", action="append", help="v5e:4x4, v5p:2x2x2, v6e:8x8, h100:8, h100:64, h200:8, "
                         "b200:8, cpu; may be given more than once; default cpu")  # fmt: skip
@@ -24,7 +26,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     parser.add_argument("--share", type=_fraction, default=0.4, help="of the roofline that is reached; default 0.4")
     parser.add_argument("--json", action="store_true", help="print JSON")
     known, rest = parser.parse_known_args(arguments)
-    return known, command.overrides(rest)
+    overrides = command.overrides(rest)
+    return known, load_config(known.config, overrides), overrides
 
 
 def _fraction(text: str) -> float:
@@ -34,14 +37,13 @@ def _fraction(text: str) -> float:
 
 
 def main() -> None:
-    given, overrides = parse()
-    load_config(given.config, overrides)  # a mistake in it is answered before JAX is imported
+    given, config, overrides = parse()
 
     from hgdpo_jax.devices.start import start
     from hgdpo_jax.planning.plan import plan
 
     start()
-    print(plan(given, overrides))
+    print(plan(given, config, overrides))
 
 
 def cli() -> None:

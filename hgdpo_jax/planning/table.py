@@ -15,12 +15,12 @@ _GIB = 2**30
 
 
 def hours(plan: Plan, share: float, config: ConfigDict) -> float:
-    """Of the config's steps, where a share of the roofline is reached."""
+    """Hours of the config's steps, where a share of the roofline is reached."""
     return config.train.steps * plan.examples / plan.rate(share) / 3600
 
 
-def images(drawing: tuple[Plan, Plan], share: float) -> float:
-    """Drawn and decoded a second."""
+def images_per_second(drawing: tuple[Plan, Plan], share: float) -> float:
+    """Images drawn and decoded a second, where a share of the roofline is reached."""
     return 1 / sum(1 / plan.rate(share) for plan in drawing)
 
 
@@ -71,7 +71,9 @@ def describe(
         rows.append((f"{name}{count}", [_occupied(plan) for plan in some]))
         rows.append(("takes", [f"{_milliseconds(plan.seconds[plan.bound])} ({plan.bound})" for plan in some]))
     if drawings:
-        rows.append((f"images a second at {share:.0%}", [_number(images(drawing, share)) for drawing in drawings]))
+        rows.append(
+            (f"images a second at {share:.0%}", [_number(images_per_second(drawing, share)) for drawing in drawings])
+        )
     lines = [about, *_aligned(rows)]
     limits: dict[str, list[str]] = {}
     for plan in plans:

@@ -153,7 +153,7 @@ def test_every_kind_of_policy_is_planned_and_split_over_the_mesh(
     if params == "adapter":
         config.objective, config.pairs.winner, config.pairs.loser = "sft", "photograph", "none"
         config.adapter.image_encoder = str(ASSETS / "portraits" / "scorer")
-    source, mesh = program.source_of(config, ""), tiny.mesh(data=2, fsdp=4)
+    source, mesh = program.open_architecture(config, ""), tiny.mesh(data=2, fsdp=4)
     held = program.step(config, source, mesh).held
     policy = steps.split_params(program.pipeline_of(config, source, mesh), params)[1]
     whole = sum(x.size * 4 for x in jax.tree.leaves(policy))
@@ -174,7 +174,7 @@ def test_what_an_adapter_reads_is_known_without_its_encoder() -> None:
 def test_each_step_of_drawing_is_counted(base: Path) -> None:
     config, mesh = tiny.config(base), tiny.mesh(data=2)
     config.pairs.update(guidance=3.0, batch=3)
-    source = program.source_of(config, "")
+    source = program.open_architecture(config, "")
     totals = []
     for config.pairs.steps in (4, 9):
         draw, decode = program.drawing(config, source, mesh)
