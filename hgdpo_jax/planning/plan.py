@@ -101,7 +101,7 @@ def plan(given: argparse.Namespace, config: ConfigDict, overrides: Sequence[str]
     if given.json:
         each = zip_longest(plans, found, drawings)
         return json.dumps([_json(config, given.share, *one) for one in each], indent=2)
-    return table.describe(config, source, plans, found, drawings, given.share)
+    return table.describe(config, source.name, plans, found, drawings, given.share)
 
 
 def _json(

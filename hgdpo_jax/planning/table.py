@@ -8,7 +8,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax.diffusion.source import Source
 from hgdpo_jax.planning.figures import Largest, Plan
 
 _GIB = 2**30
@@ -26,18 +25,26 @@ def images_per_second(drawing: tuple[Plan, Plan], share: float) -> float:
 
 def describe(
     config: ConfigDict,
-    source: Source,
+    base: str,
     plans: Sequence[Plan],
     found: Sequence[Sequence[Largest]],
     drawings: Sequence[tuple[Plan, Plan]],
     share: float,
 ) -> str:
-    """The table: a column for each topology."""
+    """The table: a column for each topology.
+
+    Args:
+        config, base: what was planned, and the name of its ε_base.
+        plans: of the step, one for each topology.
+        found: the largest batches on each topology.
+        drawings: (drawing, decoding) on each topology, if they were planned.
+        share: of the roofline that is reached.
+    """
     train = config.train
     unit = "pairs" if config.objective == "dpo" else "photographs"
     sizes = configuration.resolutions(config)
     largest = max(sizes, key=lambda name: math.prod(sizes[name]))  # which the step was compiled for
-    about = f"{config.stage}: {source.name}, {train.batch} {unit} a step of {largest}, "
+    about = f"{config.stage}: {base}, {train.batch} {unit} a step of {largest}, "
     about += f"{config.model.dtype}, trains {train.params}, checkpointing {train.checkpointing}; of each device:"
     rows: list[tuple[str, list[str]]] = [
         ("", [f"{plan.devices} x {plan.topology.partition(':')[0]}" for plan in plans])
