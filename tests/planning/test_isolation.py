@@ -74,5 +74,8 @@ def test_it_ends_with_who_asked_for_it() -> None:
     folder = Path(asking.stdout.readline().strip())
     assert folder.is_dir()
     asking.kill()
-    assert asking.communicate(timeout=patience(15)) == ("", None)  # which comes to an end where nobody can write any more
+    assert asking.communicate(timeout=patience(15)) == (
+        "",
+        None,
+    )  # no process holds the pipe
     assert not folder.exists()
