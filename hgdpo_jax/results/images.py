@@ -225,7 +225,7 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
     mine = [item for item in mine if not item[2].is_file()]
     parts = [mine[begin : begin + sampler.batch] for begin in range(0, len(mine), sampler.batch)]
 
-    def begun(part: list[tuple[int, int, Path]]) -> tuple[list[tuple[int, int, Path]], jax.Array]:
+    def begun(part: list[tuple[int, int, Path]]) -> tuple[list[tuple[int, int, Path]], jax.Array | np.ndarray]:
         """A part and its images, which the devices may still be drawing."""
         rows, keys = ids[[i for i, _, _ in part]], [stream_key(seed, "sample") for _, seed, _ in part]
         concept = None if source.concept is None else np.repeat(source.concept, len(part), axis=0)
