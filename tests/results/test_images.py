@@ -4,10 +4,10 @@ import functools
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,10 +48,21 @@ STEPS, GUIDANCE = 13, 3.0  # of the 13 timesteps one is at least 900
 DRAWN = STEPS * (2 * GUIDANCE - 1) * NETWORK
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl"])
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    return tiny.write_base(folder) if request.param == "sd15" else tiny.write_sdxl(folder)
+class Setup(NamedTuple):
+    """A base, its pipeline with LoRA everywhere, the policies hard, normal and text, a folder with their files, and a
+    sampler."""
+
+    base: Path
+    pipeline: pipelines.Pipeline
+    policies: dict[str, Any]
+    folder: Path
+    sampler: Sampler
+
+
+@pytest.fixture(scope="module")
+def setups(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Setup]:
+    """sd15 or sdxl → what the tests share."""
+    return functools.cache(lambda kind: setup(kind, tmp_path_factory.mktemp(kind)))
 
 
 def shaken(policy: Any, seed: int) -> Any:
@@ -61,31 +72,27 @@ def shaken(policy: Any, seed: int) -> Any:
     return jax.tree.unflatten(tree, [x + jnp.asarray(0.4 * rng.standard_normal(x.shape), x.dtype) for x in leaves])
 
 
-@pytest.fixture(scope="module")
-def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pipelines.Pipeline, dict, Path]:
-    """A pipeline with LoRA everywhere; the policies hard, normal, text; a folder with their files."""
-    pipeline, folder = pipelines.load_pipeline(base), tmp_path_factory.mktemp("export")
+def setup(kind: str, folder: Path) -> Setup:
+    base = tiny.write_base(folder / "base") if kind == "sd15" else tiny.write_sdxl(folder / "base")
+    pipeline = pipelines.load_pipeline(base)
     for i, (name, model) in enumerate(pipeline.models.items()):
         if name != "vae":
             add_lora(model, 2, 2.0, nnx.Rngs(i))
     fresh = {name: split_params(pipeline, params)[1] for name, params in (("unet", "lora"), ("text", "text_lora"))}
     policies = {"hard": shaken(fresh["unet"], 1), "normal": shaken(fresh["unet"], 2), "text": shaken(fresh["text"], 3)}
+    (folder / "export").mkdir()
     for name, file in (("hard", PEFT_FILE), ("normal", PEFT_NORMAL_FILE), ("text", PEFT_TEXT_FILE)):
         nnx.update(pipeline.networks, policies[name])
-        save_file(lora_weights(pipeline.models, "peft", "text" if name == "text" else "unet"), folder / file)
+        weights = lora_weights(pipeline.models, "peft", "text" if name == "text" else "unet")
+        save_file(weights, folder / "export" / file)
     nnx.update(pipeline.networks, fresh["unet"])
     nnx.update(pipeline.networks, fresh["text"])
-    return pipeline, policies, folder
+    return Setup(base, pipeline, policies, folder / "export", sampler_of(pipeline))
 
 
 def sampler_of(pipeline: pipelines.Pipeline, **settings: Any) -> Sampler:
     chosen = {"solver": "dpmpp_2m", "steps": STEPS, "guidance": GUIDANCE, "batch": 2, "seed": 0} | settings
     return Sampler(pipeline, chosen.pop("mesh", tiny.mesh()), **chosen)
-
-
-@pytest.fixture(scope="module")
-def sampler(trained: tuple) -> Sampler:
-    return sampler_of(trained[0])
 
 
 def ours(sampler: Sampler, pipeline: pipelines.Pipeline, *policies: Any, concept: Any = None) -> np.ndarray:
@@ -125,7 +132,7 @@ def chosen(policies: dict[str, Any], blocks: str, text: bool) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("base", "blocks", "given", "text"),  # None is what the stage's files ask for
+    ("kind", "blocks", "given", "text"),  # None is what the stage's files ask for
     [
         ("sd15", "all", None, False),
         ("sd15", "up", "up", False),
@@ -133,19 +140,17 @@ def chosen(policies: dict[str, Any], blocks: str, text: bool) -> list[Any]:
         ("sd15", "up", None, True),
         ("sdxl", "up", None, True),
     ],
-    indirect=["base"],
 )
 def test_the_recipe_gives_the_images_of_diffusers(
-    base: Path,
-    trained: tuple,
-    sampler: Sampler,
+    setups: Callable[[str], Setup],
     script: ModuleType,
     tmp_path: Path,
+    kind: str,
     blocks: str,
     given: str | None,
     text: bool,
 ) -> None:
-    pipeline, policies, folder = trained
+    base, pipeline, policies, folder, sampler = setups(kind)
     for file in folder.iterdir():
         if not (file.name == PEFT_TEXT_FILE and not text or file.name == PEFT_NORMAL_FILE and blocks == "all"):
             (tmp_path / file.name).symlink_to(file)
@@ -158,20 +163,22 @@ def test_the_recipe_gives_the_images_of_diffusers(
     assert sampler._draw._cache_size() == 2  # without and with the text encoder's policy
 
 
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_without_policies_the_images_are_those_of_the_base(
-    base: Path, trained: tuple, sampler: Sampler, script: ModuleType, tmp_path: Path
+    setups: Callable[[str], Setup], script: ModuleType, tmp_path: Path, kind: str
 ) -> None:
+    base, pipeline, *_, sampler = setups(kind)
     reference = script.load(DiffusionPipeline.from_pretrained(base, dtype=torch.float32), tmp_path)
-    assert_close(ours(sampler, trained[0]), theirs(script, reference, sampler), DRAWN)
+    assert_close(ours(sampler, pipeline), theirs(script, reference, sampler), DRAWN)
 
 
-@pytest.mark.parametrize(("base", "kind"), [("sd15", "ip_adapter"), ("sdxl", "ip_adapter_plus")], indirect=["base"])
 def test_a_concept_image_gives_the_images_of_diffusers_with_and_without_lora(
-    base: Path, trained: tuple, sampler: Sampler, script: ModuleType, tmp_path: Path, kind: str
+    setups: Callable[[str], Setup], script: ModuleType, tmp_path: Path
 ) -> None:
-    pipeline, policies, folder = trained
-    encoder = ConceptEncoder(kind, str(tiny.write_scorer(tmp_path / "clip")))
-    adapter = ip_adapter.fresh(pipeline.unet, kind, encoder.nothing.shape[-1], nnx.Rngs(5))
+    """tests/models/test_ip_adapter.py compares the other kinds, and SDXL's UNet."""
+    base, pipeline, policies, folder, sampler = setups("sd15")
+    encoder = ConceptEncoder("ip_adapter_plus", str(tiny.write_scorer(tmp_path / "clip")))
+    adapter = ip_adapter.fresh(pipeline.unet, "ip_adapter_plus", encoder.nothing.shape[-1], nnx.Rngs(5))
     ip_adapter.save(adapter, tmp_path / "adapter.safetensors")
     settings = configuration.default().adapter
     settings.update(weights=str(tmp_path / "adapter.safetensors"), image_encoder=str(tmp_path / "clip"))
@@ -179,8 +186,7 @@ def test_a_concept_image_gives_the_images_of_diffusers_with_and_without_lora(
     photographs = list_photographs(configuration.ASSETS / "portraits", "heldout")[:1]
     concept = encoder(load_images(photographs, (64, 64))[1]).features
     with_concept = sampler_of(with_adapter, concept_scale=0.7)
-    embeds = torch.tensor(np.concatenate([encoder.nothing, concept]))
-    embeds = embeds[:, None] if kind == "ip_adapter_plus" else embeds  # diffusers counts images before patches
+    embeds = torch.tensor(np.concatenate([encoder.nothing, concept]))[:, None]  # diffusers counts images first
     hard = chosen(policies, "up", False)
     without_concept = [ours(sampler, pipeline), ours(sampler, pipeline, *hard)]
     for number, used in enumerate(([], hard)):
@@ -238,8 +244,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[images.Generato
         yield images.from_checkpoint(str(base))._replace(resolution=(32, 32))
 
 
-def test_a_negative_prompt_is_diffusers(base: Path, trained: tuple, sampler: Sampler) -> None:
-    pipeline, negative = trained[0], "blurry, a drawing"
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_a_negative_prompt_is_diffusers(setups: Callable[[str], Setup], kind: str) -> None:
+    base, pipeline, *_, sampler = setups(kind)
+    negative = "blurry, a drawing"
     found = ours(sampler_of(pipeline, negative=negative), pipeline)
     reference = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
@@ -249,12 +257,11 @@ def test_a_negative_prompt_is_diffusers(base: Path, trained: tuple, sampler: Sam
     assert np.abs(found - ours(sampler, pipeline)).max() > 10 * DRAWN
 
 
-@pytest.mark.parametrize("base", ["sd15"], indirect=True)
 def test_a_negative_prompt_without_guidance_says_that_it_has_no_effect(
-    trained: tuple, caplog: pytest.LogCaptureFixture
+    setups: Callable[[str], Setup], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        sampler_of(trained[0], negative="blurry", guidance=1.0)
+        sampler_of(setups("sd15").pipeline, negative="blurry", guidance=1.0)
     assert "negative prompt 'blurry': has no effect, guidance 1 means none" in caplog.text
 
 
@@ -278,10 +285,9 @@ def draw(source: images.Generator, prompts: list[str], seeds: list[int], out: Pa
     return images.draw(source, prompts, seeds, out, images.Settings(**chosen))
 
 
-@pytest.mark.parametrize("base", ["sd15"], indirect=True)
-def test_lan_with_the_base_as_policy_changes_nothing(trained: tuple, sampler: Sampler) -> None:
-    normalised = ours(sampler_of(trained[0], normalise=True), trained[0])
-    assert_close(normalised, ours(sampler, trained[0]), DRAWN)
+def test_lan_with_the_base_as_policy_changes_nothing(setups: Callable[[str], Setup]) -> None:
+    _, pipeline, *_, sampler = setups("sd15")
+    assert_close(ours(sampler_of(pipeline, normalise=True), pipeline), ours(sampler, pipeline), DRAWN)
 
 
 def test_a_file_of_prompts_is_drawn_with_one_compilation_by_devices_that_do_not_ask_each_other(
