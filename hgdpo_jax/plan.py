@@ -39,6 +39,11 @@ def _fraction(text: str) -> float:
 def main() -> None:
     given, config, overrides = parse()
 
+    from hgdpo_jax.planning.topologies import platform_of
+
+    for name in given.topology or ():
+        platform_of(name)  # raises at once where it does not exist: the imports that follow take seconds
+
     from hgdpo_jax.devices.start import start
     from hgdpo_jax.planning.plan import plan
 

@@ -282,6 +282,20 @@ def test_figures_are_kept_for_one_compiler_with_its_flags(
     monkeypatch.setattr(compiled, "write_json", full)
     monkeypatch.setenv("XLA_FLAGS", "--one-more")
     assert found() is made[3] and "figures are not kept" in capsys.readouterr().err
+    assert compiled.compile_for(lowered, topology, trips=2) is made[4]
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert found() is made[5] and "figures are not kept" in capsys.readouterr().err
+
+
+def test_the_tensor_axis_splits_products_and_not_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "compile_for", lambda *_: Compiled(traffic=819, collectives={"x": {"sent": 200e9}}))
+    mesh, chip = tiny.mesh(data=2, fsdp=2, tensor=2), topologies.CHIPS["v5e"]
+    step = program.Program(jax.jit(jnp.sin).lower(1.0), (8e12, 16e12), {}, 0)
+    topology = topologies.Topology("v5e:2x4", chip, list(mesh.devices.flat), {}, "")
+    found = figures.plan_program(step, topology, mesh, "bfloat16", 16)
+    assert found.operations == 8e12 / 4 + 16e12 / 8 and found.bound == "interconnect"
+    assert found.seconds == {"arithmetic": 4e12 / chip.peak["bfloat16"], "memory": 1e-9, "interconnect": 1.0}
+    assert found.rate(0.5) == 8.0
 
 
 @pytest.fixture

@@ -158,13 +158,18 @@ def test_a_whole_model_is_a_folder_and_a_single_file_and_what_is_not_written_is_
     index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True,
               "feature_extractor": ["transformers", "CLIPImageProcessor"]}  # fmt: skip
     (base / "model_index.json").write_text(json.dumps(index))
-    folder = trained_at_once(tmp_path / "run", "configs/stage1.py:portraits", base, "train.params=all")
+    folder = trained_at_once(
+        tmp_path / "run", "configs/stage1.py:portraits", base, "train.params=all", "model.dtype=bfloat16"
+    )
     export(folder, out)
     names = {path.name for path in out.iterdir()}
     assert CHECKPOINT_FILE in names and "model_index.json" in names and not any("lora" in name for name in names)
     one = load_file(out / CHECKPOINT_FILE)["model.diffusion_model.input_blocks.0.0.weight"]
     other = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"]
     assert np.array_equal(one, other)
+    name = "text_encoder/model.safetensors"  # which is not trained, and kept in full precision
+    before, after = load_file(base / name), load_file(out / name)
+    assert all(after[key].dtype == np.float32 and np.array_equal(after[key], before[key]) for key in before)
     with pytest.raises(UserError, match="stage1 trained all parameters and has no LoRA; add diffusers or ldm"):
         export(folder, tmp_path / "other", formats=["kohya"])
     found = DiffusionPipeline.from_pretrained(out, dtype=torch.float32)

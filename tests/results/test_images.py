@@ -359,6 +359,13 @@ def test_what_is_there_is_kept_and_another_runs_folder_is_refused(source: images
         draw(source, ["a man"], [0, 1], tmp_path / "mine")
 
 
+def test_a_model_that_moved_is_the_same(tmp_path: Path) -> None:
+    images.claim(tmp_path / "out", {"model": "here", "base": "1"})
+    images.claim(tmp_path / "out", {"model": "there", "base": "1"})
+    with pytest.raises(UserError, match="holds images of another run"):
+        images.claim(tmp_path / "out", {"model": "here", "base": "2"})
+
+
 def test_long_prompts_are_said_and_cut_as_diffusers_does(
     source: images.Generator, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -375,8 +382,9 @@ def test_seeds_that_overlap_and_prompts_that_repeat_are_named(tmp_path: Path) ->
     assert sample.all_seeds([0, 10], 3) == [0, 1, 2, 10, 11, 12]
     with pytest.raises(UserError, match="--seed 0 2: with --samples 3 the seeds overlap, 2 comes twice"):
         sample.all_seeds([0, 2], 3)
-    with pytest.raises(UserError, match="--seed -1: expects numbers from 0"):
-        sample.all_seeds([-1], 1)
+    for seed in (-1, 2**32 - 1):
+        with pytest.raises(UserError, match=f"--seed {seed}: expects numbers from 0 to {2**32 - 2}"):
+            sample.all_seeds([seed], 2)
     (tmp_path / "prompts.txt").write_text("a man\n\na woman\na man\n")
     with pytest.raises(UserError, match="prompts.txt line 4: repeats line 1"):
         sample.read_prompts(tmp_path / "prompts.txt")
