@@ -14,11 +14,11 @@ COMMAND = """
 import numpy, os, sys
 sys.modules["torch"] = None  # users need none; tensorboardX imports it where it is installed
 from importlib import import_module
-from hgdpo_jax.run import command, index, processes
+from hgdpo_jax.run import command, index, lifecycle, processes
 from hgdpo_jax.training.monitor import Monitor
 from tests import tiny
 Monitor.evaluate = tiny.glance
-processes._DEAD, command._SHOWN = 15.0, 3  # the tests' processes lie on one machine
+lifecycle._DEAD, processes._VISIBLE = 15.0, 3  # the tests' processes lie on one machine
 def seen(images, input_ids):
     means = numpy.asarray(images).mean((1, 2))
     one = {name: means[:, 0] for name in ("face_found", "face_score", "sharpness", "score")}

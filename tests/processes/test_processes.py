@@ -218,8 +218,8 @@ def test_help_needs_no_other_process(command: str) -> None:
 @pytest.mark.parametrize("index", ["0", "1"])
 def test_who_comes_names_that_not_all_do(index: str) -> None:
     """JAX aborts it, in C++; ours is the last word."""
-    program = "from hgdpo_jax.devices.start import start; from hgdpo_jax.run import command, processes; "
-    program += "processes._TOGETHER = 3; command.run(start)"
+    program = "from hgdpo_jax.devices.start import start; from hgdpo_jax.run import command, lifecycle; "
+    program += "lifecycle._START = 3; command.run(start)"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -238,11 +238,11 @@ def test_a_mistake_at_one_ends_another_that_is_busy_with_the_same_line(mistaken:
     """What it does in Python keeps it from hearing of it at once; process 0's service has to wait for that."""
     program = f"""
 import time, jax
-from hgdpo_jax.run import processes
-processes.start()
+from hgdpo_jax.run import lifecycle
+lifecycle.start()
 if jax.process_index() == {mistaken}:
     time.sleep(1)
-    processes.end_all("error: a mistake", 1)
+    lifecycle.end_all("error: a mistake", 1)
 while True:
     jax.make_jaxpr(lambda x: sum(x + i for i in range(3000)))(0)
 """
