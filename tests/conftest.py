@@ -26,7 +26,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".p
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # as a command does
 # Shapes and dtypes that annotations state are checked at each call. Imported before the package is.
 install_import_hook("hgdpo_jax", "tests.typed.checked")
-gc.set_threshold(20_000)  # as hgdpo_jax.devices.xla.start does
+gc.set_threshold(20_000)  # as hgdpo_jax.devices.processor does
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

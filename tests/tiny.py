@@ -72,9 +72,9 @@ def random_model(cls: Callable[..., nnx.Module], config: dict[str, Any], seed: i
     return model
 
 
-def write_base(folder: Path) -> Path:
+def write_base(folder: Path, unet: dict[str, Any] = TINY_UNET) -> Path:
     """A diffusers folder with random weights and CLIP's tokenizer."""
-    save_model(random_model(UNet2DConditionModel, TINY_UNET, 0), folder / "unet")
+    save_model(random_model(UNet2DConditionModel, unet, 0), folder / "unet")
     save_model(random_model(AutoencoderKL, TINY_VAE, 1), folder / "vae")
     save_model(random_model(CLIPTextModel, TINY_TEXT, 2), folder / "text_encoder")
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
@@ -83,9 +83,9 @@ def write_base(folder: Path) -> Path:
     return folder
 
 
-def write_sdxl(folder: Path) -> Path:
+def write_sdxl(folder: Path, unet: dict[str, Any] = TINY_XL) -> Path:
     """The same in the shape of SDXL."""
-    save_model(random_model(UNet2DConditionModel, TINY_XL, 0), folder / "unet")
+    save_model(random_model(UNet2DConditionModel, unet, 0), folder / "unet")
     save_model(random_model(AutoencoderKL, TINY_VAE, 1), folder / "vae")
     save_model(random_model(CLIPTextModel, TINY_TEXT | {"num_hidden_layers": 2}, 2), folder / "text_encoder")
     save_model(random_model(CLIPTextModelWithProjection, TINY_TEXT_2, 3), folder / "text_encoder_2")
