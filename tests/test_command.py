@@ -12,6 +12,7 @@ import pytest
 from hgdpo_jax.training import metrics
 from hgdpo_jax.training.checkpoints import Checkpoints
 from tests import tiny
+from tests.patience import patience
 
 TRAIN = """
 import sys
@@ -33,12 +34,12 @@ def test_a_signal_saves_the_step_and_is_one_line(sent: signal.Signals, code: int
     command = [sys.executable, "-c", TRAIN, str(base), str(workdir)]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + patience(50)
     while not (workdir / "stage1" / "policy" / "2.sha256.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(sent)
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=patience(15))[1]
     assert process.returncode == code and "Traceback" not in errors
     assert errors.strip().splitlines()[-1] == "stopped; the same command goes on from what is finished"
     latest = Checkpoints(workdir / "stage1").latest()
@@ -88,5 +89,6 @@ def test_a_signal_ends_what_swallows_it_and_a_second_one_what_is_to_save(
         lines = [process.stderr.readline().strip() for _ in range(2)]
         assert lines == ["", "stopping once this step is saved; a second signal stops at once"]
         process.send_signal(sent)
-    assert process.communicate(timeout=60)[1].strip() == "stopped; the same command goes on from what is finished"
+    errors = process.communicate(timeout=patience(15))[1]
+    assert errors.strip() == "stopped; the same command goes on from what is finished"
     assert process.returncode == code

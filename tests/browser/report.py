@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from hgdpo_jax.scoring import report
+from tests.patience import patience
 from tests.scoring.test_report import example
 
 DESKTOP, PHONE = (1280, 800), (390, 844)
-_PATIENCE = 60.0  # seconds
 _KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Enter": 13, "Escape": 27}
 
 
@@ -42,7 +42,7 @@ class Page:
 
     def _message(self) -> dict[str, Any]:
         while b"\0" not in self._received:
-            if not select.select([self._read], [], [], _PATIENCE)[0]:
+            if not select.select([self._read], [], [], patience(15))[0]:
                 raise TimeoutError("Chromium does not answer")
             received = os.read(self._read, 1 << 20)
             if not received:
@@ -79,7 +79,7 @@ class Page:
         )
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
         self.call("Page.navigate", url=url)
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + patience(15)
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{url} does not load")
@@ -148,7 +148,7 @@ def chromium() -> Iterator[Page]:
             os.close(write)
             os.close(read)
             try:
-                process.wait(10)
+                process.wait(patience(3))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

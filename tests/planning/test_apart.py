@@ -13,6 +13,7 @@ import pytest
 
 from hgdpo_jax.errors import UserError
 from hgdpo_jax.planning.apart import apart
+from tests.patience import patience
 
 
 def answer(about: int) -> tuple[int, int, str]:
@@ -70,5 +71,6 @@ def test_it_ends_with_who_asked_for_it() -> None:
     folder = Path(asking.stdout.readline().strip())
     assert folder.is_dir()
     asking.kill()
-    assert asking.communicate(timeout=60) == ("", None)  # which comes to an end where nobody can write any more
+    # Which comes to an end where nobody can write any more.
+    assert asking.communicate(timeout=patience(15)) == ("", None)
     assert not folder.exists()

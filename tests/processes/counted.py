@@ -24,8 +24,9 @@ from tests.processes import start
 from tests.processes.test_processes import STAGE, inputs
 
 # On two cores sixteen processes take minutes to start, and do not answer for long.
-COUNTING = start.COMMAND.replace("= 15.0, 3", "= 300.0, 60").replace(
-    "module = import_module", "from tests.processes import counted\ncounted.count()\nmodule = import_module"
+COUNTING = start.COMMANDS.replace(
+    "command.run(main)",
+    "processes._DEAD = 300.0\nfrom tests.processes import counted\ncounted.count()\ncommand.run(main)",
 )
 BEGINS = {"main": ("hgdpo_jax.training.loop", "warn_of_hours"), "pairs": ("hgdpo_jax.pairs", "begin_records")}
 METHODS = ("blocking_key_value_get", "blocking_key_value_get_bytes", "key_value_try_get", "key_value_set")
@@ -95,7 +96,6 @@ def main() -> None:
         settings = inputs(root / "inputs", train=16, heldout=16)
         settings += ["--config.train.batch=16", "--config.train.steps=3", "--config.train.checkpoint_every=1"]
         start.run(root / "pairs", 1, 1, "pairs", *STAGE, "--workdir", f"{root}/run", *settings)
-        start.COMMAND = COUNTING
         for command in BEGINS:
             for number in counts:
                 print(_row(root, command, number, settings), flush=True)
@@ -109,8 +109,9 @@ def _row(root: Path, command: str, number: int, settings: list[str]) -> str:
     workdir = folder / "run"
     (workdir / "stage1").mkdir(parents=True)
     (workdir / "stage1" / "pairs").symlink_to(pairs)
-    started = start.Started(folder / "logs", number, 1, command, *STAGE, "--workdir", f"{workdir}", *settings)
-    for process in started.ended(1800):
+    arguments = [command, *STAGE, "--workdir", f"{workdir}", *settings]
+    started = start.Started(folder / "logs", number, 1, *arguments, program=COUNTING)
+    for process in started.ended(450):
         assert process.code == 0, process.errors
     found = [json.loads((folder / f"{index}.json").read_text()) for index in range(number)]
     if os.environ.get("NAMES"):

@@ -23,6 +23,7 @@ from hgdpo_jax.files import file_hash
 from hgdpo_jax.training import policy as policies
 from hgdpo_jax.training.checkpoints import Checkpoints
 from tests import tiny
+from tests.patience import patience
 from tests.processes.start import Started
 from tests.processes.test_processes import RATE, STAGE, inputs
 
@@ -38,7 +39,7 @@ def start(folder: Path, count: int, command: str, settings: list[str]) -> Starte
 
 def undisturbed(folder: Path, count: int, command: str, settings: list[str]) -> None:
     """Runs a command to its end."""
-    for ended in start(folder, count, command, settings).ended(600):
+    for ended in start(folder, count, command, settings).ended():
         assert ended.code == 0, ended.errors
 
 
@@ -81,9 +82,9 @@ def main() -> None:
             if any(process.poll() is not None for process in started.processes):
                 after = float("nan")  # too late, it had finished
             started.processes[who].send_signal(getattr(signal, f"SIG{kind}"))
-            ended = started.ended(100)
+            ended = started.ended(25)
             codes, seconds = [process.code for process in ended], max(process.after for process in ended)
-            assert seconds <= 60, seconds
+            assert seconds <= patience(15), seconds
             assert kind == "KILL" or codes in ([75, 75], [0, 0]), codes
             words = {(process.errors.strip().splitlines() or [""])[-1][:90] for process in ended if process.code > 0}
             stood = Checkpoints(folder / "run" / "stage1").latest() if command == "main" else None

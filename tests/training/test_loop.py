@@ -31,6 +31,7 @@ from hgdpo_jax.training.monitor import UNLEARNING, Monitor
 from hgdpo_jax.training.optimizer import make_optimizer
 from hgdpo_jax.training.speed import Speed
 from tests import tiny
+from tests.patience import patience
 
 RUN = """
 import sys
@@ -74,7 +75,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(finished: Path, bas
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + patience(50)
         while not (tmp_path / "stage1" / "policy" / "2.sha256.json").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
