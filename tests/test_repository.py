@@ -1,6 +1,7 @@
 """Promises about the repository itself."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -35,6 +36,12 @@ def test_everything_imports_where_there_is_no_torch() -> None:
     package = ROOT / "hgdpo_jax"
     files = {path.relative_to(ROOT).with_suffix("") for path in package.rglob("*.py") if path.parent != package}
     assert {".".join(file.parts).removesuffix(".__init__") for file in files} <= {*done.stdout.split()}
+
+
+def test_no_module_reads_pickles() -> None:
+    """They run what is in them."""
+    for path in (ROOT / "hgdpo_jax").rglob("*.py"):
+        assert not re.search(r"\b(import|from) pickle\b|allow_pickle=True", path.read_text()), path
 
 
 @pytest.mark.parametrize("pins", ["requirements.txt", "requirements-test.txt"])

@@ -95,7 +95,7 @@ def main() -> None:
         root = Path(place)
         settings = inputs(root / "inputs", train=16, heldout=16)
         settings += ["--config.train.batch=16", "--config.train.steps=3", "--config.train.checkpoint_every=1"]
-        start.run(root / "pairs", 1, 1, "pairs", *STAGE, "--workdir", f"{root}/run", *settings)
+        start.run(root / "pairs", 1, 1, ["pairs", *STAGE, "--workdir", f"{root}/run", *settings])
         for command in BEGINS:
             for number in counts:
                 print(_row(root, command, number, settings), flush=True)
@@ -110,7 +110,7 @@ def _row(root: Path, command: str, number: int, settings: list[str]) -> str:
     (workdir / "stage1").mkdir(parents=True)
     (workdir / "stage1" / "pairs").symlink_to(pairs)
     arguments = [command, *STAGE, "--workdir", f"{workdir}", *settings]
-    started = start.Started(folder / "logs", number, 1, *arguments, program=COUNTING)
+    started = start.Started(folder / "logs", number, 1, arguments, program=COUNTING)
     for process in started.ended(450):
         assert process.code == 0, process.errors
     found = [json.loads((folder / f"{index}.json").read_text()) for index in range(number)]

@@ -34,7 +34,7 @@ FIRST_LINE = "run/stage1/logs/metrics.jsonl"
 
 
 def start(folder: Path, count: int, command: str, settings: list[str]) -> Started:
-    return Started(folder / "logs", count, 1, command, *STAGE, "--workdir", f"{folder}/run", *settings)
+    return Started(folder / "logs", count, 1, [command, *STAGE, "--workdir", f"{folder}/run", *settings])
 
 
 def undisturbed(folder: Path, count: int, command: str, settings: list[str]) -> None:

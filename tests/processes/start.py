@@ -26,7 +26,7 @@ from hgdpo_jax import command, files, processes
 from hgdpo_jax.training.monitor import Monitor
 from tests import tiny
 Monitor.look = tiny.glance
-processes._DEAD = {DEAD}
+processes._DEAD, processes._DEAD_FOR_JAX = {DEAD}, {3 * int(DEAD)}
 def seen(images, input_ids):
     means = numpy.asarray(images).mean((1, 2))
     one = {{name: means[:, 0] for name in ("face_found", "face_score", "sharpness", "score")}}
@@ -67,12 +67,21 @@ class Started:
         folder: Path,
         count: int,
         devices: int,
-        *arguments: str,
+        *commands: list[str],
         own: dict[int, list[str]] | None = None,
         program: str = COMMANDS,
         missing: int | None = None,
     ):
-        """Args: `folder` gets what they say; `own`: further arguments of some; `missing`: one that does not come."""
+        """
+        Args:
+            folder: gets what they say.
+            count: of processes.
+            devices: of each.
+            *commands: names with their arguments, which each process runs in turn.
+            own: further arguments of some processes.
+            program: in Python, gets the commands' words, with "then" between commands.
+            missing: a process that does not come.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         indices = [index for index in range(count) if index != missing]
         self.logs = [(folder / f"{index}.out", folder / f"{index}.err") for index in indices]
@@ -84,6 +93,7 @@ class Started:
         if count > 1:
             environment |= {"HGDPO_DISTRIBUTED": "1", "JAX_COORDINATOR_ADDRESS": self.address}
             environment |= {"JAX_NUM_PROCESSES": str(count)}
+        arguments = [word for command in commands for word in ["then", *command]][1:]
         self.processes = []
         for index, (out, errors) in zip(indices, self.logs, strict=True):
             command = [sys.executable, "-c", program, *arguments, *(own or {}).get(index, [])]
@@ -118,9 +128,9 @@ class Started:
             process.wait()
 
 
-def run(folder: Path, count: int, devices: int, *arguments: str) -> None:
+def run(folder: Path, count: int, devices: int, *commands: list[str]) -> None:
     """Runs commands that are to succeed."""
-    for index, process in enumerate(Started(folder, count, devices, *arguments).ended()):
+    for index, process in enumerate(Started(folder, count, devices, *commands).ended()):
         assert process.code == 0, process.errors
         assert "Traceback" not in process.errors
         assert index == 0 or "stage1" not in process.out  # process 0 speaks for all; the rest is Gloo's

@@ -1,7 +1,7 @@
 """Several processes run what one does: the chain of commands, an error, a signal and a death.
 
-To start Python and import what a command needs takes as long as the work here: what two processes do in turn, two
-processes do, and what can be compared with a training in the tests' own process, is.
+To start Python, import what a command needs and compile it takes longer than the work here. So one start does in turn
+what the same processes can do, and trainings have few programs between them.
 """
 
 import json
@@ -16,11 +16,9 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from hgdpo_jax import config as configuration
 from hgdpo_jax.files import file_hash
 from hgdpo_jax.training import metrics
 from hgdpo_jax.training import policy as policies
-from hgdpo_jax.training.loop import train
 from tests import tiny
 from tests.processes.start import DEAD, WITHOUT_TORCH, Ended, Started, run
 from tests.rounding import NETWORK, assert_close
@@ -64,24 +62,32 @@ def inputs(folder: Path, train: int = 7, heldout: int = 3) -> list[str]:
 
 
 def test_the_chain_of_commands_gives_what_one_process_gives(settings: list[str], tmp_path: Path) -> None:
-    """Two processes of two devices each, and one of two: but for the steps each has the programs of its own devices."""
-    one, two, sharded = (tmp_path / name for name in ("one", "two", "sharded"))
-    pairs, drawn = {}, {}
-    for workdir in (one, two):
-        build = (["pairs", "--config", f"configs/{stage}.py:portraits", *at(workdir), *settings] for stage in PAIRS)
-        pairs[workdir] = [part for command in build for part in [*command, "then"]]
+    """Two processes of two devices each, and one of two: but for the steps each has the programs of its own devices.
+    Steps are compared with those of one process of four."""
+    one, two, four = (tmp_path / name for name in ("one", "two", "four"))
+    sharded = ["--config.stage=sharded", "--config.train.pairs=stage1", "--config.train.params=all"]
+    sharded += ["--config.mesh.data=1", "--config.mesh.fsdp=-1"]
+
+    def build(workdir: Path) -> list[list[str]]:
+        return [["pairs", "--config", f"configs/{stage}.py:portraits", *at(workdir), *settings] for stage in PAIRS]
+
+    def train(workdir: Path) -> list[list[str]]:
+        return [["main", *STAGE, *at(workdir), *settings, *own] for own in ([], sharded)]
+
+    def draw(workdir: Path) -> list[list[str]]:
         how = ["--prompt", "a woman", "--samples", "5", "--steps", "2", "--batch", "2", "--size", "32x32"]
-        drawn[workdir] = ["sample", *at(workdir), *how, "--out", f"{workdir}/images", "then"]
-        drawn[workdir] += ["evaluate", *STAGE, *at(workdir), *settings]
-    tiny.write_pairs(sharded / "stage1" / "pairs", train=6, heldout=4)
-    whole = ["--config.train.params=all", "--config.mesh.data=1", "--config.mesh.fsdp=-1"]
-    trained = ["main", *STAGE, *at(two), *settings, "then", "main", *STAGE, *at(sharded), *settings, *whole, "then"]
-    export = ["then", "export", *at(two), "--out", f"{two}/export"]
-    run(tmp_path / "two.logs", 2, 2, *pairs[two], *trained, *drawn[two], *export)
-    (one / "stage1").mkdir(parents=True)  # so that pictures are compared, not what rounding makes of two trainings
-    for part in ("policy", "reference", "config.json", "logs"):
-        (one / "stage1" / part).symlink_to(two / "stage1" / part)
-    run(tmp_path / "one.logs", 1, 2, *pairs[one], *drawn[one])
+        sample = ["sample", *at(workdir), *how, "--out", f"{workdir}/images"]
+        return [sample, ["evaluate", *STAGE, *at(workdir), *settings]]
+
+    export = ["export", *at(two), "--out", f"{two}/export"]
+    run(tmp_path / "two.logs", 2, 2, *build(two), *train(two), *draw(two), export)
+    for workdir in (one, four):
+        (workdir / "stage1").mkdir(parents=True)
+    for part in ("policy", "reference", "config.json", "logs"):  # pictures are compared, not what rounding makes of two
+        (one / "stage1" / part).symlink_to(two / "stage1" / part)  # trainings
+    (four / "stage1" / "pairs").symlink_to(two / "stage1" / "pairs")
+    run(tmp_path / "one.logs", 1, 2, *build(one), *draw(one))
+    run(tmp_path / "four.logs", 1, 4, *train(four))
 
     for stage in PAIRS:
         shards = [path.name for path in (two / stage / "pairs").iterdir()]
@@ -98,8 +104,8 @@ def test_the_chain_of_commands_gives_what_one_process_gives(settings: list[str],
     assert steps == list(range(1, STEPS + 1))  # each once
     values = in_tensorboard(two / "stage1" / "logs")
     assert len(values) == len(set(values)) and [step for name, step in values if name == "loss/total"] == steps
-    compare_with_one(two, settings)
-    compare_with_one(sharded, [*settings, *whole])
+    for stage in ("stage1", "sharded"):
+        compare(four, two, stage)
 
 
 def at(workdir: Path) -> list[str]:
@@ -120,38 +126,35 @@ def in_tensorboard(logs: Path) -> list[tuple[str, int]]:
     return found
 
 
-def compare_with_one(two: Path, settings: list[str]) -> Path:
-    """Compares what two processes trained with what this one does, over its eight devices; returns its workdir.
+def compare(one: Path, two: Path, stage: str = "stage1") -> None:
+    """Two trainings that differ by rounding.
 
-    They differ by rounding. The same batches and the same noise: errors differ by rounding from the first step on,
-    where other noise would make another error. After each step of Adam at rate r a parameter has moved by at most about
-    r, in whatever direction rounding chooses where its gradient is nearly nothing: two runs end at most 2 r steps
-    apart, and mostly far nearer.
+    The same batches and the same noise: errors differ by rounding from the first step on, where other noise would
+    make another error. After each step of Adam at rate r a parameter has moved by at most about r, in whatever
+    direction rounding chooses where its gradient is nearly nothing: two runs end at most 2 r steps apart, and mostly
+    far nearer.
     """
-    one = two.with_name(f"{two.name} as one")
-    (one / "stage1").mkdir(parents=True)
-    (one / "stage1" / "pairs").symlink_to(two / "stage1" / "pairs")
-    overrides = [setting.removeprefix("--config.") for setting in settings]
-    mesh = ["mesh.data=4", "mesh.fsdp=1", "mesh.tensor=2"]
-    train(configuration.load(STAGE[1], [*overrides, *mesh]), one)
-    logs = [metrics.read(workdir / "stage1" / "logs") for workdir in (one, two)]
+    logs = [metrics.read(workdir / stage / "logs") for workdir in (one, two)]
     for a, b in zip(*logs, strict=True):
         for key in [key for key in a if key.startswith("error/")]:
             np.testing.assert_allclose(a[key], b[key], rtol=1e-5)
-    config = policies.stage_config(one, "stage1")
+    config = policies.stage_config(one, stage)
     like = policies.of(policies.load(config, tiny.mesh()), config)
-    ends = [jax.tree.leaves(policies.finished(workdir, "stage1", like, config)) for workdir in (one, two)]
+    ends = [jax.tree.leaves(policies.finished(workdir, stage, like, config)) for workdir in (one, two)]
     apart = np.concatenate([np.abs(a - b).ravel() for a, b in zip(*ends, strict=True)])
     moved = np.concatenate([np.abs(a - b).ravel() for a, b in zip(ends[0], jax.tree.leaves(like), strict=True)])
     assert apart.max() <= 2.1 * RATE * STEPS and moved.max() > 0.5 * RATE
     assert np.median(apart) < 0.01 * np.median(moved[moved > 0])
-    return one
 
 
-def long(settings: list[str], workdir: Path) -> list[str]:
-    """The command of a training that does not end by itself."""
+# Devices of two processes that split the model between them, each with all rows of a batch.
+SPLIT = ["--config.mesh.tensor=2", "--config.train.reference_cache=2"]
+
+
+def training(settings: list[str], workdir: Path, *own: str) -> list[str]:
+    """The command of a training on pairs that are there."""
     tiny.write_pairs(workdir / "stage1" / "pairs", train=6, heldout=4)
-    return ["main", *STAGE, *at(workdir), *settings, "--config.train.steps=100000"]
+    return ["main", *STAGE, *at(workdir), *settings, *SPLIT, *own]
 
 
 def last_line(process: Ended) -> str:
@@ -161,30 +164,27 @@ def last_line(process: Ended) -> str:
 def test_a_model_split_between_two_is_trained_as_by_one_and_a_signal_to_one_stops_both_at_one_step(
     settings: list[str], tmp_path: Path
 ) -> None:
-    split, stopped = tmp_path / "split", tmp_path / "stopped"
-    tiny.write_pairs(split / "stage1" / "pairs", train=6, heldout=4)
-    own = ["--config.mesh.tensor=2", "--config.train.reference_cache=2"]
-    first = ["main", *STAGE, *at(split), *settings, *own, "then"]
-    second = long([*settings, "--config.train.checkpoint_every=100000"], stopped)
-    started = Started(tmp_path / "logs", 2, 1, *first, *second)
+    one, two, stopped = (tmp_path / name for name in ("one", "two", "stopped"))
+    long = training(settings, stopped, "--config.train.checkpoint_every=100000", "--config.train.steps=100000")
+    started = Started(tmp_path / "two.logs", 2, 1, training(settings, two), long)
     started.wait_for(stopped / "stage1" / "logs" / "metrics.jsonl")
     started.processes[1].send_signal(signal.SIGTERM)
     ended = started.ended()
-    assert [process.code for process in ended] == [75, 75]
-    for process in ended:
-        assert last_line(process) == "stopped; the same command goes on from what is finished"
+    assert lines_of(ended, 75) == {"stopped; the same command goes on from what is finished"}
     (step,) = [path for path in (stopped / "stage1" / "policy").iterdir() if path.name.isdecimal()]
     assert metrics.read(stopped / "stage1" / "logs")[-1]["step"] == int(step.name)  # nothing is lost
 
-    one = compare_with_one(split, [*settings, *own])
+    run(tmp_path / "one.logs", 1, 2, training(settings, one))
+    compare(one, two)
     predicted = sorted((one / "stage1").glob("reference_cache/*.npy"))
     assert len(predicted) == 2
     for path in predicted:
-        assert_close(np.load(split / path.relative_to(one)), np.load(path), NETWORK)
+        assert_close(np.load(two / path.relative_to(one)), np.load(path), NETWORK)
 
 
 def test_a_dead_process_ends_the_other_with_a_line(settings: list[str], tmp_path: Path) -> None:
-    started = Started(tmp_path / "logs", 2, 1, *long(settings, tmp_path / "run"))
+    long = training(settings, tmp_path / "run", "--config.train.steps=100000")
+    started = Started(tmp_path / "logs", 2, 1, long)
     started.wait_for(tmp_path / "run" / "stage1" / "policy" / "1.sha256.json")
     started.processes[1].kill()
     rest, _ = started.ended()
@@ -216,7 +216,7 @@ command.run(lambda: command.parse(""))
 def test_an_error_at_one_is_the_same_line_at_all(own: list[str], message: str, tmp_path: Path) -> None:
     own = [str(tmp_path / argument) if argument == "elsewhere" else argument for argument in own]
     arguments = [*STAGE, *at(tmp_path / "run"), "--config.train.lr=0.001"]
-    (line,) = lines_of(Started(tmp_path / "logs", 2, 1, *arguments, own={1: own}, program=PARSES).ended(), 1)
+    (line,) = lines_of(Started(tmp_path / "logs", 2, 1, arguments, own={1: own}, program=PARSES).ended(), 1)
     assert re.search(message, line)
 
 
@@ -238,7 +238,7 @@ command.run(work)
 def test_a_mistake_at_one_ends_another_that_is_busy_with_the_same_line(mistaken: str, tmp_path: Path) -> None:
     """What it does in Python keeps it from hearing of it at once; process 0's service has to wait for that."""
     arguments = [mistaken, *STAGE, *at(tmp_path / "run"), "--config.train.learning=1"]
-    (line,) = lines_of(Started(tmp_path / "logs", 2, 1, *arguments, program=BUSY).ended(), 1)
+    (line,) = lines_of(Started(tmp_path / "logs", 2, 1, arguments, program=BUSY).ended(), 1)
     assert line.startswith("error: config key train.learning: unknown")
 
 
@@ -272,6 +272,6 @@ for name in names:
 
 def test_help_needs_no_other_process(tmp_path: Path) -> None:
     commands = ["pairs", "main", "sample", "evaluate", "export"]
-    (ended,) = Started(tmp_path / "logs", 2, 1, *commands, program=HELP, missing=0).ended()
+    (ended,) = Started(tmp_path / "logs", 2, 1, commands, program=HELP, missing=0).ended()
     assert ended.code == 0, ended.errors
     assert ended.out.count("usage:") == len(commands)
