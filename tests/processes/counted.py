@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import tests.conftest  # noqa: F401  # the environment of the tests
+from tests import tiny
 from tests.processes import start
-from tests.processes.test_processes import STAGE, inputs
+from tests.processes.test_processes import STAGE
 
 # On two cores sixteen processes take minutes to start, and do not answer for long.
 COUNTING = start.COMMANDS.replace(
@@ -93,8 +94,8 @@ def main() -> None:
     print("|" + "---|" * 11, flush=True)
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
-        settings = inputs(root / "inputs", train=16, heldout=16)
-        settings += ["--config.train.batch=16", "--config.train.steps=3", "--config.train.checkpoint_every=1"]
+        own = {"train.batch": 16, "train.steps": 3}
+        settings = tiny.settings(root / "inputs", train=16, heldout=16, **own)
         start.run(root / "pairs", 1, 1, ["pairs", *STAGE, "--workdir", f"{root}/run", *settings])
         for command in BEGINS:
             for number in counts:

@@ -25,7 +25,7 @@ from hgdpo_jax.training.checkpoints import Checkpoints
 from tests import tiny
 from tests.patience import patience
 from tests.processes.start import Started
-from tests.processes.test_processes import RATE, STAGE, inputs
+from tests.processes.test_processes import RATE, STAGE
 
 STEPS, RESTARTED_BY = 40, (2, 1, 4)
 # What is there once a command is under way.
@@ -66,7 +66,8 @@ def main() -> None:
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
-        settings = inputs(root / "inputs") + [f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=4"]
+        own = {"train.steps": STEPS, "train.lr": RATE, "train.checkpoint_every": 4}
+        settings = tiny.settings(root / "inputs", train=7, heldout=3, **own)
         lengths = {command: length(root / "undisturbed", command, settings) for command in BEGUN}
         pairs, wanted = root / "undisturbed" / "run" / "stage1" / "pairs", parameters(root / "undisturbed")
         print(f"undisturbed: {lengths}", flush=True)

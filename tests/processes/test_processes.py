@@ -30,35 +30,8 @@ RATE, STEPS = 1e-3, 2
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return inputs(tmp_path_factory.mktemp("inputs"))
-
-
-def inputs(folder: Path, train: int = 7, heldout: int = 3) -> list[str]:
-    """Writes those of a tiny run; returns its settings, as a user types them."""
-    photographs = tiny.write_photographs(folder / "photographs", train, heldout)
-    values = {
-        "model.base": tiny.write_base(folder / "base"),
-        "pairs.scorer": tiny.write_scorer(folder / "scorer"),
-        "evaluate.scorer": "",
-        "adapter.weights": "",
-        "data.photographs": photographs,
-        "data.resolutions": "32x32",
-        "pairs.pool_size": 2,
-        "pairs.steps": 2,
-        "pairs.batch": 4,
-        "pairs.shard_size": 4,
-        "evaluate.steps": 2,
-        "evaluate.batch": 4,
-        "evaluate.images_per_prompt": 2,
-        "train.batch": 4,
-        "train.steps": STEPS,
-        "train.lr": RATE,
-        "train.warmup": 0,
-        "train.lora_rank": 2,
-        "train.log_every": 1,
-        "train.checkpoint_every": 1,
-    }
-    return [f"--config.{key}={value}" for key, value in values.items()]
+    values = {"train.steps": STEPS, "train.lr": RATE, "evaluate.images_per_prompt": 2}
+    return tiny.settings(tmp_path_factory.mktemp("inputs"), train=7, heldout=3, **values)
 
 
 def test_the_chain_of_commands_gives_what_one_process_gives(settings: list[str], tmp_path: Path) -> None:
