@@ -121,6 +121,38 @@ def write_photographs(folder: Path, train: int = 5, heldout: int = 2) -> Path:
     return folder
 
 
+def settings(folder: Path, train: int, heldout: int, **own: Any) -> list[str]:
+    """Writes the inputs of a tiny run of commands; returns its settings, as a user types them.
+
+    Args:
+        folder: which gets base, scorer and photographs.
+        train, heldout: numbers of photographs.
+        **own: settings that take the place of those here.
+    """
+    values = {
+        "model.base": write_base(folder / "base"),
+        "pairs.scorer": write_scorer(folder / "scorer"),
+        "evaluate.scorer": "",
+        "adapter.weights": "",
+        "data.photographs": write_photographs(folder / "photographs", train, heldout),
+        "data.resolutions": "32x32",
+        "pairs.pool_size": 2,
+        "pairs.steps": 2,
+        "pairs.batch": 4,
+        "pairs.shard_size": 4,
+        "evaluate.steps": 2,
+        "evaluate.batch": 4,
+        "evaluate.images_per_prompt": 1,
+        "train.batch": 4,
+        "train.steps": 1,
+        "train.warmup": 0,
+        "train.lora_rank": 2,
+        "train.log_every": 1,
+        "train.checkpoint_every": 1,
+    }
+    return [f"--config.{key}={value}" for key, value in (values | own).items()]
+
+
 def write_pairs(
     folder: Path, train: int = 24, heldout: int = 8, shape: tuple[int, ...] = LATENT, resolution: str = "32x32"
 ) -> Path:
