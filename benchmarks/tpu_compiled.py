@@ -63,7 +63,7 @@ def of_step(name: str, overrides: list[str], most: int) -> None:
     use_precision(config.model.dtype)
     topology = topologies.describe_topology(name)
     mesh = make_mesh(config.mesh, topology.devices)
-    lowered = program.step(config, program.source_of(config, "sd15"), mesh).lowered
+    lowered = program.step(config, program.open_architecture(config, "sd15"), mesh).lowered
     text = hlo.HloModule(lowered.compile(compiler_options=topology.options).as_text(), devices=mesh.size)
     peak, second = topology.chip.peak[config.model.dtype], clock(topology)
     kinds: Counter[str] = Counter()

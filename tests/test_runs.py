@@ -27,8 +27,8 @@ from hgdpo_jax.results.exported import (
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import write_json
 from hgdpo_jax.run.folder import stage_config
+from hgdpo_jax.run.locks import lock_for_all
 from hgdpo_jax.run.settings import validate
-from hgdpo_jax.run.shared import lock_for_all
 from hgdpo_jax.training.loop import train
 from hgdpo_jax.training.monitor import Monitor
 from hgdpo_jax.training.policy import load_trainable
@@ -117,7 +117,7 @@ def test_a_base_that_moved_is_given_to_export_and_sample(workdir: Path, base: Pa
 
 def test_a_batch_of_pictures_is_rounded_up_to_the_devices(base: Path) -> None:
     """The settings' defaults hold for sixteen devices as for a thousand."""
-    settings = {"sampler": "ddim", "steps": 2, "guidance": 1.0, "seed": 0}
+    settings = {"solver": "ddim", "steps": 2, "guidance": 1.0, "seed": 0}
     sampler = Sampler(pipelines.load_pipeline(base), tiny.mesh(data=8), batch=3, **settings)
     assert sampler.batch == 8
     assert sampler.encode(np.zeros((3, 32, 32, 3), np.float32), "").shape == (3, *tiny.LATENT)
