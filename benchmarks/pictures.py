@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from hgdpo_jax.config import ASSETS
-from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.data.photographs import list_photographs
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.pictures.write import to_uint8
 
 ROWS, COLUMNS, SCALE = ("base", "easy", "normal", "hard", "naive"), 10, 2

@@ -26,7 +26,7 @@ from transformers import CLIPModel  # noqa: E402
 from benchmarks import peers  # noqa: E402
 from hgdpo_jax import config as configuration  # noqa: E402
 from hgdpo_jax.config import ASSETS  # noqa: E402
-from hgdpo_jax.curriculum.selection import begin_records  # noqa: E402
+from hgdpo_jax.curriculum.winners import Finish, Group, Pool  # noqa: E402
 from hgdpo_jax.data.photographs import Photograph  # noqa: E402
 from hgdpo_jax.devices.mesh import local_mesh  # noqa: E402
 from hgdpo_jax.devices.sharding import parameter_placer  # noqa: E402
@@ -63,9 +63,11 @@ def ours(given: argparse.Namespace) -> Callable[[], None]:
     pipeline, scorer = pipelines.load_pipeline(given.base, place=parameter_placer(mesh)), Scorer(given.scorer, mesh)
     sampler = Sampler.from_config(pipeline, mesh, config.pairs, config.seed)
 
-    def begin(prompts: list[str]) -> Callable[[], list]:
+    pool = Pool(config.pairs, sampler, scorer)
+
+    def begin(prompts: list[str]) -> Finish:
         photographs = [Photograph(prompt, Path(), prompt) for prompt in prompts]
-        return begin_records(config, sampler, scorer, photographs, None, resolution, pipeline.tokenize, {})
+        return pool.begin(Group(photographs, pipeline.tokenize(prompts), resolution))
 
     def run() -> None:
         records = [record for made in one_ahead(begin, groups(given)) for record in made()]

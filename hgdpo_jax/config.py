@@ -123,9 +123,8 @@ SETTINGS = (
             "pool: best of it; sdrecon: best of the reconstructions; photograph: itself; given: that of data.pairs"),
     Setting("pairs.strengths", (4, 5, 6, 7), Range(1, 10),
             "sdrecon: timesteps in hundreds the photograph is noised to"),
-    Setting("pairs.loser", "pool", one_of("pool", "stage1", "stage1/loser", "stage2", "given", "none"),
-            "pool: worst of it; stage1, stage2: that stage's winner; stage1/loser: its loser; given: that of "
-            "data.pairs; none: sft"),
+    Setting("pairs.loser", "pool", one_of("pool", "stage1", "stage2", "given", "none"),
+            "pool: worst of it; stage1, stage2: that stage's winner; given: that of data.pairs; none: sft"),
     Setting("pairs.keep_if_winner_scores_higher", False, _FLAG, "the filter that defines the index set K"),
     Setting("pairs.pool_size", 20, _COUNT, "images per prompt; winner and loser from one pool need 2"),
     Setting("pairs.sampler", "dpmpp_2m", _SAMPLER, "that draws candidates"),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and the test suite, on CPU, one process per core. Further arguments go to pytest: bash launch/test.sh tests/models -x
+# Lint, types and the test suite, on CPU, one process per core. Further arguments go to pytest: bash launch/test.sh tests/models -x
 # With --full instead: Stable Diffusion 1.5 and XL at full size against diffusers (24 GB of memory, 40 GB of disk).
 flags=${XLA_FLAGS:-}  # the user's: setup.sh would add the number of devices of a run
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-test.txt
@@ -10,4 +10,6 @@ if [ "${1:-}" = --full ]; then
   exec python -m pytest -s tests/full/full_size.py "${@:2}"
 fi
 ruff check .
+ruff format --check --quiet .
+mypy
 python -m pytest --numprocesses auto --dist worksteal "$@"

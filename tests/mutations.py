@@ -21,7 +21,8 @@ from PIL import Image
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from hgdpo_jax.data.photographs import list_pairs, list_photographs, load_images, load_losers
+from hgdpo_jax.data.photographs import list_photographs
+from hgdpo_jax.data.pixels import load_images, load_losers
 from hgdpo_jax.models.weights import Weights
 from hgdpo_jax.pictures.read import image_shape
 from hgdpo_jax.run.errors import UserError
@@ -103,7 +104,7 @@ def read(folder: Path, name: str) -> str:
                 assert weights[key].shape == weights.shape(key)
             return "read"
         if name == "pairs.jsonl":
-            photographs = list_pairs(path, "train", heldout=0.0)
+            photographs = list_photographs(path, "train", heldout=0.0, given=True)
             readable, images, losers = load_losers(*load_images(photographs, SIZE))
             assert losers.shape == images.shape
         else:

@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
-from transformers import CLIPTokenizer
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax.config import ASSETS
@@ -94,8 +93,9 @@ def write_sdxl(folder: Path) -> Path:
     index = {key: value for key, value in SDXL.index.items() if key != "scheduler"}
     write_json(folder / "model_index.json", index | {"scheduler": INDEX["scheduler"]})
     for name, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "portraits" / "base" / "tokenizer", pad_token=padding)
-        tokenizer.save_pretrained(folder / name)
+        shutil.copytree(ASSETS / "portraits" / "base" / "tokenizer", folder / name)
+        settings = json.loads((folder / name / "tokenizer_config.json").read_text())
+        write_json(folder / name / "tokenizer_config.json", settings | {"pad_token": padding})
     return folder
 
 

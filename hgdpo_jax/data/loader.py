@@ -5,17 +5,20 @@ repeats without end, so what is left over from one pass begins the next and noth
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import grain
 import numpy as np
+from jaxtyping import Int
+
+from hgdpo_jax.data.record import RecordSource
 
 Batch = dict[str, np.ndarray]
+Rows = Sequence[int] | Int[np.ndarray, "r"]
 _FIELDS = ("winner", "loser", "input_ids", "concept", "example", "reference")
 _PASSES = 2**32  # without end; a length that Grain cannot count with is not taken
 
 
-def stack_records(source: Sequence[dict[str, Any]], numbers: Sequence[int]) -> Batch:
+def stack_records(source: RecordSource, numbers: Sequence[int | np.integer]) -> Batch:
     """What a step needs of some records, as they are stored: latents and concept features float16, token ids int32, and
     perhaps what :class:`hgdpo_jax.training.reference_cache.Draws` adds.
 
@@ -36,7 +39,7 @@ def stack_records(source: Sequence[dict[str, Any]], numbers: Sequence[int]) -> B
 class _Batches:
     """Some rows of every batch of a source whose records are taken in an order."""
 
-    def __init__(self, source: Sequence[Any], order: Sequence[int], batch: int, rows: Sequence[int]) -> None:
+    def __init__(self, source: RecordSource, order: grain.MapDataset, batch: int, rows: Rows) -> None:
         self._source, self._order, self._batch, self._rows = source, order, batch, rows
 
     def __len__(self) -> int:
@@ -61,7 +64,7 @@ class PairLoader:
     """
 
     def __init__(
-        self, sources: Sequence[Any], batch: int, seed: int, position: int = 0, rows: Sequence[int] | None = None
+        self, sources: Sequence[RecordSource], batch: int, seed: int, position: int = 0, rows: Rows | None = None
     ) -> None:
         rows = range(batch) if rows is None else rows
         orders = [grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(_PASSES) for source in sources]
@@ -87,7 +90,7 @@ class PairLoader:
         return self._iterator.get_state()["next_index"] * self._batch
 
 
-def first_batches(source: Any, batch: int, limit: int, rows: Sequence[int] | None = None) -> list[Batch]:
+def first_batches(source: RecordSource, batch: int, limit: int, rows: Rows | None = None) -> list[Batch]:
     """Some rows (all unless given) of each full batch of the first records in order, at most `limit`; the last wraps
     around to the first."""
     count = max(1, min(len(source), limit) // batch) if len(source) >= batch else 1

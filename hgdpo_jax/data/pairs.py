@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from hgdpo_jax.data.record import Record
+from hgdpo_jax.data.record import Record, RecordSource
 from hgdpo_jax.data.shards import is_whole, read_note
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
@@ -82,7 +82,7 @@ class Pairs:
         return RecordsById(self.sources[role], ids)
 
 
-class Records(Sequence[Record]):
+class Records:
     """The records of a split, read when asked for: what TFDS decodes, with texts as bytes, but faster: for a record of
     64 KB TFDS takes several times as long to decode it as to read it.
 
@@ -91,7 +91,7 @@ class Records(Sequence[Record]):
         schema: see :func:`features`.
     """
 
-    def __init__(self, source: Sequence[bytes], schema: Mapping[str, Any]) -> None:
+    def __init__(self, source: Sequence[bytes], schema: tfds.features.FeaturesDict) -> None:
         self._source = source
         self._schema = {name: (np.dtype(feature.np_dtype), feature.shape) for name, feature in schema.items()}
 
@@ -124,7 +124,7 @@ class RecordsById(Mapping[str, Record]):
         ids: of the records of each source.
     """
 
-    def __init__(self, sources: Sequence[Sequence[Record]], ids: Sequence[Sequence[str]]) -> None:
+    def __init__(self, sources: Sequence[RecordSource], ids: Sequence[Sequence[str]]) -> None:
         self._rows = {
             name: (source, i) for source, names in zip(sources, ids, strict=True) for i, name in enumerate(names)
         }

@@ -6,32 +6,26 @@ the hash of its content, so that a photograph stays in its split when it is rena
 beside it.
 """
 
+import functools
 import gc
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import repeat
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Float
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
 
 from hgdpo_jax.data.readers import captions, imagefolder, kohya, parquet, preferences, sidecars, tar, tfds
 from hgdpo_jax.data.readers.example import Example, Examples
-from hgdpo_jax.pictures.read import UnreadableImage, image_shape, read_image
+from hgdpo_jax.pictures.read import UnreadableImage, image_shape
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import Member
 from hgdpo_jax.run.index import Index
 
 SPLITS = ("base", "train", "heldout")
 HELDOUT, _LEAST = 0.02, 8  # the share, and how many at least, that are held out where nothing is marked
-_THREADS = 4  # that decode; one photograph may take 100 MB meanwhile
 
 
 @dataclass(frozen=True)
@@ -47,64 +41,6 @@ class Photograph:
     loser: Path | Member | None = None  # of a pair that is given: the picture that lost against this one
 
 
-def list_examples(config: ConfigDict, *splits: str, index: Index) -> list[list[Photograph]]:
-    """What a stage learns from, or is evaluated on, of each split: photographs, or the pairs that are given.
-
-    Args:
-        config: of the stage.
-        splits: some of SPLITS.
-        index: see :func:`list_photographs`.
-
-    Raises:
-        UserError: see there; or none is in one of the splits.
-    """
-    given = config.pairs.winner == "given"
-    reader, place = (list_pairs, config.data.pairs) if given else (list_photographs, config.data.photographs)
-    every = reader(place, *splits, mirror=config.data.mirror, heldout=config.data.heldout, index=index)
-    found = [[photograph for photograph in every if photograph.split == split] for split in splits]
-    for split, photographs in zip(splits, found, strict=True):
-        if not photographs:
-            other = ", or set data.split" if split == "base" else ""
-            raise UserError(f"photographs {place}: none of the {len(every)} is of split {split}; mark some as {split}"
-                            f"{other}")  # fmt: skip
-    return found
-
-
-def list_pairs(
-    place: str | Path,
-    *splits: str,
-    mirror: bool = False,
-    heldout: float = HELDOUT,
-    index: Index | None = None,
-) -> list[Photograph]:
-    """As :func:`list_photographs`, the winners of given pairs, with their losers."""
-    return _of_splits(preferences.reader(place)(), place, splits, mirror, heldout, index)
-
-
-def list_photographs(
-    place: str | Path,
-    *splits: str,
-    mirror: bool = False,
-    heldout: float = HELDOUT,
-    index: Index | None = None,
-) -> list[Photograph]:
-    """The photographs of some splits, in the order of their list; with `mirror` each is followed by its mirror image.
-
-    Every caption is an example of its own, several of one photograph too.
-
-    Args:
-        place: a folder, a file, or tfds:NAME.
-        splits: some of SPLITS.
-        mirror: whether mirror images are examples too.
-        heldout: share that is held out where nothing is marked as that, at least eight (but no more than half).
-        index: spares reading photographs whose content it knows.
-
-    Raises:
-        UserError: nothing that can be read, a line that is not as it should be, or none in these splits.
-    """
-    return _of_splits(_reader(place)(), place, splits, mirror, heldout, index)
-
-
 @contextmanager
 def _without_collection() -> Iterator[None]:
     """While many objects are made, Python looks for cycles among them again and again: half of the time that a list of
@@ -117,23 +53,45 @@ def _without_collection() -> Iterator[None]:
 
 
 @_without_collection()
-def _of_splits(
-    read: Examples, place: str | Path, splits: Sequence[str], mirror: bool, heldout: float, index: Index | None
+def list_photographs(
+    place: str | Path,
+    *splits: str,
+    mirror: bool = False,
+    heldout: float = HELDOUT,
+    index: Index | None = None,
+    given: bool = False,
 ) -> list[Photograph]:
-    examples = list(read)
+    """The photographs of some splits, in the order of their list; with `mirror` each is followed by its mirror image.
+
+    Every caption is an example of its own, several of one photograph too.
+
+    Args:
+        place: a folder, a file, or tfds:NAME.
+        splits: some of SPLITS.
+        mirror: whether mirror images are examples too.
+        heldout: share that is held out where nothing is marked as that, at least eight (but no more than half).
+        index: spares reading photographs whose content it knows.
+        given: whether the place holds preference pairs: the photographs are their winners, which have losers.
+
+    Raises:
+        UserError: nothing that can be read, a line that is not as it should be, or none in these splits.
+    """
+    read = preferences.reader(place) if given else _reader(place)
+    examples = list(read())
     split = {example.name: example.split or "train" for example in examples}
     # Files of many datasets are named train-…, whose others are not there, or never were.
     marked = any(example.split == "heldout" for example in examples)
     if not marked:
         split |= _by_content([e for e in examples if e.split in (None, "train")], heldout, index or Index())
-    found, seen = [], Counter()
+    found: list[Photograph] = []
+    seen: Counter[str] = Counter()
     for example in examples:
         seen[example.name] += 1
-        of = (marked and example.split) or split[example.name]
-        if of not in splits:
+        role = (marked and example.split) or split[example.name]
+        if role not in splits:
             continue
         name = example.name if seen[example.name] == 1 else f"{example.name}#{seen[example.name]}"
-        photograph = Photograph(name, example.picture, example.caption, of, loser=example.loser)
+        photograph = Photograph(name, example.picture, example.caption, role, loser=example.loser)
         found.append(photograph)
         if mirror:
             found.append(replace(photograph, id=f"{name}#mirrored", mirrored=True))
@@ -143,6 +101,29 @@ def _of_splits(
     twice = [name for name, count in Counter(p.id for p in found).items() if count > 1]
     if twice:
         raise UserError(f"photographs {place}: {twice[0]} names two examples; rename the file whose name ends in #")
+    return found
+
+
+def list_examples(config: ConfigDict, *splits: str, index: Index) -> list[list[Photograph]]:
+    """What a stage learns from, or is evaluated on, of each split: photographs, or the pairs that are given.
+
+    Args:
+        config: of the stage.
+        splits: some of SPLITS.
+        index: see :func:`list_photographs`.
+
+    Raises:
+        UserError: see there; or none is in one of the splits.
+    """
+    given = config.pairs.winner == "given"
+    data, place = config.data, config.data.pairs if given else config.data.photographs
+    every = list_photographs(place, *splits, mirror=data.mirror, heldout=data.heldout, index=index, given=given)
+    found = [[photograph for photograph in every if photograph.split == split] for split in splits]
+    for split, photographs in zip(splits, found, strict=True):
+        if not photographs:
+            other = ", or set data.split" if split == "base" else ""
+            raise UserError(f"photographs {place}: none of the {len(every)} is of split {split}; mark some as {split}"
+                            f"{other}")  # fmt: skip
     return found
 
 
@@ -181,10 +162,10 @@ def _reader(place: str | Path) -> Callable[[], Examples]:
         return lambda: captions.read(path / captions.NAME)
     if path.is_dir() and imagefolder.lists_in(path):
         return lambda: imagefolder.read(path)
-    for suffix, reader in ((".tar", tar.read), (".parquet", parquet.read)):
-        of_kind = [file for file in files if file.suffix == suffix]
-        if of_kind:
-            return lambda reader=reader, of_kind=of_kind: reader(of_kind)
+    for suffix, read in ((".tar", tar.read), (".parquet", parquet.read)):
+        shards = [file for file in files if file.suffix == suffix]
+        if shards:
+            return functools.partial(read, shards)
     if path.is_dir() and any(sidecars.text_of(image) for image in sidecars.images_in(path)):
         return lambda: sidecars.read(path)
     raise UserError(f"photographs {place}: expects images with .txt files beside them, {captions.NAME}, "
@@ -214,49 +195,3 @@ def sort_by_shape(
                 nearest = min(shapes, key=lambda name: abs(shapes[name] - shape))
         found[nearest].append(photograph)
     return found
-
-
-def load_images(
-    photographs: Sequence[Photograph], resolution: tuple[int, int]
-) -> tuple[list[Photograph], Float[np.ndarray, "n H W 3"]]:
-    """Those that can be read, and their pixels in [-1, 1]: scaled to cover height x width, then cut to the centre.
-
-    An unreadable photograph is named in a warning and left out.
-    """
-    found = _cut_all(photographs, [photograph.picture for photograph in photographs], resolution)
-    readable = [photograph for photograph, image in zip(photographs, found, strict=True) if image is not None]
-    images = [image for image in found if image is not None]
-    return readable, np.stack(images) if images else np.zeros((0, *resolution, 3), np.float32)
-
-
-def load_losers(
-    photographs: Sequence[Photograph], images: Float[np.ndarray, "n H W 3"]
-) -> tuple[list[Photograph], Float[np.ndarray, "m H W 3"], Float[np.ndarray, "m H W 3"]]:
-    """The given pairs whose losers can be read too, with the pixels of winners and losers, which are cut alike."""
-    losers = _cut_all(photographs, [photograph.loser for photograph in photographs], images.shape[1:3])
-    kept = [i for i, loser in enumerate(losers) if loser is not None]
-    found = [losers[i] for i in kept]
-    return [photographs[i] for i in kept], images[kept], np.stack(found) if found else images[:0]
-
-
-def _cut_all(
-    photographs: Sequence[Photograph], pictures: Sequence[Path | Member | None], resolution: tuple[int, int]
-) -> list[Float[np.ndarray, "H W 3"] | None]:
-    """See :func:`_cut`."""
-    with ThreadPoolExecutor(_THREADS) as threads:
-        return list(threads.map(_cut, photographs, pictures, repeat(resolution)))
-
-
-def _cut(
-    photograph: Photograph, picture: Path | Member | None, resolution: tuple[int, int]
-) -> Float[np.ndarray, "H W 3"] | None:
-    """A picture of a photograph's example; None, and a warning, where it cannot be read."""
-    height, width = resolution
-    assert picture is not None
-    try:
-        image = ImageOps.fit(read_image(picture), (width, height), Image.Resampling.LANCZOS)
-    except UnreadableImage as error:
-        logging.warning("photograph %s cannot be read (%s); left out", picture, error)
-        return None
-    image = ImageOps.mirror(image) if photograph.mirrored else image
-    return np.asarray(image, np.float32) / 127.5 - 1.0

@@ -1,11 +1,22 @@
 """The pair record: what a training example is on disk."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 Record = dict[str, Any]
+
+
+@runtime_checkable
+class RecordSource(Protocol):
+    """Records in an order, read when asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Record: ...
+
+
 LATENT = np.float16
 
 

@@ -3,18 +3,21 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Shaped
 
-Latent = Float[Array, "b h w c"]
-Denoise = Callable[[Latent, Int[Array, "b"]], Float[Array, "2b h w c"]]
+from hgdpo_jax.diffusion.schedule import Latent, Timesteps
+
+Denoise = Callable[[Latent, Timesteps], Latent]  # (x_t, t) → what the network predicts
+DenoiseBoth = Callable[[Latent, Timesteps], Float[Array, "2*b h w c"]]
 
 
-def side_by_side(uncond: Float[Array, "b *n"], cond: Float[Array, "b *n"]) -> Float[Array, "2b *n"]:
+def side_by_side(uncond: Shaped[Array, "b *n"], cond: Shaped[Array, "b *n"]) -> Shaped[Array, "2*b *n"]:
     """Rows in turn, so that both of an example lie on its device."""
     return jnp.stack([uncond, cond], axis=1).reshape(-1, *cond.shape[1:])
 
 
-def guided(denoise: Denoise, scale: float | Float[Array, ""]) -> Callable[[Latent, Int[Array, "b"]], Latent]:
+def guided(denoise: DenoiseBoth, scale: float | np.float32 | Float[Array, ""]) -> Denoise:
     """uncond + scale · (cond − uncond), in one forward pass for both.
 
     Args:
@@ -22,7 +25,7 @@ def guided(denoise: Denoise, scale: float | Float[Array, ""]) -> Callable[[Laten
         scale: 1 is no guidance.
     """
 
-    def prediction(x: Latent, t: Int[Array, "b"]) -> Latent:
+    def prediction(x: Latent, t: Timesteps) -> Latent:
         both = denoise(x, t)
         uncond, cond = both[0::2], both[1::2]
         return uncond + scale * (cond - uncond)

@@ -24,7 +24,7 @@ from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import fingerprint, json_hash
 from hgdpo_jax.run.index import Index
 
-POSITIONS = 77  # that CLIP has
+POSITIONS = 77  # of CLIP's text encoders
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class Pipeline:
 
     Attributes:
         tokenizers: `tokenizer`, and XL's `tokenizer_2`.
-        scheduler: scheduler_config.json, from which `schedule` is made.
+        schedule: made from scheduler_config.json, which is its `config`.
         index: model_index.json.
         licence: of the checkpoint, where it states one.
-        adapter: for concept images, and what it reads where there is none, [1 m f]; no checkpoint brings one.
+        adapter: for concept images; no checkpoint brings one.
+        no_concept: what an adapter reads where there is no concept image.
     """
 
     unet: UNet2DConditionModel
@@ -44,7 +45,6 @@ class Pipeline:
     text: TextConditioner
     tokenizers: Mapping[str, CLIPTokenizer]
     schedule: NoiseSchedule
-    scheduler: Mapping[str, Any]
     index: Mapping[str, Any]
     licence: str | None
     adapter: IPAdapter | None = None
@@ -53,8 +53,8 @@ class Pipeline:
     @property
     def models(self) -> dict[str, Any]:
         """The models under the names of their folders."""
-        second = {"text_encoder_2": self.text.text_encoder_2} if hasattr(self.text, "text_encoder_2") else {}
-        return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text.text_encoder, **second}
+        found = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text.text_encoder}
+        return found | ({"text_encoder_2": self.text.text_encoder_2} if hasattr(self.text, "text_encoder_2") else {})
 
     @property
     def networks(self) -> dict[str, nnx.Module]:
@@ -78,11 +78,11 @@ class Pipeline:
         return height // factor, width // factor, int(self.unet.config["in_channels"])
 
     def tokenize(self, captions: Sequence[str]) -> Int[np.ndarray, "b s"]:
-        """Token ids, padded and cut to the 77 positions CLIP has, as diffusers does."""
+        """Token ids, padded and cut to CLIP's 77 positions, as diffusers does."""
         return tokenize(self.tokenizers["tokenizer"], captions)
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        """How many tokens each caption has, begin and end among them, before it is cut."""
+        """The number of tokens of each caption, with begin and end, before it is cut."""
         return [len(ids) for ids in self.tokenizers["tokenizer"](list(captions), verbose=False).input_ids]
 
 
@@ -107,51 +107,54 @@ def load_pipeline(
     param_dtype: Mapping[str, str] | str = "float32",
     place: Place = lambda name, value: jax.device_put(value),
 ) -> Pipeline:
-    """Reads a checkpoint, tensor by tensor, onto its devices; see :func:`find` for what it may be.
+    """Reads a checkpoint, tensor by tensor, onto its devices.
 
     The VAE computes in float32 whatever `dtype` says: that of XL gives NaN in half precision.
 
     Args:
-        base, vae, lora: see :func:`find`.
+        base, vae, lora: see :func:`hgdpo_jax.diffusion.source.open_source`.
         dtype: of the computation of UNet and text encoders, as in the config: tf32 is float32 here, see
             :func:`hgdpo_jax.devices.xla.use_precision`.
         param_dtype: of the parameters of UNet and text encoders; by part where they differ.
         place: puts a parameter on its devices.
 
     Raises:
-        UserError: see :func:`find`; or weights that do not fit their config.
+        UserError: see :func:`hgdpo_jax.diffusion.source.open_source`; or weights that do not fit their config.
     """
     source = open_source(str(base), str(vae), str(lora))
 
-    def model(part: str, found: Any, stored: Any) -> Any:
-        weights, name = source.open(part, keys(found)), f"{source.name}, {part}"
-        from_torch(weights, found, name, stored, place, source.expected(part))
-        return found
+    def fill(part: str, model: nnx.Module, stored: jnp.dtype) -> None:
+        weights, name = source.open(part, keys(model)), f"{source.name}, {part}"
+        from_torch(weights, model, name, stored, place, source.expected(part))
 
-    return _assemble(source, dtype, param_dtype, model)
+    return _assemble(source, dtype, param_dtype, fill)
 
 
 def of_shapes(source: Source, dtype: str = "float32", param_dtype: Mapping[str, str] | str = "float32") -> Pipeline:
-    """The pipeline that :func:`load` gives, with shapes in place of its parameters."""
+    """The pipeline that :func:`load_pipeline` gives, with shapes in place of its parameters."""
 
-    def model(part: str, found: Any, stored: Any) -> Any:
-        nnx.update(found, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored), nnx.state(found, nnx.Param)))
-        return found
+    def fill(part: str, model: nnx.Module, stored: jnp.dtype) -> None:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored), nnx.state(model, nnx.Param))
+        nnx.update(model, shapes)
 
-    return _assemble(source, dtype, param_dtype, model)
+    return _assemble(source, dtype, param_dtype, fill)
 
 
 def _assemble(
-    source: Source, dtype: str, param_dtype: Mapping[str, str] | str, fill: Callable[[str, Any, Any], Any]
+    source: Source,
+    dtype: str,
+    param_dtype: Mapping[str, str] | str,
+    fill: Callable[[str, nnx.Module, jnp.dtype], None],
 ) -> Pipeline:
-    """A pipeline whose models `fill` gives: from the part, the model without weights, and their dtype."""
+    """A pipeline whose models `fill` gives their parameters: from the part, the model without, and their dtype."""
 
     def model(part: str) -> Any:
         if part not in source.configs:
             return None
         found = abstract(MODELS[part], source.configs[part], jnp.float32 if part == "vae" else _stored(dtype))
         stored = "float32" if part == "vae" else param_dtype
-        return fill(part, found, _stored(stored if isinstance(stored, str) else stored[part]))
+        fill(part, found, _stored(stored if isinstance(stored, str) else stored[part]))
+        return found
 
     return Pipeline(
         unet=model("unet"),
@@ -165,7 +168,6 @@ def _assemble(
         ),
         tokenizers=source.tokenizers,
         schedule=NoiseSchedule.from_config(source.scheduler, f"model {source.name}: "),
-        scheduler=source.scheduler,
         index=source.index,
         licence=source.licence,
     )
@@ -187,15 +189,16 @@ def _second_padding(source: Source) -> int:
 
 
 def base_hash(base: str | Path, vae: str | Path = "", lora: str | Path = "", index: Index | None = None) -> str:
-    """sha256 over all that is computed with of a checkpoint: weights, configs, vocabularies, schedule. Neither the
-    names of files nor their place count. Process 0 reads all of it, the others as much as tells checkpoints apart.
+    """sha256 over what a checkpoint computes with: weights, configs, vocabularies, schedule.
+
+    The names of files and their place do not count. Process 0 reads all, the others enough to tell checkpoints apart.
 
     Args:
-        base, vae, lora: see :func:`find`.
+        base, vae, lora: see :func:`hgdpo_jax.diffusion.source.open_source`.
         index: spares reading files that it knows.
 
     Raises:
-        UserError: see :func:`find`; or the processes' bases differ.
+        UserError: see :func:`hgdpo_jax.diffusion.source.open_source`; or the processes' bases differ.
     """
     source, index = open_source(str(base), str(vae), str(lora)), index or Index()
     about = {
@@ -205,7 +208,7 @@ def base_hash(base: str | Path, vae: str | Path = "", lora: str | Path = "", ind
         "scheduler": _settings(source.scheduler),
         "pipeline": _settings(source.index),
     }
-    if not processes.is_alone():  # a glance, where each host has a base of its own
+    if not processes.is_alone():  # each host may have a base of its own
         processes.require_same({f"content of {base}": json_hash([about, *map(fingerprint, source.files)])[:12]})
     return processes.broadcast(lambda: json_hash({"weights": [index.hash(file) for file in source.files], **about}))
 

@@ -33,30 +33,26 @@ def as_drawn(policy: Params, blocks: str, weight: float = WEIGHT, normal: Params
 
 
 def weighted(policy: Params, weight: float | Callable[[tuple], float]) -> Params:
-    """A LoRA policy of another strength: B is multiplied.
+    """A LoRA of another strength: B is multiplied by `weight`, a number or a function of a parameter's path."""
 
-    Args:
-        policy: LoRA parameters, by path.
-        weight: a number, or a function of a parameter's path.
-    """
-    of = weight if callable(weight) else lambda path: weight
-    pairs = nnx.to_flat_state(policy)
-    return nnx.from_flat_state(
-        [(path, x.replace(of(path) * x[...]) if path[-1] == "lora_B" else x) for path, x in pairs]
-    )
+    def scaled(path: tuple, x: nnx.Variable) -> nnx.Variable:
+        if path[-1] != "lora_B":
+            return x
+        return x.replace((weight(path) if callable(weight) else weight) * x[...])
+
+    return nnx.from_flat_state([(path, scaled(path, x)) for path, x in nnx.to_flat_state(policy)])
 
 
 def in_up_blocks(policy: Params, elsewhere: Params | None = None) -> Params:
-    """A LoRA policy of the UNet in its up blocks only.
+    """A LoRA of the UNet in its up blocks only.
 
     Args:
         policy: of the hard stage.
-        elsewhere: the LoRA that the down and middle blocks keep, such as the stage before's; the base's, none, unless
-            given. "Applied to the up blocks only" allows both: the stage before is what the hard stage started from.
+        elsewhere: the LoRA that the down and middle blocks keep, such as that of the stage before; the base's, which is
+            none, unless given. "Applied to the up blocks only" allows both: the hard stage started from the former.
     """
     if elsewhere is None:
         return weighted(policy, lambda path: float("up_blocks" in path))
-    mine = dict(nnx.to_flat_state(policy))
-    return nnx.from_flat_state(
-        [(path, mine[path] if "up_blocks" in path else x) for path, x in nnx.to_flat_state(elsewhere)]
-    )
+    own = dict(nnx.to_flat_state(policy))
+    others = nnx.to_flat_state(elsewhere)
+    return nnx.from_flat_state([(path, own[path] if "up_blocks" in path else x) for path, x in others])

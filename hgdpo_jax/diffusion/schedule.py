@@ -1,7 +1,7 @@
 """The noise schedule and the forward process, from scheduler_config.json.
 
 x_t = √ᾱ_t · x_0 + √(1−ᾱ_t) · ε (Ho et al. 2020); v = √ᾱ_t · ε − √(1−ᾱ_t) · x_0 (Salimans and Ho 2022).
-Legend: `b` examples, `h w c` latent.
+Legend: `b` examples, `h w c` latent, `n` training timesteps.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from hgdpo_jax.run.errors import UserError
 
 Latent = Float[Array, "b h w c"]
 Timesteps = Int[Array, "b"]
+Scale = Float[Array, ""] | Float[Array, "b 1 1 1"]  # multiplies latents
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,22 @@ class NoiseSchedule:
     """ᾱ_t for the training timesteps, and what the network predicts.
 
     Attributes:
-        alphas_cumprod: ᾱ_t, float32 [T], decreasing in [0, 1); the last is 0 with `rescale_betas_zero_snr`.
+        alphas_cumprod: ᾱ_t, float32, decreasing in [0, 1); the last is 0 with `rescale_betas_zero_snr`.
         prediction_type: `epsilon` or `v_prediction`.
         config: scheduler_config.json, of which :mod:`hgdpo_jax.diffusion.solvers` reads the rest.
     """
 
-    alphas_cumprod: np.ndarray
+    alphas_cumprod: Float[np.ndarray, "n"]
     prediction_type: str = "epsilon"
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str = "") -> "NoiseSchedule":
-        """Reads diffusers' scheduler_config.json. What is not computed is a UserError that begins with `source`."""
+        """Reads diffusers' scheduler_config.json.
+
+        Raises:
+            UserError: a setting that is not computed; the line begins with `source`.
+        """
         count = config.get("num_train_timesteps", 1000)
         start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
         shape = config.get("beta_schedule", "linear")
@@ -57,7 +62,9 @@ class NoiseSchedule:
             if prediction == "epsilon":
                 raise UserError(f"{source}scheduler config rescale_betas_zero_snr=True with prediction_type='epsilon': "
                                 "of pure noise the noise says nothing; expects v_prediction")  # fmt: skip
-            alphas = _without_signal_at_last(alphas)
+            # √ᾱ shifted so that the last is 0, and scaled so that the first stays (Lin et al. 2024, algorithm 1).
+            roots = np.sqrt(alphas)
+            alphas = np.square((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1]))
         return cls(alphas, prediction, config)
 
     @property
@@ -82,9 +89,8 @@ class NoiseSchedule:
         signal, sigma = self.signal_and_noise(t)
         return signal * noise - sigma * x_0
 
-    def x_0_at(self, prediction: Latent, x_t: Latent, signal: Array, sigma: Array) -> Latent:
-        """The x_0 that a prediction stands for where x_t = signal · x_0 + sigma · ε, numbers or arrays that multiply
-        latents."""
+    def x_0_at(self, prediction: Latent, x_t: Latent, signal: Scale, sigma: Scale) -> Latent:
+        """The x_0 that a prediction stands for where x_t = signal · x_0 + sigma · ε."""
         if self.prediction_type == "epsilon":
             return (x_t - sigma * prediction) / signal
         return signal * x_t - sigma * prediction
@@ -103,9 +109,3 @@ class NoiseSchedule:
         if self.prediction_type == "epsilon":
             per_prediction = per_prediction / np.sqrt(table)
         return jnp.asarray(x_0 * per_prediction, jnp.float32)[t][:, None, None, None]
-
-
-def _without_signal_at_last(alphas: np.ndarray) -> np.ndarray:
-    """√ᾱ shifted so that the last is 0, and scaled so that the first stays (Lin et al. 2024, algorithm 1)."""
-    roots = np.sqrt(alphas)
-    return np.square((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1]))

@@ -50,7 +50,7 @@ class Source:
         open: part, keys of its model → its weights.
         files: all its safetensors files.
         tokenizers, scheduler, index, licence: see :class:`hgdpo_jax.diffusion.pipeline.Pipeline`.
-        fit: part → what its weights are to fit, where that is not its config.json.
+        fit: part → what its weights must fit, for errors; its config.json where nothing is said.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Source:
     fit: Mapping[str, str] = field(default_factory=dict)
 
     def expected(self, part: str) -> str:
-        """What the weights of a part are to fit, for errors."""
+        """What the weights of a part must fit, for errors."""
         return self.fit.get(part, "its config.json")
 
 
@@ -77,7 +77,7 @@ def open_source(base: str, vae: str = "", lora: str = "") -> Source:
         lora: a file whose LoRA is merged into the checkpoint; empty for none.
 
     Raises:
-        UserError: there is no such thing, it is a pickle, or something this package does not compute.
+        UserError: there is no such checkpoint, or it is a pickle, or a model that this package does not compute.
     """
     if not base:
         raise UserError("config key model.base: is empty; set it to a diffusers folder or a .safetensors checkpoint")
@@ -166,7 +166,7 @@ def _single_file(path: Path, with_vae: bool) -> Source:
 
 
 def without_weights(architecture: Architecture) -> Source:
-    """What a checkpoint of an architecture is, its weights left out."""
+    """A checkpoint of an architecture, without its weights."""
     folder = ASSETS / "portraits" / "base" / "tokenizer"  # CLIP's: all Stable Diffusions have it
     tokenizers = {"tokenizer": CLIPTokenizer.from_pretrained(folder)}
     if "tokenizer_2" in architecture.index:
@@ -184,7 +184,7 @@ def without_weights(architecture: Architecture) -> Source:
 
 
 def _download(repository: str, revision: str) -> Path:
-    """The files of a repository that will be read, and no others: many hold each weight in several forms."""
+    """Downloads the files of a repository that will be read, and no others: many hold each weight in several forms."""
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise UserError(f"model {repository}@{revision}: give the 40 characters of a commit; a branch can change")
     folders = (*MODELS, *_TOKENIZERS, "scheduler")
@@ -212,16 +212,13 @@ def _download(repository: str, revision: str) -> Path:
 def _with_vae(source: Source, path: Path) -> Source:
     """The source with another VAE: a model folder, or a file in either layout, alone or in a whole checkpoint."""
     refuse_pickle(path)
-    config, prefix = source.configs["vae"], ""
-    fit = "its config.json"
+    config, fit = source.configs["vae"], "its config.json"
     if path.is_dir():
         config, weights = read_config(path), open_folder(path)
     else:
-        weights, fit = (
-            Weights(path),
-            f"the VAE that --config.model.vae={path} replaces; give a folder with its config.json",
-        )
-        prefix = next((prefix for prefix in ("", ldm.VAE_PREFIX) if f"{prefix}{ldm.VAE_CONV}" in weights), "")
+        weights, instead = Weights(path), "give a folder with its config.json"
+        fit = f"the VAE that --config.model.vae={path} replaces; {instead}"
+    prefix = next((prefix for prefix in ("", ldm.VAE_PREFIX) if f"{prefix}{ldm.VAE_CONV}" in weights), "")
 
     def part(name: str, keys: Sequence[str]) -> Mapping[str, np.ndarray]:
         if name != "vae":

@@ -1,4 +1,4 @@
-"""Concept images: a photograph of a person → what an IP-Adapter reads of the face."""
+"""Concept images: a photograph of a person → the features that an IP-Adapter reads."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from hgdpo_jax.faces.detection import FaceDetector, crop
+from hgdpo_jax.faces.detection import FaceDetector, Images, crop
 from hgdpo_jax.faces.embedding import FaceEmbedder
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.clip import clip_normalised
@@ -21,7 +21,7 @@ from hgdpo_jax.run.index import Index
 
 
 class Concept(NamedTuple):
-    """Features of each image, and in which of them a face was found; of the others they are of the central square."""
+    """Features of each image's face or, where none was found, of its central square."""
 
     features: Float[np.ndarray, "n m f"]
     found: Bool[np.ndarray, "n"]
@@ -30,8 +30,8 @@ class Concept(NamedTuple):
 class ConceptEncoder:
     """Images in [-1, 1] → :class:`Concept`.
 
-    The face is cut out. `face_id` reads its identity embedding, of length one; the other kinds what CLIP's vision tower
-    makes of it.
+    The face is cut out. `face_id` reads its identity embedding, of length one; the other kinds read what CLIP's vision
+    tower gives.
 
     Args:
         kind: of the adapter, see `ip_adapter.KINDS`.
@@ -46,14 +46,13 @@ class ConceptEncoder:
     """
 
     def __init__(self, kind: str, image_encoder: str, identity: str = "") -> None:
-        if kind == "face_id":
-            self._identity = FaceEmbedder(identity)
-            grey = np.zeros((1, 64, 64, 3), np.float32)
-            self.nothing = np.zeros_like(self._identity.embed(grey).embedding[:, None])
+        self._identity = FaceEmbedder(identity) if kind == "face_id" else None
+        if self._identity is not None:
+            self.nothing = np.zeros((1, 1, self._identity.width()), np.float32)
             return
         _require_encoder(kind, image_encoder)
         encoder = ip_adapter.load_image_encoder(image_encoder)
-        self._identity, self._faces, self._size = None, FaceDetector(), encoder.config["image_size"]
+        self._faces, self._size = FaceDetector(), encoder.config["image_size"]
         graph, self._weights = nnx.split(encoder)
 
         @jax.jit
@@ -64,7 +63,7 @@ class ConceptEncoder:
         one = jnp.zeros((1, self._size, self._size, 3))
         self.nothing = np.asarray(ip_adapter.empty(kind, features(self._weights, one), encoder))
 
-    def __call__(self, images: Float[Array, "n H W 3"]) -> Concept:
+    def __call__(self, images: Images) -> Concept:
         """Features of each image."""
         if self._identity is not None:
             embedding, found, _ = self._identity.embed(images)
@@ -75,7 +74,7 @@ class ConceptEncoder:
 
 
 def encoder_of(config: ConfigDict) -> ConceptEncoder:
-    """As the config's `adapter` group says."""
+    """The encoder that the config's `adapter` group describes."""
     return ConceptEncoder(config.adapter.kind, config.adapter.image_encoder, config.adapter.identity)
 
 
@@ -86,7 +85,7 @@ def _require_encoder(kind: str, image_encoder: str) -> None:
 
 
 def encoder_hash(config: ConfigDict, index: Index) -> str:
-    """sha256 of the network that :func:`encoder_of` reads concept images with."""
+    """sha256 of the network by which :func:`encoder_of` reads concept images."""
     if config.adapter.kind == "face_id":
         identity = config.adapter.identity
         return processes.broadcast(lambda: index.hash(Path(identity))) if identity else "the embedded network"

@@ -6,12 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import onnxruntime
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from hgdpo_jax.faces.alignment import ALIGNED_SIZE, align
-from hgdpo_jax.faces.detection import _NETWORKS, Detection, FaceDetector, Images, crop
+from hgdpo_jax.faces.detection import NETWORKS, Detection, FaceDetector, Images, crop
 from hgdpo_jax.faces.networks import FaceRecognition
 from hgdpo_jax.models.convert import load_model
 from hgdpo_jax.run.errors import UserError
@@ -20,8 +19,8 @@ Embeddings = Float[np.ndarray, "n d"]
 
 
 class Embedded(NamedTuple):
-    """Embeddings, and in which images a face was found; those of the others are of their central square. The detector's
-    best scores, in [0, 1]."""
+    """Embeddings, each of the face or, where none was found, of the central square; the detector's best scores are in
+    [0, 1]."""
 
     embedding: Embeddings
     found: Bool[np.ndarray, "n"]
@@ -29,12 +28,12 @@ class Embedded(NamedTuple):
 
 
 class _Dlib:
-    """The embedded network. Its distance is dlib's: Euclidean, the same person's below 0.6."""
+    """The embedded network. Its distance is Euclidean as dlib's; two embeddings of one person are closer than 0.6."""
 
     size = 150
 
     def __init__(self) -> None:
-        graph, self._weights = nnx.split(load_model(FaceRecognition, _NETWORKS / "recognition"))
+        graph, self._weights = nnx.split(load_model(FaceRecognition, NETWORKS / "recognition"))
         self._embed = jax.jit(lambda weights, faces: nnx.merge(graph, weights)(faces))
 
     def cut(self, faces: FaceDetector, images: Images, at: Detection) -> Float[Array, "n s s 3"]:
@@ -48,14 +47,18 @@ class _Dlib:
 
 
 class _ArcFace:
-    """A network of the user's, as Deng et al. (2019) train them: RGB in [-1, 1]. Its distance is 1 − cosine, 0…2.
+    """An ArcFace network (Deng et al. 2019) of the user's: RGB in [-1, 1]. Its distance is 1 − cosine, 0…2.
 
-    Its faces are aligned by their five points; of an image without one it sees the central square.
+    It sees faces aligned by their five points, and the central square of an image without a face.
     """
+
+    size = ALIGNED_SIZE
 
     def __init__(self, path: str) -> None:
         if not Path(path).is_file():
             raise UserError(f"face network {path}: no such file; give an ArcFace ONNX file, or none for the embedded")
+        import onnxruntime  # only who brings a network of that kind needs it
+
         try:
             self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no class in common
@@ -76,7 +79,7 @@ class _ArcFace:
         return jnp.where(at.found[:, None, None, None], aligned, crop(images, at.boxes, ALIGNED_SIZE))
 
     def embed(self, faces: Float[Array, "n s s 3"]) -> Embeddings:
-        # One by one: many exported files have a batch of one.
+        # One by one: many files are exported with a batch of one.
         pixels = np.asarray(faces, np.float32).transpose(0, 3, 1, 2)
         return np.concatenate([self._session.run(None, {self._input: face[None]})[0] for face in pixels])
 
@@ -96,7 +99,7 @@ class FaceEmbedder:
 
     def __init__(self, path: str = "") -> None:
         self._faces = FaceDetector()
-        self._network = _ArcFace(path) if path else _Dlib()
+        self._network: _ArcFace | _Dlib = _ArcFace(path) if path else _Dlib()
 
     def embed(self, images: Images) -> Embedded:
         """Embeddings of the best face of each image in [-1, 1]. Compiled anew for each shape of `images`."""
@@ -104,6 +107,10 @@ class FaceEmbedder:
         embedding = self._network.embed(self._network.cut(self._faces, images, at))
         return Embedded(embedding, np.asarray(at.found), np.asarray(at.scores))
 
+    def width(self) -> int:
+        """The width d of an embedding."""
+        return self._network.embed(jnp.zeros((1, self._network.size, self._network.size, 3))).shape[-1]
+
     def distance(self, a: Embeddings, b: Embeddings) -> Float[np.ndarray, "n"]:
-        """How far apart embeddings are, pair by pair: Euclidean (dlib's), or 1 − cosine for ArcFace; 0 is the same."""
+        """The distance of embeddings, pair by pair: Euclidean (dlib's), or 1 − cosine for ArcFace; 0 is the same."""
         return self._network.distance(a, b)

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from hgdpo_jax.faces.networks import MEAN, SeparableConv, pixels
-from hgdpo_jax.models.layers import conv, linear
+from hgdpo_jax.models.layers import Layers
 from hgdpo_jax.models.model_config import ModelConfig
 
 SIZE = 112
@@ -19,16 +20,17 @@ _WIDTHS = (32, 64, 128, 256)
 
 
 class DenseBlock(nnx.Module):
-    """A convolution that halves the size and three that keep it, each of the sum of all before; the first is dense."""
+    """A convolution that halves the size and three that keep it; each of these reads the sum of all before."""
 
-    def __init__(self, inputs: int, outputs: int, *, first: bool, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        if first:
-            self.conv0 = conv(inputs, outputs, 3, stride=2, padding="SAME", rngs=rngs, dtype=dtype)
-        else:
-            self.conv0 = SeparableConv(inputs, outputs, stride=2, rngs=rngs, dtype=dtype)
-        self.conv1 = SeparableConv(outputs, outputs, rngs=rngs, dtype=dtype)
-        self.conv2 = SeparableConv(outputs, outputs, rngs=rngs, dtype=dtype)
-        self.conv3 = SeparableConv(outputs, outputs, rngs=rngs, dtype=dtype)
+    def __init__(self, inputs: int, outputs: int, make: Layers, separable: bool) -> None:
+        self.conv0: nnx.Module = (
+            SeparableConv(inputs, outputs, make, stride=2)
+            if separable
+            else make.conv(inputs, outputs, 3, stride=2, padding="SAME")
+        )
+        self.conv1 = SeparableConv(outputs, outputs, make)
+        self.conv2 = SeparableConv(outputs, outputs, make)
+        self.conv3 = SeparableConv(outputs, outputs, make)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         """Height and width are even; h2 and w2 are half of them."""
@@ -39,13 +41,13 @@ class DenseBlock(nnx.Module):
 
 
 class DenseNet(nnx.Module):
-    """Four dense blocks, their mean and a linear layer."""
+    """Four dense blocks, the mean over their pixels and a linear layer."""
 
-    def __init__(self, config: Mapping[str, Any], outputs: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, config: Mapping[str, Any], outputs: int, make: Layers) -> None:
         self.config = ModelConfig(config)
         for i, (inputs, width) in enumerate(pairwise((3, *_WIDTHS))):
-            setattr(self, f"dense{i}", DenseBlock(inputs, width, first=i == 0, rngs=rngs, dtype=dtype))
-        self.fc = linear(_WIDTHS[-1], outputs, dtype=dtype, rngs=rngs)
+            setattr(self, f"dense{i}", DenseBlock(inputs, width, make, separable=i > 0))
+        self.fc = make.linear(_WIDTHS[-1], outputs)
 
     def _answers(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b n"]:
         x = pixels(images, SIZE, MEAN)
@@ -57,8 +59,8 @@ class DenseNet(nnx.Module):
 class FaceLandmarks(DenseNet):
     """The full network of 68 landmarks (face_landmark_68_model). Arguments as for every model."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
-        super().__init__(config, 2 * LANDMARKS, rngs=rngs, dtype=dtype)
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
+        super().__init__(config, 2 * LANDMARKS, Layers(rngs, dtype))
 
     def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b 68 2"]:
         """(x, y), float32, as fractions of the square picture's side: (0, 0) is its upper left corner, (1, 1) the lower

@@ -5,14 +5,16 @@ Images are [b, H, W, 3] in [-1, 1]; names are those of face-api, whose affine la
 
 from collections.abc import Mapping
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from hgdpo_jax.models.layers import conv, linear, normal
+from hgdpo_jax.models.layers import Layers
 from hgdpo_jax.models.model_config import ModelConfig
 
 # (width, blocks after the one that halves the size); the first width follows the stem, which halves it twice.
@@ -39,8 +41,9 @@ def pixels(images: Float[Array, "b H W 3"], size: int, mean: tuple[float, ...]) 
 
 
 def max_pool(x: Float[Array, "b h w c"], size: int, stride: int, beyond: int = 0) -> Float[Array, "b h2 w2 c"]:
-    """The largest of each square of size x size inside the image, which reaches as many pixels beyond on the right and
-    below. A maximum of slices: on CPU much faster than a reduction of windows."""
+    """The maximum of each square of size x size; the image is extended by `beyond` pixels on the right and below.
+
+    A maximum of slices is much faster on CPU than a reduction of windows."""
     x = jnp.pad(x, ((0, 0), (0, beyond), (0, beyond), (0, 0)), constant_values=-jnp.inf)
     height, width = x.shape[1] - size + 1, x.shape[2] - size + 1
     slices = [x[:, i : i + height : stride, j : j + width : stride] for i in range(size) for j in range(size)]
@@ -50,11 +53,10 @@ def max_pool(x: Float[Array, "b h w c"], size: int, stride: int, beyond: int = 0
 class Residual(nnx.Module):
     """Two 3x3 convolutions added to their input. `down` halves the size; new channels of the shortcut are zero."""
 
-    def __init__(self, inputs: int, outputs: int, *, down: bool, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, inputs: int, outputs: int, make: Layers, down: bool = False) -> None:
         self.down = down
-        stride, padding = (2, "VALID") if down else (1, 1)
-        self.conv1 = conv(inputs, outputs, 3, stride=stride, padding=padding, rngs=rngs, dtype=dtype)
-        self.conv2 = conv(outputs, outputs, 3, rngs=rngs, dtype=dtype)
+        self.conv1 = make.conv(inputs, outputs, 3, stride=2 if down else 1, padding="VALID" if down else 1)
+        self.conv2 = make.conv(outputs, outputs, 3)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         """The pooled shortcut may be one row and column larger: zeros fill them up."""
@@ -69,26 +71,24 @@ class Residual(nnx.Module):
 class FaceRecognition(nnx.Module):
     """dlib's face recognition ResNet (dlib_face_recognition_resnet_model_v1). Arguments as for every model."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
-        self.config = ModelConfig(config)
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
+        self.config, make = ModelConfig(config), Layers(rngs, dtype)
         width = _STAGES[0][0]
-        self.conv32_down = conv(3, width, 7, stride=2, padding="VALID", rngs=rngs, dtype=dtype)
-        self._blocks: list[str] = []
+        self.conv32_down = make.conv(3, width, 7, stride=2, padding="VALID")
+        blocks: dict[str, Residual] = {}
         for outputs, count in _STAGES:
             if outputs != width:
-                self._add(f"conv{outputs}_down", Residual(width, outputs, down=True, rngs=rngs, dtype=dtype))
-            for i in range(1, count + 1):
-                self._add(f"conv{outputs}_{i}", Residual(outputs, outputs, down=False, rngs=rngs, dtype=dtype))
+                blocks[f"conv{outputs}_down"] = Residual(width, outputs, make, down=True)
+            blocks |= {f"conv{outputs}_{i}": Residual(outputs, outputs, make) for i in range(1, count + 1)}
             width = outputs
-        self._add(f"conv{width}_down_out", Residual(width, width, down=True, rngs=rngs, dtype=dtype))
-        self.fc = linear(width, _EMBEDDING, use_bias=False, dtype=dtype, rngs=rngs)
-
-    def _add(self, name: str, block: Residual) -> None:
-        self._blocks.append(name)
-        setattr(self, name, block)
+        blocks[f"conv{width}_down_out"] = Residual(width, width, make, down=True)
+        self._blocks = list(blocks)
+        for name, block in blocks.items():
+            setattr(self, name, block)
+        self.fc = make.linear(width, _EMBEDDING, bias=False)
 
     def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b 128"]:
-        """Embeddings of square pictures of one face each, float32: the same person's are less than 0.6 apart."""
+        """Embeddings of square pictures of one face each, float32; two of the same person are closer than 0.6."""
         x = pixels(images, self.config["image_size"], MEAN)
         x = max_pool(jax.nn.relu(self.conv32_down(x)), 3, 2)
         for name in self._blocks:
@@ -99,29 +99,28 @@ class FaceRecognition(nnx.Module):
 class DepthwiseConv(nnx.Module):
     """A 3x3 convolution of each channel, as nine products: on CPU much faster than a convolution in groups.
 
-    Zeros are added as TensorFlow's `same` does: stride 1 keeps the size, stride 2 halves one that is even.
+    Zeros are added as TensorFlow's `same` adds them: stride 1 keeps the size, stride 2 halves an even size.
     """
 
-    def __init__(self, channels: int, *, stride: int = 1, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.stride, self.dtype = stride, dtype
-        self.kernel = normal(rngs, (3, 3, 1, channels), 1.0 / 3.0)
+    def __init__(self, channels: int, make: Layers, stride: int = 1) -> None:
+        self.stride, self.dtype = stride, make.dtype
+        self.kernel = make.normal((3, 3, 1, channels), 1.0 / 3.0)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         """Height and width are multiples of the stride."""
         _, height, width, _ = x.shape
         border, step = (2 - self.stride, 1), self.stride  # stride 2 leaves the first row and column without zeros
         kernel, x = self.kernel[...].astype(self.dtype), jnp.pad(x, ((0, 0), border, border, (0, 0)))
-        return sum(
-            x[:, i : i + height : step, j : j + width : step] * kernel[i, j, 0] for i in range(3) for j in range(3)
-        )
+        places = [(i, j) for i in range(3) for j in range(3)]
+        return jnp.asarray(sum(x[:, i : i + height : step, j : j + width : step] * kernel[i, j, 0] for i, j in places))
 
 
 class SeparableConv(nnx.Module):
     """A convolution of each channel, then a 1x1 one across them; the stride is that of the first."""
 
-    def __init__(self, inputs: int, outputs: int, *, stride: int = 1, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.depthwise = DepthwiseConv(inputs, stride=stride, rngs=rngs, dtype=dtype)
-        self.pointwise = conv(inputs, outputs, 1, rngs=rngs, dtype=dtype)
+    def __init__(self, inputs: int, outputs: int, make: Layers, stride: int = 1) -> None:
+        self.depthwise = DepthwiseConv(inputs, make, stride)
+        self.pointwise = make.conv(inputs, outputs, 1)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         """Height and width are multiples of the stride."""
@@ -131,19 +130,18 @@ class SeparableConv(nnx.Module):
 class TinyFaceDetector(nnx.Module):
     """A YOLOv2 (Redmon and Farhadi 2016) of separable convolutions. Arguments as for every model."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
-        self.config = ModelConfig(config)
-        first, *widths = _DETECTION_WIDTHS
-        self.conv0 = conv(3, first, 3, padding="VALID", rngs=rngs, dtype=dtype)
-        for i, (inputs, outputs) in enumerate(zip(_DETECTION_WIDTHS, widths, strict=False), start=1):
-            setattr(self, f"conv{i}", SeparableConv(inputs, outputs, rngs=rngs, dtype=dtype))
-        self.conv8 = conv(widths[-1], 5 * len(_ANCHORS), 1, rngs=rngs, dtype=dtype)
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
+        self.config, make = ModelConfig(config), Layers(rngs, dtype)
+        self.conv0 = make.conv(3, _DETECTION_WIDTHS[0], 3, padding="VALID")
+        for i, (inputs, outputs) in enumerate(pairwise(_DETECTION_WIDTHS), start=1):
+            setattr(self, f"conv{i}", SeparableConv(inputs, outputs, make))
+        self.conv8 = make.conv(_DETECTION_WIDTHS[-1], 5 * len(_ANCHORS), 1)
 
     def __call__(self, images: Float[Array, "b H W 3"], size: int) -> tuple[Float[Array, "b n 4"], Float[Array, "b n"]]:
-        """(left, top, right, bottom) in pixels of the image, and scores in [0, 1], of every anchor in every cell.
+        """(left, top, right, bottom) in pixels of the image, and the score in [0, 1], for every anchor in every cell.
 
-        Pictures are seen at size x size, filled up with black below or on the right where they are not square. There
-        are size / 32 cells a side, and the smallest anchor is 1.6 cells wide: the smaller the faces, the larger `size`.
+        Images are filled up to a square with black, below or on the right, and scaled to size x size. There are
+        size / 32 cells a side, and the smallest anchor is 1.6 cells wide: smaller faces need a larger `size`.
         """
         b, height, width, _ = images.shape
         side = max(height, width)

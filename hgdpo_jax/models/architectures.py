@@ -1,5 +1,6 @@
-"""What a single file leaves out: the configs of Stable Diffusion 1.5 and XL, and how to tell which one a file holds."""
+"""The configs of Stable Diffusion 1.5 and XL, which single files leave out; and which of the two a file holds."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,8 +8,7 @@ from typing import Any
 from hgdpo_jax.models.ldm import SD1_PARTS, SDXL_PARTS, Translate, bare_clip
 from hgdpo_jax.models.weights import Weights
 from hgdpo_jax.run.errors import UserError
-
-VERSION = "0.42.1"  # of diffusers, whose folders these configs are written into
+from hgdpo_jax.run.files import PACKAGE
 
 
 @dataclass(frozen=True)
@@ -22,128 +22,11 @@ class Architecture:
     parts: Mapping[str, tuple[str, Translate]]
 
 
-_CLIP_L = {
-    "architectures": ["CLIPTextModel"],
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
-    "hidden_act": "quick_gelu",
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "layer_norm_eps": 1e-5,
-    "max_position_embeddings": 77,
-    "model_type": "clip_text_model",
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "pad_token_id": 1,
-    "projection_dim": 768,
-    "vocab_size": 49408,
-}
-_CLIP_G = _CLIP_L | {
-    "architectures": ["CLIPTextModelWithProjection"],
-    "hidden_act": "gelu",
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_attention_heads": 20,
-    "num_hidden_layers": 32,
-    "projection_dim": 1280,
-}
-_VAE = {
-    "_class_name": "AutoencoderKL",
-    "_diffusers_version": VERSION,
-    "act_fn": "silu",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "in_channels": 3,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}
-_UNET = {
-    "_class_name": "UNet2DConditionModel",
-    "_diffusers_version": VERSION,
-    "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "out_channels": 4,
-    "sample_size": 64,
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}
-_SCHEDULER = {
-    "_class_name": "PNDMScheduler",
-    "_diffusers_version": VERSION,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-}
-_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": VERSION,
-    "feature_extractor": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "PNDMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+def _architecture(name: str, parts: Mapping[str, tuple[str, Translate]]) -> Architecture:
+    return Architecture(**json.loads((PACKAGE / "assets" / "architectures" / f"{name}.json").read_text()), parts=parts)
 
-SD15 = Architecture(
-    name="Stable Diffusion 1.5",
-    configs={"unet": _UNET, "vae": _VAE, "text_encoder": _CLIP_L},
-    scheduler=_SCHEDULER,
-    index=_INDEX,
-    parts=SD1_PARTS,
-)
-SDXL = Architecture(
-    name="Stable Diffusion XL",
-    configs={
-        "unet": _UNET
-        | {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "attention_head_dim": [5, 10, 20],
-            "block_out_channels": [320, 640, 1280],
-            "cross_attention_dim": 2048,
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-            "projection_class_embeddings_input_dim": 2816,
-            "sample_size": 128,
-            "transformer_layers_per_block": [1, 2, 10],
-            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-            "use_linear_projection": True,
-        },
-        "vae": _VAE | {"force_upcast": True, "sample_size": 1024, "scaling_factor": 0.13025},
-        "text_encoder": _CLIP_L,
-        "text_encoder_2": _CLIP_G,
-    },
-    scheduler=_SCHEDULER
-    | {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "use_karras_sigmas": False}
-    | {"timestep_spacing": "leading"},
-    index={key: value for key, value in _INDEX.items() if "safety" not in key}
-    | {
-        "_class_name": "StableDiffusionXLPipeline",
-        "force_zeros_for_empty_prompt": True,
-        "image_encoder": [None, None],
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    },
-    parts=SDXL_PARTS,
-)
+
+SD15, SDXL = _architecture("sd15", SD1_PARTS), _architecture("sdxl", SDXL_PARTS)
 
 _CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 _CONTEXT = "model.diffusion_model.{}.transformer_blocks.0.attn2.to_k.weight"
@@ -155,7 +38,7 @@ def recognise(weights: Weights, source: str, with_vae: bool = True) -> Architect
     Args:
         weights: the file.
         source: named in errors.
-        with_vae: whether it has to hold one.
+        with_vae: it has to hold a VAE.
 
     Raises:
         UserError: a LoRA, a part of a checkpoint, or a checkpoint of another kind.
@@ -187,13 +70,13 @@ def recognise(weights: Weights, source: str, with_vae: bool = True) -> Architect
         raise UserError(f"{source}: its UNet reads text of width {width}, that of {architecture.name} is {expected}")
     prefix, _ = architecture.parts["text_encoder"]
     if any(key.startswith(f"{prefix}embeddings.") for key in weights):
-        architecture = replace(architecture, parts=architecture.parts | {"text_encoder": (prefix, bare_clip)})
-    return replace(architecture, scheduler=architecture.scheduler | _prediction(weights, source))
+        architecture = replace(architecture, parts={**architecture.parts, "text_encoder": (prefix, bare_clip)})
+    return replace(architecture, scheduler={**architecture.scheduler, **_prediction(weights, source)})
 
 
 def _prediction(weights: Weights, source: str) -> dict[str, Any]:
-    """What the network predicts, and whether the last timestep has no signal, as a single file says it where it does:
-    in its metadata, or with an empty tensor of that name."""
+    """What the network predicts, and whether the last timestep has no signal, where a single file says it: in its
+    metadata, or by an empty tensor of that name."""
     stated = weights.metadata.get("modelspec.prediction_type", "").lower()
     if stated not in ("", "epsilon", "v", "v_prediction"):
         raise UserError(f"{source}: its metadata has modelspec.prediction_type={stated!r}; expected epsilon or v")
@@ -201,5 +84,5 @@ def _prediction(weights: Weights, source: str) -> dict[str, Any]:
     if v and stated == "epsilon":
         raise UserError(f"{source}: its metadata has modelspec.prediction_type='epsilon', and v_pred or "
                         "ss_v_parameterization says v; take out the wrong one")  # fmt: skip
-    found = {"prediction_type": "v_prediction"} if v or stated.startswith("v") else {}
-    return found | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in weights else {})
+    predicts = {"prediction_type": "v_prediction"} if v or stated.startswith("v") else {}
+    return predicts | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in weights else {})

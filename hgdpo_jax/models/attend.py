@@ -8,9 +8,9 @@
 | processor | where the probabilities fit | any | float32 | XLA, divided by the softmax's sums last |
 | any | else | any | any | XLA, of more than 1024 keys some queries at a time |
 
-Splash and cuDNN hold no probabilities in memory. Of fewer tokens they spare little, or nothing; with a text's few keys
-splash is slow, and for the gradient its probabilities are computed again instead of written and read. (SDXL at 1024×704
-has most of its layers at 704 tokens, SD1.5 at 512×512 at 256 tokens heads of 160.)
+Splash and cuDNN hold no probabilities in memory. With fewer tokens they save little memory; with a text's few keys
+splash is slow, and XLA computes the probabilities again for the gradient instead of writing and reading them. (SDXL at
+1024×704 has most of its layers at 704 tokens; SD1.5 at 512×512 has heads of 160 at 256 tokens.)
 
 Legend: `b n heads d` queries, `b m heads d` keys and values.
 """
@@ -26,13 +26,15 @@ from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-Queries, Keys = Float[Array, "b n heads d"], Float[Array, "b m heads d"]
+Queries = Float[Array, "b n heads d"]
+Keys = Float[Array, "b m heads d"]
+_Sized = Array | jax.ShapeDtypeStruct
 _SPLASH, _RECOMPUTED, _CUDNN = 1024, 4096, 512  # tokens from which each is taken
-# XLA may hold 256 MB of probabilities at once on a device, in float32; those of so few keys are no more than what a
-# layer holds beside them, and all computed at once.
-_PROBABILITIES, _WHOLE = 2**26, 1024
-# Splash: a block is a multiple of the lanes. Each block of keys begins anew, and writes its own part of the gradient of
-# the queries: it is as large as fits on the chip, of which a kernel gets 16 MiB. Of these queries and products need, by
+# XLA may hold 256 MB of probabilities at once on a device, in float32. With as few keys as these they take no more than
+# what a layer holds beside them, and are all computed at once.
+_PROBABILITIES, _FEW_KEYS = 2**26, 1024
+# Splash: a block is a multiple of the lanes. Each block of keys starts again, and writes its own part of the queries'
+# gradient: it is as large as fits on the chip, where a kernel gets 16 MiB. Queries and products need so much of it, by
 # bytes of a number, forwards and for the gradient, as libtpu 0.0.42 compiles them:
 _LANES, _BLOCK, _ON_CHIP = 128, 512, 16.0
 _PRODUCTS = {2: (2.5, 6.75), 4: (8.0, 12.25)}
@@ -43,8 +45,8 @@ def attend(q: Queries, k: Keys, v: Keys, sharding: NamedSharding | None = None) 
 
     Args:
         q, k, v: of one dtype.
-        sharding: of the three, where they lie on a mesh: each device computes its part. An axis that does not divide
-            its dimension is left out.
+        sharding: that of the three on a mesh: each device computes its part. An axis that does not divide its dimension
+            is left out.
     """
     if sharding is None:
         return kernel(jax.devices()[0], q, k)(q, k, v)
@@ -57,19 +59,21 @@ def attend(q: Queries, k: Keys, v: Keys, sharding: NamedSharding | None = None) 
     found = kernel(mesh.devices.flat[0], q_part, k_part)
     if mesh.size == 1 or found in (xla, recomputed, divided_last):  # which the compiler splits by itself
         return found(q, k, v)
-    # Neither replicated nor varying values are told apart inside a Pallas kernel.
+    # A Pallas kernel does not tell replicated from varying values.
     return jax.shard_map(found, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
 
-def kernel(device: jax.Device, q: Queries, k: Keys) -> Callable[[Queries, Keys, Keys], Queries]:
-    """The table above, for what one device computes; `device` may be a described one, q and k shapes."""
+def kernel(
+    device: jax.Device, q: Float[_Sized, "b n heads d"], k: Float[_Sized, "b m heads d"]
+) -> Callable[[Queries, Keys, Keys], Queries]:
+    """The kernel of the table above for what one device computes. The device may be a described one, q and k shapes."""
     n, m, width = q.shape[1], k.shape[1], q.shape[3]
-    if device.platform == "tpu" and min(n, m) >= _SPLASH and q.dtype != jnp.float16:  # of which Mosaic loads no vectors
+    if device.platform == "tpu" and min(n, m) >= _SPLASH and q.dtype != jnp.float16:  # Mosaic loads no such vectors
         return splash
     suits = q.dtype in (jnp.float16, jnp.bfloat16) and width % 8 == 0 and width <= 128
     if suits and n >= _CUDNN and device.device_kind.startswith("NVIDIA") and float(device.compute_capability) >= 8:
         return cudnn
-    if m > _WHOLE and _chunks(q, k) > 1:
+    if m > _FEW_KEYS and _chunks(q, k) > 1:
         return in_chunks
     if device.platform == "cpu" and q.dtype == jnp.float32:
         return divided_last
@@ -77,7 +81,7 @@ def kernel(device: jax.Device, q: Queries, k: Keys) -> Callable[[Queries, Keys, 
 
 
 def xla(q: Queries, k: Keys, v: Keys, is_causal: bool = False) -> Queries:
-    """JAX's own; `is_causal`: a query sees the keys up to its own place."""
+    """JAX's own attention; with `is_causal` a query sees the keys up to its own place."""
     own = partial(jax.nn.dot_product_attention, is_causal=is_causal)
 
     def wide(*inputs: Array) -> Array:
@@ -88,9 +92,8 @@ def xla(q: Queries, k: Keys, v: Keys, is_causal: bool = False) -> Queries:
 
 
 def divided_last(q: Queries, k: Keys, v: Keys) -> Queries:
-    """As XLA does it, but what has one number for each query and key is gone through less often: √d divides the
-    queries, and the softmax's sums what comes out. Keys and values are turned here, not by XLA in its own time, so that
-    it sees where that was done before a loop."""
+    """Like :func:`xla` with fewer passes over the probabilities: √d divides the queries, and the softmax's sums divide
+    the output. Keys and values are transposed here, so that XLA sees where that was done before a loop."""
     q, k, v = q.swapaxes(1, 2), k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
     logits = (q * q.shape[-1] ** -0.5) @ k
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
@@ -98,7 +101,7 @@ def divided_last(q: Queries, k: Keys, v: Keys) -> Queries:
 
 
 def splash(q: Queries, k: Keys, v: Keys, interpret: bool = False) -> Queries:
-    """Pallas' kernel for TPUs; numbers of tokens that are no multiple of 128 are padded.
+    """Pallas' kernel for TPUs; tokens are padded to a multiple of 128.
 
     Args:
         q, k, v: as for :func:`attend`.
@@ -116,28 +119,24 @@ def splash(q: Queries, k: Keys, v: Keys, interpret: bool = False) -> Queries:
         block_kv_dkv=backward[1],
         block_kv_dkv_compute=backward[0],
         use_fused_bwd_kernel=True,
-        # Tokens in the lanes: they fill them, where a head of 40 would be padded to 128.
-        q_layout=pallas.QKVLayout.SEQ_MINOR,
-        k_layout=pallas.QKVLayout.SEQ_MINOR,
-        v_layout=pallas.QKVLayout.SEQ_MINOR,
+        # Tokens fill the lanes, where a head of 40 would be padded to 128.
+        **{f"{x}_layout": pallas.QKVLayout.SEQ_MINOR for x in "qkv"},
     )
     mask = pallas.MultiHeadMask([pallas.FullMask(padded)] * heads)
     run = pallas.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
-    # A query attends to the keys of its own segment: those that were added are of another.
+    # A query attends to the keys of its own segment: the padding is another segment.
     segments = pallas.SegmentIds(jnp.zeros(padded[0], jnp.int32), (jnp.arange(padded[1]) >= m).astype(jnp.int32))
     q, k, v = (
         jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
         for x, size in ((q * width**-0.5, padded[0]), (k, padded[1]), (v, padded[1]))
     )
-    found = _whole_precision(jax.vmap(lambda *one: run(*one, segment_ids=None if padded[1] == m else segments)))(
-        q, k, v
-    )
-    return found.swapaxes(1, 2)[:, :n]
+    batched = jax.vmap(lambda *one: run(*one, segment_ids=None if padded[1] == m else segments))
+    return _own_precision(batched)(q, k, v).swapaxes(1, 2)[:, :n]
 
 
-def _whole_precision(function: Callable[[Array, Array, Array], Array]) -> Callable[[Array, Array, Array], Array]:
-    """The same function and gradient for kernels of Pallas, which for TPUs know products of float32 as they are and as
-    they come, but not the precision between that :func:`hgdpo_jax.devices.xla.use_precision` may ask for."""
+def _own_precision(function: Callable[[Array, Array, Array], Array]) -> Callable[[Array, Array, Array], Array]:
+    """The same function and gradient at JAX's highest or default precision: Pallas' kernels for TPUs know no other, and
+    :func:`hgdpo_jax.devices.xla.use_precision` may ask for one between."""
 
     def precision(x: Array) -> AbstractContextManager:
         return jax.default_matmul_precision("float32" if x.dtype == jnp.float32 else "default")
@@ -151,27 +150,28 @@ def _whole_precision(function: Callable[[Array, Array, Array], Array]) -> Callab
             return gradient(out)
 
     @jax.custom_vjp
-    def whole(*inputs: Array) -> Array:
+    def function_at(*inputs: Array) -> Array:
         with precision(inputs[0]):
             return function(*inputs)
 
-    whole.defvjp(forward, backward)
-    return whole
+    function_at.defvjp(forward, backward)
+    return function_at
 
 
 def _divisor(tokens: int) -> int:
-    """The largest block of a product that divides them."""
+    """The largest block of a product that divides the tokens."""
     return max(x for x in range(_LANES, _BLOCK + 1, _LANES) if tokens % x == 0)
 
 
 def _keys(m: int, width: int, size: int, gradient: bool) -> tuple[int, int]:
-    """Of m keys (block of a product, block that is on the chip): the second, a multiple of the first, counts.
+    """(keys in a block of a product, keys in the block on the chip): the second is as large as fits, a multiple of the
+    first.
 
     Args:
-        m: a multiple of the lanes.
+        m: number of keys, a multiple of the lanes.
         width: of a head.
         size: bytes of a number.
-        gradient: whether gradients are there too, padded, and their sums in float32; forwards logits are, in float32.
+        gradient: the chip also holds padded gradients and their sums in float32; without, it holds logits in float32.
     """
     padded = width + -width % _LANES
 
@@ -186,7 +186,7 @@ def _keys(m: int, width: int, size: int, gradient: bool) -> tuple[int, int]:
 
 
 def cudnn(q: Queries, k: Keys, v: Keys) -> Queries:
-    """cuDNN's kernel, which wants an even number of keys: text has 77."""
+    """cuDNN's kernel, which needs an even number of keys: text has 77."""
     (b, m), more = k.shape[:2], -k.shape[1] % 8
     if not more:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
@@ -196,19 +196,19 @@ def cudnn(q: Queries, k: Keys, v: Keys) -> Queries:
 
 
 def recomputed(q: Queries, k: Keys, v: Keys) -> Queries:
-    """As XLA does it, holding no probabilities: the gradient computes them again."""
+    """Like :func:`xla`, but no probabilities are kept: the gradient computes them again."""
     return jax.checkpoint(xla)(q, k, v)
 
 
 def in_chunks(q: Queries, k: Keys, v: Keys) -> Queries:
-    """The same, some queries at a time."""
+    """Like :func:`recomputed`, some queries at a time."""
     (b, n, heads, width), chunks = q.shape, _chunks(q, k)
     parts = q.reshape(b, chunks, n // chunks, heads, width).swapaxes(0, 1)
     found = jax.lax.map(lambda part: recomputed(part, k, v), parts)
     return found.swapaxes(0, 1).reshape(q.shape)
 
 
-def _chunks(q: Queries, k: Keys) -> int:
-    """In how many parts of the queries XLA holds few enough probabilities."""
+def _chunks(q: Float[_Sized, "b n heads d"], k: Float[_Sized, "b m heads d"]) -> int:
+    """The number of parts of the queries with which XLA holds few enough probabilities."""
     (b, n, heads, _), m = q.shape, k.shape[1]
     return next(c for c in range(1, n + 1) if n % c == 0 and (b * heads * (n // c) * m <= _PROBABILITIES or c == n))

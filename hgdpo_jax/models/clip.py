@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from hgdpo_jax.models.attend import xla
-from hgdpo_jax.models.layers import conv, embed, layer_norm, linear, normal
+from hgdpo_jax.models.layers import Layers
 from hgdpo_jax.models.lora import fused_linear
 from hgdpo_jax.models.model_config import ModelConfig, check_only
 from hgdpo_jax.run.errors import UserError
@@ -21,31 +22,23 @@ _ACTIVATIONS = {
 }
 
 
-class TextOutput(NamedTuple):
-    """What the text tower gives. `hidden_states[-2]` is the penultimate layer that SDXL reads."""
-
-    last_hidden_state: Float[Array, "b s d"]
-    pooled: Float[Array, "b d"]
-    hidden_states: tuple[Float[Array, "b s d"], ...]
-
-
-class VisionOutput(NamedTuple):
-    """What the vision tower gives. `hidden_states[-2]` is the penultimate layer that IP-Adapter-Plus reads."""
+class CLIPOutput(NamedTuple):
+    """What a tower gives. `hidden_states[-2]` is the penultimate layer, which SDXL and IP-Adapter-Plus read."""
 
     last_hidden_state: Float[Array, "b n d"]
-    pooled: Float[Array, "b d"]
+    pooled: Float[Array, "b p"]
     hidden_states: tuple[Float[Array, "b n d"], ...]
 
 
 class CLIPAttention(nnx.Module):
     """Multi-head self-attention with biases."""
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, width: int, heads: int, make: Layers) -> None:
         self.heads = heads
-        self.k_proj = linear(width, width, dtype=dtype, rngs=rngs)
-        self.v_proj = linear(width, width, dtype=dtype, rngs=rngs)
-        self.q_proj = linear(width, width, dtype=dtype, rngs=rngs)
-        self.out_proj = linear(width, width, dtype=dtype, rngs=rngs)
+        self.k_proj = make.linear(width, width)
+        self.v_proj = make.linear(width, width)
+        self.q_proj = make.linear(width, width)
+        self.out_proj = make.linear(width, width)
 
     def __call__(self, x: Float[Array, "b n d"], causal: bool) -> Float[Array, "b n d"]:
         """Each token sees all, or with `causal` those up to itself."""
@@ -57,34 +50,32 @@ class CLIPAttention(nnx.Module):
 class CLIPMLP(nnx.Module):
     """Two linear layers around the activation."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, config: Mapping[str, Any], make: Layers) -> None:
         width, hidden = config["hidden_size"], config["intermediate_size"]
         self.activation = config.get("hidden_act", "quick_gelu")
         if self.activation not in _ACTIVATIONS:
             raise UserError(f"CLIP config hidden_act={self.activation!r}: expects one of {', '.join(_ACTIVATIONS)}")
-        self.fc1 = linear(width, hidden, dtype=dtype, rngs=rngs)
-        self.fc2 = linear(hidden, width, dtype=dtype, rngs=rngs)
+        self.fc1 = make.linear(width, hidden)
+        self.fc2 = make.linear(hidden, width)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        """Applied to each token."""
         return self.fc2(_ACTIVATIONS[self.activation](self.fc1(x)))
 
 
-def _norm(config: Mapping[str, Any], rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.LayerNorm:
-    return layer_norm(config["hidden_size"], config.get("layer_norm_eps", 1e-5), rngs=rngs, dtype=dtype)
+def _norm(config: Mapping[str, Any], make: Layers) -> nnx.LayerNorm:
+    return make.layer_norm(config["hidden_size"], config.get("layer_norm_eps", 1e-5))
 
 
 class CLIPEncoderLayer(nnx.Module):
     """Attention and MLP, each after a LayerNorm and added to its input."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.self_attn = CLIPAttention(config["hidden_size"], config["num_attention_heads"], rngs=rngs, dtype=dtype)
-        self.layer_norm1 = _norm(config, rngs, dtype)
-        self.mlp = CLIPMLP(config, rngs=rngs, dtype=dtype)
-        self.layer_norm2 = _norm(config, rngs, dtype)
+    def __init__(self, config: Mapping[str, Any], make: Layers) -> None:
+        self.self_attn = CLIPAttention(config["hidden_size"], config["num_attention_heads"], make)
+        self.layer_norm1 = _norm(config, make)
+        self.mlp = CLIPMLP(config, make)
+        self.layer_norm2 = _norm(config, make)
 
     def __call__(self, x: Float[Array, "b n d"], causal: bool) -> Float[Array, "b n d"]:
-        """One layer."""
         x = x + self.self_attn(self.layer_norm1(x), causal)
         return x + self.mlp(self.layer_norm2(x))
 
@@ -92,9 +83,8 @@ class CLIPEncoderLayer(nnx.Module):
 class CLIPEncoder(nnx.Module):
     """A stack of layers."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        layers = range(config["num_hidden_layers"])
-        self.layers = nnx.List([CLIPEncoderLayer(config, rngs=rngs, dtype=dtype) for _ in layers])
+    def __init__(self, config: Mapping[str, Any], make: Layers) -> None:
+        self.layers = nnx.List([CLIPEncoderLayer(config, make) for _ in range(config["num_hidden_layers"])])
 
     def __call__(self, x: Float[Array, "b n d"], causal: bool) -> tuple[Float[Array, "b n d"], ...]:
         """The input and the output of every layer."""
@@ -107,47 +97,46 @@ class CLIPEncoder(nnx.Module):
 class CLIPTextEmbeddings(nnx.Module):
     """Token plus position embeddings."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, config: Mapping[str, Any], make: Layers) -> None:
         width = config["hidden_size"]
-        self.token_embedding = embed(config["vocab_size"], width, dtype=dtype, rngs=rngs)
-        self.position_embedding = embed(config["max_position_embeddings"], width, dtype=dtype, rngs=rngs)
+        self.token_embedding = make.embed(config["vocab_size"], width)
+        self.position_embedding = make.embed(config["max_position_embeddings"], width)
 
     def __call__(self, ids: Int[Array, "b s"]) -> Float[Array, "b s d"]:
-        """Embeddings of token ids."""
         return self.token_embedding(ids) + self.position_embedding(jnp.arange(ids.shape[1]))
 
 
 class CLIPTextModel(nnx.Module):
     """The text encoder. Arguments as for every model: parsed config.json, rngs, compute dtype."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         check_only(config, _ONLY, "CLIP text")
-        self.config = ModelConfig(config)
-        # Configs from before transformers 4.31 say 2; there the end is the highest id, as OpenAI's code has it.
+        self.config, make = ModelConfig(config), Layers(rngs, dtype)
+        # Configs from before transformers 4.31 say 2; there the highest id ends the text, as in OpenAI's code.
         self.eos = config.get("eos_token_id", 49407)
-        self.embeddings = CLIPTextEmbeddings(config, rngs=rngs, dtype=dtype)
-        self.encoder = CLIPEncoder(config, rngs=rngs, dtype=dtype)
-        self.final_layer_norm = _norm(config, rngs, dtype)
+        self.embeddings = CLIPTextEmbeddings(config, make)
+        self.encoder = CLIPEncoder(config, make)
+        self.final_layer_norm = _norm(config, make)
 
-    def __call__(self, input_ids: Int[Array, "b s"]) -> TextOutput:
+    def __call__(self, input_ids: Int[Array, "b s"]) -> CLIPOutput:
         """Token ids, s ≤ 77. Pooled is the last state at the first end-of-text token."""
         states = self.encoder(self.embeddings(input_ids), causal=True)
         last = self.final_layer_norm(states[-1])
         end = input_ids if self.eos == 2 else (input_ids == self.eos).astype(jnp.int32)
         pooled = jax.vmap(lambda states, place: states[place])(last, end.argmax(-1))  # each device its own rows
-        return TextOutput(last, pooled, states)
+        return CLIPOutput(last, pooled, states)
 
 
 class CLIPTextModelWithProjection(nnx.Module):
     """The text encoder with a projection of the pooled state: SDXL's second encoder."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         self.config = ModelConfig(config)
         self.text_model = CLIPTextModel(config, rngs=rngs, dtype=dtype)
         width, out = config["hidden_size"], config["projection_dim"]
-        self.text_projection = linear(width, out, use_bias=False, dtype=dtype, rngs=rngs)
+        self.text_projection = Layers(rngs, dtype).linear(width, out, bias=False)
 
-    def __call__(self, input_ids: Int[Array, "b s"]) -> TextOutput:
+    def __call__(self, input_ids: Int[Array, "b s"]) -> CLIPOutput:
         """As CLIPTextModel, with `pooled` projected to [b, projection_dim]."""
         output = self.text_model(input_ids)
         return output._replace(pooled=self.text_projection(output.pooled))
@@ -156,12 +145,12 @@ class CLIPTextModelWithProjection(nnx.Module):
 class CLIPVisionEmbeddings(nnx.Module):
     """Patches and the class token, plus positions."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, config: Mapping[str, Any], make: Layers) -> None:
         width, patch = config["hidden_size"], config["patch_size"]
         count = (config["image_size"] // patch) ** 2 + 1
-        self.class_embedding = normal(rngs, (width,), width**-0.5)
-        self.patch_embedding = conv(3, width, patch, stride=patch, padding="VALID", bias=False, rngs=rngs, dtype=dtype)
-        self.position_embedding = embed(count, width, dtype=dtype, rngs=rngs)
+        self.class_embedding = make.normal((width,), width**-0.5)
+        self.patch_embedding = make.conv(3, width, patch, stride=patch, padding="VALID", bias=False)
+        self.position_embedding = make.embed(count, width)
 
     def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b n d"]:
         """The class token comes first."""
@@ -175,30 +164,30 @@ class CLIPVisionEmbeddings(nnx.Module):
 class CLIPVisionModel(nnx.Module):
     """The image encoder; its pooled output is the normalised class token."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         check_only(config, _ONLY, "CLIP vision")
-        self.config = ModelConfig(config)
-        self.embeddings = CLIPVisionEmbeddings(config, rngs=rngs, dtype=dtype)
-        self.pre_layrnorm = _norm(config, rngs, dtype)  # upstream's spelling
-        self.encoder = CLIPEncoder(config, rngs=rngs, dtype=dtype)
-        self.post_layernorm = _norm(config, rngs, dtype)
+        self.config, make = ModelConfig(config), Layers(rngs, dtype)
+        self.embeddings = CLIPVisionEmbeddings(config, make)
+        self.pre_layrnorm = _norm(config, make)  # upstream's spelling
+        self.encoder = CLIPEncoder(config, make)
+        self.post_layernorm = _norm(config, make)
 
-    def __call__(self, pixels: Float[Array, "b H W 3"]) -> VisionOutput:
+    def __call__(self, pixels: Float[Array, "b H W 3"]) -> CLIPOutput:
         """CLIP-normalised pixels at the config's image_size. Only `pooled` is after the last LayerNorm."""
         states = self.encoder(self.pre_layrnorm(self.embeddings(pixels)), causal=False)
-        return VisionOutput(states[-1], self.post_layernorm(states[-1][:, 0]), states)
+        return CLIPOutput(states[-1], self.post_layernorm(states[-1][:, 0]), states)
 
 
 class CLIPVisionModelWithProjection(nnx.Module):
     """The image encoder with a projection of the pooled state: what IP-Adapters read images with."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         self.config = ModelConfig(config)
         self.vision_model = CLIPVisionModel(config, rngs=rngs, dtype=dtype)
         width, out = config["hidden_size"], config["projection_dim"]
-        self.visual_projection = linear(width, out, use_bias=False, dtype=dtype, rngs=rngs)
+        self.visual_projection = Layers(rngs, dtype).linear(width, out, bias=False)
 
-    def __call__(self, pixels: Float[Array, "b H W 3"]) -> VisionOutput:
+    def __call__(self, pixels: Float[Array, "b H W 3"]) -> CLIPOutput:
         """As CLIPVisionModel, with `pooled` projected to [b, projection_dim]."""
         output = self.vision_model(pixels)
         return output._replace(pooled=self.visual_projection(output.pooled))
@@ -207,13 +196,13 @@ class CLIPVisionModelWithProjection(nnx.Module):
 class CLIPModel(nnx.Module):
     """Both towers and their projections: the shape of PickScore, HPS v2 and the embedded scorer."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         self.config = ModelConfig(config)
         text, vision, out = config["text_config"], config["vision_config"], config["projection_dim"]
         self.text_model = CLIPTextModel(text, rngs=rngs, dtype=dtype)
         self.vision_model = CLIPVisionModel(vision, rngs=rngs, dtype=dtype)
-        self.visual_projection = linear(vision["hidden_size"], out, use_bias=False, dtype=dtype, rngs=rngs)
-        self.text_projection = linear(text["hidden_size"], out, use_bias=False, dtype=dtype, rngs=rngs)
+        self.visual_projection = Layers(rngs, dtype).linear(vision["hidden_size"], out, bias=False)
+        self.text_projection = Layers(rngs, dtype).linear(text["hidden_size"], out, bias=False)
         self.logit_scale = nnx.Param(jnp.asarray(config.get("logit_scale_init_value", 2.6592), jnp.float32))
 
     def image_embeds(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b p"]:
@@ -233,7 +222,7 @@ def clip_pixels(images: Float[Array, "b H W 3"], size: int) -> Float[Array, "b s
     """CLIP's preprocessing of images in [-1, 1]: bicubic to the short side, centre cut, normalised."""
     b, height, width, _ = images.shape
     short = min(height, width)
-    new = (int(height * size / short), int(width * size / short))  # cut off, as the image processor does
+    new = (int(height * size / short), int(width * size / short))  # rounded down, as the image processor does
     if new != (height, width):
         images = jnp.clip(jax.image.resize(images, (b, *new, 3), "cubic"), -1.0, 1.0)
     top, left = (new[0] - size) // 2, (new[1] - size) // 2

@@ -1,7 +1,7 @@
 """Weights to and from the names and layouts of PyTorch, as diffusers and transformers write them.
 
-Modules carry upstream's names, so a state path *is* the torch key. What is left is one rule: the leaf's name and its
-transposition. Conversion is total (every key is used once, every parameter is found) and bijective, bit for bit.
+Modules carry upstream's names, so a state path *is* the torch key; only the leaf's name and layout differ. Conversion
+is total (every key is used once, every parameter is found) and bijective, bit for bit.
 """
 
 import functools
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hgdpo_jax.models.layers import SHAPES
 from hgdpo_jax.models.weights import STEMS, open_folder, write_weights
@@ -26,6 +27,7 @@ from hgdpo_jax.run.index import Index
 Model = TypeVar("Model", bound=nnx.Module)
 # (state path joined by dots, array) → the array on its devices.
 Place = Callable[[str, np.ndarray], jax.Array]
+on_default_device: Place = lambda name, value: jax.device_put(value)  # noqa: E731
 # Buffers that older transformers releases saved and newer ones compute.
 _BUFFERS = ("position_ids",)
 
@@ -84,8 +86,8 @@ def from_torch(
     weights: Mapping[str, np.ndarray],
     model: nnx.Module,
     source: str = "checkpoint",
-    dtype: Any = jnp.float32,
-    place: Place = lambda name, value: jax.device_put(value),
+    dtype: DTypeLike = jnp.float32,
+    place: Place = on_default_device,
     expected_by: str = "its config.json",
 ) -> None:
     """Puts torch-named weights into a model (which may be abstract), in place and one by one.
@@ -111,13 +113,13 @@ def from_torch(
     missing, superfluous = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing and any("lora" in key for key in stored):
         raise UserError(f"{source}: holds a LoRA, not a model; give the model that it was trained on")
-    for keys, fault in ((missing, "missing"), (superfluous, "superfluous")):
-        if keys:
+    for names, fault in ((missing, "missing"), (superfluous, "superfluous")):
+        if names:
             raise UserError(
-                f"{source}: weight {keys[0]} is {fault} ({len(keys)} in all); it does not fit {expected_by}"
+                f"{source}: weight {names[0]} is {fault} ({len(names)} in all); it does not fit {expected_by}"
             )
 
-    def read(key: str) -> tuple[tuple[Any, ...], nnx.Param]:
+    def read(key: str) -> tuple[tuple[Any, ...], nnx.Variable]:
         path, leaf = expected[key]
         kind = str(path[-1])
         value = from_torch_layout(kind, np.asarray(weights[stored[key]]))
@@ -128,8 +130,8 @@ def from_torch(
                 f"{source}: weight {key} is {to_torch_layout(kind, value).shape}, not "
                 f"{_torch_shape(kind, leaf.shape)}; does not fit {expected_by}"
             )
-        # What is transposed, the device's client copies as it reads it. The rest it might take over as it is, and the
-        # model would then change with the file.
+        # The device's client copies transposed arrays. It might take over the others as they are, and the model would
+        # then change with the file.
         value = value.astype(dtype, copy=value.flags.c_contiguous)
         return path, leaf.replace(place(".".join(map(str, path)), value))
 
@@ -158,7 +160,7 @@ class _Json(dict[str, Any]):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a model folder; a key that is looked up in it and is not there is a UserError too.
+    """A JSON file of a model folder; a later look-up of a missing key raises UserError too.
 
     Raises:
         UserError: there is no file, or it is not a JSON object.
@@ -179,7 +181,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def abstract(cls: Callable[..., Model], config: Mapping[str, Any], dtype: Any = jnp.float32) -> Model:
+def abstract(cls: Callable[..., Model], config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> Model:
     """A model without weights: shapes only, to be filled by :func:`from_torch`."""
     return cls(config, rngs=SHAPES, dtype=jnp.dtype(dtype))
 
@@ -187,9 +189,9 @@ def abstract(cls: Callable[..., Model], config: Mapping[str, Any], dtype: Any = 
 def load_model(
     cls: type[Model],
     folder: str | Path,
-    dtype: Any = jnp.float32,
-    param_dtype: Any = jnp.float32,
-    place: Place = lambda name, value: jax.device_put(value),
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    place: Place = on_default_device,
 ) -> Model:
     """A model from its folder: config.json and safetensors.
 
@@ -214,17 +216,17 @@ def folder_hash(folder: str | Path, index: Index | None = None) -> str:
 
     Args:
         folder: see :func:`load_model`.
-        index: spares reading files that it knows.
+        index: knows the hashes of files that were read before.
     """
     folder, index = Path(folder), index or Index()
     return json_hash({"config": read_config(folder), "weights": [*map(index.hash, open_folder(folder).files)]})
 
 
-def save_model(model: nnx.Module, folder: str | Path, dtype: type[np.floating] = np.float32) -> None:
+def save_model(model: nnx.Module, folder: str | Path, dtype: DTypeLike = np.float32) -> None:
     """Writes config.json and weights in `dtype`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = dict(model.config)  # type: ignore[attr-defined]
+    config = dict(model.config)  # type: ignore[attr-defined]  # all models have one
     name = f"{STEMS[0] if '_diffusers_version' in config else STEMS[1]}.safetensors"
     write_weights(folder / name, to_torch(model), dtype)
     write_json(folder / "config.json", config)

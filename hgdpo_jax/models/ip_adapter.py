@@ -5,7 +5,7 @@ CLIP's vision tower, `face_id` the embedding of a face recogniser. Module names 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from hgdpo_jax.models.attend import xla
-from hgdpo_jax.models.attention import Memory, Passthrough, as_read
+from hgdpo_jax.models.attention import Memory, Pair, Passthrough, as_pair
 from hgdpo_jax.models.clip import CLIPVisionModelWithProjection
-from hgdpo_jax.models.convert import Place, abstract, from_torch, read_config, to_torch
-from hgdpo_jax.models.layers import layer_norm, linear, normal
+from hgdpo_jax.models.convert import Place, abstract, from_torch, on_default_device, read_config, to_torch
+from hgdpo_jax.models.layers import Layers
 from hgdpo_jax.models.model_config import ModelConfig
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.weights import Weights, open_folder, write_weights
@@ -32,10 +33,10 @@ _LARGEST_RESAMPLER = 1280  # SDXL's is narrower than its text
 class ImageProjection(nnx.Module):
     """`ip_adapter`: each embedding to a few tokens by one linear layer."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, config: Mapping[str, Any], make: Layers) -> None:
         width = config["cross_attention_dim"]
-        self.proj = linear(config["features"], config["tokens"] * width, dtype=dtype, rngs=rngs)
-        self.norm = layer_norm(width, rngs=rngs, dtype=dtype)
+        self.proj = make.linear(config["features"], config["tokens"] * width)
+        self.norm = make.layer_norm(width)
 
     def __call__(self, features: Float[Array, "b m f"]) -> Float[Array, "b t e"]:
         """t is m times the config's tokens."""
@@ -45,16 +46,11 @@ class ImageProjection(nnx.Module):
 class FaceProjection(nnx.Module):
     """`face_id`: each embedding to a few tokens by a hidden layer of twice its width."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, config: Mapping[str, Any], make: Layers) -> None:
         inputs, width = config["features"], config["cross_attention_dim"]
-        self.proj = nnx.List(
-            [
-                linear(inputs, 2 * inputs, dtype=dtype, rngs=rngs),
-                Passthrough(),
-                linear(2 * inputs, config["tokens"] * width, dtype=dtype, rngs=rngs),
-            ]
-        )
-        self.norm = layer_norm(width, rngs=rngs, dtype=dtype)
+        hidden = make.linear(inputs, 2 * inputs)
+        self.proj = nnx.List([hidden, Passthrough(), make.linear(2 * inputs, config["tokens"] * width)])
+        self.norm = make.layer_norm(width)
 
     def __call__(self, features: Float[Array, "b m f"]) -> Float[Array, "b t e"]:
         """t is m times the config's tokens."""
@@ -65,13 +61,13 @@ class FaceProjection(nnx.Module):
 class PerceiverAttention(nnx.Module):
     """Attention of latents over the image's tokens and the latents themselves."""
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, width: int, heads: int, make: Layers) -> None:
         inner = heads * _HEAD_WIDTH
-        self.norm1 = layer_norm(width, rngs=rngs, dtype=dtype)
-        self.norm2 = layer_norm(width, rngs=rngs, dtype=dtype)
-        self.to_q = linear(width, inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_kv = linear(width, 2 * inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_out = linear(inner, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm1 = make.layer_norm(width)
+        self.norm2 = make.layer_norm(width)
+        self.to_q = make.linear(width, inner, bias=False)
+        self.to_kv = make.linear(width, 2 * inner, bias=False)
+        self.to_out = make.linear(inner, width, bias=False)
 
     def __call__(self, x: Float[Array, "b m d"], latents: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """What is added to the latents."""
@@ -83,22 +79,19 @@ class PerceiverAttention(nnx.Module):
 
 
 class Resampler(nnx.Module):
-    """`ip_adapter_plus`: learned latents that look at the image's tokens layer after layer."""
+    """`ip_adapter_plus`: learned latents that attend to the image's tokens layer after layer."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, config: Mapping[str, Any], make: Layers) -> None:
         width = config["width"]
-        self.latents = normal(rngs, (1, config["tokens"], width), width**-0.5)
-        self.proj_in = linear(config["features"], width, dtype=dtype, rngs=rngs)
-        self.proj_out = linear(width, config["cross_attention_dim"], dtype=dtype, rngs=rngs)
-        self.norm_out = layer_norm(config["cross_attention_dim"], rngs=rngs, dtype=dtype)
-
-        def feed_forward() -> nnx.List:
-            wide = linear(width, 4 * width, use_bias=False, dtype=dtype, rngs=rngs)
-            back = linear(4 * width, width, use_bias=False, dtype=dtype, rngs=rngs)
-            return nnx.List([layer_norm(width, rngs=rngs, dtype=dtype), wide, Passthrough(), back])
+        self.latents = make.normal((1, config["tokens"], width), width**-0.5)
+        self.proj_in = make.linear(config["features"], width)
+        self.proj_out = make.linear(width, config["cross_attention_dim"])
+        self.norm_out = make.layer_norm(config["cross_attention_dim"])
 
         def layer() -> nnx.List:
-            return nnx.List([PerceiverAttention(width, config["heads"], rngs=rngs, dtype=dtype), feed_forward()])
+            attention = PerceiverAttention(width, config["heads"], make)
+            wide, back = make.linear(width, 4 * width, bias=False), make.linear(4 * width, width, bias=False)
+            return nnx.List([attention, nnx.List([make.layer_norm(width), wide, Passthrough(), back])])
 
         self.layers = nnx.List([layer() for _ in range(config["depth"])])
 
@@ -119,15 +112,14 @@ KINDS = tuple(_PROJECTIONS)
 class KeysValues(nnx.Module):
     """The keys and values that one cross-attention of the UNet looks up in the image's tokens."""
 
-    def __init__(self, context_width: int, width: int, heads: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, context_width: int, width: int, heads: int, make: Layers) -> None:
         self.heads = heads
-        self.to_k_ip = linear(context_width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_v_ip = linear(context_width, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_k_ip = make.linear(context_width, width, bias=False)
+        self.to_v_ip = make.linear(context_width, width, bias=False)
 
-    def __call__(self, tokens: Float[Array, "b t e"]) -> tuple[Array, Array]:
-        """One pair of a :data:`Memory`."""
+    def __call__(self, tokens: Float[Array, "b t e"]) -> Pair:
         both = (self.to_k_ip, self.to_v_ip)
-        return as_read(*(project(tokens).reshape(*tokens.shape[:2], self.heads, -1) for project in both))
+        return as_pair(*(project(tokens).reshape(*tokens.shape[:2], self.heads, -1) for project in both))
 
 
 class IPAdapter(nnx.Module):
@@ -144,19 +136,18 @@ class IPAdapter(nnx.Module):
         UserError: there is no such kind.
     """
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         if config["kind"] not in KINDS:
             raise UserError(f"IP-Adapter kind {config['kind']!r}: expects one of {', '.join(KINDS)}")
-        self.config = ModelConfig(config)
-        self.dtype = dtype
-        self.image_proj = _PROJECTIONS[config["kind"]](config, rngs=rngs, dtype=dtype)
+        self.config, self.dtype, make = ModelConfig(config), jnp.dtype(dtype), Layers(rngs, dtype)
+        self.image_proj = _PROJECTIONS[config["kind"]](config, make)
         layers: list[nnx.Module] = []
         for _, width, heads in config["cross_attentions"]:  # the file counts the self-attentions too
-            layers += [Passthrough(), KeysValues(config["cross_attention_dim"], width, heads, rngs=rngs, dtype=dtype)]
+            layers += [Passthrough(), KeysValues(config["cross_attention_dim"], width, heads, make)]
         self.ip_adapter = nnx.List(layers)
 
     def by_name(self) -> dict[str, KeysValues]:
-        """All of them by the name of their transformer block in the UNet."""
+        """Name of a transformer block in the UNet → the keys and values of its cross-attention."""
         names = [name for name, _, _ in self.config["cross_attentions"]]
         return dict(zip(names, self.ip_adapter[1::2], strict=True))
 
@@ -164,7 +155,7 @@ class IPAdapter(nnx.Module):
         """One pair for each cross-attention, to be put beside the text's by :func:`join`.
 
         Args:
-            features: as of :func:`image_features`; of `face_id` m identity embeddings.
+            features: those of :func:`image_features`, or m identity embeddings for `face_id`.
 
         Raises:
             UserError: features of another width.
@@ -213,7 +204,7 @@ def image_encoder_config(folder: Path) -> dict[str, Any]:
 def image_features(
     encoder: CLIPVisionModelWithProjection, kind: str, pixels: Float[Array, "b H W 3"]
 ) -> Float[Array, "b m f"]:
-    """What an adapter of a kind other than `face_id` reads of CLIP-normalised pixels, float32; `ip_adapter`: m = 1."""
+    """The features, float32, that an adapter of a kind other than `face_id` reads of CLIP-normalised pixels."""
     output = encoder(pixels)
     features = output.hidden_states[-2] if kind == "ip_adapter_plus" else output.pooled[:, None]
     return features.astype(jnp.float32)
@@ -222,21 +213,22 @@ def image_features(
 def empty(
     kind: str, features: Float[Array, "b m f"], encoder: CLIPVisionModelWithProjection | None = None
 ) -> Float[Array, "b m f"]:
-    """The features of no image, which the unconditional half of guidance gets and training drops images to.
+    """The features of no image: the unconditional half of guidance reads them, and training where it drops an image.
 
-    Zeros; of `ip_adapter_plus`, which needs the encoder, those of an image that is zero once normalised.
+    They are zeros; for `ip_adapter_plus` they are those of an image that is zero once normalised.
     """
     if kind != "ip_adapter_plus":
         return jnp.zeros_like(features)
+    assert encoder is not None, "ip_adapter_plus reads images with an encoder"
     size = encoder.config["image_size"]
     return jnp.broadcast_to(image_features(encoder, kind, jnp.zeros((1, size, size, 3))), features.shape)
 
 
 def default_config(unet: UNet2DConditionModel, kind: str, features: int) -> dict[str, Any]:
-    """An adapter's config in the sizes of the published ones, for a UNet (of which only the shapes matter).
+    """An adapter's config in the sizes of the published ones.
 
     Args:
-        unet: that it is for.
+        unet: the UNet that it is for; only its shapes matter.
         kind: one of KINDS.
         features: width of what it reads.
 
@@ -267,7 +259,7 @@ def fresh(unet: UNet2DConditionModel, kind: str, features: int, rngs: nnx.Rngs) 
     """
     config = default_config(unet, kind, features)
     adapter = abstract(IPAdapter, config, unet.dtype)
-    adapter.image_proj = _PROJECTIONS[kind](config, rngs=rngs, dtype=unet.dtype)
+    adapter.image_proj = _PROJECTIONS[kind](config, Layers(rngs, unet.dtype))
     blocks = unet.transformer_blocks()
     for name, layer in adapter.by_name().items():  # copies: a training step may give its buffers away
         layer.to_k_ip.kernel.set_value(jnp.array(blocks[name].attn2.to_k.kernel[...], jnp.float32))
@@ -275,17 +267,13 @@ def fresh(unet: UNet2DConditionModel, kind: str, features: int, rngs: nnx.Rngs) 
     return adapter
 
 
-def load(
-    path: str | Path,
-    unet: UNet2DConditionModel,
-    place: Place = lambda name, value: jax.device_put(value),
-) -> IPAdapter:
-    """An adapter from its published .safetensors file, which tells its kind and sizes. It computes in the UNet's dtype;
-    its parameters are float32.
+def load(path: str | Path, unet: UNet2DConditionModel, place: Place = on_default_device) -> IPAdapter:
+    """An adapter from a .safetensors file in the published layout, which tells its kind and sizes. It computes in the
+    UNet's dtype; its parameters are float32.
 
     Args:
         path: of the file.
-        unet: that it is used with; only its shapes matter.
+        unet: the UNet that it is used with; only its shapes matter.
         place: puts a parameter on its devices.
 
     Raises:
@@ -299,12 +287,13 @@ def load(
 
 
 def save(adapter: IPAdapter, path: str | Path) -> None:
-    """Writes a .safetensors file in float32, with the names of the published ones: diffusers' loader reads it."""
+    """Writes a .safetensors file in float32, with the keys of the published ones: diffusers' loader reads it."""
     write_weights(Path(path), to_torch(adapter), np.float32)
 
 
 def _cross_attentions(unet: UNet2DConditionModel) -> tuple[list[list[Any]], int]:
-    """[name, width, heads] of each in the file's order (the middle block comes last), and the width they read."""
+    """[name, width, heads] of each cross-attention, in the file's order (the middle block comes last); and the width of
+    the text."""
 
     def order(name: str) -> tuple[int, list[int]]:
         parts = name.split(".")
@@ -350,21 +339,17 @@ def _recognise(weights: Weights, source: str, unet: UNet2DConditionModel) -> dic
     else:
         raise UserError(f"{source}: is not an IP-Adapter; expected weights named image_proj.… and ip_adapter.…")
     attentions, context_width = _cross_attentions(unet)
-    found = _widths(weights)
+    numbers = sorted(
+        int(key.split(".")[1]) for key in weights if re.fullmatch(r"ip_adapter\.\d+\.to_k_ip\.weight", key)
+    )
+    widths = [weights.shape(f"ip_adapter.{i}.to_k_ip.weight")[0] for i in numbers]
     expected = [width for _, width, _ in attentions]
-    if (found, config["cross_attention_dim"]) != (expected, context_width):
+    if (widths, config["cross_attention_dim"]) != (expected, context_width):
+        theirs, ours = (
+            f"{len(x)} cross-attentions ({', '.join(map(str, sorted(set(x))))} wide)" for x in (widths, expected)
+        )
         raise UserError(
-            f"{source}: is for another UNet: it has {_described(found)} for tokens of width "
-            f"{config['cross_attention_dim']}, this UNet has {_described(expected)} for text of width {context_width}"
+            f"{source}: is for another UNet: it has {theirs} for tokens of width {config['cross_attention_dim']}, "
+            f"this UNet has {ours} for text of width {context_width}"
         )
     return config | {"cross_attentions": attentions}
-
-
-def _widths(weights: Weights) -> list[int]:
-    """Of the file's cross-attentions, in its order."""
-    keys = [key for key in weights if re.fullmatch(r"ip_adapter\.\d+\.to_k_ip\.weight", key)]
-    return [weights.shape(key)[0] for key in sorted(keys, key=lambda key: int(key.split(".")[1]))]
-
-
-def _described(widths: Sequence[int]) -> str:
-    return f"{len(widths)} cross-attentions ({', '.join(map(str, sorted(set(widths))))} wide)"

@@ -4,7 +4,7 @@ A model made with `rngs=SHAPES` has the shapes of its parameters instead of valu
 """
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 
-class _Shapes:
-    """Stands in for nnx.Rngs. With jax.eval_shape instead, tracing all the initialisers would take over a second."""
+class _Shapes(nnx.Rngs):
+    """Gives no keys. With jax.eval_shape instead, tracing all the initialisers would take over a second."""
 
     def params(self) -> None:
         """No key: no value."""
@@ -25,7 +27,7 @@ SHAPES = _Shapes()
 
 
 def _initialiser(values: nnx.Initializer) -> nnx.Initializer:
-    def initial(key: jax.Array | None, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    def initial(key: PRNGKeyArray | None, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype) if key is None else values(key, shape, dtype)
 
     return initial
@@ -35,29 +37,19 @@ _fan_in = _initialiser(nnx.initializers.lecun_normal())
 _embedding = _initialiser(nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0))
 _zeros, _ones = _initialiser(nnx.initializers.zeros), _initialiser(nnx.initializers.ones)
 
-# linear(inputs, outputs): [*b inputs] → [*b outputs]; embed(count, width): ids [*b] → [*b width]. All parameters are
-# float32.
-linear = partial(nnx.Linear, kernel_init=_fan_in, bias_init=_zeros)
-embed = partial(nnx.Embed, embedding_init=_embedding)
-
-
-def normal(rngs: nnx.Rngs, shape: Sequence[int], deviation: float) -> nnx.Param:
-    """A float32 parameter, normally distributed."""
-    return nnx.Param(_initialiser(nnx.initializers.normal(deviation))(rngs.params(), shape))
-
 
 def platform(sharding: NamedSharding | None) -> str:
-    """Of the devices of a sharding, which may be described ones; of those that are here without one."""
+    """`cpu`, `gpu` or `tpu`: that of a sharding's devices, which may be described ones, or of those that are here."""
     return (sharding.mesh.devices.flat if sharding else jax.devices())[0].platform
 
 
-def in_rows(x: jax.Array, rows: int) -> jax.Array:
-    """x [b *n] with each row as often, in turn, as makes so many: guidance has two texts for a latent."""
+def in_rows(x: Shaped[Array, "b *n"], rows: int) -> Shaped[Array, "r *n"]:
+    """Each row of x, in turn, as often as makes so many rows: guidance has two texts for a latent."""
     return x if len(x) == rows else jnp.repeat(x, rows // len(x), axis=0)
 
 
 class Conv(nnx.Conv):
-    """nnx.Conv, of 3×3 and stride 1 also over a map that is doubled.
+    """nnx.Conv; with a kernel of 3×3 and stride 1 also over a map whose height and width are doubled.
 
     Attributes:
         sharding: names the devices that it runs on, see :func:`platform`.
@@ -65,8 +57,10 @@ class Conv(nnx.Conv):
 
     sharding: NamedSharding | None = None
 
-    def __call__(self, x: jax.Array, beside: jax.Array | None = None) -> jax.Array:
-        """[b h w inputs] → [b h2 w2 outputs]; of the channels the last may be given apart, where h and w stay."""
+    def __call__(
+        self, x: Float[Array, "b h w i"], beside: Float[Array, "b h w j"] | None = None
+    ) -> Float[Array, "b h2 w2 o"]:
+        """The convolution of x, or of x and `beside` as the last of its channels, where height and width stay."""
         if beside is not None:
             around = [((size - 1) // 2, size // 2) for size in self.kernel_size]
             of_x, of_beside = jnp.split(self.kernel[...], [x.shape[-1]], axis=2)
@@ -75,11 +69,11 @@ class Conv(nnx.Conv):
             return super().__call__(x)
         return self._with_bias(self._convolved(x, self.kernel[...], (1, 1), (1, 1)))
 
-    def doubled(self, x: jax.Array) -> jax.Array:
-        """What it makes of x with each pixel doubled in height and width: [b h w inputs] → [b 2h 2w outputs].
+    def doubled(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        """The convolution of x with each pixel doubled in height and width; h2 and w2 are twice h and w.
 
-        Of the three rows that a row of the result sees, two are the same row of x: those of the kernel are added up
-        before. So are columns, and four convolutions of 2×2 take four ninths of the operations.
+        A row of the result sees three rows, two of which are the same row of x: their kernels are added up before. So
+        are the columns', and four convolutions of 2×2 take four ninths of the operations.
         """
         b, h, w, _ = x.shape
         found = [
@@ -88,14 +82,16 @@ class Conv(nnx.Conv):
         ]
         return self._with_bias(jnp.stack(found, 2).reshape(b, 2 * h, 2 * w, -1))
 
-    def _with_bias(self, x: jax.Array) -> jax.Array:
+    def _with_bias(self, x: Float[Array, "b h w o"]) -> Float[Array, "b h w o"]:
         return x if self.bias is None else x + self.bias[...].astype(x.dtype)
 
-    def _convolved(self, x: jax.Array, kernel: jax.Array, *around: tuple[int, int]) -> jax.Array:
+    def _convolved(
+        self, x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"], *around: tuple[int, int]
+    ) -> Float[Array, "b h w o"]:
         """Without the bias; `around` are the zeros above and below, left and right.
 
-        On a processor as one product where a feature map is small against its kernel: there XLA would bring such a
-        kernel, of up to 59 MB, into another order for every gradient, which takes longer than the convolution.
+        On a processor one product takes the convolution's place where the feature map is small against its kernel: XLA
+        would bring such a kernel, of up to 59 MB, into another order for every gradient, which takes longer.
         """
         x, kernel = dtypes.promote_dtype((x, kernel), dtype=self.dtype)
         b, h, w, channels = x.shape
@@ -107,51 +103,10 @@ class Conv(nnx.Conv):
         return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
-def _halves(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Of three rows, or columns: the two that the first of two equal pixels sees, and those of the second."""
+def _halves(kernel: Array, axis: int) -> tuple[Array, Array]:
+    """What the first of two equal pixels sees of a kernel's three rows, or columns, and what the second sees."""
     first, second, third = (jax.lax.slice_in_dim(kernel, i, i + 1, axis=axis) for i in range(3))
     return jnp.concatenate([first, second + third], axis), jnp.concatenate([first + second, third], axis)
-
-
-def conv(
-    inputs: int,
-    outputs: int,
-    size: int,
-    *,
-    stride: int = 1,
-    padding: int | str | Sequence[tuple[int, int]] | None = None,
-    bias: bool = True,
-    rngs: nnx.Rngs,
-    dtype: jnp.dtype,
-) -> Conv:
-    """A square convolution, [b h w inputs] → [b h2 w2 outputs]; `padding` is Flax's.
-
-    Unless it is given, a convolution of stride 1 and odd size keeps height and width.
-    """
-    return Conv(
-        inputs,
-        outputs,
-        (size, size),
-        strides=stride,
-        padding=(size - 1) // 2 if padding is None else padding,
-        use_bias=bias,
-        kernel_init=_fan_in,
-        bias_init=_zeros,
-        dtype=dtype,
-        rngs=rngs,
-    )
-
-
-def _norm(dtype: jnp.dtype, rngs: nnx.Rngs) -> dict[str, Any]:
-    """Statistics are float32. Of float32 they are taken in two passes, like PyTorch's; of numbers with 8 or 11 bits in
-    one, as E[x²] − E[x]², whose error is far below those numbers' own."""
-    fast = jnp.dtype(dtype).itemsize < 4
-    return {"use_fast_variance": fast, "scale_init": _ones, "bias_init": _zeros, "dtype": dtype, "rngs": rngs}
-
-
-def layer_norm(width: int, eps: float = 1e-5, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.LayerNorm:
-    """LayerNorm over the last axis of [*b width]."""
-    return nnx.LayerNorm(width, epsilon=eps, **_norm(dtype, rngs))
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -160,14 +115,12 @@ class GroupNorm(nnx.GroupNorm):
     On a processor neighbouring channels lie in one vector, and the UNet of the embedded base takes 6 % less time.
     """
 
-    def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
-        """[b h w channels] → the same in the layer's dtype; statistics are float32.
+    def __call__(self, x: Float[Array, "b h w c"], begin: int = 0) -> Float[Array, "b h w c"]:  # type: ignore[override]  # no mask
+        """The same in the layer's dtype; statistics are float32. x may be some groups, whose channels begin there."""
+        here, each = slice(begin, begin + x.shape[-1]), self.group_size
+        assert self.scale is not None and self.bias is not None
 
-        x may be some of the groups only, whose channels begin at `first`.
-        """
-        here, each = slice(first, first + x.shape[-1]), self.group_size
-
-        def of_group(channels: jax.Array) -> jax.Array:
+        def of_group(channels: Float[Array, "b c"]) -> Float[Array, "b 1 1 c"]:
             means = channels.reshape(len(x), -1, each).mean(-1)
             return jnp.repeat(means, each, -1)[:, None, None]
 
@@ -181,6 +134,63 @@ class GroupNorm(nnx.GroupNorm):
         return ((wide - mean) * scale + self.bias[here]).astype(self.dtype)
 
 
-def group_norm(channels: int, groups: int, eps: float, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> GroupNorm:
-    """See :class:`GroupNorm`."""
-    return GroupNorm(channels, groups, epsilon=eps, **_norm(dtype, rngs))
+@dataclass(frozen=True)
+class Layers:
+    """Makes the layers of a model. All parameters are float32.
+
+    Attributes:
+        rngs: for the initial weights; or SHAPES.
+        dtype: of the computation.
+        groups, eps: of GroupNorm.
+    """
+
+    rngs: nnx.Rngs
+    dtype: DTypeLike
+    groups: int = 32
+    eps: float = 1e-5
+
+    def linear(self, inputs: int, outputs: int, bias: bool = True) -> nnx.Linear:
+        """[*b inputs] → [*b outputs]."""
+        settings: dict[str, Any] = {"kernel_init": _fan_in, "bias_init": _zeros, "dtype": self.dtype}
+        return nnx.Linear(inputs, outputs, use_bias=bias, **settings, rngs=self.rngs)
+
+    def embed(self, count: int, width: int) -> nnx.Embed:
+        """Ids [*b] below `count` → [*b width]."""
+        return nnx.Embed(count, width, embedding_init=_embedding, dtype=self.dtype, rngs=self.rngs)
+
+    def normal(self, shape: Sequence[int], deviation: float) -> nnx.Param:
+        """A parameter, normally distributed."""
+        return nnx.Param(_initialiser(nnx.initializers.normal(deviation))(self.rngs.params(), shape))
+
+    def conv(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        stride: int = 1,
+        padding: int | str | Sequence[tuple[int, int]] | None = None,
+        bias: bool = True,
+    ) -> Conv:
+        """A square convolution, [b h w inputs] → [b h2 w2 outputs]; `padding` is Flax's.
+
+        Unless it is given, a convolution of stride 1 and odd size keeps height and width.
+        """
+        padding = (size - 1) // 2 if padding is None else padding
+        settings: dict[str, Any] = {"kernel_init": _fan_in, "bias_init": _zeros, "dtype": self.dtype}
+        settings |= {"strides": stride, "padding": padding, "use_bias": bias}
+        return Conv(inputs, outputs, (size, size), **settings, rngs=self.rngs)
+
+    def layer_norm(self, width: int, eps: float = 1e-5) -> nnx.LayerNorm:
+        """LayerNorm over the last axis of [*b width]."""
+        return nnx.LayerNorm(width, epsilon=eps, **self._norm())
+
+    def group_norm(self, channels: int, eps: float | None = None) -> GroupNorm:
+        return GroupNorm(channels, self.groups, epsilon=self.eps if eps is None else eps, **self._norm())
+
+    def _norm(self) -> dict[str, Any]:
+        """Statistics are float32. Those of float32 are taken in two passes, like PyTorch's; those of numbers with 8 or
+        11 bits in one, as E[x²] − E[x]², whose error is far below those numbers' own."""
+        fast = jnp.dtype(self.dtype).itemsize < 4
+        common = {"scale_init": _ones, "bias_init": _zeros, "dtype": self.dtype, "rngs": self.rngs}
+        return common | {"use_fast_variance": fast}

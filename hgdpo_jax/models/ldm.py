@@ -1,16 +1,17 @@
-"""Single files in the layout of the original latent-diffusion code: which of their tensors is which of diffusers'.
+"""Single files in the layout of the original latent-diffusion code (LDM): where each tensor of diffusers is in them.
 
-Stable Diffusion 1.x keeps its text encoder under `cond_stage_model`, XL its two under `conditioner`; the second of them
-is OpenCLIP's, with query, key and value in one tensor. Names go from diffusers to LDM, key by key.
+Stable Diffusion 1.x keeps its text encoder under `cond_stage_model`, XL its two under `conditioner`; the second one is
+OpenCLIP's, with query, key and value in one tensor.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hgdpo_jax.models.weights import Weights
+from hgdpo_jax.models.weights import LazyWeights, Weights
 
 Rules = Sequence[tuple[str, str]]
 
@@ -68,7 +69,7 @@ class Stored(NamedTuple):
         key: of the file's tensor.
         read: file's tensor → diffusers'.
         write: diffusers' tensor → file's.
-        third: where a file's tensor is three of diffusers', one below the other, which of them.
+        third: 0, 1 or 2 where the file's tensor holds three of diffusers', one below the other.
     """
 
     key: str
@@ -130,18 +131,15 @@ def vae_part(key: str, config: Mapping[str, Any]) -> Stored:
 
 
 def _clip(key: str, config: Mapping[str, Any]) -> Stored:
-    del config
     return Stored(f"text_model.{key}")
 
 
 def bare_clip(key: str, config: Mapping[str, Any]) -> Stored:
     """Where a parameter of SD 1.x's text encoder is in files that follow NovelAI's."""
-    del config
     return Stored(key)
 
 
 def _open_clip(key: str, config: Mapping[str, Any]) -> Stored:
-    del config
     match = re.match(r"text_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", key)
     if match:
         third = "qkv".index(match[2])
@@ -152,7 +150,8 @@ def _open_clip(key: str, config: Mapping[str, Any]) -> Stored:
 
 
 Translate = Callable[[str, Mapping[str, Any]], Stored]
-VAE_PREFIX, VAE_CONV = "first_stage_model.", "encoder.down.0.block.0.conv1.weight"  # in front of a VAE, and in each one
+VAE_PREFIX = "first_stage_model."
+VAE_CONV = "encoder.down.0.block.0.conv1.weight"  # each VAE has it
 SD1_PARTS: dict[str, tuple[str, Translate]] = {
     "unet": ("model.diffusion_model.", _unet),
     "vae": (VAE_PREFIX, vae_part),
@@ -164,18 +163,18 @@ SDXL_PARTS: dict[str, tuple[str, Translate]] = {
     "text_encoder": ("conditioner.embedders.0.transformer.", _clip),
     "text_encoder_2": ("conditioner.embedders.1.model.", _open_clip),
 }
-# In the files and of no use: buffers, the training loss of a VAE, and the running mean of its weights.
+# Nobody needs these: buffers, the training loss of a VAE, and the running mean of its weights.
 _IGNORED = re.compile(r"(^loss\.|^model_ema\.|(^|\.)position_ids$|^logit_scale$|^attn_mask$)")
 
 
-class TranslatedWeights(Mapping[str, np.ndarray]):
+class TranslatedWeights(LazyWeights):
     """One model of a single file under diffusers' keys, read tensor by tensor.
 
-    What the file holds under the prefix and no key asks for appears under its own name, so that it is noticed.
+    A tensor under the prefix that no key asks for appears under its own name, so that it is noticed.
 
     Args:
         weights: the single file.
-        prefix: of the part's keys in it; empty for a file that holds this part alone.
+        prefix: that of the part's keys in the file; empty for a file that holds this part alone.
         translate: diffusers key, config → where it is.
         keys: diffusers keys of the model.
         config: of the model.
@@ -184,24 +183,16 @@ class TranslatedWeights(Mapping[str, np.ndarray]):
     def __init__(
         self, weights: Weights, prefix: str, translate: Translate, keys: Iterable[str], config: Mapping[str, Any]
     ) -> None:
-        self._weights = weights
-        wanted = {key: translate(key, config) for key in keys}
-        found = {key: where._replace(key=prefix + where.key) for key, where in wanted.items()}
-        self._where = {key: where for key, where in found.items() if where.key in weights}
-        used = {where.key for where in self._where.values()}
-        for key in weights:
-            if key.startswith(prefix) and key not in used and not _IGNORED.search(key.removeprefix(prefix)):
-                self._where[key] = Stored(key)
+        expected = {key: translate(key, config) for key in keys}
+        places = {key: place for key, place in expected.items() if prefix + place.key in weights}
+        rest = {key.removeprefix(prefix) for key in weights if key.startswith(prefix)}
+        rest -= {place.key for place in places.values()}
+        places |= {prefix + key: Stored(key) for key in rest if not _IGNORED.search(key)}
+        super().__init__({key: partial(_read, weights, prefix, place) for key, place in places.items()})
 
-    def __getitem__(self, key: str) -> np.ndarray:
-        where = self._where[key]
-        return where.read(self._weights[where.key])
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
+def _read(weights: Weights, prefix: str, place: Stored) -> np.ndarray:
+    return place.read(weights[prefix + place.key])
 
 
 def to_single_file(
@@ -209,19 +200,19 @@ def to_single_file(
     configs: Mapping[str, Mapping[str, Any]],
     parts: Mapping[str, tuple[str, Translate]],
 ) -> dict[str, np.ndarray]:
-    """The tensors of a whole checkpoint in LDM's layout.
+    """The tensors of a checkpoint in LDM's layout.
 
     Args:
         models: part → diffusers key → tensor.
-        configs: of the parts.
+        configs: part → config.
         parts: where each is kept, SD1_PARTS or SDXL_PARTS.
     """
-    found: dict[str, dict[int, np.ndarray]] = {}
+    stored: dict[str, dict[int, np.ndarray]] = {}
     for part, (prefix, translate) in parts.items():
         for key, tensor in models[part].items():
             where = translate(key, configs[part])
-            found.setdefault(prefix + where.key, {})[where.third] = where.write(tensor)
+            stored.setdefault(prefix + where.key, {})[where.third] = where.write(tensor)
     return {
         key: thirds[0] if len(thirds) == 1 else np.concatenate([thirds[i] for i in range(3)])
-        for key, thirds in found.items()
+        for key, thirds in stored.items()
     }

@@ -33,18 +33,17 @@ class LoRALinear(nnx.Linear):
         )
         self.lora_B = nnx.LoRAParam(jnp.zeros((rank, base.out_features), jnp.float32))
 
-    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        """The base layer and its low-rank correction."""
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:  # type: ignore[override]  # no out_sharding
         low = product(x.astype(self.dtype or x.dtype), self.lora_A[...])
         return super().__call__(x) + self.scale * product(low, self.lora_B[...])
 
 
 @jax.custom_vjp
-def product(x: Float[Array, "*b i"], weight: Float[Array, "i ..."]) -> Array:
-    """x W, [*b *o], in the dtype of x; the gradient of W in W's own.
+def product(x: Float[Array, "*b i"], weight: Float[Array, "i ..."]) -> Float[Array, "..."]:
+    """x W, [*b *o], in the dtype of x; the gradient of W has W's own dtype.
 
-    That is a sum over all tokens of all devices. Of a plain product it is rounded to the dtype of x on each device,
-    and added up over the devices in that.
+    That gradient is a sum over all tokens of all devices. A plain product would round it to the dtype of x on each
+    device, and add it up over the devices in that dtype.
     """
     return jnp.tensordot(x, weight.astype(x.dtype), 1)
 
@@ -66,10 +65,10 @@ def _backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]
         return by_rows(*(x.astype(weight.dtype) for x in inputs))
 
     of_x = jnp.tensordot(gradient, weight.astype(x.dtype), (outputs, outputs))
-    # A processor has no such products of bfloat16 with float32 sums.
+    # A processor has no products of bfloat16 with float32 sums.
     of_rows = jax.lax.platform_dependent(x, gradient, cpu=wide, default=by_rows)
-    # Both or neither: compilers else put off the small product until the sum over devices, which comes last, and keep
-    # both of its large factors. Behind the barrier that sum is not waited for.
+    # Both products or neither: compilers would put off the small one until the sum over devices, which comes last, and
+    # keep both of its large factors. The sum itself stands behind the barrier, and nothing waits for it.
     of_x, of_rows = jax.lax.optimization_barrier((of_x, of_rows))
     return of_x, of_rows.sum(0)
 
@@ -80,36 +79,34 @@ product.defvjp(_forward, _backward)
 def fused_linear(
     layers: Sequence[nnx.Linear], x: Float[Array, "*b i"], platform: str = ""
 ) -> list[Float[Array, "*b o"]]:
-    """What each of some layers of one size and dtype makes of x, in one product, and with LoRA in two more.
+    """The output of each layer, in one product, and with LoRA in two more; all layers are of one size and dtype.
 
-    For a `platform` of TPUs only what LoRA reads of x is one product: the others come one by one, each written in the
-    order in which it is read next. Kernels are stacked between their two dimensions, so that each stays split over the
-    mesh as it is.
+    On a `platform` of TPUs only A of the LoRAs is fused: the other products come one by one, and each writes its output
+    in the order in which it is read next. Kernels are stacked between their two dimensions, so that each stays split
+    over the mesh as it is.
     """
-    first = layers[0]
-    dtype = first.dtype or x.dtype
+    dtype = layers[0].dtype or x.dtype
     x = x.astype(dtype)
     kernels = jnp.stack([layer.kernel[...].astype(dtype) for layer in layers], 1)
-    if first.use_bias:
-        biases = jnp.stack([layer.bias[...].astype(dtype) for layer in layers])
-    if isinstance(first, LoRALinear):
-        low = product(x, jnp.concatenate([layer.lora_A[...] for layer in layers], 1))
-        up = jnp.stack([layer.scale * layer.lora_B[...] for layer in layers])
+    biases = [layer.bias[...].astype(dtype) for layer in layers if layer.bias is not None]
+    stacked = jnp.stack(biases) if biases else None
+    loras = [layer for layer in layers if isinstance(layer, LoRALinear)]
+    if loras:
+        low = product(x, jnp.concatenate([layer.lora_A[...] for layer in loras], 1))
+        up = jnp.stack([layer.scale * layer.lora_B[...] for layer in loras])
         # Block by block on a diagonal: each layer's correction comes from its own part of the rank.
         up = (jnp.eye(len(layers))[:, None, :, None] * up[:, :, None]).reshape(-1, *up.shape[::2])
 
-    def found(which: int | slice) -> Array:
+    def outputs(which: int | slice) -> Array:
         out = jnp.tensordot(x, kernels[:, which], 1)
-        if first.use_bias:
-            out += biases[which]
-        if isinstance(first, LoRALinear):
-            out += product(low, up[:, which])
-        return out
+        if stacked is not None:
+            out += stacked[which]
+        return out + product(low, up[:, which]) if loras else out
 
     if platform == "tpu":
-        return [found(i) for i in range(len(layers))]
-    out = found(slice(None))
-    return [out[..., i, :] for i in range(len(layers))]
+        return [outputs(i) for i in range(len(layers))]
+    fused = outputs(slice(None))
+    return [fused[..., i, :] for i in range(len(layers))]
 
 
 def add_lora(model: nnx.Module, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
@@ -118,7 +115,7 @@ def add_lora(model: nnx.Module, rank: int, alpha: float, rngs: nnx.Rngs) -> None
     Raises:
         UserError: the model has no such layer.
     """
-    found = 0
+    count = 0
     for _, module in list(nnx.iter_modules(model)):
         for name in TARGETS:
             layer = getattr(module, name, None)
@@ -126,17 +123,21 @@ def add_lora(model: nnx.Module, rank: int, alpha: float, rngs: nnx.Rngs) -> None
                 layer[0] = LoRALinear(layer[0], rank, alpha, rngs)
             elif isinstance(layer, nnx.Linear):
                 setattr(module, name, LoRALinear(layer, rank, alpha, rngs))
-            found += layer is not None
-    if not found:
+            count += layer is not None
+    if not count:
         raise UserError(f"LoRA: {type(model).__name__} has none of the layers {', '.join(TARGETS)}")
+
+
+def lora_layers(model: nnx.Module) -> dict[str, LoRALinear]:
+    """Path, joined by dots → layer with a LoRA."""
+    return {".".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, LoRALinear)}
 
 
 def merge_lora(model: nnx.Module) -> None:
     """Adds each LoRA to the kernel of its layer, in float32 and in place; B becomes zero."""
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, LoRALinear):
-            module.kernel[...] += module.scale * (module.lora_A[...] @ module.lora_B[...])
-            module.lora_B[...] = jnp.zeros_like(module.lora_B[...])
+    for layer in lora_layers(model).values():
+        layer.kernel[...] += layer.scale * (layer.lora_A[...] @ layer.lora_B[...])
+        layer.lora_B[...] = jnp.zeros_like(layer.lora_B[...])
 
 
 def to_peft(model: nnx.Module, prefix: str = "unet") -> dict[str, np.ndarray]:
@@ -145,11 +146,9 @@ def to_peft(model: nnx.Module, prefix: str = "unet") -> dict[str, np.ndarray]:
     PEFT scales by alpha / rank with alpha = rank unless told otherwise, so the model's scale is put into B.
     """
     weights = {}
-    for path, module in nnx.iter_modules(model):
-        if isinstance(module, LoRALinear):
-            name = ".".join([prefix, *map(str, path)])
-            weights[f"{name}.lora_A.weight"] = np.ascontiguousarray(np.asarray(module.lora_A[...]).T)
-            weights[f"{name}.lora_B.weight"] = np.ascontiguousarray(np.asarray(module.scale * module.lora_B[...]).T)
+    for path, layer in lora_layers(model).items():
+        weights[f"{prefix}.{path}.lora_A.weight"] = _transposed(layer.lora_A[...])
+        weights[f"{prefix}.{path}.lora_B.weight"] = _transposed(layer.scale * layer.lora_B[...])
     return weights
 
 
@@ -159,13 +158,16 @@ def to_kohya(model: nnx.Module, prefix: str, rename: Callable[[str], str] = lamb
     Args:
         model: with LoRA layers.
         prefix: `lora_unet`, `lora_te`; for XL's text encoders `lora_te1` and `lora_te2`.
-        rename: from the layer's path to the name that kohya's scripts know it by.
+        rename: path of a layer → the name by which kohya's scripts know it.
     """
     weights = {}
-    for path, module in nnx.iter_modules(model):
-        if isinstance(module, LoRALinear):
-            name = f"{prefix}_{rename('.'.join(map(str, path)))}".replace(".", "_")
-            weights[f"{name}.lora_down.weight"] = np.ascontiguousarray(np.asarray(module.lora_A[...]).T)
-            weights[f"{name}.lora_up.weight"] = np.ascontiguousarray(np.asarray(module.lora_B[...]).T)
-            weights[f"{name}.alpha"] = np.float32(module.scale * module.lora_A.shape[1])
-    return {key: np.asarray(value) for key, value in weights.items()}
+    for path, layer in lora_layers(model).items():
+        name = f"{prefix}_{rename(path)}".replace(".", "_")
+        weights[f"{name}.lora_down.weight"] = _transposed(layer.lora_A[...])
+        weights[f"{name}.lora_up.weight"] = _transposed(layer.lora_B[...])
+        weights[f"{name}.alpha"] = np.asarray(layer.scale * layer.lora_A.shape[1], np.float32)
+    return weights
+
+
+def _transposed(x: Float[Array, "i o"]) -> Float[np.ndarray, "o i"]:
+    return np.ascontiguousarray(np.asarray(x).T)

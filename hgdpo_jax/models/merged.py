@@ -1,18 +1,19 @@
-"""A LoRA file merged into a model's weights while these are read: what a training goes on from.
+"""A LoRA file merged into a model's weights while these are read, so that a training goes on from it.
 
 W + (alpha / rank) · B A, in float32 (Hu et al. 2021), for linear layers and convolutions. The file may be PEFT's or
-diffusers', of any year, or kohya's; which, its keys tell.
+diffusers', of any year, or kohya's: its keys tell which.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hgdpo_jax.models.ldm import unet_name
-from hgdpo_jax.models.weights import Weights, refuse_pickle
+from hgdpo_jax.models.weights import LazyWeights, Weights, refuse_pickle
 from hgdpo_jax.run.errors import UserError
 
 _SUFFIXES = (  # of A and B
@@ -25,7 +26,7 @@ _SUFFIXES = (  # of A and B
 
 
 class _Layer(NamedTuple):
-    """Keys of a layer's A, B and alpha in the file; without the last the scale is the metadata's, or 1."""
+    """Keys of a layer's A, B and alpha in the file; where it has no alpha, the metadata tell the scale, or it is 1."""
 
     down: str
     up: str
@@ -38,17 +39,17 @@ def _bare(key: str) -> str:
 
 
 def _names(part: str, module: str, config: Mapping[str, Any]) -> list[str]:
-    """What files call a module of a model."""
+    """The names that files give to a module of a model."""
     if part == "unet":
         # kohya's scripts train XL under the names of the original code.
         kohya = [f"lora_unet_{name}".replace(".", "_") for name in (module, unet_name(module, config))]
         attention, _, leaf = module.removesuffix(".0").rpartition(".")
-        # PEFT's own files are of one model, and the UNet's first ones of diffusers had no prefix.
+        # PEFT's own files hold one model, and diffusers' first files of a UNet had no prefix.
         return [f"unet.{module}", f"base_model.model.{module}", module, f"unet.{attention}.processor.{leaf}",
                 f"{attention}.processor.{leaf}", *kohya]  # fmt: skip
-    first, inside = part == "text_encoder", f"text_model.{module}"
-    kohya = ("lora_te", "lora_te1") if first else ("lora_te2",)
-    return [f"{part}.{inside}", f"{part}.{module}", *(f"{prefix}_{inside}".replace(".", "_") for prefix in kohya)]
+    inside = f"text_model.{module}"
+    prefixes = ("lora_te", "lora_te1") if part == "text_encoder" else ("lora_te2",)
+    return [f"{part}.{inside}", f"{part}.{module}", *(f"{prefix}_{inside}".replace(".", "_") for prefix in prefixes)]
 
 
 def _layer(names: Sequence[str], weights: Weights) -> _Layer | None:
@@ -90,9 +91,17 @@ class LoRAFile:
 
     def into(self, part: str, weights: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """The weights of a part with the LoRA merged, read tensor by tensor."""
-        return _Merged(weights, {key: layer for (of, key), layer in self._layers.items() if of == part}, self, part)
+        layers = {key: layer for (name, key), layer in self._layers.items() if name == part}
 
-    def change(self, part: str, layer: _Layer, shape: tuple[int, ...], key: str) -> np.ndarray:
+        def merged(key: str) -> np.ndarray:
+            value, layer = weights[key], layers.get(_bare(key))
+            if layer is None:
+                return value
+            return np.asarray(value, np.float32) + self._change(part, layer, value.shape, key)
+
+        return LazyWeights({key: partial(merged, key) for key in weights})
+
+    def _change(self, part: str, layer: _Layer, shape: tuple[int, ...], key: str) -> np.ndarray:
         """(alpha / rank) · B A in the shape of the layer's weight, float32.
 
         Raises:
@@ -101,38 +110,18 @@ class LoRAFile:
         down, up = (np.asarray(self.weights[name], np.float32) for name in (layer.down, layer.up))
         rank = down.shape[0]
         alpha = float(self.weights[layer.alpha]) if layer.alpha in self.weights else self._alphas.get(part, rank)
-        found = up.reshape(up.shape[0], -1) @ down.reshape(rank, -1)
-        if found.size != np.prod(shape) or up.shape[0] != shape[0]:
-            raise UserError(f"LoRA {self._path}: {layer.down} and {layer.up} make {found.shape}, {key} is {shape}; it "
-                            "is of another model")  # fmt: skip
-        return alpha / rank * found.reshape(shape)
-
-
-class _Merged(Mapping[str, np.ndarray]):
-    def __init__(
-        self, weights: Mapping[str, np.ndarray], layers: Mapping[str, _Layer], lora: LoRAFile, part: str
-    ) -> None:
-        self._weights, self._layers, self._lora, self._part = weights, layers, lora, part
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        value = self._weights[key]
-        layer = self._layers.get(_bare(key))
-        if layer is None:
-            return value
-        return np.asarray(value, np.float32) + self._lora.change(self._part, layer, value.shape, key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
+        product = up.reshape(up.shape[0], -1) @ down.reshape(rank, -1)
+        if product.size != np.prod(shape) or up.shape[0] != shape[0]:
+            raise UserError(f"LoRA {self._path}: {layer.down} and {layer.up} make {product.shape}, {key} is {shape}; "
+                            "it is of another model")  # fmt: skip
+        return alpha / rank * product.reshape(shape)
 
 
 def _stated_alphas(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
-    """Part → alpha, where the rank does not tell it: in PEFT's adapter_config.json, or in diffusers' metadata.
+    """Part → alpha as PEFT's adapter_config.json or diffusers' metadata state it.
 
     Raises:
-        UserError: alphas that differ from layer to layer, which no format but kohya's states where it is looked for.
+        UserError: alphas that differ from layer to layer, which can be read from kohya's files only.
     """
     beside = path.with_name("adapter_config.json")
     stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))

@@ -27,8 +27,8 @@ class TextConditioner(nnx.Module):
         text_encoder: the only encoder, or XL's first.
         text_encoder_2: XL's second.
         empty_ids: token ids of the empty caption, [s]: begin, end, padding.
-        pad_2: what the second tokenizer pads with. The two share their vocabulary and differ in nothing else.
-        zero_empty: the empty caption is all zeros, as XL was trained (`force_zeros_for_empty_prompt`).
+        pad_2: token id with which the second tokenizer pads; the two differ in nothing else.
+        zero_empty: the conditioning of the empty caption is zero, as XL was trained (`force_zeros_for_empty_prompt`).
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class TextConditioner(nnx.Module):
     def __call__(self, input_ids: Int[Array, "b s"], size: tuple[int, int]) -> Conditioning:
         """Conditioning of captions for images of `size`, height and width in pixels.
 
-        XL's six numbers are the original size, the top left corner of the crop and the size: here always a whole
-        image of the size at hand, in training as in sampling (Podell et al. 2023, section 2.2).
+        XL's six numbers are the original size, the top left corner of the crop and the size: here always an uncropped
+        image of this size, in training as in sampling (Podell et al. 2023, section 2.2).
         """
         first = self.text_encoder(input_ids)
         if not hasattr(self, "text_encoder_2"):
@@ -64,12 +64,12 @@ class TextConditioner(nnx.Module):
         )
 
     def empty(self, count: int, size: tuple[int, int], negative_ids: Int[Array, "1 s"] | None = None) -> Conditioning:
-        """The empty caption's conditioning, `count` times; or that of a negative prompt, which takes its place."""
+        """The conditioning of the empty caption, or of a negative prompt in its place, `count` times."""
         nothing = jnp.asarray([self.empty_ids], jnp.int32)
         ids = nothing if negative_ids is None else negative_ids
-        found = self(ids, size)
+        result = self(ids, size)
         if self.zero_empty:
-            given = jnp.where((ids == nothing).all(), 0.0, 1.0).astype(found.encoder_hidden_states.dtype)
-            added = found.added_cond and found.added_cond | {"text_embeds": given * found.added_cond["text_embeds"]}
-            found = Conditioning(given * found.encoder_hidden_states, added)
-        return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), found)
+            given = jnp.where((ids == nothing).all(), 0.0, 1.0).astype(result.encoder_hidden_states.dtype)
+            added = result.added_cond and result.added_cond | {"text_embeds": given * result.added_cond["text_embeds"]}
+            result = Conditioning(given * result.encoder_hidden_states, added)
+        return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), result)

@@ -2,50 +2,39 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from hgdpo_jax.models.attention import BasicTransformerBlock, Memory, Transformer2DModel
-from hgdpo_jax.models.layers import conv, group_norm, in_rows, linear
+from hgdpo_jax.models.attention import BasicTransformerBlock, Memory, Transformer2DModel, TransformerConfig
+from hgdpo_jax.models.layers import Layers, in_rows
 from hgdpo_jax.models.model_config import ModelConfig, check_only
 from hgdpo_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, checkpointed
 from hgdpo_jax.run.errors import UserError
 
 # What changes the computation and is implemented in one way only; an absent key means the first value.
+_NONE = """class_embed_type cross_attention_norm encoder_hid_dim encoder_hid_dim_type num_attention_heads
+num_class_embeds reverse_transformer_layers_per_block time_cond_proj_dim time_embedding_act_fn time_embedding_dim
+timestep_post_act"""
+_FALSE = "center_input_sample dual_cross_attention only_cross_attention resnet_skip_time_act"
 _ONLY: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(_NONE.split(), (None,)),
+    **dict.fromkeys(_FALSE.split(), (False,)),
+    **dict.fromkeys(("attention_type", "resnet_time_scale_shift"), ("default",)),
+    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
+    **dict.fromkeys(("downsample_padding", "mid_block_scale_factor", "resnet_out_scale_factor"), (1,)),
     "act_fn": ("silu",),
-    "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "downsample_padding": (1,),
-    "dropout": (0.0, 0),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim_type": (None,),
-    "encoder_hid_dim": (None,),
+    "dropout": (0,),
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
-    "mid_block_scale_factor": (1, 1.0),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "mid_block_only_cross_attention": (None, False),
-    "num_attention_heads": (None,),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
-    "resnet_out_scale_factor": (1.0, 1),
-    "resnet_skip_time_act": (False,),
-    "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
 }
 
 
@@ -60,50 +49,55 @@ def sinusoidal(t: Float[Array, "b"] | Int[Array, "b"], width: int) -> Float[Arra
 class TimestepEmbedding(nnx.Module):
     """Two linear layers around a SiLU."""
 
-    def __init__(self, inputs: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.linear_1 = linear(inputs, width, dtype=dtype, rngs=rngs)
-        self.linear_2 = linear(width, width, dtype=dtype, rngs=rngs)
+    def __init__(self, inputs: int, width: int, make: Layers) -> None:
+        self.linear_1 = make.linear(inputs, width)
+        self.linear_2 = make.linear(width, width)
 
     def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b d"]:
-        """The embedding that every ResnetBlock2D adds."""
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
 class Block(nnx.Module):
     """A level of the UNet: residual blocks, each followed by attention where the level has any, then a resampling.
 
-    `checkpointing` is what the gradient keeps, see :meth:`UNet2DConditionModel.checkpoint`; `separate_skips` is set
-    by its `share_skips`.
+    Args:
+        channels: (inputs, outputs) of each residual block.
+        transformer: that of the level; None if it has no attention.
+        resample: "down", "up" or none.
+        time_width: of the time embedding.
+
+    Attributes:
+        checkpointing: what the gradient keeps, see :meth:`UNet2DConditionModel.checkpoint`.
+        separate_skips: see :meth:`UNet2DConditionModel.share_skips`.
     """
 
     def __init__(
         self,
         channels: Sequence[tuple[int, int]],
-        *,
-        transformer: Mapping[str, Any] | None,
-        down: bool = False,
-        up: bool = False,
-        settings: Mapping[str, Any],
-        rngs: nnx.Rngs,
-        dtype: jnp.dtype,
+        transformer: TransformerConfig | None,
+        resample: str | None,
+        time_width: int,
+        make: Layers,
     ) -> None:
         self.checkpointing, self.separate_skips = "none", False
-        self.resnets = nnx.List([ResnetBlock2D(i, o, **settings, rngs=rngs, dtype=dtype) for i, o in channels])
+        self.resnets = nnx.List([ResnetBlock2D(i, o, make, time_width) for i, o in channels])
         outputs = channels[-1][1]
         if transformer is not None:
-            self.attentions = nnx.List(
-                [
-                    Transformer2DModel(outputs, **transformer, groups=settings["groups"], rngs=rngs, dtype=dtype)
-                    for _ in channels
-                ]
-            )
-        if down:
-            self.downsamplers = nnx.List([Downsample2D(outputs, rngs=rngs, dtype=dtype)])
-        if up:
-            self.upsamplers = nnx.List([Upsample2D(outputs, rngs=rngs, dtype=dtype)])
+            self.attentions = nnx.List([Transformer2DModel(outputs, transformer, make) for _ in channels])
+        if resample == "down":
+            self.downsamplers = nnx.List([Downsample2D(outputs, make)])
+        if resample == "up":
+            self.upsamplers = nnx.List([Upsample2D(outputs, make)])
 
-    def layer(self, i: int, x: Array, temb: Array, memory: Memory, skip: Array | None = None) -> Array:
-        """Residual block i, of x and of what an up block gets from a down block, and its attention."""
+    def layer(
+        self,
+        i: int,
+        x: Float[Array, "b h w c"],
+        temb: Float[Array, "b2 d"],
+        memory: Memory,
+        skip: Float[Array, "b h w c2"] | None = None,
+    ) -> Float[Array, "b3 h w c3"]:
+        """Residual block i, of x and of the `skip` that an up block gets from a down block, and its attention."""
         if skip is not None and not self.separate_skips:
             x, skip = jnp.concatenate([x, skip], axis=-1), None
 
@@ -117,26 +111,14 @@ class Block(nnx.Module):
 class MidBlock(nnx.Module):
     """Residual block, attention, residual block."""
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        transformer: Mapping[str, Any],
-        settings: Mapping[str, Any],
-        rngs: nnx.Rngs,
-        dtype: jnp.dtype,
-    ) -> None:
+    def __init__(self, channels: int, transformer: TransformerConfig, time_width: int, make: Layers) -> None:
         self.checkpointing = "none"
-        self.resnets = nnx.List(
-            [ResnetBlock2D(channels, channels, **settings, rngs=rngs, dtype=dtype) for _ in range(2)]
-        )
-        self.attentions = nnx.List(
-            [Transformer2DModel(channels, **transformer, groups=settings["groups"], rngs=rngs, dtype=dtype)]
-        )
+        self.resnets = nnx.List([ResnetBlock2D(channels, channels, make, time_width) for _ in range(2)])
+        self.attentions = nnx.List([Transformer2DModel(channels, transformer, make)])
 
-    def __call__(self, x: Array, temb: Array, memory: Memory) -> Array:
-        """The lowest level."""
-
+    def __call__(
+        self, x: Float[Array, "b h w c"], temb: Float[Array, "b2 d"], memory: Memory
+    ) -> Float[Array, "b3 h w c"]:
         def run(x: Array, temb: Array, memory: Memory) -> Array:
             first, second = (checkpointed(resnet, self.checkpointing != "none") for resnet in self.resnets)
             return second(self.attentions[0](first(x, temb), memory), temb)
@@ -156,69 +138,47 @@ class UNet2DConditionModel(nnx.Module):
         UserError: a config value that changes the computation in a way that is not implemented.
     """
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         check_only(config, _ONLY, "UNet")
         self.config = ModelConfig(config)
-        self.dtype = dtype
+        self.dtype = jnp.dtype(dtype)
+        make = Layers(rngs, self.dtype, config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5))
         widths: list[int] = list(config["block_out_channels"])
-        down_types, up_types = config["down_block_types"], config["up_block_types"]
-        levels = len(widths)
-        time_width = 4 * widths[0]
+        levels, time_width = len(widths), 4 * widths[0]
         layers = _per_level(config.get("layers_per_block", 2), levels, "layers_per_block")
-        # diffusers' `attention_head_dim` is the number of heads in these models.
-        heads = _per_level(config.get("attention_head_dim", 8), levels, "attention_head_dim")
-        depths = _per_level(config.get("transformer_layers_per_block", 1), levels, "transformer_layers_per_block")
-        context_width = _per_level(config["cross_attention_dim"], levels, "cross_attention_dim")
-        groups = config.get("norm_num_groups", 32)
-        settings = {"groups": groups, "eps": config.get("norm_eps", 1e-5), "time_channels": time_width}
-        shared = {"settings": settings, "rngs": rngs, "dtype": dtype}
+        transformers = _transformers(config, levels)
 
-        def transformer(level: int, block_type: str, plain: str, cross: str) -> dict[str, Any] | None:
-            if block_type == plain:
-                return None
-            if block_type != cross:
-                raise UserError(f"UNet config block type {block_type}: not supported, only {plain} and {cross} are")
-            return {
-                "context_width": context_width[level],
-                "heads": heads[level],
-                "layers": depths[level],
-                "use_linear": config.get("use_linear_projection", False),
-            }
-
-        self.conv_in = conv(config.get("in_channels", 4), widths[0], 3, rngs=rngs, dtype=dtype)
-        self.time_embedding = TimestepEmbedding(widths[0], time_width, rngs=rngs, dtype=dtype)
+        self.conv_in = make.conv(config.get("in_channels", 4), widths[0], 3)
+        self.time_embedding = TimestepEmbedding(widths[0], time_width, make)
         self.addition = config.get("addition_embed_type")
         if self.addition == "text_time":
             self.addition_time_width = config["addition_time_embed_dim"]
-            self.add_embedding = TimestepEmbedding(
-                config["projection_class_embeddings_input_dim"], time_width, rngs=rngs, dtype=dtype
-            )
+            self.add_embedding = TimestepEmbedding(config["projection_class_embeddings_input_dim"], time_width, make)
         elif self.addition is not None:
             raise UserError(f"UNet config addition_embed_type={self.addition!r}: not supported, only 'text_time' is")
 
         down, skips, previous = [], [widths[0]], widths[0]
         for level, width in enumerate(widths):
-            last = level == levels - 1
-            channels = [(previous if i == 0 else width, width) for i in range(layers[level])]
-            attention = transformer(level, down_types[level], "DownBlock2D", "CrossAttnDownBlock2D")
-            down.append(Block(channels, transformer=attention, down=not last, **shared))
-            skips += [width] * (layers[level] + (not last))
+            resample = "down" if level < levels - 1 else None
+            channels = [(width if i else previous, width) for i in range(layers[level])]
+            attention = _attention(config["down_block_types"][level], "Down", transformers[level])
+            down.append(Block(channels, attention, resample, time_width, make))
+            skips += [width] * (layers[level] + (resample is not None))
             previous = width
         self.down_blocks = nnx.List(down)
-        self.mid_block = MidBlock(widths[-1], transformer=transformer(levels - 1, "cross", "plain", "cross"), **shared)
+        self.mid_block = MidBlock(widths[-1], transformers[-1], time_width, make)
         up = []
         for i, level in enumerate(reversed(range(levels))):
-            width = widths[level]
-            channels = []
+            width, channels = widths[level], []
             for _ in range(layers[level] + 1):
                 channels.append((previous + skips.pop(), width))
                 previous = width
-            attention = transformer(level, up_types[i], "UpBlock2D", "CrossAttnUpBlock2D")
-            up.append(Block(channels, transformer=attention, up=level > 0, **shared))
+            attention = _attention(config["up_block_types"][i], "Up", transformers[level])
+            up.append(Block(channels, attention, "up" if level else None, time_width, make))
         self.up_blocks = nnx.List(up)
-        self.conv_norm_out = group_norm(widths[0], groups, settings["eps"], rngs=rngs, dtype=dtype)
-        # What follows amplifies the rounding of the prediction, and this layer is a small one.
-        self.conv_out = conv(widths[0], config.get("out_channels", 4), 3, rngs=rngs, dtype=jnp.float32)
+        self.conv_norm_out = make.group_norm(widths[0])
+        # The solver amplifies the rounding of the prediction, and this layer is a small one.
+        self.conv_out = replace(make, dtype=jnp.float32).conv(widths[0], config.get("out_channels", 4), 3)
         for name, block in self.transformer_blocks().items():
             block.name = name
 
@@ -228,7 +188,7 @@ class UNet2DConditionModel(nnx.Module):
         return {".".join(map(str, path)): m for path, m in modules if isinstance(m, BasicTransformerBlock)}
 
     def keys_values(self, encoder_hidden_states: Float[Array, "b s d"]) -> Memory:
-        """What cross-attention makes of text embeddings. It does not depend on the step: sampling computes it once."""
+        """The text's keys and values in each cross-attention. Sampling computes them once, not in each step."""
         context = encoder_hidden_states.astype(self.dtype)
         return {name: [block.attn2.keys_values(context)] for name, block in self.transformer_blocks().items()}
 
@@ -245,11 +205,11 @@ class UNet2DConditionModel(nnx.Module):
                 module.checkpointing = policy
 
     def share_skips(self) -> None:
-        """From now on an up block computes what it gets from a down block apart from what comes from below: it changes
-        time and rounding, not the result.
+        """From now on an up block convolves separately what comes from a down block and what comes from below. Time and
+        rounding change, not the result.
 
-        Policy and reference then have that part in common where only the up blocks differ, and no gradient goes there.
-        Elsewhere it only makes two convolutions of one.
+        Where only the up blocks of policy and reference differ, they have the first part in common, and no gradient
+        goes there. Elsewhere it only makes two convolutions of one.
         """
         for block in self.up_blocks:
             block.separate_skips = True
@@ -266,8 +226,8 @@ class UNet2DConditionModel(nnx.Module):
         Args:
             sample: noisy latents; h and w are multiples of 2 to the number of downsamplings.
             timesteps: 0…999.
-            encoder_hidden_states: text embeddings, or what :meth:`keys_values` made of them. Of `n` a multiple of `b`
-                rows, so many in turn are of each sample: what does not know the text yet is computed once for them.
+            encoder_hidden_states: text embeddings, or what :meth:`keys_values` made of them. `n` is a multiple of `b`;
+                n / b rows in turn belong to each sample, and what comes before the text is computed once for them.
             added_cond: SDXL only: `text_embeds` [n, p] (pooled) and `time_ids` [n, 6] (sizes and crop in pixels).
         """
         dtype, memory = self.dtype, encoder_hidden_states
@@ -298,6 +258,23 @@ class UNet2DConditionModel(nnx.Module):
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+def _transformers(config: Mapping[str, Any], levels: int) -> list[TransformerConfig]:
+    """The transformer of each level, whether its blocks have attention or not."""
+    contexts = _per_level(config["cross_attention_dim"], levels, "cross_attention_dim")
+    heads = _per_level(config.get("attention_head_dim", 8), levels, "attention_head_dim")  # so these models call them
+    depths = _per_level(config.get("transformer_layers_per_block", 1), levels, "transformer_layers_per_block")
+    linear = config.get("use_linear_projection", False)
+    return [TransformerConfig(*sizes, linear) for sizes in zip(contexts, heads, depths, strict=True)]
+
+
+def _attention(block_type: str, side: str, transformer: TransformerConfig) -> TransformerConfig | None:
+    """The transformer, if blocks of this type have one."""
+    plain, cross = f"{side}Block2D", f"CrossAttn{side}Block2D"
+    if block_type not in (plain, cross):
+        raise UserError(f"UNet config block type {block_type}: not supported, only {plain} and {cross} are")
+    return transformer if block_type == cross else None
 
 
 def _per_level(value: int | Sequence[int], levels: int, key: str) -> list[int]:

@@ -4,12 +4,13 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from hgdpo_jax.run.errors import UserError
@@ -31,7 +32,7 @@ class _Place(NamedTuple):
 
 
 class Weights(Mapping[str, np.ndarray]):
-    """Key → array of some safetensors files. A look-up maps that one tensor, read-only, until the array is dropped.
+    """Key → array of some safetensors files. A look-up maps one tensor into memory, read-only.
 
     Args:
         files: whole files, or the shards of one.
@@ -83,10 +84,26 @@ class Weights(Mapping[str, np.ndarray]):
         return len(self._places)
 
 
-def chosen(names: Container[str]) -> str | None:
-    """Of the names in a model folder that of its weights: of one file, or of the index of shards.
+class LazyWeights(Mapping[str, np.ndarray]):
+    """Key → array, made by a function of its own at each look-up."""
 
-    Full precision comes before `fp16`, as diffusers names them.
+    def __init__(self, makers: Mapping[str, Callable[[], np.ndarray]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._makers[key]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def chosen(names: Container[str]) -> str | None:
+    """The name of the weights among the files of a model folder: one file, or the index of shards; None if it has none.
+
+    Full precision comes before the variant that diffusers calls `fp16`.
     """
     for variant in ("", ".fp16"):
         for stem in STEMS:
@@ -127,14 +144,14 @@ def open_folder(folder: Path) -> Weights:
 
 
 def write_weights(
-    path: Path, tensors: Mapping[str, np.ndarray], dtype: Any, metadata: Mapping[str, str] | None = None
+    path: Path, tensors: Mapping[str, np.ndarray], dtype: DTypeLike, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes a safetensors file. Only one tensor at a time is copied.
 
     Args:
         path: of the file.
-        tensors: key → array, of whatever strides.
-        dtype: to write them all in.
+        tensors: key → array.
+        dtype: that of the file.
         metadata: of the header, beside the format.
     """
     name = next(name for name, known in _DTYPES.items() if jnp.dtype(known) == jnp.dtype(dtype))

@@ -1,4 +1,4 @@
-"""An image file as people have it: of any kind that Pillow opens, turned upright, in sRGB, on white."""
+"""Image files as people have them: any kind that Pillow opens becomes upright, sRGB, on white."""
 
 import io
 import logging
@@ -16,9 +16,9 @@ from hgdpo_jax.run.files import Member
 _ORIENTATION = 0x0112
 # What Pillow opens, by the end of a name.
 SUFFIXES = frozenset(Image.registered_extensions())
-_OF_PROFILE = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # colour space → Pillow's mode
+_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # colour space of a profile → Pillow's mode
 _SRGB = ImageCms.createProfile("sRGB")
-_filters = Lock()  # of warnings: all threads share them
+_filters = Lock()  # all threads share the filters of warnings
 
 
 class UnreadableImage(Exception):
@@ -27,7 +27,7 @@ class UnreadableImage(Exception):
 
 @contextmanager
 def _opened(image: Path | Member) -> Iterator[Image.Image]:
-    """The image, opened; what goes wrong meanwhile is an UnreadableImage."""
+    """The image, opened; an error meanwhile becomes an UnreadableImage."""
     try:
         content = image if isinstance(image, Path) else io.BytesIO(image.read())
         with _filters, warnings.catch_warnings():
@@ -55,8 +55,8 @@ def image_shape(image: Path | Member) -> tuple[int, int]:
 def read_image(path: Path | Member) -> Image.Image:
     """An image of mode RGB.
 
-    Grey of 16 bits is scaled to 8, an embedded colour profile converted to sRGB, what is transparent laid on white, of
-    several frames the first taken.
+    16-bit grey is scaled to 8 bits, an embedded colour profile converted to sRGB, transparency laid on white, and the
+    first of several frames taken.
 
     Raises:
         UnreadableImage: it is none, or broken.
@@ -76,7 +76,7 @@ def read_image(path: Path | Member) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits, or of numbers in [0, 1], as grey of 8."""
+    """Grey of 16 bits, or of floats in [0, 1], as grey of 8 bits."""
     values = np.asarray(image, np.float64)
     top = 1.0 if image.mode == "F" else 65535.0
     if not (values.min() >= 0.0 and values.max() <= top):
@@ -85,13 +85,15 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _in_srgb(image: Image.Image, icc: bytes, path: Path | Member) -> Image.Image:
-    """Colours by their profile. One that cannot be used is named, and the colours are taken as they are."""
+    """Colours by their profile. A warning names a profile that cannot be used; the colours are then taken as sRGB."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         if "sRGB" in ImageCms.getProfileDescription(profile):
             return image.convert("RGB")
-        mode = _OF_PROFILE[profile.profile.xcolor_space.strip()]
-        return ImageCms.profileToProfile(image.convert(mode), profile, _SRGB, outputMode="RGB")
+        mode = _MODES[profile.profile.xcolor_space.strip()]
+        converted = ImageCms.profileToProfile(image.convert(mode), profile, _SRGB, outputMode="RGB")
+        assert converted is not None  # only a conversion in place gives None
+        return converted
     except (ImageCms.PyCMSError, OSError, KeyError, ValueError) as error:
         logging.warning("image %s: its colour profile cannot be used (%s); its colours are taken for sRGB", path, error)
         return image.convert("RGB")

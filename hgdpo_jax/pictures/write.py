@@ -19,8 +19,8 @@ def to_uint8(images: Float[np.ndarray, "*n H W 3"]) -> UInt8[np.ndarray, "*n H W
     return np.round((images + 1.0) * 127.5).clip(0, 255).astype(np.uint8)
 
 
-def grid(images: Float[np.ndarray, "n H W 3"], columns: int) -> UInt8[np.ndarray, "H2 W2 3"]:
-    """One picture of images in [-1, 1], row by row; missing ones are white."""
+def grid(images: Float[np.ndarray, "n H W 3"], columns: int) -> UInt8[np.ndarray, "_ {columns}*W 3"]:
+    """One picture of images in [-1, 1], row by row; empty places are white."""
     n, height, width, _ = images.shape
     rows = -(-n // columns)
     padded = np.ones((rows * columns, height, width, 3), np.float32)
@@ -46,11 +46,8 @@ def jpeg(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
 def write_png(path: Path, image: UInt8[np.ndarray, "H W 3"], settings: Mapping[str, Any]) -> None:
     """A PNG file that says how it was made.
 
-    Args:
-        path: of the file.
-        image: its pixels.
-        settings: with `prompt` and the rest; written as JSON under `hgdpo_jax`, and in the form that most tools show
-            under `parameters`.
+    `settings`, among them `prompt`, are written as JSON under `hgdpo_jax`, and in the form that most tools show under
+    `parameters`; none are written where they are empty.
     """
     info = PngInfo()
     if settings:

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax.curriculum.selection import require_finite
-from hgdpo_jax.data.photographs import Photograph, list_examples, load_images
+from hgdpo_jax.curriculum.winners import require_finite
+from hgdpo_jax.data.photographs import Photograph, list_examples
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.devices.mesh import local_mesh
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
@@ -41,7 +42,7 @@ from hgdpo_jax.run.locks import lock_for_all
 from hgdpo_jax.scoring import personalised
 from hgdpo_jax.scoring.comparison import Seen, compare, differences, to_json
 from hgdpo_jax.scoring.judges import VIEWS, Judges, views
-from hgdpo_jax.scoring.personalised import PeoplePictures
+from hgdpo_jax.scoring.personalised import PeoplePictures, PersonalisedDrawing
 from hgdpo_jax.training.checkpoints import tree_hash
 from hgdpo_jax.training.finished import finished_policy, require_base, with_trained_adapter
 from hgdpo_jax.training.policy import load_trainable, policy_of
@@ -125,8 +126,8 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if encoder:
         identity, last = FaceEmbedder(config.adapter.identity), [name for name in policies if models[name].recipe][-1]
         chosen = {name: policies[name] for name in ("base", _BEST if _BEST in policies else last)}
-        size, prompts = evaluator.size, settings.concept_prompts
-        people = personalised.draw(pipeline, sampler, encoder, identity, held, size, prompts, chosen)
+        prompts = settings.concept_prompts
+        people = PersonalisedDrawing(sampler, encoder, identity, held, evaluator.size, prompts).draw(chosen)
         results["personalised"] = personalised.measures(people)
     stages = {name: report.read_stage(workdir, s, sampler) for name, s in _SINGLE.items() if s in trained}
     if processes.is_first():
@@ -251,7 +252,7 @@ class Evaluator:
         def measure(numbers: Int[np.ndarray, "n"]) -> Seen:
             people = [self.held[number] for number in numbers]
             ids, latents = self._generate(people, k, f"draw {name}")
-            seen = self.sampler.measure_latents(latents, {"input_ids": ids}, self.judges, f"measure {name}")
+            seen = self.sampler.measure_latents(latents, ids, self.judges, f"measure {name}")
             for key, folder in (("score", config.pairs.scorer), ("second_score", config.evaluate.scorer)):
                 if key in seen:
                     require_finite(seen[key], [p for p in people for _ in range(k)], folder)
@@ -283,7 +284,7 @@ class Evaluator:
             found = views(people, images)
             ids = np.repeat(self.pipeline.tokenize([p.caption for p in people]), found.shape[1], axis=0)
             pictures = found.reshape(-1, *found.shape[2:])
-            seen = self.sampler.measure_images(pictures, {"input_ids": ids}, self.judges, "views")
+            seen = self.sampler.measure_images(pictures, ids, self.judges, "views")
             return {key: value.reshape(len(numbers), -1, *value.shape[1:]) for key, value in seen.items()}
 
         return processes.map_over_processes(len(self.held), measure, self.sampler.whole_batches(VIEWS), "photographs")

@@ -234,7 +234,7 @@ def _write_folder(pipeline: pipelines.Pipeline, folder: Path) -> None:
         index["requires_safety_checker"] = False
     write_json(folder / "model_index.json", index)
     (folder / "scheduler").mkdir()
-    write_json(folder / "scheduler" / "scheduler_config.json", pipeline.scheduler)
+    write_json(folder / "scheduler" / "scheduler_config.json", pipeline.schedule.config)
     for name, tokenizer in pipeline.tokenizers.items():
         tokenizer.save_pretrained(folder / name)
         tokenizer.backend_tokenizer.model.save(str(folder / name))  # as vocab.json and merges.txt too
@@ -250,7 +250,7 @@ def write_checkpoint(pipeline: pipelines.Pipeline, path: Path, title: str) -> No
     tensors = ldm.to_single_file(models, configs, ldm.SDXL_PARTS if xl else ldm.SD1_PARTS)
     empty = np.zeros(0, np.float32)
     tensors |= {"v_pred": empty} if v else {}
-    tensors |= {"ztsnr": empty} if pipeline.scheduler.get("rescale_betas_zero_snr") else {}
+    tensors |= {"ztsnr": empty} if pipeline.schedule.config.get("rescale_betas_zero_snr") else {}
     licence = {"modelspec.license": pipeline.licence} if pipeline.licence else {}
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",

@@ -29,6 +29,6 @@ def hue_vector(images: Images) -> Float[Array, "b 2"]:
 
 
 def hue_angle(a: Float[np.ndarray, "*n 2"], b: Float[np.ndarray, "*n 2"]) -> Float[np.ndarray, "*n"]:
-    """The angle in degrees, 0…180, between the circular mean hues of two sets of images, image by image."""
+    """The angle in degrees, 0…180, between the mean hues of two sets of images, image by image."""
     angle = np.arctan2(a[..., 1], a[..., 0]) - np.arctan2(b[..., 1], b[..., 0])
     return np.abs(np.degrees((angle + np.pi) % (2 * np.pi) - np.pi))

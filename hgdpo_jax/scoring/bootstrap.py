@@ -1,7 +1,7 @@
 """Measures with 95 % intervals, by bootstrap over people (Efron 1979).
 
-What is drawn for one person's caption goes together, and so do the photographs of one person: a resample takes whole
-people, with replacement. All models are resampled alike, so that differences between them have intervals too.
+A resample takes people with replacement, each with all images of their caption and all their photographs. All models
+are resampled alike, so that differences between them have intervals too. `n` people, `r` resamples.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ Weights = Float[np.ndarray, "r n"]
 
 
 class Measure(NamedTuple):
-    """A measure of each resample; the first is of the people as they are."""
+    """A measure of each resample; the first resample is the people themselves."""
 
     values: Float[np.ndarray, "r"]
 
@@ -26,21 +26,21 @@ class Measure(NamedTuple):
 
     @property
     def interval(self) -> list[float]:
-        """[low, high]: the middle 95 % of the resamples, moved so that their mean is the measure: some measures are
+        """[low, high]: the middle 95 % of the resamples, moved so that their mean is the measure, for some measures are
         biased by people who occur twice."""
-        spread = self.values[1:] - self.values[1:].mean()
-        return [float(self.value + x) for x in np.quantile(spread, (0.025, 0.975))]
+        deviations = self.values[1:] - self.values[1:].mean()
+        return [float(self.value + x) for x in np.quantile(deviations, (0.025, 0.975))]
 
     def __sub__(self, other: "Measure") -> "Measure":
         return Measure(self.values - other.values)
 
 
 def resamples(people: int) -> Weights:
-    """How often each of n > 1 people occurs in each resample; in the first, once. Some two differ in each."""
+    """How often each of n > 1 people occurs in each resample: once in the first. No resample is one person alone."""
     drawn = np.random.default_rng(0).multinomial(people, np.full(people, 1.0 / people), RESAMPLES)
     return np.concatenate([np.ones((1, people)), drawn[drawn.max(1) < people]])
 
 
 def mean(values: Float[np.ndarray, "n k"], weights: Weights) -> Measure:
-    """Mean over people of what was measured k times for each."""
+    """Mean over people of a quantity that was measured k times for each."""
     return Measure(weights @ values.mean(1, dtype=np.float64) / weights.sum(1))

@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from hgdpo_jax.scoring.appearance import hue_angle
 from hgdpo_jax.scoring.bootstrap import Measure, Weights, mean, resamples
 from hgdpo_jax.scoring.distance import frechet_distances, kernel_distance
 
-# What :class:`hgdpo_jax.scoring.judges.Judges` saw of n people: name → array [n, k, ...], k pictures of each.
+# What :class:`hgdpo_jax.scoring.judges.Judges` saw of n people: name → array [n, k, ...], k pictures of each person.
 Seen = Mapping[str, np.ndarray]
 Measures = dict[str, Measure]
 
@@ -34,8 +33,8 @@ def compare(drawn: Mapping[str, Seen], photographs: Seen) -> dict[str, Measures]
     """Model → name of a metric → its measure.
 
     Args:
-        drawn: of each model; `base` is among them.
-        photographs: of the same n > 1 people, with another k.
+        drawn: what the judges saw of each model's pictures; `base` is among the models.
+        photographs: what they saw of the same n > 1 people's photographs, with another k.
     """
     weights, base = resamples(len(photographs["face_embedding"])), drawn["base"]
     frechet = {
@@ -44,39 +43,35 @@ def compare(drawn: Mapping[str, Seen], photographs: Seen) -> dict[str, Measures]
         if kind in photographs
     }
     return {
-        name: _measures(seen, base, photographs, {kind: of[name] for kind, of in frechet.items()}, weights)
+        name: _measures(seen, base, photographs, {kind: found[name] for kind, found in frechet.items()}, weights)
         for name, seen in drawn.items()
     }
 
 
 def _measures(seen: Seen, base: Seen, photographs: Seen, frechet: Mapping[str, Measure], weights: Weights) -> Measures:
-    # The kernel is made for entries of about 1; the face network's embeddings have a length of about 1.
-    faces, real = (x["face_embedding"] * x["face_embedding"].shape[-1] ** 0.5 for x in (seen, photographs))
-
-    def wins(name: str) -> Float[np.ndarray, "n k"]:
-        return 0.5 + 0.5 * np.sign(seen[name] - base[name])
-
     found = {
         "faces_found": mean(seen["face_found"], weights),
         "face_score": mean(seen["face_score"], weights),
-        "face_kernel_distance": kernel_distance(faces, real, weights),
-        "face_frechet_distance": frechet["face_embedding"],
         "sharpness": mean(seen["sharpness"], weights),
         "hue_distance": mean(hue_angle(seen["hue"], base["hue"]), weights),
     }
-    if "score" in seen:
-        found["preference_score"] = mean(seen["score"], weights)
-        found["win_rate"] = mean(wins("score"), weights)
-        found["kernel_distance"] = kernel_distance(seen["embedding"], photographs["embedding"], weights)
-        found["frechet_distance"] = frechet["embedding"]
-    if "second_score" in seen:
-        found["second_score"] = mean(seen["second_score"], weights)
-        found["second_win_rate"] = mean(wins("second_score"), weights)
+    scores = ("score", "preference_score", "win_rate"), ("second_score", "second_score", "second_win_rate")
+    for score, name, wins in scores:
+        if score in seen:
+            found[name] = mean(seen[score], weights)
+            found[wins] = mean(0.5 + 0.5 * np.sign(seen[score] - base[score]), weights)
+    for embedding, prefix in (("face_embedding", "face_"), ("embedding", "")):
+        if embedding in seen:
+            a, b = seen[embedding], photographs[embedding]
+            # The kernel is made for entries of about 1; the face network's embeddings have a length of about 1.
+            scale = a.shape[-1] ** 0.5 if prefix else 1.0
+            found[f"{prefix}kernel_distance"] = kernel_distance(a * scale, b * scale, weights)
+            found[f"{prefix}frechet_distance"] = frechet[embedding]
     return {name: found[name] for name in METRICS if name in found}
 
 
 def differences(models: Mapping[str, Measures], pairs: Sequence[tuple[str, str]]) -> dict[str, Measures]:
-    """`a - b` → metric → the measure of a less that of b, for pairs of which both were measured."""
+    """`a - b` → metric → the measure of a less that of b, for the pairs whose models were both measured."""
     return {
         f"{a} - {b}": {name: models[a][name] - models[b][name] for name in models[a]}
         for a, b in pairs
@@ -86,5 +81,7 @@ def differences(models: Mapping[str, Measures], pairs: Sequence[tuple[str, str]]
 
 def to_json(measures: Measures) -> dict[str, Any]:
     """metric → number, and metric_interval → [low, high]."""
-    pairs = [((name, m.value), (f"{name}_interval", m.interval)) for name, m in measures.items()]
-    return dict(entry for pair in pairs for entry in pair)
+    found: dict[str, Any] = {}
+    for name, measure in measures.items():
+        found |= {name: measure.value, f"{name}_interval": measure.interval}
+    return found

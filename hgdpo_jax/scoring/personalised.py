@@ -1,4 +1,4 @@
-"""Personalised generation: people of held-out photographs drawn anew, and how much they still look like themselves."""
+"""Personalised generation: held-out people drawn anew, and how much they still look like themselves."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from hgdpo_jax.data.photographs import Photograph, load_images
-from hgdpo_jax.diffusion.pipeline import Pipeline
+from hgdpo_jax.data.photographs import Photograph
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.faces.concepts import ConceptEncoder
 from hgdpo_jax.faces.embedding import FaceEmbedder
@@ -17,11 +17,8 @@ SHOWN = 3  # people in the report
 
 
 class PeoplePictures(NamedTuple):
-    """What a model drew of n people, the same k prompts and seeds for each.
-
-    `distance` is from a person's photograph, `to_other` from another's; pictures are those of the first people that
-    this process drew.
-    """
+    """What a model drew of n people, the same k prompts and seeds for each: its distances from the person's photograph
+    and from another person's, whether there is a face, and the pictures of the first people that this process drew."""
 
     distance: Float[np.ndarray, "n k"]
     to_other: Float[np.ndarray, "n k"]
@@ -37,7 +34,7 @@ def measures(models: Mapping[str, PeoplePictures]) -> dict[str, dict[str, float 
     """
     first, found = next(iter(models.values())), {}
     for name, drawn in models.items():
-        found[name] = {"faces_found": float(drawn.found.mean())}
+        row: dict[str, float | None] = {"faces_found": float(drawn.found.mean())}
         for key, values, counts in (
             ("identity_distance", drawn.distance, drawn.found),
             ("distance_to_another_person", drawn.to_other, drawn.found),
@@ -45,14 +42,15 @@ def measures(models: Mapping[str, PeoplePictures]) -> dict[str, dict[str, float 
             ("change", drawn.distance - first.distance, drawn.found & first.found),
         ):
             people = [v[c].mean() for v, c in zip(values, counts, strict=True) if c.any()]
-            error = np.std(people, ddof=1) / np.sqrt(len(people)) if len(people) > 1 else None
-            found[name][key] = float(np.mean(people)) if people else None
-            found[name][f"{key}_standard_error"] = None if error is None else float(error)
+            row[key] = float(np.mean(people)) if people else None
+            several = len(people) > 1
+            row[f"{key}_standard_error"] = float(np.std(people, ddof=1) / np.sqrt(len(people))) if several else None
+        found[name] = row
     return found
 
 
 def lines(measured: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    """What :func:`measures` found, in words, a line for each model."""
+    """The measures in words, a line for each model."""
 
     def number(row: Mapping[str, float | None], key: str) -> str:
         value, error = row[key], row[f"{key}_standard_error"]
@@ -71,53 +69,62 @@ def prompts_of(photograph: Photograph, templates: Sequence[str]) -> list[str]:
     return [template.replace("{subject}", photograph.caption.split(",")[0]) for template in templates]
 
 
-def draw(
-    pipeline: Pipeline,
-    sampler: Sampler,
-    encoder: ConceptEncoder,
-    identity: FaceEmbedder,
-    people: Sequence[Photograph],
-    resolution: tuple[int, int],
-    templates: Sequence[str],
-    models: Mapping[str, Sequence[Any]],
-) -> dict[str, PeoplePictures]:
-    """Draws each person with each prompt.
+class PersonalisedDrawing(NamedTuple):
+    """Draws each of n people with each of k prompts, and measures their faces.
 
-    Args:
-        pipeline, sampler: with an adapter.
-        encoder: of what that adapter reads.
-        identity: measures.
+    Attributes:
+        sampler: of a pipeline with an adapter.
+        encoder: of the concept images that this adapter reads.
+        identity: measures distances between faces.
         people: their photographs, which can be read.
         resolution: height and width that photographs are cut to and drawings have.
         templates: see :func:`prompts_of`.
-        models: name → the policies that draw.
     """
-    k, few = len(templates), sampler.whole_batches(len(templates))
 
-    def photographs(numbers: np.ndarray) -> np.ndarray:
-        return load_images([people[number] for number in numbers], resolution)[1]
+    sampler: Sampler
+    encoder: ConceptEncoder
+    identity: FaceEmbedder
+    people: Sequence[Photograph]
+    resolution: tuple[int, int]
+    templates: Sequence[str]
 
-    own = processes.map_over_processes(
-        len(people), lambda some: identity.embed(photographs(some)).embedding, few, "photographs"
-    )
-    other, drawn = np.roll(own, 1, axis=0), {}
-    for name, policies in models.items():
-        sampler.use_policies(*policies)
+    def draw(self, models: Mapping[str, Sequence[Any]]) -> dict[str, PeoplePictures]:
+        """What each model draws, given by name with its policies."""
+        few, count, drawn = self.sampler.whole_batches(len(self.templates)), len(self.people), {}
+        own = processes.map_over_processes(
+            count, lambda numbers: self.identity.embed(self._photographs(numbers)).embedding, few, "photographs"
+        )
+        for name, policies in models.items():
+            self.sampler.use_policies(*policies)
+            shown: list[np.ndarray] = []
 
-        shown: list[np.ndarray] = []
+            def draw_some(numbers: np.ndarray, name: str = name, shown: list = shown) -> tuple[np.ndarray, ...]:
+                pictures = self._pictures(numbers, name)
+                shown.extend(pictures[: SHOWN * len(self.templates) - len(shown)])
+                return self._measured(pictures, numbers, own)
 
-        def draw_some(numbers: np.ndarray, name: str = name, shown: list = shown) -> tuple[np.ndarray, ...]:
-            some, shape = [people[number] for number in numbers], (len(numbers), k)
-            ids = pipeline.tokenize([prompt for person in some for prompt in prompts_of(person, templates)])
-            keys = sampler.keys("personalised", [p.id for p in some for _ in range(k)], [*range(k)] * len(some))
-            concept = np.repeat(encoder(photographs(numbers)).features, k, axis=0)
-            latents = sampler.generate(ids, keys, resolution, f"draw people, {name}", concept)
-            pictures = sampler.decode(latents, "decode")
-            embedding, found, _ = identity.embed(pictures)
-            distances = [identity.distance(embedding, np.repeat(of[numbers], k, axis=0)) for of in (own, other)]
-            shown.extend(pictures[: SHOWN * k - len(shown)])
-            return distances[0].reshape(shape), distances[1].reshape(shape), found.reshape(shape)
+            distance, to_other, found = processes.map_over_processes(count, draw_some, few, f"people, {name}")
+            drawn[name] = PeoplePictures(distance, to_other, found, np.stack(shown))
+        return drawn
 
-        measured = processes.map_over_processes(len(people), draw_some, few, f"people, {name}")
-        drawn[name] = PeoplePictures(*measured, np.stack(shown))
-    return drawn
+    def _photographs(self, numbers: np.ndarray) -> Float[np.ndarray, "m H W 3"]:
+        return load_images([self.people[number] for number in numbers], self.resolution)[1]
+
+    def _pictures(self, numbers: np.ndarray, name: str) -> Float[np.ndarray, "mk H W 3"]:
+        """Drawings of some people, k of each in a row."""
+        some, k = [self.people[number] for number in numbers], len(self.templates)
+        ids = self.sampler.tokenize([prompt for person in some for prompt in prompts_of(person, self.templates)])
+        keys = self.sampler.keys("personalised", [p.id for p in some for _ in range(k)], [*range(k)] * len(some))
+        concept = np.repeat(self.encoder(self._photographs(numbers)).features, k, axis=0)
+        latents = self.sampler.generate(ids, keys, self.resolution, f"draw people, {name}", concept)
+        return self.sampler.decode(latents, "decode")
+
+    def _measured(self, pictures: np.ndarray, numbers: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Distances of some people's drawings to themselves and to the person before, and whether there is a face."""
+        embedding, found, _ = self.identity.embed(pictures)
+        shape = len(numbers), len(self.templates)
+        to_own, to_other = (
+            self.identity.distance(embedding, np.repeat(people[numbers], shape[1], axis=0)).reshape(shape)
+            for people in (own, np.roll(own, 1, axis=0))
+        )
+        return to_own, to_other, found.reshape(shape)

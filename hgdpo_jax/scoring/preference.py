@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -12,6 +13,8 @@ from jaxtyping import Array, Float, Int
 from hgdpo_jax.devices.sharding import replicated
 from hgdpo_jax.models.clip import CLIPModel, clip_pixels
 from hgdpo_jax.models.convert import load_model
+
+Images, TokenIds = Float[Array | np.ndarray, "b H W 3"], Int[Array | np.ndarray, "b s"]
 
 
 class Judgement(NamedTuple):
@@ -32,8 +35,8 @@ def judge(model: CLIPModel, images: Float[Array, "b H W 3"], input_ids: Int[Arra
 class Scorer:
     """A compiled preference estimator from a folder that transformers wrote.
 
-    Token ids are those of the pipeline's tokenizer: every CLIP text tower shares its vocabulary, and what follows the
-    first end-of-text token does not count.
+    Token ids are those of the pipeline's tokenizer: every CLIP text tower shares its vocabulary, and tokens after the
+    first end of text do not count.
 
     Raises:
         UserError: no such folder, or weights that do not fit its config.json.
@@ -44,6 +47,6 @@ class Scorer:
         self._weights = jax.device_put(weights, replicated(mesh))
         self._judge = jax.jit(lambda weights, images, ids: judge(nnx.merge(graph, weights), images, ids))
 
-    def __call__(self, images: Float[Array, "b H W 3"], input_ids: Int[Array, "b s"]) -> Judgement:
+    def __call__(self, images: Images, input_ids: TokenIds) -> Judgement:
         """Scores and embeddings of images in [-1, 1]."""
         return self._judge(self._weights, images, input_ids)

@@ -45,6 +45,9 @@ def test_tfds_opens_what_was_written(workdir: Path) -> None:
 
 def test_whether_a_record_is_there_is_known_without_reading_any() -> None:
     class Unread:
+        def __len__(self) -> int:
+            return 2
+
         def __getitem__(self, i: int) -> Record:
             raise AssertionError("a record was read")
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from hgdpo_jax.config import ASSETS
-from hgdpo_jax.data.photographs import Photograph, list_photographs, load_images, sort_by_shape
+from hgdpo_jax.data.photographs import Photograph, list_photographs, sort_by_shape
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.run.errors import UserError
 from tests import tiny
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from hgdpo_jax.curriculum import build
 from hgdpo_jax.data.pairs import open_stage
-from hgdpo_jax.data.photographs import list_pairs, load_images, load_losers
+from hgdpo_jax.data.photographs import list_photographs
+from hgdpo_jax.data.pixels import load_images, load_losers
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.results import images
@@ -75,7 +76,7 @@ def test_each_form_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture, wri
     write_images(tmp_path, *"abc")
     place = write(tmp_path)
     with caplog.at_level(logging.WARNING):
-        found = list_pairs(place, "train", heldout=0.0)
+        found = list_photographs(place, "train", heldout=0.0, given=True)
     assert [p.caption for p in found] == [CAPTIONS[w] for w in WON]
     readable, winners, losers = load_losers(*load_images(found, (8, 12)))
     assert [p.id for p in readable] == [p.id for p in found]
@@ -85,7 +86,7 @@ def test_each_form_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture, wri
     if write is pick_a_pic:
         assert "pairs: 1 ties and 1 without a label or caption dropped" in caplog.text
     if write in (jsonl, pick_a_pic):
-        assert len(list_pairs(place, "heldout")) == 1
+        assert len(list_photographs(place, "heldout", given=True)) == 1
 
 
 def test_both_pictures_are_cut_by_the_winners_shape_and_a_broken_loser_leaves_its_pair_out(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_both_pictures_are_cut_by_the_winners_shape_and_a_broken_loser_leaves_it
     (tmp_path / "broken.png").write_bytes(b"no image")
     lines = [{"caption": "x", "winner": "tall.png", "loser": loser} for loser in ("wide.png", "broken.png", "gone.png")]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    found = list_pairs(tmp_path / "pairs.jsonl", "train", heldout=0.0, mirror=True)
+    found = list_photographs(tmp_path / "pairs.jsonl", "train", heldout=0.0, mirror=True, given=True)
     kept, winners, losers = load_losers(*load_images(found, (12, 4)))
     assert [p.id for p in kept] == ["tall.png", "tall.png#mirrored"] and winners.shape == losers.shape == (2, 12, 4, 3)
     assert np.array_equal(losers, np.ones_like(losers))
@@ -117,7 +118,7 @@ def test_both_pictures_are_cut_by_the_winners_shape_and_a_broken_loser_leaves_it
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
-        list_pairs(tmp_path / name, "train")
+        list_photographs(tmp_path / name, "train", given=True)
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -160,7 +161,7 @@ def test_one_stage_runs_on_given_pairs_from_building_to_evaluation(
     record = open_stage(workdir, "given").by_id("train")[photographs[0]]
     pipeline = pipelines.load_pipeline(base)
     sampler = Sampler(pipeline, tiny.mesh(), solver="ddim", steps=2, guidance=1.0, batch=8, seed=0)
-    listed = list_pairs(config.data.pairs, "train", index=Index())[:1]
+    listed = list_photographs(config.data.pairs, "train", index=Index(), given=True)[:1]
     _, *pixels_of = load_losers(*load_images(listed, (32, 32)))
     for role, pixels in zip(("winner", "loser"), pixels_of, strict=True):
         expected = sampler.encode(pixels, "")[0]

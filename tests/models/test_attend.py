@@ -2,7 +2,7 @@
 
 import re
 from functools import partial
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hgdpo_jax.devices.sharding import heads_sharding
 from hgdpo_jax.models import attend
 from hgdpo_jax.models.attention import Attention
+from hgdpo_jax.models.layers import Layers
 from tests import tiny
 from tests.rounding import EPS, assert_close
 
-TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
-NVIDIA = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
-TURING = SimpleNamespace(platform="gpu", device_kind="NVIDIA GeForce RTX 2080 Ti", compute_capability="7.5")
-AMD = SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X")
-CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
+
+def device(platform: str, kind: str, capability: str = "") -> Mock:
+    """A described device."""
+    return Mock(spec=jax.Device, platform=platform, device_kind=kind, compute_capability=capability)
+
+
+TPU = device("tpu", "TPU v5 lite")
+NVIDIA = device("gpu", "NVIDIA H100 80GB HBM3", "9.0")
+TURING = device("gpu", "NVIDIA GeForce RTX 2080 Ti", "7.5")
+AMD = device("gpu", "AMD Instinct MI300X")
+CPU = device("cpu", "cpu")
 
 
 def numbers(b: int, n: int, m: int, heads: int, width: int) -> list[jax.Array]:
@@ -58,8 +65,8 @@ def test_splash_can_be_compiled_for_a_tpu_whatever_precision_is_asked_for(dtype:
     assert "tpu_custom_call" in text
 
 
-def test_what_is_looked_up_in_each_step_is_turned_once() -> None:
-    layer = Attention(8, 8, 2, bias=False, rngs=nnx.Rngs(0), dtype=jnp.float32)
+def test_keys_and_values_are_transposed_once_before_a_loop() -> None:
+    layer = Attention(8, 8, 2, Layers(nnx.Rngs(0), jnp.float32))
 
     def steps(x: jax.Array, text: jax.Array) -> jax.Array:
         pairs = [layer.keys_values(text)]
@@ -73,7 +80,7 @@ def test_what_is_looked_up_in_each_step_is_turned_once() -> None:
 @pytest.mark.parametrize(("queries", "loops"), [(12, 6), (7, 7)])
 def test_chunks_of_queries_are_attention(monkeypatch: pytest.MonkeyPatch, queries: int, loops: int) -> None:
     arrays = numbers(2, queries, 10, 3, 4)
-    monkeypatch.setattr(attend, "_WHOLE", 0)
+    monkeypatch.setattr(attend, "_FEW_KEYS", 0)
     monkeypatch.setattr(attend, "_PROBABILITIES", 2 * 3 * 2 * 10)  # of two queries
     assert f"length={loops}" in str(jax.make_jaxpr(attend.attend)(*arrays))
     found, wanted = (with_gradients(f, arrays) for f in (attend.attend, formula))
@@ -103,9 +110,9 @@ def test_to_divide_last_is_attention(size: float) -> None:
 
 
 def test_devices_compute_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With few enough probabilities for a device's part, but not for the whole, nothing is cut; a third of that, and
+    """With few enough probabilities for a device's part, but not for all, nothing is cut; a third of that, and
     each device cuts its own part. Three heads are not split over two devices."""
-    monkeypatch.setattr(attend, "_WHOLE", 0)
+    monkeypatch.setattr(attend, "_FEW_KEYS", 0)
     mesh = tiny.mesh(2, 2, 2)
     for heads in (4, 3):
         arrays = numbers(4, 6, 10, heads, 4)
@@ -125,7 +132,7 @@ def test_devices_compute_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("device", "n", "m", "width", "dtype", "wanted"),
+    ("described", "n", "m", "width", "dtype", "wanted"),
     [
         (TPU, 4096, 4096, 40, "bfloat16", attend.splash),
         (TPU, 1024, 1024, 80, "float32", attend.splash),
@@ -148,9 +155,9 @@ def test_devices_compute_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None
         (CPU, 1024, 1024, 40, "bfloat16", attend.xla),
     ],
 )
-def test_the_table(device, n: int, m: int, width: int, dtype: str, wanted) -> None:
+def test_the_table(described, n: int, m: int, width: int, dtype: str, wanted) -> None:
     q, k = (jax.ShapeDtypeStruct((64, tokens, 8, width), jnp.dtype(dtype)) for tokens in (n, m))
-    assert attend.kernel(device, q, k) is wanted  # more probabilities than 2²⁶ in each, but of few keys
+    assert attend.kernel(described, q, k) is wanted  # more probabilities than 2²⁶ in each, but of few keys
 
 
 def test_float16_is_computed_in_float32_on_a_processor_alone() -> None:

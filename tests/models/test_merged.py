@@ -18,8 +18,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.numpy import load_file, save_file
 
 from hgdpo_jax.diffusion import pipeline as pipelines
-from hgdpo_jax.models.convert import to_torch
-from hgdpo_jax.models.lora import LoRALinear, add_lora
+from hgdpo_jax.diffusion.source import MODELS, open_source
+from hgdpo_jax.models.convert import load_model, to_torch
+from hgdpo_jax.models.lora import add_lora, lora_layers
+from hgdpo_jax.models.weights import open_folder
 from hgdpo_jax.results.exported import lora_weights
 from hgdpo_jax.run.errors import UserError
 from tests import tiny
@@ -31,27 +33,26 @@ class Taught(NamedTuple):
     weights of each part with that merged."""
 
     base: Path
-    pipeline: pipelines.Pipeline
+    models: dict[str, nnx.Module]
     merged: dict[str, dict[str, np.ndarray]]
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
-def taught(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Taught:
-    folder = tmp_path_factory.mktemp("base")
-    base = tiny.write_base(folder) if request.param == "sd15" else tiny.write_sdxl(folder)
-    pipeline, merged, rng = pipelines.load_pipeline(base), {}, np.random.default_rng(0)
-    for name, model in pipeline.models.items():
+def taught(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Taught:
+    if request.param == "sdxl":
+        base = tiny.write_sdxl(tmp_path_factory.mktemp("base"))
+    configs, merged, models, rng = open_source(str(base)).configs, {}, {}, np.random.default_rng(0)
+    for name in configs:
         if name == "vae":
             continue
+        model = models[name] = load_model(MODELS[name], base / name)
         add_lora(model, 4, 2.0, nnx.Rngs(0))
         merged[name] = to_torch(model)
-        for path, module in nnx.iter_modules(model):
-            if isinstance(module, LoRALinear):
-                a, b = (0.1 * rng.standard_normal(x.shape, np.float32) for x in (module.lora_A, module.lora_B))
-                module.lora_A[...], module.lora_B[...] = jnp.asarray(a), jnp.asarray(b)
-                key = f"{'.'.join(map(str, path))}.weight"
-                merged[name][key] = merged[name][key] + 0.5 * (a @ b).T
-    return Taught(base, pipeline, merged)
+        for path, layer in lora_layers(model).items():
+            a, b = (0.1 * rng.standard_normal(x.shape, np.float32) for x in (layer.lora_A, layer.lora_B))
+            layer.lora_A[...], layer.lora_B[...] = jnp.asarray(a), jnp.asarray(b)
+            merged[name][f"{path}.weight"] = merged[name][f"{path}.weight"] + 0.5 * (a @ b).T
+    return Taught(base, models, merged)
 
 
 def older(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -68,19 +69,29 @@ def older(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def test_it_is_the_model_with_the_lora_merged(taught: Taught, tmp_path: Path, kind: str) -> None:
     weights = {}
     for part in ("unet", "text"):
-        weights |= lora_weights(taught.pipeline.models, "kohya" if kind == "kohya" else "peft", part)
+        weights |= lora_weights(taught.models, "kohya" if kind == "kohya" else "peft", part)
     save_file(older(weights) if kind == "older" else weights, tmp_path / "lora.safetensors")
-    found = pipelines.load_pipeline(taught.base, lora=tmp_path / "lora.safetensors")
+    source = open_source(str(taught.base), lora=str(tmp_path / "lora.safetensors"))
     for name, expected in taught.merged.items():
-        model, before = to_torch(found.models[name]), to_torch(taught.pipeline.models[name])
-        assert any(np.abs(model[key] - value).max() > 0.01 for key, value in before.items())
+        model, before = source.open(name, list(expected)), open_folder(taught.base / name)
+        assert any(np.abs(model[key] - before[key]).max() > 0.01 for key in expected)
         for key, value in expected.items():
             assert_close(model[key], value, 8 * EPS * max(1.0, np.abs(value).max()))
-    assert pipelines.base_hash(taught.base) != pipelines.base_hash(taught.base, lora=tmp_path / "lora.safetensors")
 
 
-def test_diffusers_alpha_is_read_from_its_metadata(tmp_path: Path) -> None:
-    base = tiny.write_base(tmp_path / "base")
+def test_a_lora_changes_the_hash_of_the_base(base: Path, tmp_path: Path) -> None:
+    width = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")[f"{TO_Q[5:]}.weight"].shape[0]
+    zeros = {"A": np.zeros((2, width), np.float32), "B": np.zeros((width, 2), np.float32)}
+    save_file({f"{TO_Q}.lora_{x}.weight": value for x, value in zeros.items()}, tmp_path / "lora.safetensors")
+    assert pipelines.base_hash(base) != pipelines.base_hash(base, lora=tmp_path / "lora.safetensors")
+
+
+def unet_weights(base: Path, lora: Path, key: str) -> np.ndarray:
+    """A weight of the UNet with a LoRA merged."""
+    return open_source(str(base), lora=str(lora)).open("unet", [key])[key]
+
+
+def test_diffusers_alpha_is_read_from_its_metadata(base: Path, tmp_path: Path) -> None:
     theirs = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     theirs.unet.add_adapter(LoraConfig(r=4, lora_alpha=12, target_modules=["to_q", "to_out.0"]))
     with torch.no_grad():
@@ -93,16 +104,16 @@ def test_diffusers_alpha_is_read_from_its_metadata(tmp_path: Path) -> None:
         **_collate_lora_metadata({"unet": theirs.unet}),
     )
     (file,) = (tmp_path / "lora").glob("*.safetensors")
-    found = to_torch(pipelines.load_pipeline(base, lora=file).unet)
     theirs.unet.fuse_lora()
     key = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    found = unet_weights(base, file, f"{key}.weight")
     expected = dict(theirs.unet.named_parameters())[f"{key}.base_layer.weight"].detach().numpy()
-    assert_close(found[f"{key}.weight"], expected, 8 * EPS)
+    assert_close(found, expected, 8 * EPS)
 
 
-def test_pefts_own_file_has_its_alpha_beside_it_and_kohyas_convolutions_are_merged(tmp_path: Path) -> None:
-    base, rng = tiny.write_base(tmp_path / "base"), np.random.default_rng(0)
-    before = to_torch(pipelines.load_pipeline(base).unet)
+def test_pefts_own_file_has_its_alpha_beside_it_and_kohyas_convolutions_are_merged(base: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    before = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
     key = "down_blocks.0.resnets.0.conv1"
     outputs, inputs = before[f"{key}.weight"].shape[:2]
     down = rng.standard_normal((2, inputs, 3, 3)).astype(np.float32)
@@ -111,8 +122,8 @@ def test_pefts_own_file_has_its_alpha_beside_it_and_kohyas_convolutions_are_merg
     name = f"lora_unet_{key}".replace(".", "_")
     save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": HALF},
               tmp_path / "kohya.safetensors")  # fmt: skip
-    found = to_torch(pipelines.load_pipeline(base, lora=tmp_path / "kohya.safetensors").unet)
-    assert_close(found[f"{key}.weight"], before[f"{key}.weight"] + 0.25 * change, 100 * EPS)
+    found = unet_weights(base, tmp_path / "kohya.safetensors", f"{key}.weight")
+    assert_close(found, before[f"{key}.weight"] + 0.25 * change, 100 * EPS)
 
     key = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
     outputs, inputs = before[f"{key}.weight"].shape
@@ -120,8 +131,8 @@ def test_pefts_own_file_has_its_alpha_beside_it_and_kohyas_convolutions_are_merg
     save_file({f"base_model.model.{key}.lora_A.weight": down, f"base_model.model.{key}.lora_B.weight": up},
               tmp_path / "adapter_model.safetensors")  # fmt: skip
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6, "target_modules": ["to_k"]}))
-    found = to_torch(pipelines.load_pipeline(base, lora=tmp_path / "adapter_model.safetensors").unet)
-    assert_close(found[f"{key}.weight"], before[f"{key}.weight"] + 3 * up @ down, 100 * EPS)
+    found = unet_weights(base, tmp_path / "adapter_model.safetensors", f"{key}.weight")
+    assert_close(found, before[f"{key}.weight"] + 3 * up @ down, 100 * EPS)
 
 
 HALF = np.asarray(0.5, np.float32)
@@ -137,17 +148,16 @@ TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
         ({f"{TO_Q}.lora_A.weight": (2, 640), f"{TO_Q}.lora_B.weight": (640, 2)}, "it is of another model"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_merged_is_named(tmp_path: Path, weights: dict, message: str) -> None:
-    base = tiny.write_base(tmp_path / "base")
+def test_what_cannot_be_merged_is_named(base: Path, tmp_path: Path, weights: dict, message: str) -> None:
     width = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")[f"{TO_Q[5:]}.weight"].shape[0]
     shapes = {key: tuple(width if side == 16 else side for side in shape) for key, shape in weights.items()}
     save_file({key: np.zeros(shape, np.float32) for key, shape in shapes.items()}, tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match=message) as error:
-        pipelines.load_pipeline(base, lora=tmp_path / "lora.safetensors")
+        dict(open_source(str(base), lora=str(tmp_path / "lora.safetensors")).open("unet", [f"{TO_Q[5:]}.weight"]))
     assert str(tmp_path / "lora.safetensors") in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_pickled_lora_is_refused(tmp_path: Path) -> None:
+def test_a_pickled_lora_is_refused(base: Path, tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "lora.pt")
     with pytest.raises(UserError, match=r"lora\.pt: is a pickle; convert it"):
-        pipelines.load_pipeline(tiny.write_base(tmp_path / "base"), lora=tmp_path / "lora.pt")
+        open_source(str(base), lora=str(tmp_path / "lora.pt"))

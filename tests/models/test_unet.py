@@ -9,8 +9,10 @@ from diffusers import UNet2DConditionModel as TorchUNet
 from flax import nnx
 
 from hgdpo_jax.models.convert import abstract, from_torch
+from hgdpo_jax.models.layers import Layers
 from hgdpo_jax.models.unet import Block, UNet2DConditionModel
 from hgdpo_jax.run.errors import UserError
+from tests import tiny
 from tests.models.parity import numpy_weights, ported, randomise, relative_error
 from tests.rounding import GRADIENT, NETWORK, assert_close
 
@@ -39,44 +41,34 @@ SDXL = dict(
 )
 
 
-def inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return (
-        rng.standard_normal((2, 16, 16, 4), np.float32),
-        np.array([3, 987], np.int32),
-        rng.standard_normal((2, 7, 24), np.float32),
-    )
+def diffusers_unet(config: dict) -> tuple[TorchUNet, UNet2DConditionModel]:
+    """A random UNet of diffusers, and ours with its weights."""
+    theirs = randomise(TorchUNet.from_config(config))
+    return theirs, ported(UNet2DConditionModel, dict(theirs.config), theirs)
 
 
-@pytest.mark.parametrize("texts", [1, 2])
-@pytest.mark.parametrize("config", [SD15, SDXL], ids=["sd15", "sdxl"])
-def test_the_unet_is_diffusers_unet(config: dict, texts: int) -> None:
-    """Two texts of a sample are two samples."""
-    theirs = randomise(TorchUNet(**config))
-    ours = ported(UNet2DConditionModel, dict(theirs.config), theirs)
-    (x, t), rows, rng = inputs()[:2], 2 * texts, np.random.default_rng(1)
-    context, pooled = rng.standard_normal((rows, 7, 24), np.float32), rng.standard_normal((rows, 20), np.float32)
-    added = {"text_embeds": pooled, "time_ids": rng.integers(0, 512, (rows, 6)).astype(np.float32)}
+@pytest.mark.parametrize("config", [tiny.TINY_UNET, tiny.TINY_XL], ids=["sd15", "sdxl"])
+def test_the_unet_is_diffusers_unet(config: dict) -> None:
+    """Two texts of a sample are two samples. bfloat16 gives float32 that is near."""
+    theirs, ours = diffusers_unet(config)
+    rng, width = np.random.default_rng(1), config["cross_attention_dim"]
+    x, t = rng.standard_normal((2, 4, 4, 8), np.float32), np.array([3, 987], np.int32)
+    context, pooled = rng.standard_normal((4, 7, width), np.float32), rng.standard_normal((4, 20), np.float32)
+    added = {"text_embeds": pooled, "time_ids": rng.integers(0, 512, (4, 6)).astype(np.float32)}
     with torch.no_grad():
         expected = theirs(
-            torch.tensor(x.transpose(0, 3, 1, 2).repeat(texts, axis=0)),
-            torch.tensor(t.repeat(texts)),
+            torch.tensor(x.transpose(0, 3, 1, 2).repeat(2, axis=0)),
+            torch.tensor(t.repeat(2)),
             torch.tensor(context),
             added_cond_kwargs={k: torch.tensor(v) for k, v in added.items()},
         ).sample
-    found = nnx.jit(lambda m, *a: m(*a))(ours, x, t, context, added)
-    assert relative_error(found, expected) <= NETWORK
-
-
-def test_bfloat16_compute_returns_float32_close_to_float32_compute() -> None:
-    one_level = {"block_out_channels": (32,), "down_block_types": ("CrossAttnDownBlock2D",)}
-    theirs = randomise(TorchUNet(**SD15 | one_level | {"up_block_types": ("CrossAttnUpBlock2D",)}))
-    models = [abstract(UNet2DConditionModel, dict(theirs.config), dtype) for dtype in (jnp.float32, jnp.bfloat16)]
-    for model in models:
-        from_torch(numpy_weights(theirs), model)
-    a, b = (nnx.jit(lambda m, *args: m(*args))(model, *inputs()) for model in models)
-    assert b.dtype == jnp.float32
-    assert 0 < float(jnp.abs(a - b).max() / jnp.abs(a).max()) < 0.1
+    run = nnx.jit(lambda m, *a: m(*a))
+    assert relative_error(run(ours, x, t, context, added), expected) <= NETWORK
+    if config is tiny.TINY_UNET:
+        half = abstract(UNet2DConditionModel, dict(theirs.config), jnp.bfloat16)
+        from_torch(numpy_weights(theirs), half)
+        found = run(half, x, t, context, added)
+        assert found.dtype == jnp.float32 and 1e-4 < relative_error(found, expected) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -93,13 +85,11 @@ def test_a_config_value_that_is_not_implemented_is_named(change: dict, message: 
         nnx.eval_shape(lambda: UNet2DConditionModel(SD15 | change, rngs=nnx.Rngs(0)))
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
-def test_what_up_blocks_compute_apart_changes_no_result_and_no_gradient(checkpointing: str) -> None:
+def test_separate_skips_change_no_result_and_no_gradient() -> None:
     """A group of eight channels has four of x and four of what lies beside it."""
-    settings = {"groups": 4, "eps": 1e-5, "time_channels": 16}
     channels = [(12 + 20, 8), (8 + 8, 16)]  # of the second the sum is the width: no convolution around it
-    block = Block(channels, transformer=None, settings=settings, rngs=nnx.Rngs(0), dtype=jnp.float32)
-    block.checkpointing = checkpointing
+    block = Block(channels, None, None, 16, Layers(nnx.Rngs(0), jnp.float32, groups=4))
+    block.checkpointing = "blocks"
     rng = np.random.default_rng(0)
     x, first, second, temb, towards = (
         jnp.asarray(rng.standard_normal(shape), jnp.float32)
@@ -119,3 +109,26 @@ def test_what_up_blocks_compute_apart_changes_no_result_and_no_gradient(checkpoi
     assert_close(out_apart, out, NETWORK)
     assert_close(gradient_apart, gradient, GRADIENT)
     assert counts[1] < 0.9 * counts[0]  # of the gradient beside x nothing is left
+
+
+def test_checkpointing_and_separate_skips_are_switched_on_in_every_block() -> None:
+    one_level = {"block_out_channels": [8], "down_block_types": ["CrossAttnDownBlock2D"]}
+    model = abstract(UNet2DConditionModel, tiny.TINY_UNET | one_level | {"up_block_types": ["CrossAttnUpBlock2D"]})
+
+    def program() -> str:
+        graph, weights = nnx.split(model)
+        shapes = jnp.zeros((2, 4, 4, 8)), jnp.zeros(2, jnp.int32), jnp.zeros((2, 7, 8))
+        return str(jax.make_jaxpr(lambda weights, *inputs: nnx.merge(graph, weights)(*inputs))(weights, *shapes))
+
+    resnets = sum(len(block.resnets) for block in (*model.down_blocks, model.mid_block, *model.up_blocks))
+    plain, transformers = program(), len(model.transformer_blocks())
+    counts = {}
+    for policy in ("blocks", "everything", "none"):
+        model.checkpoint(policy)
+        counts[policy] = program().count("checkpoint[") + program().count("remat2[")
+    assert counts["none"] == 0 and counts["blocks"] == resnets + transformers
+    assert counts["everything"] > counts["blocks"]
+    model.share_skips()
+    more = program().count("conv_general_dilated[") - plain.count("conv_general_dilated[")
+    skips = sum(len(block.resnets) for block in model.up_blocks)
+    assert more >= skips > 0

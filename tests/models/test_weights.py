@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file as load_torch
 
 from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.source import open_source
 from hgdpo_jax.models.architectures import SD15
-from hgdpo_jax.models.weights import Weights, open_folder, write_weights
+from hgdpo_jax.models.weights import Weights, chosen, open_folder, write_weights
 from hgdpo_jax.run.errors import UserError
 from tests import tiny
 from tests.full.components import shrunken, torch_model, write_folder
@@ -38,6 +40,14 @@ def test_a_folder_is_read_however_diffusers_wrote_it(tmp_path: Path, settings: d
     assert all(np.array_equal(found[key], value.numpy()) for key, value in expected.items())
 
 
+def test_full_precision_comes_first() -> None:
+    stem = "diffusion_pytorch_model"
+    assert chosen({f"{stem}.fp16.safetensors", f"{stem}.safetensors"}) == f"{stem}.safetensors"
+    assert chosen({f"{stem}.fp16.safetensors", "model.safetensors.index.json"}) == "model.safetensors.index.json"
+    assert chosen({f"{stem}.fp16.safetensors", f"{stem}.bin"}) == f"{stem}.fp16.safetensors"
+    assert chosen({f"{stem}.bin"}) is None
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     torch_model("vae", shrunken(SD15)["vae"], 0).save_pretrained(tmp_path, max_shard_size="20KB")
     shard = sorted(tmp_path.glob("*-00002-of-*.safetensors"))[0]
@@ -50,7 +60,7 @@ def test_the_command_that_converts_a_pickle_works(tmp_path: Path) -> None:
     path = tmp_path / "my model.ckpt"
     torch.save({"state_dict": {"a.weight": torch.arange(3.0)}}, path)
     with pytest.raises(UserError) as error:
-        pipelines.find(str(path))
+        open_source(str(path))
     assert "\n" not in str(error.value)
     command = shlex.split(str(error.value).partition("installed: ")[2])
     subprocess.run([sys.executable, *command[1:]], check=True)
@@ -77,7 +87,7 @@ def test_another_file_taken_for_a_checkpoint_is_refused(tmp_path: Path, keys: di
     path = tmp_path / "file.safetensors"
     save_file({key: np.zeros(shape, np.float32) for key, shape in keys.items()}, path)
     with pytest.raises(UserError, match=message) as error:
-        pipelines.find(str(path))
+        open_source(str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -91,7 +101,7 @@ def test_another_file_taken_for_a_checkpoint_is_refused(tmp_path: Path, keys: di
 )
 def test_what_is_not_there_is_named(base: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        pipelines.find(base)
+        open_source(base)
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
@@ -99,23 +109,28 @@ def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
     save_file({CONV_IN: np.zeros((320, 4, 3, 3), np.float32)}, path)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match=rf"{path}: not a whole safetensors file"):
-        pipelines.find(str(path))
+        open_source(str(path))
 
 
-def test_parts_of_different_models_are_refused(tmp_path: Path) -> None:
-    base = tiny.write_base(tmp_path / "base")
-    config = (base / "unet" / "config.json").read_text()
-    (base / "unet" / "config.json").write_text(config.replace('"cross_attention_dim": 8', '"cross_attention_dim": 24'))
+@pytest.fixture
+def copy(base: Path, tmp_path: Path) -> Path:
+    """A base that a test may change."""
+    return Path(shutil.copytree(base, tmp_path / "base"))
+
+
+def test_parts_of_different_models_are_refused(copy: Path) -> None:
+    config = (copy / "unet" / "config.json").read_text()
+    (copy / "unet" / "config.json").write_text(config.replace('"cross_attention_dim": 8', '"cross_attention_dim": 24'))
     with pytest.raises(UserError, match="text encoders give embeddings of width 8, its UNet reads 24"):
-        pipelines.find(str(base))
+        open_source(str(copy))
     for channels, message in ((9, "9 channels, as inpainting models do; the latents"), (4, "4 channels, the latents")):
-        (base / "unet" / "config.json").write_text(config.replace('"in_channels": 8', f'"in_channels": {channels}'))
+        (copy / "unet" / "config.json").write_text(config.replace('"in_channels": 8', f'"in_channels": {channels}'))
         with pytest.raises(UserError, match=f"its UNet takes {message} of its VAE have 8"):
-            pipelines.find(str(base))
+            open_source(str(copy))
 
 
-def test_another_vae_takes_the_place_of_the_checkpoints(tmp_path: Path) -> None:
-    base, other = tiny.write_base(tmp_path / "base"), tmp_path / "vae"
+def test_another_vae_takes_the_place_of_the_checkpoints(base: Path, tmp_path: Path) -> None:
+    other = tmp_path / "vae"
     tiny.save_model(tiny.random_model(tiny.AutoencoderKL, tiny.TINY_VAE, 9), other)
     found, own = pipelines.load_pipeline(base, vae=other).vae, pipelines.load_pipeline(base).vae
     expected = Weights(other / "diffusion_pytorch_model.safetensors")["decoder.conv_in.weight"].transpose(2, 3, 1, 0)
@@ -138,9 +153,8 @@ def test_a_vae_file_in_the_original_layout_is_one_too(tmp_path: Path) -> None:
     ("change", "message"),
     [("more", "weight extra.weight is superfluous"), ("less", "is missing"), ("lora", "holds a LoRA, not a model")],
 )
-def test_weights_that_do_not_fit_the_config_are_named(tmp_path: Path, change: str, message: str) -> None:
-    base = tiny.write_base(tmp_path / "base")
-    path = base / "unet" / "diffusion_pytorch_model.safetensors"
+def test_weights_that_do_not_fit_the_config_are_named(copy: Path, change: str, message: str) -> None:
+    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights = {key: np.array(value) for key, value in Weights(path).items()}
     if change == "more":
         weights["extra.weight"] = np.zeros(3, np.float32)
@@ -150,8 +164,8 @@ def test_weights_that_do_not_fit_the_config_are_named(tmp_path: Path, change: st
         weights = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": np.zeros((4, 8), np.float32)}
     save_file(weights, path)
     with pytest.raises(UserError, match=message) as error:
-        pipelines.load_pipeline(base)
-    assert f"{base}, unet" in str(error.value)
+        pipelines.load_pipeline(copy)
+    assert f"{copy}, unet" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -166,13 +180,12 @@ def test_weights_that_do_not_fit_the_config_are_named(tmp_path: Path, change: st
     ],
 )  # fmt: skip
 def test_a_config_that_does_not_tell_enough_is_named(
-    tmp_path: Path, file: str, change: Callable[[dict], Any], message: str
+    copy: Path, file: str, change: Callable[[dict], Any], message: str
 ) -> None:
-    base = tiny.write_base(tmp_path / "base")
-    (base / file).write_text(json.dumps(change(json.loads((base / file).read_text()))))
+    (copy / file).write_text(json.dumps(change(json.loads((copy / file).read_text()))))
     with pytest.raises(UserError, match=message) as error:
-        pipelines.load_pipeline(base)
-    assert str(base) in str(error.value) and "\n" not in str(error.value)
+        pipelines.load_pipeline(copy)
+    assert str(copy) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from hgdpo_jax.data.photographs import Photograph, load_images, sort_by_shape
+from hgdpo_jax.data.photographs import Photograph, sort_by_shape
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.pictures import read
 from hgdpo_jax.pictures.read import UnreadableImage, image_shape, read_image
 
@@ -127,8 +128,12 @@ def test_srgbs_own_profile_changes_nothing_and_a_broken_one_is_named(
         assert text in caplog.text and (str(path) in caplog.text) == bool(text)
 
 
-def test_an_orientation_that_is_text_is_none(tmp_path: Path) -> None:
+def test_a_picture_is_turned_upright_and_an_orientation_that_is_text_is_none(tmp_path: Path) -> None:
     tiff = b"MM\0*\0\0\0\x08" + struct.pack(">H", 1) + struct.pack(">HHI4s", 0x0112, 2, 2, b"6\0\0\0") + b"\0" * 4
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    path = written(tmp_path, Image.new("RGB", (20, 30)), "a.jpg", exif=turned)
+    assert image_shape(path) == (20, 30) and read_image(path).size == (30, 20)
     path = written(tmp_path, Image.new("RGB", (20, 30)), "a.jpg", exif=b"Exif\0\0" + tiff)
     assert image_shape(path) == (30, 20) and read_image(path).size == (20, 30)
     photograph = Photograph("a", path, "")

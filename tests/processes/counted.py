@@ -29,7 +29,7 @@ COUNTING = start.COMMAND.replace("= 15.0, 3", "= 300.0, 60").replace(
 )
 BEGINS = {
     "main": ("hgdpo_jax.training.loop", "warn_of_hours"),
-    "pairs": ("hgdpo_jax.curriculum.build", "begin_records"),
+    "pairs": ("hgdpo_jax.curriculum.build", "winners_of"),
 }
 METHODS = ("blocking_key_value_get", "blocking_key_value_get_bytes", "key_value_try_get", "key_value_set")
 METHODS += ("key_value_set_bytes", "key_value_dir_get", "key_value_delete", "key_value_increment", "wait_at_barrier")

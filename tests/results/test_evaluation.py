@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from hgdpo_jax.config import to_json
-from hgdpo_jax.data import photographs
 from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.evaluate import print_table
+from hgdpo_jax.pictures.read import read_image
 from hgdpo_jax.results import evaluation
 from hgdpo_jax.results.evaluation import Evaluator, _heldout, _inputs, _last_single, _persons, evaluate
 from hgdpo_jax.run.errors import UserError
@@ -105,9 +105,9 @@ class FakeSampler(Sampler):
     def decode(self, latents: np.ndarray, note: str) -> np.ndarray:
         return latents / 100
 
-    def measure_images(self, images: np.ndarray, beside: dict, judge: Any, note: str) -> dict[str, np.ndarray]:
+    def measure_images(self, images: np.ndarray, ids: np.ndarray, judge: Any, note: str) -> dict[str, np.ndarray]:
         self.judged.append(len(images))
-        return judge(images, **beside)
+        return judge(images, ids)
 
     measure_latents = measure_images
 
@@ -186,7 +186,7 @@ def test_of_people_that_process_0_did_not_draw_nothing_is_shown() -> None:
 def test_of_all_photographs_those_that_are_held_out_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, read = tiny.config(tmp_path), []
     config.data.mirror, config.data.photographs = True, str(tiny.write_photographs(tmp_path / "photographs", 9, 3))
-    real = photographs.read_image
-    monkeypatch.setattr(photographs, "read_image", lambda picture: read.append(picture) or real(picture))
+    real = read_image
+    monkeypatch.setattr("hgdpo_jax.data.pixels.read_image", lambda picture: read.append(picture) or real(picture))
     held = _heldout(config, Index())
     assert len(held) == 3 and sorted(read) == sorted(p.picture for p in held)

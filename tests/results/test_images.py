@@ -22,13 +22,14 @@ from safetensors.numpy import save_file
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax import sample
-from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.data.photographs import list_photographs
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
-from hgdpo_jax.diffusion.solvers import from_noise
-from hgdpo_jax.diffusion.solvers import sample as draw_latents
+from hgdpo_jax.diffusion.trajectory import from_noise
+from hgdpo_jax.diffusion.trajectory import sample as draw_latents
 from hgdpo_jax.faces.concepts import ConceptEncoder
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.lora import add_lora
@@ -160,7 +161,7 @@ def test_the_recipe_gives_the_images_of_diffusers(
     assert_close(found, theirs(script, reference, sampler), DRAWN)
     others = [ours(sampler, pipeline), ours(sampler, pipeline, *chosen(policies, blocks, not text))]
     assert all(np.abs(other - found).max() > 10 * DRAWN for other in others)
-    assert sampler._draw._cache_size() == 2  # without and with the text encoder's policy
+    assert sampler._programs.draw._cache_size() == 2  # without and with the text encoder's policy
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])

@@ -24,10 +24,9 @@ def test_the_interval_of_a_mean_is_two_standard_errors_over_people() -> None:
 
 
 def test_intervals_cover_the_truth() -> None:
-    rng = np.random.default_rng(1)
-    covered = 0
+    rng, weights, covered = np.random.default_rng(1), resamples(30), 0
     for _ in range(400):
-        low, high = mean(rng.standard_normal((30, 2)), resamples(30)).interval
+        low, high = mean(rng.standard_normal((30, 2)), weights).interval
         covered += low < 0 < high
     assert 0.89 < covered / 400 < 0.98  # 95 %, a little less for so few people; three standard errors are 0.033
 

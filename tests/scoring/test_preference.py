@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import torch
 from PIL import Image
@@ -21,7 +22,7 @@ def test_preprocessing_is_that_of_the_image_processor() -> None:
     size = {"shortest_edge": 32}
     processor = CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32})
     expected = processor(Image.fromarray(smooth), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    found = np.asarray(clip_pixels(smooth[None] / 127.5 - 1.0, 32))[0]
+    found = np.asarray(clip_pixels(jnp.asarray(smooth[None] / 127.5 - 1.0), 32))[0]
     assert np.abs(found - expected).max() < 0.02  # the processor rounds to 8 bits: half a step is 0.0075
 
 
@@ -36,9 +37,9 @@ def test_score_is_the_scaled_cosine_of_transformers(tmp_path: Path) -> None:
     images = rng.uniform(-1, 1, (3, 32, 32, 3)).astype(np.float32)
     ids = np.full((3, 77), 49407, np.int32)
     ids[:, 0], ids[:, 1:5] = 49406, rng.integers(0, 49000, (3, 4))
-    pixels = torch.tensor(np.asarray(clip_pixels(images, 32))).permute(0, 3, 1, 2)
+    pixels = torch.tensor(np.asarray(clip_pixels(jnp.asarray(images), 32))).permute(0, 3, 1, 2)
     with torch.no_grad():
         expected = theirs(torch.tensor(ids).long(), pixels).logits_per_image.diag()
-    found = Scorer(tmp_path, tiny.mesh())(images, ids)
+    found = Scorer(tmp_path, tiny.mesh())(jnp.asarray(images), jnp.asarray(ids))
     assert_close(found.score, expected, NETWORK, size=theirs.logit_scale.exp().item())  # which multiplies the cosine
     assert found.embedding.shape == (3, 8)

@@ -7,6 +7,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tools.make_assets.attributes import EXPRESSIONS, AgeGender, FaceExpression
 from tools.make_assets.face import from_npm
 
 Weights = dict[str, np.ndarray]
-NOISE = np.random.default_rng(0).uniform(-1, 1, (2, 112, 112, 3)).astype(np.float32)
+NOISE = np.random.default_rng(0).uniform(-1, 1, (3, 112, 112, 3)).astype(np.float32)
 
 
 def filled(shapes: dict[str, tuple[int, ...]]) -> Weights:
@@ -52,7 +53,7 @@ def linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
 
 
 def dense_net(outputs: int) -> Weights:
-    """Of face-api's names and shapes."""
+    """Random weights with face-api's names and shapes."""
     shapes = {}
     for i, (before, after) in enumerate(pairwise((3, 32, 64, 128, 256))):
         shapes |= separable(f"dense{i}/conv0", before, after) if i else dense("dense0/conv0", before, after, 3)
@@ -62,7 +63,7 @@ def dense_net(outputs: int) -> Weights:
 
 
 def xception() -> Weights:
-    """Of face-api's names and shapes."""
+    """Random weights with face-api's names and shapes."""
     shapes = dense("entry_flow/conv_in", 3, 32, 3)
     for block, before, after in (
         ("entry_flow/reduction_block_0", 32, 64),
@@ -134,33 +135,35 @@ class Torch:
 
 
 def test_landmarks_are_those_of_face_api() -> None:
-    ours = np.asarray(load_model(FaceLandmarks, ASSETS / "face" / "landmarks")(enlarged(112) / 127.5 - 1.0))
+    ours = np.asarray(
+        load_model(FaceLandmarks, ASSETS / "face" / "landmarks")(jnp.asarray(enlarged(112)) / 127.5 - 1.0)
+    )
     theirs = np.array(GOLDEN["landmarks"]).reshape(-1, 68, 2)
     assert np.abs(ours - theirs).max() < 2 * FLOAT16  # of a picture's side
 
 
 def test_landmarks_are_fractions_whatever_the_size() -> None:
     landmarks = load_model(FaceLandmarks, ASSETS / "face" / "landmarks")
-    found, expected = (np.asarray(landmarks(enlarged(size) / 127.5 - 1.0)) for size in (224, 112))
+    found, expected = (np.asarray(landmarks(jnp.asarray(enlarged(size)) / 127.5 - 1.0)) for size in (224, 112))
     assert np.abs(found - expected).max() < 0.03  # three pixels: the one is interpolated twice, and blurred by that
 
 
 def test_landmarks_from_the_package_are_those_of_its_formula(tmp_path: Path) -> None:
     weights = dense_net(136)
-    found = from_npm(manifest(tmp_path, weights, name="face_landmark_68_model"), FaceLandmarks)(NOISE)
+    found = from_npm(manifest(tmp_path, weights, name="face_landmark_68_model"), FaceLandmarks)(jnp.asarray(NOISE))
     assert_close(found, Torch(weights).dense_net(NOISE).reshape(-1, 68, 2), NETWORK)
 
 
 def test_expressions_from_the_package_are_those_of_its_formula(tmp_path: Path) -> None:
     weights = dense_net(7)
-    found = from_npm(manifest(tmp_path, weights, name="face_expression_model"), FaceExpression)(NOISE)
+    found = from_npm(manifest(tmp_path, weights, name="face_expression_model"), FaceExpression)(jnp.asarray(NOISE))
     assert_close(found, Torch(weights).dense_net(NOISE).softmax(-1), NETWORK)
     assert list(GOLDEN["expressions"][0]) == list(EXPRESSIONS)
 
 
 def test_age_and_gender_from_the_package_are_those_of_its_formula(tmp_path: Path) -> None:
     weights = xception()
-    age, male = from_npm(manifest(tmp_path, weights, name="age_gender_model"), AgeGender)(NOISE)
+    age, male = from_npm(manifest(tmp_path, weights, name="age_gender_model"), AgeGender)(jnp.asarray(NOISE))
     expected, gender = Torch(weights).age_and_gender(NOISE)
     assert_close(age, expected, NETWORK)
     assert_close(male, gender[:, 0], NETWORK)
@@ -175,7 +178,7 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
 
 def compare(folder: Path) -> None:
     """Expressions, ages and genders, whose weights are not embedded, against face-api's."""
-    images = enlarged(112) / 127.5 - 1.0
+    images = jnp.asarray(enlarged(112)) / 127.5 - 1.0
     expressions = np.asarray(from_npm(folder, FaceExpression)(images))
     theirs = np.array([[answer[name] for name in EXPRESSIONS] for answer in GOLDEN["expressions"]])
     age, male = map(np.asarray, from_npm(folder, AgeGender)(images))

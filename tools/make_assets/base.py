@@ -15,47 +15,29 @@ from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hgdpo_jax.devices.start import start
+from hgdpo_jax.models.architectures import SD15
 from hgdpo_jax.models.clip import CLIPTextModel
 from hgdpo_jax.models.convert import load_model, save_model
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.run import command
 from hgdpo_jax.run.files import write_json
-from tools.make_assets.vae import CONFIG as VAE
 
-VERSION = "0.42.1"
-TEXT_ENCODER = {
-    "architectures": ["CLIPTextModel"],
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
-    "hidden_act": "quick_gelu",
-    "hidden_size": 24,
-    "intermediate_size": 96,
-    "layer_norm_eps": 1e-5,
-    "max_position_embeddings": 77,
-    "model_type": "clip_text_model",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "pad_token_id": 49407,
-    "projection_dim": 24,
-    "vocab_size": 49408,
-}
+TEXT_ENCODER = {**SD15.configs["text_encoder"], "hidden_size": 24, "intermediate_size": 96, "num_attention_heads": 4}
+TEXT_ENCODER |= {"num_hidden_layers": 2, "pad_token_id": 49407, "projection_dim": 24}
 UNET = {
-    "_class_name": "UNet2DConditionModel",
-    "_diffusers_version": VERSION,
+    **SD15.configs["unet"],
     "attention_head_dim": 4,
     "block_out_channels": [48, 64, 96],
     "cross_attention_dim": TEXT_ENCODER["hidden_size"],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "in_channels": VAE["latent_channels"],
     "layers_per_block": 1,
     "norm_num_groups": 8,
-    "out_channels": VAE["latent_channels"],
     "sample_size": 16,
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
 }
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
-    "_diffusers_version": VERSION,
+    "_diffusers_version": SD15.index["_diffusers_version"],
     "algorithm_type": "dpmsolver++",
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -66,18 +48,7 @@ SCHEDULER = {
     "solver_order": 2,
     "timestep_spacing": "linspace",
 }
-INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": VERSION,
-    "feature_extractor": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+INDEX = {**SD15.index, "scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}
 
 
 def make_tokenizer(vocabulary: Path, folder: Path) -> None:

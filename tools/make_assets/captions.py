@@ -61,7 +61,7 @@ class Captioner:
         """A caption of each picture, and the detector's score of its face, 0 where none is found.
 
         Args:
-            images: of one face each; where none is found the central square is looked at.
+            images: one face each; where none is found, the central square takes its place.
             people: "woman" or "man" where that is known.
         """
         captions, scores = [], []

@@ -1,7 +1,7 @@
-"""What the two embedded scorers share: the shape of a small CLIPModel, and how one is trained."""
+"""The config of a small CLIPModel, and its training: the two embedded scorers share them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +14,6 @@ from hgdpo_jax.models.clip import CLIPModel
 from tools.make_assets.photographs import SIZE
 
 _TOWER = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-Loss = Callable[..., tuple[Array, Array]]
 
 
 def config(width: int, layers: int) -> dict[str, Any]:
@@ -51,41 +50,43 @@ def config(width: int, layers: int) -> dict[str, Any]:
     }
 
 
-def fit(
-    shape: dict[str, Any],
-    loss: Loss,
-    batch: Callable[[np.random.Generator], tuple[np.ndarray, ...]],
-    heldout: tuple[np.ndarray, ...],
-    *,
-    steps: int,
-    seed: int,
-    name: str,
-) -> tuple[CLIPModel, np.ndarray]:
-    """A CLIPModel trained from nothing with AdamW under a cosine, and the measures on what is held out.
+class Task(NamedTuple):
+    """What a scorer learns.
 
-    Args:
-        shape: config.json.
+    Attributes:
+        name: for the progress bar.
+        config: config.json of the CLIPModel.
         loss: (model, *arrays of a batch) → loss and measures.
-        batch: draws arrays with a random generator.
-        heldout: arrays of one batch.
+        batch: draws the arrays of a batch with a random generator.
+        heldout: the arrays of one batch.
     """
-    graph, weights = nnx.split(CLIPModel(shape, rngs=nnx.Rngs(seed)))
+
+    name: str
+    config: dict[str, Any]
+    loss: Callable[..., tuple[Array, Array]]
+    batch: Callable[[np.random.Generator], tuple[np.ndarray, ...]]
+    heldout: tuple[np.ndarray, ...]
+
+
+def fit(task: Task, steps: int, seed: int) -> tuple[CLIPModel, np.ndarray]:
+    """A CLIPModel trained from nothing with AdamW under a cosine, and the measures on the held-out batch."""
+    graph, weights = nnx.split(CLIPModel(task.config, rngs=nnx.Rngs(seed)))
     rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.1))
 
     @jax.jit
-    def step(weights, optimizer, arrays):  # noqa: ANN001, ANN202
-        objective = lambda weights: loss(nnx.merge(graph, weights), *arrays)  # noqa: E731
+    def step(weights: nnx.State, optimizer: optax.OptState, arrays: tuple[np.ndarray, ...]) -> tuple:
+        objective = lambda weights: task.loss(nnx.merge(graph, weights), *arrays)  # noqa: E731
         (_, measures), grads = jax.value_and_grad(objective, has_aux=True)(weights)
         updates, optimizer = tx.update(grads, optimizer, weights)
         return optax.apply_updates(weights, updates), optimizer, measures
 
-    measure = jax.jit(lambda weights, arrays: loss(nnx.merge(graph, weights), *arrays)[1])
+    measure = jax.jit(lambda weights, arrays: task.loss(nnx.merge(graph, weights), *arrays)[1])
     optimizer, rng = tx.init(weights), np.random.default_rng(seed)
-    with tqdm(range(steps), desc=name, unit="step") as bar:
+    with tqdm(range(steps), desc=task.name, unit="step") as bar:
         for i in bar:
-            weights, optimizer, measures = step(weights, optimizer, batch(rng))
+            weights, optimizer, measures = step(weights, optimizer, task.batch(rng))
             if i % 100 == 0:
-                found, held = np.asarray(measures), np.asarray(measure(weights, heldout))
+                found, held = np.asarray(measures), np.asarray(measure(weights, task.heldout))
                 bar.set_postfix_str(" ".join(f"{a:.2f}/{b:.2f}" for a, b in zip(found, held, strict=True)))
-    return nnx.merge(graph, weights), np.asarray(measure(weights, heldout))
+    return nnx.merge(graph, weights), np.asarray(measure(weights, task.heldout))

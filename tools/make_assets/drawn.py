@@ -73,9 +73,8 @@ def draw(layers: list[Layer], count: int, seed: int) -> UInt8[np.ndarray, "n 64 
         x = jax.random.normal(key, (_BATCH, 1, 1, _WIDTHS[0]))
         for (kernel, norm), (stride, padding) in zip(layers, _STRIDES, strict=True):
             around = [(3 - padding, 3 - padding)] * 2  # of a transposed convolution with a kernel of 4
-            numbers = ("NHWC", "HWIO", "NHWC")
-            dilated = {"lhs_dilation": (stride, stride), "dimension_numbers": numbers}
-            x = jax.lax.conv_general_dilated(x, jnp.asarray(kernel), (1, 1), around, **dilated)
+            x = jax.lax.conv_general_dilated(x, jnp.asarray(kernel), (1, 1), around, lhs_dilation=(stride, stride),
+                                             dimension_numbers=("NHWC", "HWIO", "NHWC"))  # fmt: skip
             if norm is not None:
                 x = jax.nn.relu(x * norm[0] + norm[1])
         return jnp.round((jnp.tanh(x) + 1.0) * 127.5).astype(jnp.uint8)

@@ -2,9 +2,9 @@
 
 python -m tools.make_assets.judge PORTRAITS DRAWN      writes PORTRAITS/judge
 
-It learns that a photograph is better than a face that the base learnt from, in the folder DRAWN, and than degraded
-copies of itself, and that its caption is better than another. All pictures pass through the VAE, or it would learn to
-recognise the VAE.
+It learns that a photograph is better than a face in the folder DRAWN, from which the base learnt, and better than
+degraded copies of itself, and that its caption is better than another. All pictures pass through the VAE, or it would
+learn to recognise the VAE.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.data.photographs import list_photographs
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.devices.start import start
 from hgdpo_jax.diffusion.pipeline import tokenize
 from hgdpo_jax.models.clip import CLIPModel
@@ -27,7 +28,7 @@ from hgdpo_jax.models.convert import load_model, save_model
 from hgdpo_jax.models.vae import AutoencoderKL
 from hgdpo_jax.run import command
 from hgdpo_jax.scoring.preference import judge
-from tools.make_assets.clip import config, fit
+from tools.make_assets.clip import Task, config, fit
 from tools.make_assets.photographs import SIZE
 
 LEVELS, DRAWN = 5, 2000
@@ -39,7 +40,7 @@ def _framed(image: Pixels, rng: np.random.Generator) -> Pixels:
     side = SIZE * rng.uniform(0.8, 1.0)
     left, top = rng.uniform(0, SIZE - side, size=2)
     picture = Image.fromarray(np.uint8((image + 1) * 127.5)).rotate(
-        rng.uniform(-8, 8), Image.Resampling.BICUBIC, fillcolor=tuple(np.uint8((image[:8].mean((0, 1)) + 1) * 127.5))
+        rng.uniform(-8, 8), Image.Resampling.BICUBIC, fillcolor=tuple(map(int, (image[:8].mean((0, 1)) + 1) * 127.5))
     )
     picture = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     return (np.asarray(picture, np.float32) / 127.5 - 1.0)[:, :: rng.choice([-1, 1])]
@@ -150,7 +151,7 @@ def main() -> None:
         return better.astype(np.float32), worse.astype(np.float32), ids[numbers[pick]], ids[wrong]
 
     held = batch(np.random.default_rng(1), "heldout", 512)
-    model, (image, caption) = fit(config(48, 5), loss, batch, held, steps=arguments.steps, seed=1, name="judge")
+    model, (image, caption) = fit(Task("judge", config(48, 5), loss, batch, held), arguments.steps, seed=1)
     print(f"held-out: prefers the better picture {image:.3f}, the right caption {caption:.3f}")
     save_model(model, arguments.portraits / "judge", dtype=np.float16)
 

@@ -21,7 +21,7 @@ from tools.make_assets.captions import Captioner, write
 SIZE = 64
 HELDOUT_OF_EACH = 20
 _SIDE, _RISE = 1.12, 0.08  # of the square, in sides of the detector's box, and how far its centre lies above the box's
-_SEEN = 256  # pixels a side, at which faces are looked for
+_SEEN = 256  # pixels a side of what the detector sees
 _FINE = 4  # times as large is cut first, so that it is scaled down with all its pixels
 
 

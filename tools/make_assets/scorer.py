@@ -2,11 +2,10 @@
 
 python -m tools.make_assets.scorer PORTRAITS DRAWN MODEL_FOLDER      writes PORTRAITS/scorer
 
-People would have to say which of two pictures they prefer. For want of them a network says it that was made for
-something else: where face-api's landmarks of a face stay where they are when the picture is framed otherwise or
-mirrored, the face is well formed and plain to see. The scorer, a CLIPModel, learns that from drawn faces (the folder
-DRAWN), photographs, and what ε_base makes of both by SDRecon; and that a picture's own caption is better than another.
-All pictures pass through the VAE, or it would learn to recognise the VAE.
+Nobody has said which of two pictures they prefer; face-api's landmarks stand in. If they stay in place when the picture
+is framed otherwise or mirrored, the face is well formed and plain to see. The scorer, a CLIPModel, learns that from
+drawn faces (the folder DRAWN), photographs, and SDRecon's reconstructions of both; and that a picture's own caption is
+better than another. All pictures pass through the VAE, or it would learn to recognise the VAE.
 """
 
 import argparse
@@ -18,7 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.data.photographs import list_photographs
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.devices.mesh import local_mesh
 from hgdpo_jax.devices.start import start
 from hgdpo_jax.diffusion import pipeline as pipelines
@@ -28,7 +28,7 @@ from hgdpo_jax.models.clip import CLIPModel
 from hgdpo_jax.models.convert import save_model
 from hgdpo_jax.run import command
 from hgdpo_jax.scoring.preference import judge
-from tools.make_assets.clip import config, fit
+from tools.make_assets.clip import Task, config, fit
 from tools.make_assets.face import from_npm
 from tools.make_assets.photographs import SIZE
 
@@ -67,7 +67,7 @@ class Steadiness:
         self._unsteadiness = unsteadiness
 
     def __call__(self, images: Images) -> Float[np.ndarray, "n"]:
-        """Of pictures in [-1, 1]."""
+        """The steadiness of pictures in [-1, 1]."""
         found = []
         for begin in range(0, len(images), _BATCH):
             rows = np.minimum(np.arange(begin, begin + _BATCH), len(images) - 1)
@@ -133,7 +133,7 @@ def main() -> None:
 
     pick = np.random.default_rng(1).choice(np.flatnonzero(heldout), 512)
     held = (images[pick].astype(np.float32), ids[number[pick]], steadiness[pick].astype(np.float32))
-    model, (correlation, caption) = fit(config(64, 4), loss, batch, held, steps=arguments.steps, seed=0, name="scorer")
+    model, (correlation, caption) = fit(Task("scorer", config(64, 4), loss, batch, held), arguments.steps, seed=0)
     print(f"held-out: correlation with steadiness {correlation:.3f}, prefers the right caption {caption:.3f}")
     save_model(model, arguments.portraits / "scorer", dtype=np.float16)
 

@@ -12,44 +12,39 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 from tqdm import tqdm
 
-from hgdpo_jax.data.photographs import list_photographs, load_images
+from hgdpo_jax.data.photographs import list_photographs
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.devices.mesh import local_mesh
 from hgdpo_jax.devices.sharding import batch_sharding, replicated
 from hgdpo_jax.devices.start import start
 from hgdpo_jax.faces.detection import FaceDetector
+from hgdpo_jax.models.architectures import SD15
 from hgdpo_jax.models.convert import save_model
 from hgdpo_jax.models.vae import AutoencoderKL
 from hgdpo_jax.run import command
 from tools.make_assets.photographs import SIZE
 
 CONFIG = {
-    "_class_name": "AutoencoderKL",
-    "_diffusers_version": "0.42.1",
-    "act_fn": "silu",
+    **SD15.configs["vae"],
     "block_out_channels": [24, 48, 64],
     "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "in_channels": 3,
-    "latent_channels": 4,
     "layers_per_block": 1,
     "norm_num_groups": 8,
-    "out_channels": 3,
     "sample_size": SIZE,
     "scaling_factor": 1.0,
     "up_block_types": ["UpDecoderBlock2D"] * 3,
 }
-
-
-SHARE = 0.4  # of portraits in a batch: there are few of them, but they are what the VAE must keep
+PORTRAITS = 0.4  # so much of a batch: there are few portraits, but the VAE must keep them
 
 
 def batches(
     drawn: Float[np.ndarray, "n H W 3"], portraits: Float[np.ndarray, "m H W 3"], batch: int, seed: int
 ) -> Iterator[Float[np.ndarray, "b H W 3"]]:
     """Random pictures, mirrored by chance and shifted by up to four pixels."""
-    rng, few = np.random.default_rng(seed), round(SHARE * batch)
+    rng, few = np.random.default_rng(seed), round(PORTRAITS * batch)
     drawn, portraits = (np.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge") for x in (drawn, portraits))
     while True:
         chosen = [drawn[i] for i in rng.integers(len(drawn), size=batch - few)]
@@ -61,8 +56,8 @@ def batches(
         yield np.stack(picks)
 
 
-def loss(vae: AutoencoderKL, images: Float[Array, "b H W 3"], key: Array) -> tuple[Array, Array]:
-    """L1 of pixels and of their differences at three scales, plus a little KL; and the first alone."""
+def loss(vae: AutoencoderKL, images: Float[Array, "b H W 3"], key: PRNGKeyArray) -> tuple[Array, Array]:
+    """L1 of pixels and of their differences at three scales, plus a little KL; and the L1 of pixels alone."""
     mean, logvar = vae.encode(images)
     decoded = vae.decode(mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape))
     error = decoded - images
@@ -93,7 +88,7 @@ def main() -> None:
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
     @jax.jit
-    def step(weights, optimizer, images, key):  # noqa: ANN001, ANN202
+    def step(weights: nnx.State, optimizer: optax.OptState, images: Array, key: PRNGKeyArray) -> tuple:
         (_, pixels), grads = jax.value_and_grad(lambda w: loss(nnx.merge(graph, w), images, key), has_aux=True)(weights)
         updates, optimizer = tx.update(grads, optimizer, weights)
         return optax.apply_updates(weights, updates), optimizer, pixels

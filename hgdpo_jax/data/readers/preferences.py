@@ -66,9 +66,10 @@ def hpd(path: Path) -> Examples:
         raise UserError(f"{path}: expects a list of {{{', '.join(_HPD)}}}")
     for number, entry in enumerate(entries, start=1):
         values = [entry.get(key) if isinstance(entry, dict) else None for key in _HPD]
-        if not all(isinstance(value, str) for value in values):
+        texts = [value for value in values if isinstance(value, str)]
+        if len(texts) < len(_HPD):
             raise UserError(f"{path}: entry {number} has not {', '.join(_HPD)}")
-        prompt, winner, loser = values
+        prompt, winner, loser = texts
         yield Example(winner, path.parent / winner, prompt, None, path.parent / loser)
 
 

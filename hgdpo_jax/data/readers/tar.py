@@ -14,7 +14,11 @@ from hgdpo_jax.run.files import Member
 
 
 def read(shards: Sequence[Path]) -> Examples:
-    """Members are read where they lie: a shard is neither unpacked nor kept open. Raises UserError for a broken one."""
+    """Members are read where they lie: a shard is neither unpacked nor kept open.
+
+    Raises:
+        UserError: a shard is broken.
+    """
     for shard in shards:
         pictures: dict[str, Member] = {}
         captions: dict[str, str] = {}
@@ -27,9 +31,9 @@ def read(shards: Sequence[Path]) -> Examples:
                     if not member.isfile():
                         continue
                     if suffix in SUFFIXES:
-                        pictures[name] = _picture(shard, member)
+                        pictures[name] = _member(shard, member)
                     elif suffix in (".txt", ".json"):
-                        caption = _caption(archive.extractfile(member).read(), suffix)
+                        caption = _caption(_member(shard, member).read(), suffix)
                         if caption is not None and (suffix == ".txt" or name not in captions):
                             captions[name] = caption
         except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
@@ -42,7 +46,7 @@ def read(shards: Sequence[Path]) -> Examples:
                 yield Example(f"{shard.name}/{name}", picture, captions[name], split_of_file(shard))
 
 
-def _picture(shard: Path, member: tarfile.TarInfo) -> Member:
+def _member(shard: Path, member: tarfile.TarInfo) -> Member:
     begin, size = member.offset_data, member.size
 
     def content() -> bytes:

@@ -14,9 +14,12 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from hgdpo_jax.curriculum import build, selection
+from hgdpo_jax.curriculum import build
+from hgdpo_jax.curriculum.candidates import Candidates, best, worst
+from hgdpo_jax.curriculum.winners import Group, Reconstruction
 from hgdpo_jax.data.pairs import open_stage
-from hgdpo_jax.data.photographs import Photograph, list_photographs, load_images
+from hgdpo_jax.data.photographs import Photograph, list_photographs
+from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.devices.sharding import batch_sharding
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.sampler import Sampler
@@ -77,14 +80,14 @@ def test_easy_pairs_are_the_best_and_the_worst_of_the_pool(workdir: Path, inputs
     ids = np.repeat(pipeline.tokenize([photograph.caption]), 3, axis=0)
     latents = sampler.generate(ids, sampler.keys("pool", [photograph.id] * 3, [0, 1, 2]), (32, 32), "")
     scorer = Scorer(inputs / "scorer", mesh)
-    scores = np.asarray(scorer(sampler.decode(latents, ""), ids).score)
+    scores = np.asarray(scorer(jnp.asarray(sampler.decode(latents, "")), jnp.asarray(ids)).score)
     record = found[photograph.id]
     # Each of four steps adds the UNet's rounding, guidance 2 times that of one half of its batch and once the other's.
     drawn = 4 * 3 * NETWORK
     assert np.diff(np.sort(scores)).min() > 10 * drawn  # so that it is certain which is the best
-    for role, best in (("winner", scores.argmax()), ("loser", scores.argmin())):
-        assert_close(record[role], latents[best], 2**-11 + drawn)  # stored in float16
-        assert record[f"{role}_score"] == pytest.approx(scores[best], abs=drawn)  # of cosines
+    for role, i in (("winner", scores.argmax()), ("loser", scores.argmin())):
+        assert_close(record[role], latents[i], 2**-11 + drawn)  # stored in float16
+        assert record[f"{role}_score"] == pytest.approx(scores[i], abs=drawn)  # of cosines
     assert record["winner_number"] == scores.argmax() and record["caption"] == photograph.caption
 
 
@@ -107,29 +110,53 @@ def test_hard_pairs_are_on_the_same_ids_against_the_normal_winner(workdir: Path,
     # t1 is almost the photograph: nearer to its own than to any other.
     pipeline = pipelines.load_pipeline(inputs / "base")
     _, images = load_images(list_photographs(make("stage1").data.photographs, "train"), (32, 32))
-    encoded = np.asarray(pipeline.vae.to_latents(images))
+    encoded = np.asarray(pipeline.vae.to_latents(jnp.asarray(images)))
     names = [p.id for p in list_photographs(make("stage1").data.photographs, "train")]
     for name, record in hard.items():
         distance = np.abs(encoded - record["winner"].astype(np.float32)).mean((1, 2, 3))
         assert names[int(distance.argmin())] == name
 
 
-def test_candidates_are_what_is_drawn_decoded_and_scored_apart(inputs: Path) -> None:
+def test_a_winner_that_scores_as_high_as_its_loser_is_in_k(make: Make) -> None:
+    scores, earlier = np.array([[0.0, 2.0], [1.0, 1.0], [3.0, 0.5]], np.float32), np.array([2.5, 1.0, 1.0], np.float32)
+    latents = np.arange(3 * 2 * 4, dtype=np.float32).reshape(3, 2, 1, 1, 4)
+
+    class Fixed(Reconstruction):
+        def candidates(self, group: Group) -> Candidates:
+            return Candidates(latents, scores, np.array([4, 5]))
+
+    photographs = [Photograph(name, Path(), name) for name in "abc"]
+    lost = [{"winner": np.full((1, 1, 4), i, np.float16), "winner_score": score} for i, score in enumerate(earlier)]
+    group = Group(photographs, np.zeros((3, 77), np.int32), (8, 8), earlier=lost)
+    settings = make("stage2", winner="sdrecon", loser="stage1", keep_if_winner_scores_higher=True).pairs
+    fixed = object.__new__(Fixed)
+    fixed.settings = settings
+    records = fixed.begin(group)()
+    assert [record["id"] for record in records] == ["b", "c"]  # a tie stays; the first of equals wins
+    assert [record["winner_number"] for record in records] == [4, 4]
+    assert [record["loser"].flat[0] for record in records] == [1, 2]
+    assert np.array_equal(records[1]["winner"], latents[2, 0].astype(np.float16))
+
+
+def test_candidates_are_what_is_drawn_decoded_and_scored_by_themselves(inputs: Path, make: Make) -> None:
     pipeline, mesh = pipelines.load_pipeline(inputs / "base"), tiny.mesh()
     sampler = Sampler(pipeline, mesh, solver="dpmpp_2m", steps=4, guidance=2.0, batch=2, seed=0)
-    scorer, names = Scorer(inputs / "scorer", mesh), ["a", "b", "c"]
-    ids, images = (
-        pipeline.tokenize(names),
-        load_images(list_photographs(inputs / "photographs", "train")[:3], (32, 32))[1],
+    scorer, (photographs, images) = (
+        Scorer(inputs / "scorer", mesh),
+        load_images(list_photographs(inputs / "photographs", "train")[:3], (32, 32)),
     )
+    names = [photograph.id for photograph in photographs]
+    ids = pipeline.tokenize(names)
     keys, encoded = sampler.keys("sdrecon", names, [3] * 3), sampler.encode(images, "")
     latents = np.stack([encoded, sampler.reconstruct(encoded, ids, keys, 3, "")], axis=1)
     flat = latents.reshape(6, *latents.shape[2:])
-    scores = sampler.measure_latents(flat, {"input_ids": ids.repeat(2, axis=0)}, scorer, "").score.reshape(3, 2)
-    found = selection.reconstructions(sampler, scorer, names, ids, images, (0, 3))
+    scores = sampler.measure_latents(flat, ids.repeat(2, axis=0), scorer, "").score.reshape(3, 2)
+    settings = make("stage2", winner="sdrecon", strengths=(0, 3), loser="stage1").pairs
+    group = Group(photographs, ids, (32, 32), images)
+    found = Reconstruction(settings, sampler, scorer).candidates(group)
     np.testing.assert_array_equal(found.latents, latents)
     np.testing.assert_array_equal(found.scores, scores)
-    for choose, index in ((selection.best, scores.argmax(1)), (selection.worst, scores.argmin(1))):
+    for choose, index in ((best, scores.argmax(1)), (worst, scores.argmin(1))):
         chosen = choose(found)
         np.testing.assert_array_equal(chosen.latents, latents[np.arange(3), index])
         np.testing.assert_array_equal(chosen.scores, scores[np.arange(3), index])
@@ -145,12 +172,12 @@ def test_devices_exchange_nothing_for_pairs(inputs: Path) -> None:
     def shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
-    candidates = selection.Candidates(shape(4, 3, *tiny.LATENT), shape(4, 3), jnp.arange(3))
+    candidates = Candidates(shape(4, 3, *tiny.LATENT), shape(4, 3), jnp.arange(3))
     traced = [
         *sampler.traced((32, 32)),
         jax.jit(scorer).trace(shape(4, 32, 32, 3), shape(4, 77, dtype=jnp.int32)),
-        selection.best.trace(candidates),
-        selection.worst.trace(candidates),
+        best.trace(candidates),
+        worst.trace(candidates),
     ]
     for program in traced:
         text = program.lower().compile().as_text()
@@ -158,20 +185,36 @@ def test_devices_exchange_nothing_for_pairs(inputs: Path) -> None:
         assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", text)
 
 
+class Blank:
+    """Winners and losers of zeros: what a build does beside drawing."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def begin(self, group: Group) -> Callable[[], list]:
+        height, width = (side // 8 for side in group.resolution)
+        name, blank = group.photographs[0].id, np.zeros((height, width, tiny.LATENT[-1]), np.float16)
+        self.said.append(f"begin {name}")
+
+        def finish() -> list:
+            self.said.append(f"finish {name}")
+            return [group.record(i, blank, loser=blank, loser_score=0.0) for i in range(len(group.photographs))]
+
+        return finish
+
+
+@pytest.fixture
+def blank(monkeypatch: pytest.MonkeyPatch) -> Blank:
+    winners = Blank()
+    monkeypatch.setattr(build, "winners_of", lambda *_: winners)
+    return winners
+
+
 def test_devices_have_the_next_prompts_before_the_last_ones_are_fetched(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, tmp_path: Path, blank: Blank
 ) -> None:
-    said: list[str] = []
-
-    def begin_records(*arguments: Any) -> Callable[[], list]:
-        name, finish = arguments[3][0].id, selection.begin_records(*arguments)
-        said.append(f"begin {name}")
-        return lambda: said.append(f"finish {name}") or finish()
-
-    monkeypatch.setattr(build, "begin_records", begin_records)
-    config = make("stage1", pool_size=2, batch=4)  # two prompts at a time
-    build.build(config, tmp_path)
-    begun, finished = ([i for i, what in enumerate(said) if what.startswith(word)] for word in ("begin", "finish"))
+    build.build(make("stage1", pool_size=2, batch=4), tmp_path)  # two prompts at a time
+    begun, finished = ([i for i, what in enumerate(blank.said) if what.startswith(w)] for w in ("begin", "finish"))
     assert len(begun) == len(finished) == 4  # 2 + 2 + 1 to train on, 2 held out
     assert all(next_one < last for next_one, last in zip(begun[1:], finished, strict=False))
 
@@ -188,7 +231,7 @@ def test_a_stopped_build_goes_on_and_ends_with_the_same_files(workdir: Path, mak
     assert (folder / "pairs-train_32x32.array_record-00000-of-00003").stat().st_mtime_ns == kept
 
 
-@pytest.mark.usefixtures("glance")
+@pytest.mark.usefixtures("glance", "blank")
 def test_photographs_of_two_shapes_become_pairs_of_two_shapes_in_every_stage(
     make: Make, inputs: Path, tmp_path: Path
 ) -> None:
@@ -196,9 +239,8 @@ def test_photographs_of_two_shapes_become_pairs_of_two_shapes_in_every_stage(
     tall = [p for split in ("train", "heldout") for p in list_photographs(folder, split)][1::2]
     for photograph in tall:
         Image.open(photograph.picture).resize((40, 80)).save(photograph.picture)
-    settings: dict = {"pool_size": 2}  # else as above, so that only the second shape is compiled
     for stage, how in (("stage1", {}), ("stage2", {"winner": "sdrecon", "strengths": (5,), "loser": "stage1"})):
-        config = make(stage, **settings, **how)
+        config = make(stage, **how)
         config.data.photographs, config.data.resolutions = str(folder), ("32x32", "64x32")
         build.build(config, tmp_path)
         for role, names in (("train", 2), ("heldout", 1)):
@@ -294,12 +336,13 @@ def test_photographs_may_move_but_not_change(workdir: Path, inputs: Path, make: 
     assert file_hash(tmp_path / "run" / "stage3" / "pairs" / "manifest.json") == before
 
 
+@pytest.mark.usefixtures("blank")
 def test_a_repaired_photograph_is_taken_in(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tiny.write_photographs(tmp_path / "photographs", train=3, heldout=1)
     train_photographs = list_photographs(folder, "train")
     whole = {photograph.picture: photograph.picture.read_bytes() for photograph in train_photographs}
-    config = make("stage0", winner="photograph", loser="none", shard_size=2)
-    config.data.photographs, config.objective = str(folder), "sft"
+    config = make("naive", winner="photograph", loser="pool", shard_size=2)
+    config.data.photographs = str(folder)
 
     for path in whole:
         path.write_bytes(b"no picture")
@@ -309,16 +352,16 @@ def test_a_repaired_photograph_is_taken_in(make: Make, tmp_path: Path, caplog: p
     first.write_bytes(whole[first])
     second.write_bytes(whole[second])
     build.build(config, tmp_path / "run")
-    done = open_stage(tmp_path / "run", "stage0")
+    done = open_stage(tmp_path / "run", "naive")
     assert list(done.by_id("train")) == [p.id for p in train_photographs[:2]]
 
     third.write_bytes(whole[third])
     build.build(config, tmp_path / "run")  # finished: somebody may have learnt from them
     assert "a photograph that could not be read has changed since; remove the shard" in caplog.text
-    assert open_stage(tmp_path / "run", "stage0").hash == done.hash
-    (tmp_path / "run" / "stage0" / "pairs" / "pairs-train_32x32.array_record-00001-of-00002").unlink()
+    assert open_stage(tmp_path / "run", "naive").hash == done.hash
+    (tmp_path / "run" / "naive" / "pairs" / "pairs-train_32x32.array_record-00001-of-00002").unlink()
     build.build(config, tmp_path / "run")
-    assert len(open_stage(tmp_path / "run", "stage0").by_id("train")) == 3
+    assert len(open_stage(tmp_path / "run", "naive").by_id("train")) == 3
 
 
 def test_a_photograph_itself_may_win_over_a_drawing(make: Make, tmp_path: Path) -> None:
@@ -329,7 +372,7 @@ def test_a_photograph_itself_may_win_over_a_drawing(make: Make, tmp_path: Path) 
     vae = pipelines.load_pipeline(config.model.base).vae
     assert list(found) == [p.id for p in photographs]
     latents = np.stack([found[p.id]["winner"] for p in photographs]).astype(np.float32)
-    assert_close(latents, vae.to_latents(images), NETWORK + 2**-11)  # stored in float16
+    assert_close(latents, vae.to_latents(jnp.asarray(images)), NETWORK + 2**-11)  # stored in float16
     assert all((found[p.id]["loser"] != found[p.id]["winner"]).any() for p in photographs)
 
 

@@ -1,0 +1,219 @@
+"""Where a stage's winners and losers come from: one class for each kind of winner.
+
+easy     Pool            winner = best of the pool   loser = worst of the pool
+normal   Reconstruction  winner = best of t4…t7      loser = easy winner    kept where f(winner) >= f(loser): K
+hard     Reconstruction  winner = t1                 loser = normal winner  on K, the ids of the normal stage's shards
+naive    Reconstruction  winner = the photograph     loser = worst of a pool
+given    Given           winner and loser = a pair of data.pairs
+sft      Photographs     winner = the photograph     no loser
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+from ml_collections import ConfigDict
+
+from hgdpo_jax.curriculum.candidates import Candidates, best, worst
+from hgdpo_jax.data.photographs import Photograph
+from hgdpo_jax.data.record import LATENT, Record
+from hgdpo_jax.diffusion.sampler import Sampler
+from hgdpo_jax.faces.concepts import ConceptEncoder
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.scoring.preference import Scorer
+
+Images = Float[np.ndarray, "n H W 3"]
+Finish = Callable[[], list[Record]]
+
+
+class Group(NamedTuple):
+    """n prompts that are drawn, scored and kept together.
+
+    Attributes:
+        photographs: whose captions are the prompts.
+        input_ids: of the captions.
+        resolution: (H, W) in pixels.
+        images: the photographs in [-1, 1], where the winners use them.
+        losers: the losers that are given, likewise.
+        earlier: the records of the stage whose winners lose here.
+    """
+
+    photographs: Sequence[Photograph]
+    input_ids: Int[np.ndarray, "n s"]
+    resolution: tuple[int, int]
+    images: Images | None = None
+    losers: Images | None = None
+    earlier: Sequence[Record] = ()
+
+    def record(
+        self, i: int, winner: np.ndarray, score: float | np.floating = 0.0, number: int | np.integer = 0, **others: Any
+    ) -> Record:
+        """The record of prompt i with this winner."""
+        photograph = self.photographs[i]
+        common = {"id": photograph.id, "caption": photograph.caption, "input_ids": self.input_ids[i]}
+        won = {"winner": winner.astype(LATENT), "winner_score": np.float32(score), "winner_number": number}
+        return common | won | others
+
+
+class Scored:
+    """Winners that are chosen by their scores, against the worst of a pool or an earlier stage's winner.
+
+    Args:
+        settings: the config's `pairs` group.
+        sampler: with ε_base.
+        scorer: f.
+    """
+
+    def __init__(self, settings: ConfigDict, sampler: Sampler, scorer: Scorer) -> None:
+        self.settings, self.sampler, self.scorer = settings, sampler, scorer
+
+    def candidates(self, group: Group) -> Candidates:
+        """Among which the best wins. Whole batches stay on the devices and are not waited for."""
+        raise NotImplementedError
+
+    def pool(self, group: Group) -> Candidates:
+        """N images for each prompt, from different seeds."""
+        count = self.settings.pool_size
+        numbers, names = np.arange(count), [photograph.id for photograph in group.photographs]
+        keys = self.sampler.keys("pool", [name for name in names for _ in numbers], [*range(count)] * len(names))
+        ids = np.repeat(group.input_ids, count, axis=0)
+        latents, scores = self.sampler.candidates(ids, keys, group.resolution, self._score, "pool")
+        return Candidates(latents.reshape(-1, count, *latents.shape[1:]), scores.reshape(-1, count), numbers)
+
+    def _score(self, images: jax.Array, input_ids: jax.Array) -> jax.Array:
+        return self.scorer(images, input_ids).score
+
+    def begin(self, group: Group) -> Finish:
+        """Gives the devices what a group's records need, and returns what waits for it and makes them.
+
+        Raises:
+            UserError: a score is not finite; the prompt is named.
+        """
+        winners = self.candidates(group)
+        pooled = self.settings.loser == "pool"
+        pool = winners if isinstance(self, Pool) else self.pool(group) if pooled else None
+        winner, loser = best(winners), worst(pool) if pooled else None
+
+        def finish() -> list[Record]:
+            for candidates in (pool, winners):
+                if candidates is not None:
+                    require_finite(np.asarray(candidates.scores), group.photographs, self.settings.scorer)
+            won = jax.device_get(winner)
+            if loser is not None:
+                losers, loser_scores, _ = jax.device_get(loser)
+            else:
+                losers = [record["winner"] for record in group.earlier]
+                loser_scores = [record["winner_score"] for record in group.earlier]
+            kept = [*range(len(group.photographs))]
+            if self.settings.keep_if_winner_scores_higher:  # K
+                kept = [i for i in kept if won.scores[i] >= loser_scores[i]]
+            return [
+                group.record(
+                    i,
+                    won.latents[i],
+                    won.scores[i],
+                    won.numbers[i],
+                    loser=losers[i].astype(LATENT),
+                    loser_score=loser_scores[i],
+                )
+                for i in kept
+            ]
+
+        return finish
+
+
+class Pool(Scored):
+    """The best of N images that ε_base draws for each prompt."""
+
+    def candidates(self, group: Group) -> Candidates:
+        """See :meth:`Scored.pool`."""
+        return self.pool(group)
+
+
+class Reconstruction(Scored):
+    """The best of a photograph's reconstructions (SDRecon) at some strengths, of which 0 is the photograph itself."""
+
+    def candidates(self, group: Group) -> Candidates:
+        """A reconstruction of each photograph at each strength."""
+        strengths = self.settings.strengths if self.settings.winner == "sdrecon" else (0,)
+        names = [photograph.id for photograph in group.photographs]
+        keys = {strength: self.sampler.keys("sdrecon", names, [strength] * len(names)) for strength in strengths}
+        assert group.images is not None
+        found = self.sampler.reconstructions(group.images, group.input_ids, keys, self._score, "SDRecon")
+        return Candidates(*found, np.array(strengths))
+
+
+class Given:
+    """Pairs that exist already: both pictures are encoded."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    def begin(self, group: Group) -> Finish:
+        """As :meth:`Scored.begin`."""
+        assert group.images is not None and group.losers is not None
+        winners = self.sampler.encode(group.images, "encode")
+        losers = self.sampler.encode(group.losers, "encode losers").astype(LATENT)
+        pairs = enumerate(zip(winners, losers, strict=True))
+        return lambda: [group.record(i, winner, loser=x, loser_score=np.float32(0)) for i, (winner, x) in pairs]
+
+
+class Photographs:
+    """Photographs to learn from, without losers.
+
+    Args:
+        sampler: with the VAE.
+        concepts: reads each photograph as a concept image, where an adapter is to be trained.
+    """
+
+    def __init__(self, sampler: Sampler, concepts: ConceptEncoder | None = None) -> None:
+        self.sampler, self.concepts = sampler, concepts
+
+    def begin(self, group: Group) -> Finish:
+        """As :meth:`Scored.begin`. A photograph without a face is no concept image, and is left out."""
+        assert group.images is not None
+        latents = self.sampler.encode(group.images, "encode")
+        if self.concepts is None:
+            return lambda: [group.record(i, latent) for i, latent in enumerate(latents)]
+        features, found = self.concepts(group.images)
+        for photograph, has_face in zip(group.photographs, found, strict=True):
+            if not has_face:
+                logging.warning("photograph %s: no face found; left out", photograph.id)
+        faces = np.flatnonzero(found).tolist()
+        return lambda: [group.record(i, latents[i], concept=features[i].astype(LATENT)) for i in faces]
+
+
+def uses_pixels(config: ConfigDict) -> bool:
+    """Whether records are made of photographs, not of their captions alone."""
+    return config.pairs.winner != "pool"
+
+
+def winners_of(
+    config: ConfigDict, sampler: Sampler, scorer: Scorer | None, concepts: ConceptEncoder | None
+) -> Scored | Given | Photographs:
+    """The kind of winner that a config's `pairs` group asks for.
+
+    Args:
+        config: of a stage.
+        sampler: with ε_base.
+        scorer: f, where the winner or the loser is chosen.
+        concepts: where an adapter is to be trained.
+    """
+    if config.pairs.loser == "given":
+        return Given(sampler)
+    if config.pairs.loser == "none":
+        return Photographs(sampler, concepts)
+    assert scorer is not None
+    return (Pool if config.pairs.winner == "pool" else Reconstruction)(config.pairs, sampler, scorer)
+
+
+def require_finite(scores: Float[np.ndarray, "n *m"], photographs: Sequence[Photograph], scorer: str) -> None:
+    """Raises UserError that names the first of n prompts with a score that is NaN or infinite."""
+    broken = ~np.isfinite(scores.reshape(len(photographs), -1)).all(1)
+    if broken.any():
+        first = photographs[int(broken.argmax())]
+        raise UserError(f"prompt {first.caption!r} of {first.id}: its score is NaN or infinite; is the scorer {scorer} "
+                        "broken, or does the base's tokenizer have tokens of its own?")  # fmt: skip

@@ -1,0 +1,121 @@
+"""The programs of a pipeline that a sampler compiles: latents are drawn and decoded, images encoded.
+
+Weights are arguments of the programs, so that another policy needs no other program. Only a text encoder's policy does,
+because it acts at early timesteps and the given weights at late ones.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from hgdpo_jax.devices.sharding import batch_sharding, heads_sharding, tree_shardings
+from hgdpo_jax.devices.transfer import place
+from hgdpo_jax.diffusion.guidance import Denoise, guided, side_by_side
+from hgdpo_jax.diffusion.pipeline import Pipeline
+from hgdpo_jax.diffusion.recipe import text_policy_acts
+from hgdpo_jax.diffusion.schedule import Latent, Timesteps
+from hgdpo_jax.diffusion.trajectory import Trajectory, sample
+from hgdpo_jax.models.attention import Memory, set_sharding
+from hgdpo_jax.models.ip_adapter import join
+from hgdpo_jax.models.layers import in_rows
+
+Images = Float[Array, "b H W 3"]  # in [-1, 1]
+# States by name: `unet`, `text`, `vae`, `adapter` where there is one, and `early text` where a text encoder's policy is
+# used at early timesteps.
+Weights = dict[str, PyTree[Array]]
+
+
+class SamplerInputs(NamedTuple):
+    """What images are drawn from, b rows each: concept features where the pipeline has an adapter, token ids, PRNG keys
+    and the scaled latents of photographs. A trajectory from noise uses the latents' shape alone."""
+
+    concept: Float[Array | np.ndarray, "b m f"] | None
+    ids: Int[Array | np.ndarray, "b s"]
+    key: Key[Array, "b"]
+    latent: Float[Array | np.ndarray, "b h w c"]
+
+
+class Guidance(NamedTuple):
+    """Scale of classifier-free guidance, and the token ids that stand for the empty caption, [1 s]."""
+
+    scale: np.float32
+    negative_ids: Int[np.ndarray, "1 s"]
+
+
+class Programs:
+    """Compiled `draw(weights, given, inputs, trajectory, guidance)`, `decode(weights, latents)` and
+    `encode(weights, images)`. What one gives, the next takes as it lies.
+
+    Args:
+        pipeline: its weights are placed on the mesh, as `given`.
+        mesh: batches are split over its data and fsdp axes.
+        guide: whether there is guidance.
+        normalise: latent adaptive normalisation towards `given`.
+        concept_scale: strength of the pipeline's adapter.
+    """
+
+    def __init__(self, pipeline: Pipeline, mesh: Mesh, guide: bool, normalise: bool, concept_scale: float) -> None:
+        self._pipeline, self._guide, self._normalise, self._concept_scale = pipeline, guide, normalise, concept_scale
+        self._graphs: dict[str, Any] = {}
+        given: Weights = {}
+        for name, network in {**pipeline.networks, "vae": pipeline.vae}.items():
+            set_sharding(network, heads_sharding(mesh))
+            self._graphs[name], given[name] = nnx.split(network)
+        self.shardings = tree_shardings(given, mesh)
+        self.given: Weights = place(given, self.shardings)
+        rows = batch_sharding(mesh)
+        self.draw, self.decode, self.encode = (
+            jax.jit(program, out_shardings=rows) for program in (self._draw, self._decode, self._encode)
+        )
+
+    def _draw(
+        self, weights: Weights, given: Weights, inputs: SamplerInputs, trajectory: Trajectory, guidance: Guidance
+    ) -> Latent:
+        denoise = self._denoiser(weights, inputs, guidance)
+        anchor = self._denoiser(given, inputs, guidance) if self._normalise else None
+        return sample(denoise, self._pipeline.schedule, trajectory, inputs.latent, inputs.key, anchor)
+
+    def _decode(self, weights: Weights, latents: Latent) -> Images:
+        return nnx.merge(self._graphs["vae"], weights["vae"]).to_images(latents)
+
+    def _encode(self, weights: Weights, images: Images) -> Latent:
+        return nnx.merge(self._graphs["vae"], weights["vae"]).to_latents(images)
+
+    def _denoiser(self, weights: Weights, inputs: SamplerInputs, guidance: Guidance) -> Denoise:
+        """The prediction for these captions and concepts; what does not depend on the step is computed here."""
+        unet = nnx.merge(self._graphs["unet"], weights["unet"])
+        late = self._text(unet, weights["text"], inputs, guidance)
+        early = self._text(unet, weights["early text"], inputs, guidance) if "early text" in weights else None
+        if inputs.concept is not None:
+            adapter = nnx.merge(self._graphs["adapter"], weights["adapter"])
+            assert self._pipeline.no_concept is not None  # an adapter comes with it
+            no_concept = jnp.repeat(self._pipeline.no_concept, len(inputs.concept), axis=0)
+            concept = adapter(self._beside_empty(no_concept, inputs.concept))
+
+        def predict(x: Latent, t: Timesteps) -> Float[Array, "n h w c"]:
+            memory, added = late
+            if early is not None:
+                rows = 2 * len(t) if self._guide else len(t)
+                acts = in_rows(text_policy_acts(t), rows)  # the same in all, but each device has its own
+                memory, added = jax.tree.map(lambda *x: jax.vmap(jnp.where)(acts, *x), early, late)
+            if inputs.concept is not None:
+                memory = join(memory, concept, self._concept_scale)
+            return unet(x, t, memory, added)
+
+        return guided(predict, guidance.scale) if self._guide else predict
+
+    def _text(self, unet: Any, weights: PyTree[Array], inputs: SamplerInputs, guidance: Guidance) -> tuple[Memory, Any]:
+        """What the UNet reads of the captions."""
+        height, width = (self._pipeline.vae.pixels_per_latent * side for side in inputs.latent.shape[1:3])
+        encode = nnx.merge(self._graphs["text"], weights)
+        empty = encode.empty(len(inputs.ids), (height, width), guidance.negative_ids)
+        condition = self._beside_empty(empty, encode(inputs.ids, (height, width)))
+        return unet.keys_values(condition.encoder_hidden_states), condition.added_cond
+
+    def _beside_empty(self, empty: PyTree[Array], given: PyTree[Array]) -> Any:
+        return jax.tree.map(side_by_side, empty, given) if self._guide else given

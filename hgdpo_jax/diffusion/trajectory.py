@@ -1,0 +1,103 @@
+"""A trajectory from a noisy latent to an image, run in one loop."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from hgdpo_jax.diffusion.guidance import Denoise
+from hgdpo_jax.diffusion.schedule import Latent, NoiseSchedule
+from hgdpo_jax.diffusion.solvers import Steps, make_steps
+
+State = tuple[Latent, Latent]  # x_t, and the last x̂_0
+
+
+class Trajectory(NamedTuple):
+    """Where a solver starts, x = signal · latent + noise · ε, and the first `length` rows of the table that it runs.
+
+    All of it is an argument of the program that draws. The table has a row for every training timestep, so that one
+    program does for all solvers, steps and strengths. Where the table says so, x̂_0 is clipped to [-clip, clip].
+    """
+
+    signal: np.float32
+    noise: np.float32
+    length: np.int32
+    clip: np.float32
+    table: Steps
+
+    @classmethod
+    def of_table(
+        cls, schedule: NoiseSchedule, table: Steps, signal: float | np.float32, noise: float | np.float32
+    ) -> "Trajectory":
+        """A trajectory that runs a whole table."""
+        rest = schedule.num_train_timesteps - len(table.t)
+        clip = schedule.config.get("clip_sample_range", 1.0)
+        padded = Steps(*(np.pad(column, (0, rest)) for column in table))
+        return cls(np.float32(signal), np.float32(noise), np.int32(len(table.t)), np.float32(clip), padded)
+
+
+def from_noise(schedule: NoiseSchedule, solver: str, steps: int) -> Trajectory:
+    """A fresh sample: all steps of a solver.
+
+    Raises:
+        UserError: see :func:`hgdpo_jax.diffusion.solvers.make_steps`.
+    """
+    return Trajectory.of_table(schedule, make_steps(schedule, solver, steps), signal=0.0, noise=1.0)
+
+
+def sample(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    trajectory: Trajectory,
+    latents: Latent | Float[np.ndarray, "b h w c"],
+    keys: Key[Array, "b"],
+    anchor: Denoise | None = None,
+) -> Latent:
+    """Runs a trajectory.
+
+    Args:
+        denoise: (x_t, t [b]) → the network's prediction, guidance included.
+        schedule: that the trajectory was made for.
+        trajectory: see :func:`from_noise` and :func:`hgdpo_jax.diffusion.sdrecon.sdrecon`.
+        latents: of the photographs, scaled; a trajectory from noise uses their shape alone.
+        keys: one for each example, so that an example does not depend on its batch.
+        anchor: ε_base for latent adaptive normalisation: it runs a second trajectory from the same latents and noise,
+            to whose channel means and standard deviations the latents are brought in each step.
+
+    Returns:
+        Scaled latents of the images, float32.
+    """
+    pair = jax.vmap(jax.random.split)(keys)
+    denoisers = [denoise] if anchor is None else [denoise, anchor]
+
+    def normal(keys: Key[Array, "b"]) -> Latent:
+        return jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
+
+    def step(index: Int[Array, ""], states: tuple[State, ...]) -> tuple[State, ...]:
+        now = jax.tree.map(lambda column: jnp.asarray(column)[index], trajectory.table)
+        noise = now.noise * normal(jax.vmap(lambda key: jax.random.fold_in(key, index))(pair[:, 1]))
+
+        def advance(denoise: Denoise, state: State) -> State:
+            x, previous = state
+            t = jnp.full(x.shape[0], now.t)
+            x_0 = schedule.x_0_at(denoise(x, t), x, now.signal, now.sigma)
+            clipped = now.clipping * (jnp.clip(x_0, -trajectory.clip, trajectory.clip) - x_0)
+            return now.x * x + now.x_0 * x_0 + now.previous_x_0 * previous + noise + clipped, x_0
+
+        (x, x_0), *others = [advance(one, state) for one, state in zip(denoisers, states, strict=True)]
+        for x_anchor, _ in others:
+            x = match_statistics(x, x_anchor)
+        return (x, x_0), *others
+
+    start = trajectory.signal * latents + trajectory.noise * normal(pair[:, 0])
+    begin = ((start, jnp.zeros_like(start)),) * len(denoisers)
+    (x, _), *_ = jax.lax.fori_loop(0, trajectory.length, step, begin)
+    return x
+
+
+def match_statistics(x: Latent, like: Latent) -> Latent:
+    """x with the mean and the standard deviation of `like` in each channel of each example."""
+    mean, deviation = x.mean((1, 2), keepdims=True), x.std((1, 2), keepdims=True)
+    return (x - mean) / deviation * like.std((1, 2), keepdims=True) + like.mean((1, 2), keepdims=True)
