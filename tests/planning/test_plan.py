@@ -271,18 +271,18 @@ def test_figures_are_kept_for_one_compiler_with_its_flags(
 
     first = found()
     assert found() == first and len(made) == 1
+    assert compiled.compile_for(lowered, topology, trips=2) is made[1]
     for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS"):
         monkeypatch.setenv(name, "--another")
         assert found() is made[-1]
-    assert len(made) == 3
+    assert len(made) == 4
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(compiled, "write_json", full)
     monkeypatch.setenv("XLA_FLAGS", "--one-more")
-    assert found() is made[3] and "figures are not kept" in capsys.readouterr().err
-    assert compiled.compile_for(lowered, topology, trips=2) is made[4]
+    assert found() is made[4] and "figures are not kept" in capsys.readouterr().err
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     assert found() is made[5] and "figures are not kept" in capsys.readouterr().err
 

@@ -159,6 +159,10 @@ def test_content_is_read_again_only_when_the_file_changed(tmp_path: Path, monkey
     Image.new("RGB", (10, 40)).save(picture)
     os.utime(picture, ns=(0, time.time_ns()))
     assert again.hash(picture) != first and again.shape(picture, image_shape) == (40, 10)
+    read.clear()
+    monkeypatch.setattr("hgdpo_jax.run.index.file_hash", lambda path: read.append(path) or real(path))
+    os.utime(picture, ns=(0, 1))  # of the same size
+    assert again.hash(picture) and read == [picture]
 
 
 @pytest.mark.parametrize("name", ["a[1]", "[abc]", "a*", "a?"])

@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 
 from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import write_json
 from hgdpo_jax.run.folder import blocks_of, last_stage, stage_config, train_command
 from hgdpo_jax.run.index import Index, first_process_first
 from hgdpo_jax.run.locks import lock_for_all, lock_owner
@@ -92,9 +93,8 @@ def test_what_a_run_folder_holds(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no stage was trained in .*; run first: .*configs/stage1.py"):
         last_stage(tmp_path)
     for stage in ("stage0", "stage2", "text_encoder"):
-        (tmp_path / stage).mkdir()
-        groups = ("train", "model", "data", "pairs", "adapter", "evaluate", "mesh")
-        (tmp_path / stage / "config.json").write_text(json.dumps({group: {} for group in groups}))
+        groups = ("model", "data", "pairs", "adapter", "train", "evaluate", "mesh")
+        write_json(tmp_path / stage / "config.json", {group: {} for group in groups})  # of before there were settings
     assert last_stage(tmp_path) == "stage2" and stage_config(tmp_path, "stage2").train.steps == 20_000
     with pytest.raises(UserError, match="stage3 was not trained in"):
         stage_config(tmp_path, "stage3")
