@@ -12,9 +12,9 @@ import subprocess
 import sys
 
 OURS = """
-from hgdpo_jax.diffusion import pipeline
+from hgdpo_jax.diffusion.pipeline import load_pipeline
 imported = time.perf_counter()
-found = pipeline.load(folder, dtype, param_dtype=dtype)
+found = load_pipeline(folder, dtype, param_dtype=dtype)
 loaded = time.perf_counter()
 """
 THEIRS = """

@@ -88,7 +88,7 @@ def main() -> None:
                 next(loader)
             rates.append(given.batch * given.batches / (time.perf_counter() - begin))
             stalls.append(step_seconds(loader, given.batches, seconds) / step_seconds(one, given.batches, seconds) - 1)
-    figures = {"pairs_per_second": peers.spread(rates[1:], 0), "stall": peers.spread(stalls[1:], 4)}
+    figures = {"pairs_per_second": peers.summary(rates[1:], 0), "stall": peers.summary(stalls[1:], 4)}
     print(json.dumps({"latent": LATENT, **vars(given), "cores": os.cpu_count(), **figures}))
 
 

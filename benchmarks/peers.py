@@ -44,7 +44,7 @@ def alternately(module: str, names: Iterable[str], rounds: int) -> dict[str, lis
     return seconds
 
 
-def spread(values: Iterable[float], digits: int) -> dict[str, float]:
+def summary(values: Iterable[float], digits: int) -> dict[str, float]:
     """Median and range."""
     ordered = sorted(values)
     found = {"median": statistics.median(ordered), "lowest": ordered[0], "highest": ordered[-1]}

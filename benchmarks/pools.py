@@ -135,7 +135,7 @@ def main() -> None:
         return peers.serve(RUNS[given.only](given))
     seconds = peers.alternately("benchmarks.pools", RUNS, given.rounds)
     images = given.batch * given.batches
-    figures = {name: peers.spread((images / s for s in found), 3) for name, found in seconds.items()}
+    figures = {name: peers.summary((images / s for s in found), 3) for name, found in seconds.items()}
     one, other = (statistics.median(found) for found in seconds.values())
     settings = {name: value for name, value in vars(given).items() if name not in ("base", "scorer", "only")}
     print(

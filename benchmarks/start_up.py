@@ -82,7 +82,8 @@ def main() -> None:
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
                 found.append(json.loads(output.splitlines()[-1]) | {"process": time.perf_counter() - begin})
     seconds = {
-        name: {part: peers.spread([row[part] for row in found], 2) for part in found[0]} for name, found in rows.items()
+        name: {part: peers.summary([row[part] for row in found], 2) for part in found[0]}
+        for name, found in rows.items()
     }
     about = {"config": given.config, "rounds": given.rounds, "cores": os.cpu_count()}
     print(json.dumps(about | {"seconds": seconds}, indent=2))

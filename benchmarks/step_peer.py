@@ -140,7 +140,7 @@ def main() -> None:
     if given.only:
         return peers.serve(RUNS[given.only](given.size, given.pairs))
     seconds = peers.alternately("benchmarks.step_peer", given.programs, given.rounds)
-    figures = {name: peers.spread(found, 3) for name, found in seconds.items()}
+    figures = {name: peers.summary(found, 3) for name, found in seconds.items()}
     one, other = (statistics.median(x) for x in seconds.values())
     print(json.dumps({"size": given.size, "pairs": given.pairs, "seconds": figures, "ratio": other / one}, indent=2))
 

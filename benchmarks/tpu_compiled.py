@@ -56,14 +56,14 @@ def products(text: hlo.HloModule, computation: Computation, instruction: Instruc
     return [(f"{left} * {right} -> {out}", count)]
 
 
-def of_step(name: str, overrides: list[str], most: int) -> None:
+def print_step(name: str, overrides: list[str], most: int) -> None:
     """Prints the estimate of a step, by kind of kernel, and the kernels that take longest beyond their arithmetic."""
     config = load_config("configs/stage3.py:sd15", overrides)
     topologies.prepare_compilers([name])
     use_precision(config.model.dtype)
     topology = topologies.describe_topology(name)
     mesh = make_mesh(config.mesh, topology.devices)
-    lowered = program.step(config, program.source_of(config, "sd15"), mesh).lowered
+    lowered = program.step(config, program.open_architecture(config, "sd15"), mesh).lowered
     text = hlo.HloModule(lowered.compile(compiler_options=topology.options).as_text(), devices=mesh.size)
     peak, second = topology.chip.peak[config.model.dtype], clock(topology)
     kinds: Counter[str] = Counter()
@@ -86,7 +86,7 @@ def of_step(name: str, overrides: list[str], most: int) -> None:
         print(f"{1e3 * takes:7.2f} {1e3 * least:7.2f} {times:5.0f}  {kind}: {about}")
 
 
-def of_attention(name: str, shapes: list[str]) -> None:
+def print_attention(name: str, shapes: list[str]) -> None:
     """Prints the estimate of splash, forwards and for the gradient, beside its operations at the peak."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -118,11 +118,11 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", metavar="TOKENSxHEADSxWIDTH")
     parser.add_argument("--topology", default="v5e")
     parser.add_argument("--most", type=int, default=30, help="kernels to list")
-    asked, rest = parser.parse_known_args()
-    if asked.what == "step":
-        of_step(asked.topology, [argument.removeprefix("--config.") for argument in rest], asked.most)
+    given, rest = parser.parse_known_args()
+    if given.what == "step":
+        print_step(given.topology, [argument.removeprefix("--config.") for argument in rest], given.most)
     else:
-        of_attention(asked.topology, asked.shapes or ["4096x8x40", "1024x8x80"])
+        print_attention(given.topology, given.shapes or ["4096x8x40", "1024x8x80"])
 
 
 if __name__ == "__main__":

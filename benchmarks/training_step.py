@@ -145,7 +145,7 @@ def main() -> None:
         if number == 1 and given.dtype == "float32":  # bfloat16 rounds policy and reference differently
             assert math.isclose(found["loss/total"], math.log(2), abs_tol=1e-3), "an untrained policy is the reference"
     if len(times) > 2:
-        spread = peers.spread(times[2:], 4)
+        spread = peers.summary(times[2:], 4)
         print(f"a step    {spread['median']} s ({spread['lowest']} to {spread['highest']}), "
               f"{given.pairs / spread['median']:.2f} pairs/s")  # fmt: skip
 

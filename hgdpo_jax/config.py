@@ -1,4 +1,4 @@
-"""What a run is: every setting with its meaning, read once at the start and checked before anything is computed.
+"""Every setting of a run: its meaning, type, range and default.
 
 A file under ``configs/`` is a Python function ``get_config(variant)`` that starts from :func:`default` and reads as
 its stage's paragraph of the paper. Settings are overridden on the command line (``--config.train.lr=1e-5``).
@@ -19,8 +19,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers from `low` to `high`, without an end where it is open; and `also`, a value with a meaning of
-    its own."""
+    """The finite numbers from `low` to `high`, without an end that is open; and `also`, which has its own meaning."""
 
     low: float
     high: float = math.inf
@@ -46,19 +45,6 @@ class Range:
 
 
 @dataclass(frozen=True)
-class OneOf:
-    """One of some names."""
-
-    names: tuple[str, ...]
-
-    def __contains__(self, value: Any) -> bool:
-        return value in self.names
-
-    def __str__(self) -> str:
-        return f"one of {', '.join(self.names)}"
-
-
-@dataclass(frozen=True)
 class Text:
     """Text that matches a pattern."""
 
@@ -72,6 +58,11 @@ class Text:
         return self.words
 
 
+def one_of(*names: str) -> Text:
+    """One of some names."""
+    return Text("|".join(map(re.escape, names)), f"one of {', '.join(names)}")
+
+
 @dataclass(frozen=True)
 class Flag:
     """true or false."""
@@ -83,12 +74,11 @@ class Flag:
         return "true or false"
 
 
-Allowed = Range | OneOf | Text | Flag
+Allowed = Range | Text | Flag
 
 
 class Setting(NamedTuple):
-    """A setting: dotted key, default (whose type every value has), what a value, or each of a list, may be, and what
-    it means."""
+    """A setting: dotted key, default (every value has its type), what a value, or each of a list, may be; meaning."""
 
     key: str
     default: Any
@@ -103,48 +93,48 @@ _BUCKET = Text(r"(gs://[\w.-]+(/[\w.-]+)+)?", "gs://bucket/folder, or nothing")
 _ANY, _FLAG = Text(r"[\s\S]*", "text"), Flag()
 _FOLDER = Text(r"(?!\.+$)[^/\\\[\]*?]+", "a name of a folder, without / \\ [ ] * ?")
 _RESOLUTION = Text(r"[1-9]\d*x[1-9]\d*", "HEIGHTxWIDTH in pixels, like 1024x704")
-_SAMPLER = OneOf(("ddpm", "ddim", "dpmpp_2m"))
+_SAMPLER = one_of("ddpm", "ddim", "dpmpp_2m")
 _AXIS = Range(1, also=-1)
+CHECKPOINTING = ("none", "blocks", "everything")
 
 # With the paper's values where it states them.
 SETTINGS = (
     Setting("stage", "", _FOLDER, "folder of the stage inside the workdir: stage0, stage1, …"),
     Setting("seed", 0, Range(0, 2**32 - 1), "of everything random"),
-    Setting("objective", "dpo", OneOf(("dpo", "sft")), "dpo: preference pairs; sft: noise prediction on photographs"),
+    Setting("objective", "dpo", one_of("dpo", "sft"), "dpo: preference pairs; sft: noise prediction on photographs"),
     Setting("model.base", "", _ANY, "ε_base: a diffusers folder, a .safetensors checkpoint, or owner/name@revision"),
     Setting("model.vae", "", _ANY, "folder or .safetensors of a VAE that replaces that of the base"),
     Setting("model.lora", "", _ANY, "a LoRA to go on from, of PEFT, diffusers or kohya: it is merged into the base"),
-    Setting("model.dtype", "bfloat16", OneOf(("float32", "tf32", "float16", "bfloat16")),
+    Setting("model.dtype", "bfloat16", one_of("float32", "tf32", "float16", "bfloat16"),
             "of the computation and of frozen parameters; trained ones stay float32. tf32: float32 whose products have "
             "10 bits"),
     Setting("data.photographs", "", _ANY, "photographs with captions, in one of the forms of docs/your-data.md"),
     Setting("data.pairs", "", _ANY, "preference pairs that are given, in one of the forms of docs/your-data.md"),
     Setting("data.heldout", 0.02, Range(0, 1, open_high=True),
-            "share of them that is held out where none is marked as that, at least eight"),
-    Setting("data.split", "train", OneOf(("base", "train")), "which of them to learn from"),
+            "share of the photographs that is held out, at least eight, where none is marked as held out"),
+    Setting("data.split", "train", one_of("base", "train"), "which photographs to learn from"),
     Setting("data.resolutions", ("512x512",), _RESOLUTION,
-            "height x width; a photograph goes to the one nearest to it in shape; pictures in log and report have the "
-            "first"),
+            "each photograph is cut to the one nearest to it in shape; pictures in log and report have the first"),
     Setting("data.mirror", False, _FLAG, "each photograph's mirror image is a further example"),
     Setting("data.caption_dropout", 0.0, _SHARE,
             "sft: share of captions replaced by the empty one, for guidance"),
     Setting("data.concept_dropout", 0.0, _SHARE, "sft of an adapter: share of concept images replaced by none"),
-    Setting("pairs.winner", "pool", OneOf(("pool", "sdrecon", "photograph", "given")),
+    Setting("pairs.winner", "pool", one_of("pool", "sdrecon", "photograph", "given"),
             "pool: best of it; sdrecon: best of the reconstructions; photograph: itself; given: that of data.pairs"),
     Setting("pairs.strengths", (4, 5, 6, 7), Range(1, 10),
             "sdrecon: timesteps in hundreds the photograph is noised to"),
-    Setting("pairs.loser", "pool", OneOf(("pool", "stage1", "stage2", "given", "none")),
+    Setting("pairs.loser", "pool", one_of("pool", "stage1", "stage2", "given", "none"),
             "pool: worst of it; stage1, stage2: that stage's winner; given: that of data.pairs; none: sft"),
     Setting("pairs.keep_if_winner_scores_higher", False, _FLAG, "the filter that defines the index set K"),
     Setting("pairs.pool_size", 20, _COUNT, "images per prompt; winner and loser from one pool need 2"),
     Setting("pairs.sampler", "dpmpp_2m", _SAMPLER, "that draws candidates"),
     Setting("pairs.steps", 50, _COUNT, "of the sampler"),
     Setting("pairs.guidance", 5.0, _NOT_NEGATIVE, "classifier-free; up to 1: none"),
-    Setting("pairs.negative_prompt", "", _ANY, "takes the place of the empty caption in guidance"),
+    Setting("pairs.negative_prompt", "", _ANY, "replaces the empty caption in guidance"),
     Setting("pairs.scorer", "", _ANY, "folder of a CLIPModel such as PickScore v1"),
     Setting("pairs.batch", 16, _COUNT, "images per sampling call, rounded up to the devices"),
     Setting("pairs.shard_size", 256, _COUNT, "prompts per shard"),
-    Setting("adapter.kind", "ip_adapter_plus", OneOf(("ip_adapter", "ip_adapter_plus", "face_id")),
+    Setting("adapter.kind", "ip_adapter_plus", one_of("ip_adapter", "ip_adapter_plus", "face_id"),
             "of IP-Adapter"),
     Setting("adapter.image_encoder", "", _ANY, "folder of the CLIP vision tower that the first two read images with"),
     Setting("adapter.identity", "", _ANY,
@@ -153,14 +143,14 @@ SETTINGS = (
     Setting("train.pairs", "", Text(f"|{_FOLDER.pattern}", _FOLDER.words),
             "the stage whose pairs are learnt from; empty: this one"),
     Setting("train.start", "base", _FOLDER, "base, or the stage whose policy this one starts from"),
-    Setting("train.reference", "start", OneOf(("start", "base")), "start: the policy it started from; base: ε_base"),
+    Setting("train.reference", "start", one_of("start", "base"), "start: the policy it started from; base: ε_base"),
     Setting("train.reference_cache", 0, Range(0, 1000),
-            "dpo: draws of noise of each pair, for which the reference's predictions are computed once and kept; 0: "
-            "each step draws anew"),
-    Setting("train.params", "lora", OneOf(("lora", "text_lora", "all", "adapter")),
+            "dpo: draws of noise for each pair, whose reference predictions are computed once and kept; 0: each step "
+            "draws anew"),
+    Setting("train.params", "lora", one_of("lora", "text_lora", "all", "adapter"),
             "lora and all: of the UNet; text_lora: of the text encoders; adapter: an IP-Adapter"),
-    Setting("train.blocks", "all", OneOf(("all", "up")),
-            "of the UNet that learn; up: below them the policy stays the reference, and both are computed as one"),
+    Setting("train.blocks", "all", one_of("all", "up"),
+            "of the UNet that learn; up: the other blocks stay the reference's and are computed once for both"),
     Setting("train.lora_rank", 8, _COUNT, "of LoRA"),
     Setting("train.lora_alpha", 8.0, _POSITIVE, "LoRA is scaled by alpha / rank"),
     Setting("train.beta", 5000.0, _POSITIVE, "κ = β/2 multiplies the difference of errors"),
@@ -169,13 +159,13 @@ SETTINGS = (
     Setting("train.batch", 16, _COUNT, "pairs (or photographs) per optimizer step, over all devices"),
     Setting("train.accumulate", 1, _COUNT, "microbatches the batch is split into"),
     Setting("train.lr", 1e-5, _POSITIVE, "learning rate, absolute"),
-    Setting("train.optimizer", "adamw", OneOf(("adamw", "adafactor")), "adafactor's state is far smaller"),
-    Setting("train.schedule", "constant", OneOf(("constant", "cosine")), "of the rate, after a linear warm-up"),
+    Setting("train.optimizer", "adamw", one_of("adamw", "adafactor"), "adafactor's state is far smaller"),
+    Setting("train.schedule", "constant", one_of("constant", "cosine"), "of the rate, after a linear warm-up"),
     Setting("train.warmup", 100, _NOT_NEGATIVE, "optimizer steps"),
     Setting("train.adam", (0.9, 0.999), _DECAY, "decay of AdamW's two moments"),
     Setting("train.weight_decay", 0.0, _NOT_NEGATIVE, "decoupled, times the rate"),
     Setting("train.clip_norm", 1.0, _NOT_NEGATIVE, "largest norm of a gradient; 0: no clipping"),
-    Setting("train.checkpointing", "none", OneOf(("none", "blocks", "everything")),
+    Setting("train.checkpointing", "none", one_of(*CHECKPOINTING),
             "of gradients: ever less memory, ever more time"),
     Setting("train.ema", 0.0, _DECAY,
             "decay of the averaged policy; 0: none. What is averaged is what the stage hands on"),
@@ -183,14 +173,14 @@ SETTINGS = (
     Setting("train.checkpoints", "", _BUCKET,
             "where policy and reference are kept: a folder of this run alone in a bucket; empty: the workdir"),
     Setting("train.log_every", 50, _COUNT, "steps"),
-    Setting("train.eval_every", 1000, _COUNT, "steps between looks at held-out pairs and pictures"),
+    Setting("train.eval_every", 1000, _COUNT, "steps between evaluations, with held-out pairs and pictures"),
     Setting("evaluate.scorer", "", _ANY,
-            "folder of a second CLIPModel, which chose nothing, as a judge; empty: none"),
+            "folder of a second CLIPModel, a judge that chose no pairs; empty: none"),
     Setting("evaluate.images_per_prompt", 4, _COUNT, "of each held-out caption"),
     Setting("evaluate.sampler", "dpmpp_2m", _SAMPLER, "that draws for log and report"),
     Setting("evaluate.steps", 50, _COUNT, "of the sampler"),
     Setting("evaluate.guidance", 5.0, _NOT_NEGATIVE, "classifier-free; up to 1: none"),
-    Setting("evaluate.negative_prompt", "", _ANY, "takes the place of the empty caption in guidance"),
+    Setting("evaluate.negative_prompt", "", _ANY, "replaces the empty caption in guidance"),
     Setting("evaluate.batch", 16, _COUNT, "images per sampling call, rounded up to the devices"),
     Setting("evaluate.concept_prompts", ("{subject}", "{subject} in a park", "{subject}, black and white"),
             Text(r"[\s\S]+", "text"),
@@ -202,7 +192,7 @@ SETTINGS = (
 
 
 def default() -> ConfigDict:
-    """The settings every stage shares, see :data:`SETTINGS`."""
+    """The defaults of all :data:`SETTINGS`, from which every config starts."""
     values: dict[str, Any] = {}
     for setting in SETTINGS:
         group, _, leaf = setting.key.rpartition(".")

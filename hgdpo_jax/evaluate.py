@@ -5,18 +5,42 @@ python -m hgdpo_jax.evaluate --config configs/stage3.py[:variant] --workdir W
 Every model draws the same prompts from the same seeds. What a model drew is kept in W/evaluation and not drawn again.
 """
 
+from typing import Any
+
 from hgdpo_jax.run import command
 
 
+def print_table(results: dict[str, Any]) -> None:
+    """A row for each model: what the judges say that chose nothing, then the rest; lines about people, if any."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from hgdpo_jax.results.report import measured_titles
+    from hgdpo_jax.scoring import personalised
+
+    titles = measured_titles(results["models"])
+    count, people = results["images_per_model"], results["people"]
+    table = Table("", title=f"{count} images per model for {people} held-out people, the same seeds")
+    for title in titles.values():
+        table.add_column(title, justify="right")
+    for model, row in results["models"].items():
+        table.add_row(model, *(f"{row[name]:.3f}" for name in titles))
+    console = Console(width=190)
+    console.print(table)
+    for line in personalised.lines(results.get("personalised", {})):
+        console.print(line)
+
+
 def main() -> None:
-    config, workdir = command.parse("Measures base and every stage, writes results.json and report.html.")
+    parser = command.run_parser("Measures base and every stage, writes results.json and report.html.")
+    config, given = command.parse(parser)
 
     from hgdpo_jax.devices.start import start
-    from hgdpo_jax.results.evaluation import evaluate, show
+    from hgdpo_jax.results.evaluation import evaluate
 
-    start(workdir, command.asked(config), config.model.dtype)
-    show(evaluate(config, workdir))
-    print(f"{workdir / 'results.json'}, {workdir / 'report.html'}")
+    start(given.workdir, command.as_arguments(config), config.model.dtype)
+    print_table(evaluate(config, given.workdir))
+    print(f"{given.workdir / 'results.json'}, {given.workdir / 'report.html'}")
 
 
 def cli() -> None:

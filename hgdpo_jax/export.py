@@ -1,5 +1,5 @@
-"""A run's last stage → what other programs load: a diffusers folder or a single file in LDM's layout (LoRA merged), its
-LoRA in two forms, the recipe.
+"""A run's last stage → what other programs load: a diffusers folder or one file in LDM's layout, with the LoRA merged;
+LoRA files of PEFT and kohya; the recipe.
 
 python -m hgdpo_jax.export --workdir W --out DIR [--stage stage3] [--format diffusers,peft,kohya,ldm] [--base DIR]
 """
@@ -7,7 +7,7 @@ python -m hgdpo_jax.export --workdir W --out DIR [--stage stage3] [--format diff
 import argparse
 
 from hgdpo_jax.run import command
-from hgdpo_jax.run.files import local_folder
+from hgdpo_jax.run.folder import local_folder
 
 
 def main() -> None:

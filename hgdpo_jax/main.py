@@ -5,7 +5,6 @@ python -m hgdpo_jax.main --config configs/stage1.py[:variant] --workdir W
 A run that was stopped goes on from its newest checkpoint.
 """
 
-import argparse
 import re
 
 from hgdpo_jax.run import command
@@ -26,17 +25,16 @@ def steps_to_trace(text: str) -> range:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    written = "writes a JAX trace of the steps from FIRST on and before END into W/stageN/logs"
-    options.add_argument("--profile", metavar="FIRST:END", type=steps_to_trace, default=range(0), help=written)
-    given, rest = options.parse_known_args()
-    config, workdir = command.parse("Trains one stage.", rest, [options])
+    parser = command.run_parser("Trains one stage.")
+    parser.add_argument("--profile", metavar="FIRST:END", type=steps_to_trace, default=range(0),
+                        help="writes a JAX trace of steps FIRST to END - 1 into W/stageN/logs")  # fmt: skip
+    config, given = command.parse(parser)
 
     from hgdpo_jax.devices.start import start
     from hgdpo_jax.training.loop import train
 
-    start(workdir, command.asked(config), config.model.dtype)
-    train(config, workdir, given.profile)
+    start(given.workdir, command.as_arguments(config), config.model.dtype)
+    train(config, given.workdir, given.profile)
 
 
 def cli() -> None:

@@ -10,13 +10,13 @@ from hgdpo_jax.run import command
 
 
 def main() -> None:
-    config, workdir = command.parse("Builds a stage's pair shards.")
+    config, given = command.parse(command.run_parser("Builds a stage's pair shards."))
 
     from hgdpo_jax.curriculum.build import build
     from hgdpo_jax.devices.start import start
 
-    start(workdir, command.asked(config), config.model.dtype)
-    build(config, workdir)
+    start(given.workdir, command.as_arguments(config), config.model.dtype)
+    build(config, given.workdir)
 
 
 def cli() -> None:

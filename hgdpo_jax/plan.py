@@ -8,43 +8,47 @@ See docs/plan.md.
 import argparse
 from collections.abc import Sequence
 
+from ml_collections import ConfigDict
+
+from hgdpo_jax.config import CHECKPOINTING
 from hgdpo_jax.run import command
+from hgdpo_jax.run.settings import load_config
 
-_CHECKPOINTING = ("none", "blocks", "everything")
 
-
-def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """(what was asked for, overrides of the config)."""
-    parser = argparse.ArgumentParser(
-        description="Compiles a config's step for devices that are not here and says what it needs.",
-        epilog="Any setting: --config.train.batch=8 (python -m hgdpo_jax.config lists them).",
-    )
-    parser.add_argument("--config", required=True, help="config file with its variant, configs/stage3.py:sd15")
+def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, ConfigDict, list[str]]:
+    """(arguments, validated config, its overrides)."""
+    parser = command.config_parser("Compiles a config's step for devices that are not here and says what it needs.")
     parser.add_argument("--topology", action="append", help="v5e:4x4, v5p:2x2x2, v6e:8x8, h100:8, h100:64, h200:8, "
                         "b200:8, cpu; may be given more than once; default cpu")  # fmt: skip
-    parser.add_argument("--largest", nargs="*", choices=_CHECKPOINTING, metavar="CHECKPOINTING",
+    parser.add_argument("--largest", nargs="*", choices=CHECKPOINTING, metavar="CHECKPOINTING",
                         help="also find the largest batch, with none, blocks and everything or with these")  # fmt: skip
-    parser.add_argument("--drawing", action="store_true", help="also plan what draws and decodes the pool's images")
-    parser.add_argument("--share", type=_share, default=0.4, help="of the roofline that is reached; default 0.4")
+    parser.add_argument("--drawing", action="store_true", help="also plan drawing and decoding the pool's images")
+    parser.add_argument("--share", type=_fraction, default=0.4, help="of the roofline that is reached; default 0.4")
     parser.add_argument("--json", action="store_true", help="print JSON")
     known, rest = parser.parse_known_args(arguments)
-    return known, command.overrides(rest)
+    overrides = command.overrides(rest)
+    return known, load_config(known.config, overrides), overrides
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError("above 0, up to 1")
     return float(text)
 
 
 def main() -> None:
-    asked, overrides = parse()
+    given, config, overrides = parse()
+
+    from hgdpo_jax.planning.topologies import platform_of
+
+    for name in given.topology or ():
+        platform_of(name)  # raises at once where it does not exist: the imports that follow take seconds
 
     from hgdpo_jax.devices.start import start
     from hgdpo_jax.planning.plan import plan
 
     start()
-    print(plan(asked, overrides))
+    print(plan(given, config, overrides))
 
 
 def cli() -> None:

@@ -14,13 +14,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from hgdpo_jax import config as configuration
-from hgdpo_jax.config import Range
+from hgdpo_jax.config import Range, default
 from hgdpo_jax.run import command
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import local_folder, read_lines
-from hgdpo_jax.run.folder import BLOCKS, DRAWN_STAGES, last_stage, stage_config
-from hgdpo_jax.run.shared import lock_for_all
+from hgdpo_jax.run.files import read_lines
+from hgdpo_jax.run.folder import BLOCKS, DRAWN_STAGES, last_stage, local_folder, stage_config
+
+_RANGES = {"steps": Range(1), "guidance": Range(0), "batch": Range(1)}
+_RANGES |= dict.fromkeys(("lora_weight", "concept_scale"), Range(-math.inf))
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -68,17 +69,8 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _check(given: argparse.Namespace) -> None:
-    """Raises UserError for a number out of its range."""
-    ranges = {"steps": Range(1), "guidance": Range(0), "batch": Range(1)}
-    ranges |= {"lora_weight": Range(-math.inf), "concept_scale": Range(-math.inf)}
-    for name, allowed in ranges.items():
-        if getattr(given, name) is not None and getattr(given, name) not in allowed:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)}: expects {allowed}")
-
-
-def arguments() -> argparse.Namespace:
-    """The command line, whose numbers are in their ranges."""
+def parse() -> argparse.Namespace:
+    """The command line. Raises UserError for a number out of its range."""
     parser = argparse.ArgumentParser(description="Draws images; the recipe of HG-DPO is the default for a run.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--workdir", type=local_folder, help="folder of a run")
@@ -86,19 +78,15 @@ def arguments() -> argparse.Namespace:
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="what to draw")
     text.add_argument("--prompts", type=Path, help="file with one prompt a line")
-    parser.add_argument(
-        "--negative", default="", help="what not to draw: takes the place of the empty prompt in guidance"
-    )
+    parser.add_argument("--negative", default="", help="what not to draw: it replaces the empty prompt in guidance")
     parser.add_argument("--out", required=True, type=local_folder, help="folder for the images")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of a prompt's first image, the next has S+1")
     parser.add_argument("--samples", type=int, default=1, help="images for each prompt and --seed")
     parser.add_argument("--steps", type=int, default=50, help="of DPM-Solver++")
     parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free; up to 1: none")
-    parser.add_argument("--size", help="HEIGHTxWIDTH in pixels; the run's or the checkpoint's unless given")
+    parser.add_argument("--size", type=_size, help="HEIGHTxWIDTH in pixels; the run's or the checkpoint's unless given")
     parser.add_argument("--batch", type=int, default=4, help="images that a device draws at once")
-    parser.add_argument(
-        "--lan", action="store_true", help="latent adaptive normalisation: the base's channel statistics"
-    )
+    parser.add_argument("--lan", action="store_true", help="latent adaptive normalisation: the base's statistics")
     run = parser.add_argument_group("with --workdir")
     run.add_argument("--stage", choices=DRAWN_STAGES, help="the last one that was trained unless given")
     run.add_argument("--lora-weight", type=float, help="of all LoRA; 0.5 unless given, as the paper")
@@ -113,18 +101,22 @@ def arguments() -> argparse.Namespace:
     person.add_argument("--identity", default="", help="ArcFace ONNX file that a FaceID --adapter reads with")
     person.add_argument("--concept-scale", type=float, default=1.0, help="strength of the adapter (%(default)s)")
     given = parser.parse_args()
-    _check(given)
+    for name, allowed in _RANGES.items():
+        value = getattr(given, name)
+        if value is not None and value not in allowed:
+            expected = f"{allowed}" if allowed.low == -math.inf else f"a number {allowed}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: expects {expected}")
     return given
 
 
 def main() -> None:
-    given = arguments()
+    given = parse()
     prompts = [given.prompt] if given.prompt is not None else read_prompts(given.prompts)
     seeds = all_seeds(given.seed, given.samples)
-    size = _size(given.size) if given.size else None
 
     from hgdpo_jax.devices.start import start
     from hgdpo_jax.results import images
+    from hgdpo_jax.run.locks import lock_for_all
 
     start(given.out, vars(given))
     if given.workdir:
@@ -132,16 +124,15 @@ def main() -> None:
         source = images.from_run(given.workdir, given.stage, given.lora_weight, given.blocks, text_encoder, given.base)
     else:
         source = images.from_checkpoint(given.model)
-    source = source._replace(resolution=size or source.resolution)
+    source = source._replace(resolution=given.size or source.resolution)
     if given.concept:
-        config = stage_config(given.workdir, last_stage(given.workdir)) if given.workdir else None
-        adapter = (config or configuration.default()).adapter
+        config = stage_config(given.workdir, last_stage(given.workdir)) if given.workdir else default()
         chosen = {"weights": given.adapter, "image_encoder": given.image_encoder, "identity": given.identity}
-        adapter.update({name: value for name, value in chosen.items() if value})
-        source = images.with_concept(source, given.concept, adapter, given.workdir)
-    asked = images.Settings(given.steps, given.guidance, given.batch, given.lan, given.negative, given.concept_scale)
+        config.adapter.update({name: value for name, value in chosen.items() if value})
+        source = images.with_concept(source, given.concept, config.adapter, given.workdir)
+    settings = images.Settings(given.steps, given.guidance, given.batch, given.lan, given.negative, given.concept_scale)
     with lock_for_all(given.out):
-        images.draw(source, prompts, seeds, given.out, asked)
+        images.draw(source, prompts, seeds, given.out, settings)
     print(f"{given.out}: {len(prompts) * len(seeds)} images")
 
 

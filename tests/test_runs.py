@@ -28,8 +28,8 @@ from hgdpo_jax.results.exported import (
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import write_json
 from hgdpo_jax.run.folder import stage_config
+from hgdpo_jax.run.locks import lock_for_all
 from hgdpo_jax.run.settings import validate
-from hgdpo_jax.run.shared import lock_for_all
 from hgdpo_jax.training.loop import train
 from hgdpo_jax.training.monitor import Monitor
 from hgdpo_jax.training.policy import load_trainable

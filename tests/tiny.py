@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
-from transformers import CLIPTokenizer
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax.config import ASSETS
@@ -97,8 +96,9 @@ def write_sdxl(folder: Path, unet: dict[str, Any] = TINY_XL) -> Path:
     index = {key: value for key, value in SDXL.index.items() if key != "scheduler"}
     write_json(folder / "model_index.json", index | {"scheduler": INDEX["scheduler"]})
     for name, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "portraits" / "base" / "tokenizer", pad_token=padding)
-        tokenizer.save_pretrained(folder / name)
+        shutil.copytree(ASSETS / "portraits" / "base" / "tokenizer", folder / name)
+        settings = json.loads((folder / name / "tokenizer_config.json").read_text())
+        write_json(folder / name / "tokenizer_config.json", settings | {"pad_token": padding})
     return folder
 
 
@@ -122,6 +122,38 @@ def write_photographs(folder: Path, train: int = 5, heldout: int = 2) -> Path:
         shutil.copyfile(source / line["file"], folder / line["file"])
     (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chosen))
     return folder
+
+
+def settings(folder: Path, train: int, heldout: int, **own: Any) -> list[str]:
+    """Writes the inputs of a tiny run of commands; returns its settings, as a user types them.
+
+    Args:
+        folder: which gets base, scorer and photographs.
+        train, heldout: numbers of photographs.
+        **own: settings that take the place of those here.
+    """
+    values = {
+        "model.base": write_base(folder / "base"),
+        "pairs.scorer": write_scorer(folder / "scorer"),
+        "evaluate.scorer": "",
+        "adapter.weights": "",
+        "data.photographs": write_photographs(folder / "photographs", train, heldout),
+        "data.resolutions": "32x32",
+        "pairs.pool_size": 2,
+        "pairs.steps": 2,
+        "pairs.batch": 4,
+        "pairs.shard_size": 4,
+        "evaluate.steps": 2,
+        "evaluate.batch": 4,
+        "evaluate.images_per_prompt": 1,
+        "train.batch": 4,
+        "train.steps": 1,
+        "train.warmup": 0,
+        "train.lora_rank": 2,
+        "train.log_every": 1,
+        "train.checkpoint_every": 1,
+    }
+    return [f"--config.{key}={value}" for key, value in (values | own).items()]
 
 
 def write_pairs(

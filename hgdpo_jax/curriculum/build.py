@@ -28,9 +28,9 @@ from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.faces.concepts import encoder_of
 from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import require_plain
-from hgdpo_jax.run.index import Index
-from hgdpo_jax.run.shared import first_process_first, index_of_run, lock_for_all
+from hgdpo_jax.run.folder import require_plain
+from hgdpo_jax.run.index import Index, first_process_first, index_of_run
+from hgdpo_jax.run.locks import lock_for_all
 from hgdpo_jax.scoring.preference import Scorer
 
 _COUNTED = 5000  # captions, at least, whose tokens are counted at the start
@@ -153,7 +153,7 @@ class _Builder:
         silent = not processes.is_first()
         with ThreadPoolExecutor(1) as reader:
             bar = tqdm(begins, desc=f"{self.config.stage} pairs", unit="group", disable=silent)
-            parts = one_ahead(lambda at: self._read(*at, reader), bar)
+            parts = one_ahead(lambda at: self._read(at[0], at[1], reader), bar)
             for part, finish in one_ahead(self._begin, parts):
                 if finish:
                     finish()

@@ -11,15 +11,15 @@ import jax
 
 from hgdpo_jax.devices.processor import collect_rarely
 from hgdpo_jax.devices.xla import cpuinfo, use_precision, xla_flags
-from hgdpo_jax.run import command, processes
+from hgdpo_jax.run import lifecycle, processes
 
 
 def start(folder: Path | None = None, asked: Mapping[str, Any] | None = None, dtype: str | None = None) -> None:
-    """Joins the other processes of a run, see :func:`hgdpo_jax.run.processes.start`, and turns on the persistent
+    """Joins the other processes of a run, see :func:`hgdpo_jax.run.lifecycle.start`, and turns on the persistent
     compilation cache.
 
     Args:
-        folder, asked: see :func:`hgdpo_jax.run.command.require_same_command`, which is called where they are given.
+        folder, asked: see :func:`hgdpo_jax.run.processes.require_same_command`, which is called where they are given.
         dtype: see :func:`hgdpo_jax.devices.xla.use_precision`, likewise.
 
     Raises:
@@ -27,10 +27,10 @@ def start(folder: Path | None = None, asked: Mapping[str, Any] | None = None, dt
     """
     collect_rarely()
     os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""), cpuinfo())
-    processes.start()
+    lifecycle.start()
     _use_cache()
     if folder is not None:
-        command.require_same_command(folder, asked or {})
+        processes.require_same_command(folder, asked or {})
     if dtype is not None:
         use_precision(dtype)
 

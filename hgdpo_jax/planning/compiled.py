@@ -1,4 +1,4 @@
-"""What a compiler makes of a program; what it made once is kept."""
+"""What a compiler makes of a program; the figures are kept, so that it compiles each program once."""
 
 import json
 import os
@@ -7,18 +7,20 @@ import sys
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
 
-from hgdpo_jax.planning import hlo, topologies
+from hgdpo_jax.planning import hlo, topologies, traffic
 from hgdpo_jax.planning.topologies import Topology
 from hgdpo_jax.run.files import file_hash, json_hash, write_json
 
 _CODE = 1_288_490_188  # bytes of a TPU's program: 0.3 to 1.2 GiB of every step that was compiled to its end
 _PLACED = "after_optimizations-buffer-assignment.txt"
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*)$", re.MULTILINE)
+_KINDS = ("parameter", "preallocated-temp", "maybe-live-out")  # of an allocation, which may say more than one
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,14 @@ class Compiled:
     """What the compiler made of a program, for one device. Sizes in bytes.
 
     Attributes:
-        refused: what the compiler says where it finds no room; everything else is then 0.
+        refused: the compiler's words where it finds no room; everything else is then 0.
         arguments, outputs, temporaries: in memory, padded as the device needs it; outputs without those that take the
             place of arguments.
         code: what is left for the program itself on a TPU.
         traffic: read from and written to memory.
-        collectives: kind → count, bytes, sent; see :class:`hgdpo_jax.planning.hlo.Collective`.
-        loops: how many there are of which nobody knows how often they run, so that they count once.
-        seconds: that this took.
+        collectives: kind → count, bytes, sent; see :class:`hgdpo_jax.planning.traffic.Collective`.
+        loops: number of loops that count once, since nobody knows how often they run.
+        seconds: that compiling took.
     """
 
     refused: str = ""
@@ -47,47 +49,35 @@ class Compiled:
     seconds: float = 0.0
 
 
-def compiled(lowered: jax.stages.Lowered, topology: Topology, trips: int = 1) -> Compiled:
-    """What comes of a program, unless that is known from before.
+def compile_for(lowered: jax.stages.Lowered, topology: Topology, trips: int = 1) -> Compiled:
+    """Compiles a program, unless its figures were kept.
 
     The compiler is left once each value has its place in memory: next are the kernels' instructions, which take most
-    of its time and nothing here counts. It goes on in a thread, and writes to a folder in `tempfile.gettempdir()`; who
-    does not want that ends the process and removes the folder.
+    of its time and nothing here counts. It goes on in a thread, and writes to a folder in `tempfile.gettempdir()`; a
+    caller who does not want that ends the process and removes the folder.
 
     Args:
         lowered: for the topology's devices.
         topology: see there.
         trips: of loops whose number of turns is an argument of the program.
     """
-    counting = [file_hash(Path(module)) for module in (__file__, hlo.__file__, topologies.__file__)]
+    code = [file_hash(Path(module)) for module in (__file__, hlo.__file__, topologies.__file__, traffic.__file__)]
     about = [topology.name, topology.compiler, topology.options, jax.__version__, trips]
     flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    folder = _folder()
-    path = folder and folder / f"{json_hash([lowered.as_text(), about, flags, counting])}.json"
+    path = None
+    with suppress(RuntimeError):  # there is no home
+        key = json_hash([lowered.as_text(), about, flags, code])
+        path = Path.home() / ".cache" / "hgdpo_jax" / "planned" / f"{key}.json"
     if path and path.is_file():
         return Compiled(**json.loads(path.read_text()))
     found = _compile(lowered, topology, trips)
-    if path:
-        try:
-            write_json(path, asdict(found))
-        except OSError as error:
-            _not_kept(error)
-    return found
-
-
-def _folder() -> Path | None:
-    """Where figures are kept; None where there is no place for them."""
     try:
-        folder = Path.home() / ".cache" / "hgdpo_jax" / "planned"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # the latter where there is no home
-        _not_kept(error)
-        return None
-    return folder
-
-
-def _not_kept(error: Exception) -> None:
-    print(f"figures are not kept, the same step will be compiled again: {error}", file=sys.stderr)
+        if path is None:
+            raise OSError("there is no home folder")
+        write_json(path, asdict(found))
+    except OSError as error:
+        print(f"figures are not kept, the same step will be compiled again: {error}", file=sys.stderr)
+    return found
 
 
 def _compile(lowered: jax.stages.Lowered, topology: Topology, trips: int) -> Compiled:
@@ -98,13 +88,20 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology, trips: int) -> Com
     if not placed:
         return Compiled(refused=str(running.exception()).splitlines()[0], seconds=time.perf_counter() - begin)
     text = placed.with_name(placed.name.replace("-buffer-assignment", "")).read_text()
-    counted = hlo.HloModule(text, trips, len(topology.devices))
+    module = hlo.HloModule(text, trips, len(topology.devices))
+    sizes = dict.fromkeys(_KINDS, 0)
+    for size, about in _ALLOCATION.findall(placed.read_text()):
+        kind = next((kind for kind in _KINDS if kind in about), None)
+        if kind:
+            sizes[kind] += int(size)
     return Compiled(
-        **_sizes(placed),
+        arguments=sizes["parameter"],
+        outputs=sizes["maybe-live-out"],
+        temporaries=sizes["preallocated-temp"],
         code=_CODE if topology.chip.platform == "tpu" else 0,
-        traffic=counted.traffic(),
-        collectives={kind: found._asdict() for kind, found in counted.collectives().items()},
-        loops=len(counted.unknown) if trips == 1 else 0,
+        traffic=traffic.memory_traffic(module),
+        collectives={kind: asdict(found) for kind, found in traffic.collectives(module).items()},
+        loops=len(module.unknown) if trips == 1 else 0,
         seconds=time.perf_counter() - begin,
     )
 
@@ -126,14 +123,3 @@ def _placed(folder: Path, running: Future[jax.stages.Compiled]) -> Path | None:
                 return None
             raise error or FileNotFoundError(f"{folder}: the compiler has not written down what lies where")
         time.sleep(0.1)
-
-
-def _sizes(placed: Path) -> dict[str, int]:
-    """Bytes of `arguments`, `outputs` and `temporaries`."""
-    kinds = {"parameter": "arguments", "preallocated-temp": "temporaries", "maybe-live-out": "outputs"}
-    sizes = dict.fromkeys(kinds.values(), 0)
-    for size, about in _ALLOCATION.findall(placed.read_text()):
-        kind = next((kinds[word] for word in kinds if word in about), "")
-        if kind:
-            sizes[kind] += int(size)
-    return sizes

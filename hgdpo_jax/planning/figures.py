@@ -1,4 +1,4 @@
-"""What a compiled program needs of each device: memory, and time at least."""
+"""What a compiled program needs of each device: memory, and the least time."""
 
 import math
 import os
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from hgdpo_jax.planning.compiled import Compiled, compiled
+from hgdpo_jax.planning.compiled import Compiled, compile_for
 from hgdpo_jax.planning.program import Program
 from hgdpo_jax.planning.topologies import Chip, Topology
 from hgdpo_jax.run.errors import UserError
 
-# Of a GPU's memory JAX takes this part, unless one of these says otherwise; the second is the first's former name.
+# JAX takes this part of a GPU's memory unless a variable says otherwise; the second is the first's former name.
 _JAX_TAKES, _FRACTIONS = 0.75, ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
@@ -26,10 +26,10 @@ class Plan:
         examples: pairs, photographs or images that all devices compute together.
         held, beside: see :class:`hgdpo_jax.planning.program.Program`.
         compiled: see :class:`hgdpo_jax.planning.compiled.Compiled`.
-        memory: that a program may fill.
-        operations: floating-point ones.
-        seconds: that each resource needs at least: arithmetic, memory, interconnect.
-        peaks: of the same, operations or bytes a second, 0 where that is not known.
+        memory: bytes that a program may fill.
+        operations: floating-point operations.
+        seconds: resource → least time that it takes: arithmetic, memory, interconnect.
+        peaks: resource → operations or bytes a second, 0 where that is not known.
         source: of the peaks.
     """
 
@@ -48,10 +48,9 @@ class Plan:
 
     @property
     def total(self) -> float:
-        """Bytes in memory while the program runs."""
+        """Bytes in memory while the program runs; infinite where the compiler refused it."""
         made = self.compiled
-        needed = made.arguments + made.outputs + made.temporaries + made.code + self.beside
-        return math.inf if made.refused else needed
+        return math.inf if made.refused else made.arguments + made.outputs + made.temporaries + made.code + self.beside
 
     @property
     def fits(self) -> bool:
@@ -74,10 +73,8 @@ class Plan:
 
 
 class Largest(NamedTuple):
-    """The most examples a device that fit with one way of checkpointing; 0, and no plan, where a single one does not.
-
-    `batch` is that of all devices.
-    """
+    """The most examples that fit on each device with one way of checkpointing, and the batch of all devices; 0, and no
+    plan, where not even one fits."""
 
     checkpointing: str
     each: int
@@ -85,7 +82,7 @@ class Largest(NamedTuple):
     plan: Plan | None
 
 
-def plan(program: Program, topology: Topology, mesh: Mesh, dtype: str, examples: int, trips: int = 1) -> Plan:
+def plan_program(program: Program, topology: Topology, mesh: Mesh, dtype: str, examples: int, trips: int = 1) -> Plan:
     """Compiles a program, unless the same one was compiled for the same topology before, and counts what it needs.
 
     Args:
@@ -96,7 +93,7 @@ def plan(program: Program, topology: Topology, mesh: Mesh, dtype: str, examples:
         examples: that it computes at a time.
         trips: of its loops whose number of turns is an argument.
     """
-    chip, made = topology.chip, compiled(program.lowered, topology, trips)
+    chip, made = topology.chip, compile_for(program.lowered, topology, trips)
     convolutions, products = program.operations
     count = convolutions / (mesh.shape["data"] * mesh.shape["fsdp"]) + products / mesh.size
     sent = sum(each["sent"] for each in (made.collectives or {}).values())
@@ -130,13 +127,14 @@ def _room(chip: Chip) -> float:
 
 
 def largest(at: Callable[[int], Plan]) -> tuple[int, Plan | None]:
-    """The most examples a device that fit, to five in a hundred, and their plan; (0, None) where a single one does not.
+    """The most examples that fit on each device, to five in a hundred, and their plan; (0, None) where not even one
+    fits.
 
-    What two programs need is extended in a straight line to what there is room for, and a third one tells whether that
-    is right; while it is not, the line goes through the last.
+    A straight line through what two programs need says how many there is room for, and a third program tells whether
+    that is right; while it is not, the line goes through the last one.
 
     Args:
-        at: the plan for a number of examples a device.
+        at: the plan for a number of examples on each device.
     """
     first, second = at(1), at(2)
     if not first.fits:

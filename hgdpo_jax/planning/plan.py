@@ -5,12 +5,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from hgdpo_jax.config import CHECKPOINTING
 from hgdpo_jax.devices.mesh import make_mesh
 from hgdpo_jax.devices.xla import use_precision
 from hgdpo_jax.diffusion.source import Source
@@ -21,29 +23,29 @@ from hgdpo_jax.planning.topologies import Topology
 from hgdpo_jax.run.settings import load_config
 
 T = TypeVar("T")
-CHECKPOINTING = ("none", "blocks", "everything")
 
 
-def of_step(spec: str, overrides: Sequence[str], name: str) -> Plan:
+def plan_step(spec: str, overrides: Sequence[str], name: str) -> Plan:
     """The plan of a config's optimizer step on a topology."""
-    config, source, topology, mesh = _about(spec, overrides, name)
-    return figures.plan(program.step(config, source, mesh), topology, mesh, config.model.dtype, config.train.batch)
+    config, source, topology, mesh = _open(spec, overrides, name)
+    step = program.step(config, source, mesh)
+    return figures.plan_program(step, topology, mesh, config.model.dtype, config.train.batch)
 
 
-def of_drawing(spec: str, overrides: Sequence[str], name: str) -> tuple[Plan, Plan]:
+def plan_drawing(spec: str, overrides: Sequence[str], name: str) -> tuple[Plan, Plan]:
     """The plans of drawing a batch of the pool's images, and of decoding it."""
-    config, source, topology, mesh = _about(spec, overrides, name)
-    ways, steps = mesh.shape["data"] * mesh.shape["fsdp"], config.pairs.steps
+    config, source, topology, mesh = _open(spec, overrides, name)
+    ways, steps, dtype = mesh.shape["data"] * mesh.shape["fsdp"], config.pairs.steps, config.model.dtype
     examples = -(-config.pairs.batch // ways) * ways
     draw, decode = program.drawing(config, source, mesh)
-    vae = "float32" if config.model.dtype == "float32" else "tf32"  # see runtime.use_precision
+    vae = "float32" if dtype == "float32" else "tf32"  # see hgdpo_jax.devices.xla.use_precision
     return (
-        figures.plan(draw, topology, mesh, config.model.dtype, examples, steps),
-        figures.plan(decode, topology, mesh, vae, examples),
+        figures.plan_program(draw, topology, mesh, dtype, examples, steps),
+        figures.plan_program(decode, topology, mesh, vae, examples),
     )
 
 
-def largest(spec: str, overrides: Sequence[str], topology: Topology, kept: str, bar: tqdm) -> Largest:
+def plan_largest(spec: str, overrides: Sequence[str], topology: Topology, kept: str, bar: tqdm) -> Largest:
     """The largest batch with one way of checkpointing; each program that is tried is one of the bar's."""
     config = load_config(spec, overrides)
     mesh = make_mesh(config.mesh, topology.devices)
@@ -51,20 +53,20 @@ def largest(spec: str, overrides: Sequence[str], topology: Topology, kept: str, 
 
     def at(count: int) -> Plan:
         changed = [*overrides, f"train.batch={count * ways}", f"train.checkpointing={kept}"]
-        return _shown(bar, of_step, spec, changed, topology.name)
+        return _in_subprocess(bar, plan_step, spec, changed, topology.name)
 
     count, plan = figures.largest(at)
     return Largest(kept, count * config.train.accumulate, count * ways, plan)
 
 
-def _shown(bar: tqdm, make: Callable[..., T], spec: str, overrides: Sequence[str], name: str) -> T:
+def _in_subprocess(bar: tqdm, make: Callable[..., T], spec: str, overrides: Sequence[str], name: str) -> T:
     bar.set_description(" ".join([name, *overrides[-2:]]))
     made = in_subprocess(make, spec, overrides, name)
     bar.update()
     return made
 
 
-def _about(spec: str, overrides: Sequence[str], name: str) -> tuple[ConfigDict, Source, Topology, Mesh]:
+def _open(spec: str, overrides: Sequence[str], name: str) -> tuple[ConfigDict, Source, Topology, Mesh]:
     topologies.prepare_compilers([name])
     config = load_config(spec, overrides)
     use_precision(config.model.dtype)
@@ -74,33 +76,32 @@ def _about(spec: str, overrides: Sequence[str], name: str) -> tuple[ConfigDict, 
 
 def _source(spec: str, config: ConfigDict) -> Source:
     variant = re.search(r":(\w+)$", spec)
-    return program.source_of(config, variant[1] if variant else "")
+    return program.open_architecture(config, variant[1] if variant else "")
 
 
-def plan(asked: argparse.Namespace, overrides: Sequence[str]) -> str:
+def plan(given: argparse.Namespace, config: ConfigDict, overrides: Sequence[str]) -> str:
     """What a config's step needs on some topologies, as a table or as JSON.
 
     Args:
-        asked: see :mod:`hgdpo_jax.plan`.
-        overrides: of the config.
+        given: arguments of :mod:`hgdpo_jax.plan`.
+        config, overrides: of `given.config`, and what it was changed by.
 
     Raises:
         UserError: a topology that does not exist, or whose compiler is not installed; a config that does not fit it.
     """
-    config = load_config(asked.config, overrides)
-    names = asked.topology or ["cpu"]
+    spec, names = given.config, given.topology or ["cpu"]
     topologies.prepare_compilers(names)
-    source, described = _source(asked.config, config), [topologies.describe_topology(name) for name in names]
-    modes = () if asked.largest is None else asked.largest or CHECKPOINTING
+    source, described = _source(spec, config), [topologies.describe_topology(name) for name in names]
+    modes = () if given.largest is None else given.largest or CHECKPOINTING
     with tqdm(unit="program", leave=False, disable=None) as bar:
-        make = partial(_shown, bar)
-        plans = [make(of_step, asked.config, overrides, name) for name in names]
-        found = [[largest(asked.config, overrides, one, kept, bar) for kept in modes] for one in described]
-        drawings = [make(of_drawing, asked.config, overrides, name) for name in names] if asked.drawing else []
-    if asked.json:
-        each = zip(plans, found, drawings or [None] * len(plans), strict=True)
-        return json.dumps([_json(config, asked.share, *one) for one in each], indent=2)
-    return table.describe(config, source, plans, found, drawings, asked.share)
+        make = partial(_in_subprocess, bar)
+        plans = [make(plan_step, spec, overrides, name) for name in names]
+        found = [[plan_largest(spec, overrides, one, kept, bar) for kept in modes] for one in described]
+        drawings = [make(plan_drawing, spec, overrides, name) for name in names] if given.drawing else []
+    if given.json:
+        each = zip_longest(plans, found, drawings)
+        return json.dumps([_json(config, given.share, *one) for one in each], indent=2)
+    return table.describe(config, source.name, plans, found, drawings, given.share)
 
 
 def _json(
@@ -111,5 +112,5 @@ def _json(
     result["largest"] = [each._asdict() | {"plan": each.plan and each.plan.to_json()} for each in found]
     if drawing:
         result |= {"drawing": drawing[0].to_json(), "decoding": drawing[1].to_json()}
-        result["images_per_second"] = table.images(drawing, share)
+        result["images_per_second"] = table.images_per_second(drawing, share)
     return result

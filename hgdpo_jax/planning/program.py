@@ -1,4 +1,4 @@
-"""The programs of a config on described devices: shapes and shardings in place of weights and pairs."""
+"""The programs of a config on described devices, with shapes and shardings in place of weights and pairs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
@@ -31,17 +32,18 @@ from hgdpo_jax.training.inputs import loss_of
 from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
 from hgdpo_jax.training.policy import add_fresh_lora, configure_unet, parameter_dtypes
 
-_VIT_H = {"hidden_size": 1280, "image_size": 224, "patch_size": 14, "projection_dim": 1024}  # that published ones read
+# The image encoder of the published adapters.
+_VIT_H = {"hidden_size": 1280, "image_size": 224, "patch_size": 14, "projection_dim": 1024}
 
 
 class Program(NamedTuple):
     """A program that is ready to be compiled.
 
     Attributes:
-        lowered: of which every argument has its place.
-        operations: floating-point ones of all devices together, (convolutions, products).
-        held: bytes that lie on a device throughout, by what they are.
-        beside: those of them that are no arguments of the program.
+        lowered: each of its arguments has its place.
+        operations: floating-point operations of all devices together, (convolutions, products).
+        held: name → bytes that lie on a device throughout.
+        beside: bytes of `held` that are no arguments of the program.
     """
 
     lowered: jax.stages.Lowered
@@ -50,8 +52,8 @@ class Program(NamedTuple):
     beside: int
 
 
-def source_of(config: ConfigDict, variant: str) -> Source:
-    """ε_base of a config, of which no weight is read; without one the architecture that the variant is for.
+def open_architecture(config: ConfigDict, variant: str) -> Source:
+    """ε_base of a config, whose weights are not read; without one the architecture that the variant is for.
 
     Raises:
         UserError: there is neither, or ε_base cannot be opened.
@@ -67,7 +69,7 @@ def pipeline_of(config: ConfigDict, source: Source, mesh: Mesh) -> Pipeline:
     pipeline = pipelines.of_shapes(source, config.model.dtype, parameter_dtypes(config))
     configure_unet(pipeline.unet, config, mesh)
     add_fresh_lora(pipeline, config)
-    for network in pipeline.networks.values():  # which has values now, that no described device can take
+    for network in pipeline.networks.values():  # LoRA has values, which no described device can take
         nnx.update(network, jax.eval_shape(nnx.state, network))
     if config.train.params == "adapter":
         concept = concept_shape(config)
@@ -78,13 +80,12 @@ def pipeline_of(config: ConfigDict, source: Source, mesh: Mesh) -> Pipeline:
 
 
 def concept_shape(config: ConfigDict) -> tuple[int, int]:
-    """(m, f) of what an adapter reads of an image; without an encoder that of CLIP ViT-H/14."""
+    """Tokens and features (m, f) that an adapter reads of an image; without an encoder those of CLIP ViT-H/14."""
     settings = config.adapter
     if settings.kind == "face_id":
         return encoder_of(config).nothing.shape[1:]
-    about = _VIT_H
-    if settings.image_encoder:
-        about = ip_adapter.image_encoder_config(Path(settings.image_encoder))
+    folder = settings.image_encoder
+    about = ip_adapter.image_encoder_config(Path(folder)) if folder else _VIT_H
     if settings.kind == "ip_adapter":
         return 1, about["projection_dim"]
     return (about["image_size"] // about["patch_size"]) ** 2 + 1, about["hidden_size"]
@@ -119,7 +120,7 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
     arguments = (state, reference, frozen, batch, numbers_of(config, 0))
 
     def trace(*arguments: Any) -> jax.stages.Traced:
-        return steps.make_step(loss, tx, settings.accumulate, placed).trace(*arguments)
+        return steps.make_step(loss, tx, settings.accumulate, placed).trace(*arguments)  # type: ignore[attr-defined]  # of jax.jit
 
     # The pipeline keeps the policy that it was loaded with; where it is the reference, that is all of it.
     kept = config.objective != "dpo" or (settings.start != "base" and settings.reference != "base")
@@ -136,7 +137,7 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
 
 
 def drawing(config: ConfigDict, source: Source, mesh: Mesh) -> tuple[Program, Program]:
-    """What draws a batch of the pool's images from noise, as `pairs` says, and what decodes it."""
+    """The programs that draw a batch of the pool's images from noise, as `pairs` says, and decode it."""
     pipeline, pairs = pipeline_of(config, source, mesh), config.pairs
     resolution = max(configuration.resolutions(config).values(), key=np.prod)
 
@@ -154,13 +155,8 @@ def drawing(config: ConfigDict, source: Source, mesh: Mesh) -> tuple[Program, Pr
 
 
 def counted(trace: Callable[..., jax.stages.Traced], *arguments: Any, trips: int = 1) -> tuple[float, float]:
-    """Operations of a program that is traced here, (convolutions, products), whatever kernel its attention has.
-
-    Args:
-        trace: makes the program anew.
-        *arguments: of `trace`.
-        trips: see :func:`hgdpo_jax.training.cost.operations`.
-    """
+    """Operations (convolutions, products) of the program that `trace(*arguments)` traces, whatever kernel its attention
+    has; `trips` as in :func:`hgdpo_jax.training.cost.operations`."""
     with _plain_attention():
         jaxpr = trace(*arguments).jaxpr
     return operations(jaxpr, ("conv_general_dilated",), trips), operations(jaxpr, ("dot_general",), trips)
@@ -168,8 +164,7 @@ def counted(trace: Callable[..., jax.stages.Traced], *arguments: Any, trips: int
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Inside, attention is two products: what a kernel computes cannot be seen, and what it computes again is not
-    counted."""
+    """Inside, attention is two products: what a kernel computes cannot be counted, nor what it computes again."""
     kept = attend.kernel
     attend.kernel = lambda *_: attend.xla
     try:
@@ -179,15 +174,15 @@ def _plain_attention() -> Iterator[None]:
 
 
 def _placed(tree: Any, mesh: Mesh) -> Any:
-    """Shapes with the shardings of the table; of arrays too, which nobody can put on devices that are not here."""
+    """Shapes, of arrays too, with the shardings of the table: arrays cannot lie on devices that are not here."""
     shapes = jax.eval_shape(lambda tree: tree, tree)
     return place(shapes, tree_shardings(shapes, mesh))
 
 
-def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=batch_sharding(mesh))
 
 
 def size(tree: Any) -> int:
-    """Bytes of a device's part of some placed shapes."""
+    """Bytes of one device's part of some placed shapes."""
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))

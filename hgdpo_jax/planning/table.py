@@ -8,36 +8,43 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax.diffusion.source import Source
 from hgdpo_jax.planning.figures import Largest, Plan
 
 _GIB = 2**30
 
 
 def hours(plan: Plan, share: float, config: ConfigDict) -> float:
-    """Of the config's steps, where a share of the roofline is reached."""
+    """Hours of the config's steps, where a share of the roofline is reached."""
     return config.train.steps * plan.examples / plan.rate(share) / 3600
 
 
-def images(drawing: tuple[Plan, Plan], share: float) -> float:
-    """Drawn and decoded a second."""
+def images_per_second(drawing: tuple[Plan, Plan], share: float) -> float:
+    """Images drawn and decoded a second, where a share of the roofline is reached."""
     return 1 / sum(1 / plan.rate(share) for plan in drawing)
 
 
 def describe(
     config: ConfigDict,
-    source: Source,
+    base: str,
     plans: Sequence[Plan],
     found: Sequence[Sequence[Largest]],
     drawings: Sequence[tuple[Plan, Plan]],
     share: float,
 ) -> str:
-    """The table: a column for each topology."""
+    """The table: a column for each topology.
+
+    Args:
+        config, base: what was planned, and the name of its ε_base.
+        plans: of the step, one for each topology.
+        found: the largest batches on each topology.
+        drawings: (drawing, decoding) on each topology, if they were planned.
+        share: of the roofline that is reached.
+    """
     train = config.train
     unit = "pairs" if config.objective == "dpo" else "photographs"
     sizes = configuration.resolutions(config)
     largest = max(sizes, key=lambda name: math.prod(sizes[name]))  # which the step was compiled for
-    about = f"{config.stage}: {source.name}, {train.batch} {unit} a step of {largest}, "
+    about = f"{config.stage}: {base}, {train.batch} {unit} a step of {largest}, "
     about += f"{config.model.dtype}, trains {train.params}, checkpointing {train.checkpointing}; of each device:"
     rows: list[tuple[str, list[str]]] = [
         ("", [f"{plan.devices} x {plan.topology.partition(':')[0]}" for plan in plans])
@@ -71,7 +78,9 @@ def describe(
         rows.append((f"{name}{count}", [_occupied(plan) for plan in some]))
         rows.append(("takes", [f"{_milliseconds(plan.seconds[plan.bound])} ({plan.bound})" for plan in some]))
     if drawings:
-        rows.append((f"images a second at {share:.0%}", [_number(images(drawing, share)) for drawing in drawings]))
+        rows.append(
+            (f"images a second at {share:.0%}", [_number(images_per_second(drawing, share)) for drawing in drawings])
+        )
     lines = [about, *_aligned(rows)]
     limits: dict[str, list[str]] = {}
     for plan in plans:

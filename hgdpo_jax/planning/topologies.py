@@ -125,7 +125,7 @@ def prepare_compilers(names: Sequence[str]) -> None:
     Raises:
         UserError: there is no such topology, or a compiler is not installed.
     """
-    kinds = {name: _kind(name) for name in names}
+    kinds = {name: platform_of(name) for name in names}
     for name, platform in kinds.items():
         if platform != "cpu" and not _package(platform):
             extra = {"tpu": "plan-tpu", "cuda": "plan-gpu"}[platform]
@@ -149,8 +149,8 @@ def prepare_compilers(names: Sequence[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
 
 
-def _kind(name: str) -> str:
-    """The platform of a topology. Raises UserError where there is no such one."""
+def platform_of(name: str) -> str:
+    """The platform of a topology. Raises UserError where there is no such topology."""
     chip, colon, shape = name.partition(":")
     platform = "cpu" if chip == "cpu" else CHIPS[chip].platform if chip in CHIPS else ""
     good = platform and (not colon or re.fullmatch(_SHAPES[platform], shape))
@@ -161,12 +161,12 @@ def _kind(name: str) -> str:
 
 
 def describe_topology(name: str) -> Topology:
-    """The devices of a topology, see :func:`prepare`.
+    """The devices of a topology, after :func:`prepare_compilers`.
 
     Raises:
         UserError: there is no such topology, or its compiler knows none of this shape.
     """
-    platform = _kind(name)
+    platform = platform_of(name)
     kind, _, shape = name.partition(":")
     if platform == "cpu":
         count = int(shape or 1)

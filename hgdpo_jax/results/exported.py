@@ -3,11 +3,11 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from flax import nnx
 from ml_collections import ConfigDict
 
 from hgdpo_jax import __version__
@@ -25,7 +25,15 @@ from hgdpo_jax.results import model_card
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import atomic_path, write_json
-from hgdpo_jax.run.folder import CURRICULUM, PERSONALISE, TEXT_ENCODER, blocks_of, last_stage, stage_config
+from hgdpo_jax.run.folder import (
+    CURRICULUM,
+    PERSONALISE,
+    TEXT_ENCODER,
+    blocks_of,
+    last_stage,
+    stage_config,
+    was_started,
+)
 from hgdpo_jax.run.locks import lock
 from hgdpo_jax.training.checkpoints import tree_hash
 from hgdpo_jax.training.finished import PAIRS, find_base, finished_policy, made_from
@@ -42,6 +50,23 @@ KOHYA_RECIPE_FILE = "kohya_recipe_lora.safetensors"
 CHECKPOINT_FILE = "checkpoint.safetensors"
 ADAPTER_FILE = "ip_adapter.safetensors"
 RECIPE, RECIPE_FILE = configuration.ASSETS / "diffusers_recipe.py", "hgdpo_recipe.py"
+
+
+class Contents(NamedTuple):
+    """What is exported.
+
+    Attributes:
+        pipeline: with float32 parameters of all stages in `configs`.
+        stage: whose policy the merged models get.
+        configs, policies: of each stage that is written, `stage` last.
+        formats: some of FORMATS.
+    """
+
+    pipeline: pipelines.Pipeline
+    stage: str
+    configs: Mapping[str, ConfigDict]
+    policies: Mapping[str, Any]
+    formats: Sequence[str]
 
 
 def export(
@@ -63,27 +88,28 @@ def export(
         if name not in FORMATS:
             raise UserError(f"--format {name}: unknown; choose from {','.join(FORMATS)}")
     stage = stage or last_stage(workdir)
-    config, text = stage_config(workdir, stage), TEXT_ENCODER
+    config = stage_config(workdir, stage)
     formats = formats or (_OF_ALL if config.train.params == "all" else _OF_LORA)
-    configs = {stage: config}  # of what is written; the stage's own last: its policy is what the folder gets
-    normal = CURRICULUM["normal"]
-    if config.train.params == "lora" and config.train.start == normal:
-        configs = {normal: config} | configs
-    beside = [name for name in (text, PERSONALISE) if (workdir / name / "config.json").is_file()]
-    configs = {name: stage_config(workdir, name) for name in beside} | configs
     if config.train.params == "all" and not {*_OF_ALL} & {*formats}:
         raise UserError(f"--format {','.join(formats)}: {stage} trained all parameters and has no LoRA; add diffusers "
                         "or ldm")  # fmt: skip
+    beside = [name for name in (TEXT_ENCODER, PERSONALISE) if was_started(workdir, name)]
+    configs = {name: stage_config(workdir, name) for name in beside}
+    normal = CURRICULUM["normal"]
+    if config.train.params == "lora" and config.train.start == normal:
+        configs[normal] = config
+    configs.pop(stage, None)
+    configs[stage] = config  # last: its policy is what the folder gets
     config.model.dtype = "float32"  # what is merged into is kept in full precision
     use_precision(config.model.dtype)
     content = find_base(workdir, config, base)
     pipeline = load_trainable(config, local_mesh(), *(configs[name] for name in beside if name != stage))
-    trained = {name: finished_policy(workdir, name, policy_of(pipeline, c), c) for name, c in configs.items()}
+    policies = {name: finished_policy(workdir, name, policy_of(pipeline, c), c) for name, c in configs.items()}
     pairs = made_from(workdir, stage)[PAIRS]
-    origin = {
+    origin: dict[str, Any] = {
         "version": __version__,
         "stage": stage,
-        "policies": {name: tree_hash(policy) for name, policy in trained.items()},
+        "policies": {name: tree_hash(policy) for name, policy in policies.items()},
         "base": content,
         "formats": [name for name in FORMATS if name in formats],
     }
@@ -97,59 +123,45 @@ def export(
         raise UserError(f"{out}: holds something else; choose another --out")
     with lock(out), atomic_path(out) as partial:
         partial.mkdir()
-        written = _write(pipeline, partial, stage, configs, trained, formats, origin, pairs)
+        written = _write(Contents(pipeline, stage, configs, policies, formats), partial)
+        card = model_card.text(pipeline, config, policy=origin["policies"][stage], pairs=pairs, files=written)
+        (partial / "README.md").write_text(card)
+        write_json(partial / "hgdpo.json", origin)
     print(f"{out}: {stage} as {', '.join(written)}")
 
 
-def _write(
-    pipeline: pipelines.Pipeline,
-    folder: Path,
-    stage: str,
-    configs: Mapping[str, ConfigDict],
-    trained: Mapping[str, Any],
-    formats: Sequence[str],
-    origin: Mapping[str, Any],
-    pairs: str,
-) -> list[str]:
-    """Writes policies, model, recipe, card and origin into an empty folder; returns what it wrote.
-
-    Args:
-        pipeline: with the parameters of all stages in `configs`, float32.
-        folder: to write into.
-        stage, formats: see :func:`export`.
-        configs, trained: of each stage that is written, the exported one last.
-        origin: what hgdpo.json says.
-        pairs: hash of those that the stage learnt from.
-    """
-    config, text, written = configs[stage], TEXT_ENCODER, []
-    lora_files = {name: {"peft": PEFT_NORMAL_FILE} for name in trained} | {
+def _write(contents: Contents, folder: Path) -> list[str]:
+    """Writes policies, models and the recipe into an empty folder; returns what it wrote."""
+    pipeline, stage, formats = contents.pipeline, contents.stage, contents.formats
+    files = {name: {"peft": PEFT_NORMAL_FILE} for name in contents.policies} | {
         stage: {"peft": PEFT_FILE, "kohya": KOHYA_FILE},
-        text: {"peft": PEFT_TEXT_FILE, "kohya": KOHYA_TEXT_FILE},
+        TEXT_ENCODER: {"peft": PEFT_TEXT_FILE, "kohya": KOHYA_TEXT_FILE},
     }
-    for name, policy in trained.items():
+    written = []
+    for name, policy in contents.policies.items():
         set_policy(pipeline, policy)
-        if configs[name].train.params == "adapter":
+        train = contents.configs[name].train
+        if train.params == "adapter":
+            assert pipeline.adapter is not None  # with the stage's policy in it
             ip_adapter.save(pipeline.adapter, folder / ADAPTER_FILE)
             written.append(ADAPTER_FILE)
-        elif configs[name].train.params != "all":
-            part, train = ("text" if name == text else "unet"), configs[name].train
-            for kind, file in lora_files[name].items():
+        elif train.params != "all":
+            part = "text" if name == TEXT_ENCODER else "unet"
+            for kind, file in files[name].items():
                 if kind in formats:
-                    metadata = _metadata(pipeline, kind, train.lora_rank, train.lora_alpha)
-                    write_weights(folder / file, lora_weights(pipeline.models, kind, part), np.float32, metadata)
+                    _write_lora(folder / file, pipeline, lora_weights(pipeline.models, kind, part), train)
                     written.append(file)
     if KOHYA_FILE in written and blocks_of(stage) == "up":
-        set_policy(pipeline, recipe.as_drawn(trained[stage], "up"))
-        metadata = _metadata(pipeline, "kohya", config.train.lora_rank, config.train.lora_alpha)
+        set_policy(pipeline, recipe.as_drawn(contents.policies[stage], "up"))
         acting = _acting(lora_weights(pipeline.models, "kohya", "unet"))
-        write_weights(folder / KOHYA_RECIPE_FILE, acting, np.float32, metadata)
+        _write_lora(folder / KOHYA_RECIPE_FILE, pipeline, acting, contents.configs[stage].train)
         written.append(KOHYA_RECIPE_FILE)
-        set_policy(pipeline, trained[stage])
+        set_policy(pipeline, contents.policies[stage])
     if PEFT_FILE in written:
         shutil.copyfile(RECIPE, folder / RECIPE_FILE)
         written.append(RECIPE_FILE)
     for name, model in pipeline.models.items():
-        if name == "unet" or stage == text:
+        if name == "unet" or stage == TEXT_ENCODER:
             merge_lora(model)
     if "diffusers" in formats:
         _write_folder(pipeline, folder)
@@ -157,13 +169,23 @@ def _write(
     if "ldm" in formats:
         write_checkpoint(pipeline, folder / CHECKPOINT_FILE, f"HG-DPO {stage}")
         written.append(CHECKPOINT_FILE)
-    card = model_card.text(pipeline, config, policy=origin["policies"][stage], pairs=pairs, files=written)
-    (folder / "README.md").write_text(card)
-    write_json(folder / "hgdpo.json", origin)
     return written
 
 
-def lora_weights(models: Mapping[str, nnx.Module], kind: str, part: str) -> dict[str, np.ndarray]:
+def _write_lora(path: Path, pipeline: pipelines.Pipeline, weights: Mapping[str, np.ndarray], train: ConfigDict) -> None:
+    """A file of LoRA weights; of kohya's with the header that programs look for."""
+    metadata = {
+        "modelspec.architecture": f"{_architecture(pipeline)}/lora",
+        "ss_base_model_version": "sdxl_base_v1-0" if _is_xl(pipeline) else "sd_v1",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(train.lora_rank),
+        "ss_network_alpha": str(train.lora_alpha),
+    }
+    of_kohya = path.name in (KOHYA_FILE, KOHYA_TEXT_FILE, KOHYA_RECIPE_FILE)
+    write_weights(path, weights, np.float32, metadata if of_kohya else {})
+
+
+def lora_weights(models: Mapping[str, Any], kind: str, part: str) -> dict[str, np.ndarray]:
     """The LoRA of a pipeline's models in one dictionary, keyed as the loaders of a format expect it.
 
     Args:
@@ -171,41 +193,34 @@ def lora_weights(models: Mapping[str, nnx.Module], kind: str, part: str) -> dict
         kind: peft or kohya.
         part: `unet`, or `text` for all text encoders.
     """
-    unet, xl, found = models["unet"], "text_encoder_2" in models, {}
+    unet, xl = models["unet"], "text_encoder_2" in models
     if part == "unet":
+        if kind == "peft":
+            return to_peft(unet, "unet")
         # kohya's scripts train SD 1.5 under diffusers' names and XL under those of the original code.
-        rename = (lambda name: unet_name(name, unet.config)) if xl else lambda name: name
-        return to_peft(unet, "unet") if kind == "peft" else to_kohya(unet, "lora_unet", rename)
+        return (
+            to_kohya(unet, "lora_unet", partial(unet_name, config=unet.config)) if xl else to_kohya(unet, "lora_unet")
+        )
+    found: dict[str, np.ndarray] = {}
     for number, name in enumerate(("text_encoder", "text_encoder_2")[: 1 + xl], start=1):
         inside = "" if name == "text_encoder_2" else "text_model."
         if kind == "peft":
             found |= to_peft(models[name], f"{name}.{inside}".rstrip("."))
         else:
-            prefix = f"lora_te{number}" if xl else "lora_te"
-            found |= to_kohya(models[name], prefix, lambda path, inside=inside: inside + path)
+            found |= to_kohya(models[name], f"lora_te{number}" if xl else "lora_te", inside.__add__)
     return found
 
 
-def _metadata(pipeline: pipelines.Pipeline, kind: str, rank: int, alpha: float) -> dict[str, str]:
-    """What programs that read kohya's files look for in their header."""
-    if kind == "peft":
-        return {}
-    xl = "text_encoder_2" in pipeline.models
-    return {
-        "modelspec.architecture": f"{_architecture(pipeline)}/lora",
-        "ss_base_model_version": "sdxl_base_v1-0" if xl else "sd_v1",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(alpha),
-    }
+def _is_xl(pipeline: pipelines.Pipeline) -> bool:
+    return "text_encoder_2" in pipeline.models
 
 
 def _architecture(pipeline: pipelines.Pipeline) -> str:
-    return f"stable-diffusion-{'xl-v1-base' if 'text_encoder_2' in pipeline.models else 'v1'}"
+    return f"stable-diffusion-{'xl-v1-base' if _is_xl(pipeline) else 'v1'}"
 
 
 def _acting(kohya: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without the layers whose LoRA does nothing."""
+    """kohya's weights without the layers whose LoRA does nothing."""
     return {key: value for key, value in kohya.items() if kohya[f"{key.partition('.')[0]}.lora_up.weight"].any()}
 
 
@@ -229,7 +244,7 @@ def _write_folder(pipeline: pipelines.Pipeline, folder: Path) -> None:
 
 def write_checkpoint(pipeline: pipelines.Pipeline, path: Path, title: str) -> None:
     """A single file in LDM's layout, with the header that Stability AI's modelspec wants."""
-    xl, v = "text_encoder_2" in pipeline.models, pipeline.schedule.prediction_type == "v_prediction"
+    xl, v = _is_xl(pipeline), pipeline.schedule.prediction_type == "v_prediction"
     models = {name: to_torch(model) for name, model in pipeline.models.items()}
     configs = {name: model.config for name, model in pipeline.models.items()}
     tensors = ldm.to_single_file(models, configs, ldm.SDXL_PARTS if xl else ldm.SD1_PARTS)

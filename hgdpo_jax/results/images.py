@@ -31,7 +31,15 @@ from hgdpo_jax.pictures.write import contact_sheet, to_uint8, write_png
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import file_hash, write_json
-from hgdpo_jax.run.folder import CURRICULUM, DRAWN_STAGES, TEXT_ENCODER, blocks_of, last_stage, stage_config
+from hgdpo_jax.run.folder import (
+    CURRICULUM,
+    DRAWN_STAGES,
+    TEXT_ENCODER,
+    blocks_of,
+    last_stage,
+    stage_config,
+    was_started,
+)
 from hgdpo_jax.training.checkpoints import tree_hash
 from hgdpo_jax.training.finished import find_base, finished_policy, with_trained_adapter
 from hgdpo_jax.training.policy import load_trainable, policy_of
@@ -40,14 +48,14 @@ SAMPLER, SHEET = "dpmpp_2m", 100  # images on a contact sheet
 
 
 class Generator(NamedTuple):
-    """What draws: a pipeline, the policies it draws with, height and width, the features [1 m f] of a concept image if
-    there is one, and all of it in words."""
+    """A pipeline with the policies that it draws with, height and width of the images, all of this in words, and the
+    features of a concept image, if there is one."""
 
     pipeline: pipelines.Pipeline
     policies: Sequence[Any]
     resolution: tuple[int, int]
     settings: dict[str, Any]
-    concept: np.ndarray | None = None
+    concept: Float[np.ndarray, "1 m f"] | None = None
 
 
 def from_run(
@@ -78,19 +86,16 @@ def from_run(
     config = stage_config(workdir, folder or last_stage(workdir))
     content = find_base(workdir, config, base)
     settings: dict[str, Any] = {"model": config.model.base, "base": content, "stage": folder or "base"}
-    text = TEXT_ENCODER
-    with_text = text_encoder and folder is not None and (workdir / text / "config.json").is_file()
-    text_config = [stage_config(workdir, text)] if with_text else []
-    mesh = local_mesh()
+    with_text = text_encoder and folder is not None and was_started(workdir, TEXT_ENCODER)
+    text_config = [stage_config(workdir, TEXT_ENCODER)] if with_text else []
     use_precision(config.model.dtype)
-    pipeline = load_trainable(config, mesh, *text_config)
+    pipeline = load_trainable(config, local_mesh(), *text_config)
     used = []
     if folder is not None:
         like = policy_of(pipeline, config)
         policy = finished_policy(workdir, folder, like, config)
         if config.train.params == "lora":
-            blocks = blocks or blocks_of(folder)
-            normal = None
+            blocks, normal = blocks or blocks_of(folder), None
             if blocks == "up+normal":
                 normal = finished_policy(workdir, CURRICULUM["normal"], like, config)
             policy = recipe.as_drawn(policy, blocks, weight, normal)
@@ -98,15 +103,16 @@ def from_run(
         elif blocks:
             raise UserError(f"--blocks {blocks}: {folder} trained all parameters, it has no LoRA")
         used.append(policy)
-    for found in text_config:
-        used.append(recipe.weighted(finished_policy(workdir, text, policy_of(pipeline, found), found), weight))
+    for text in text_config:
+        policy = finished_policy(workdir, TEXT_ENCODER, policy_of(pipeline, text), text)
+        used.append(recipe.weighted(policy, weight))
         settings["text encoder"] = f"LoRA weight {weight} while t >= {recipe.TEXT_FROM}"
     settings["policy"] = [tree_hash(policy) for policy in used]
     return Generator(pipeline, used, next(iter(configuration.resolutions(config).values())), settings)
 
 
 def from_checkpoint(model: str) -> Generator:
-    """A checkpoint as it is, in bfloat16 on accelerators; see `diffusion.source.open_source` for what it may be."""
+    """A checkpoint as it is, in bfloat16 on accelerators; see :func:`hgdpo_jax.diffusion.source.open_source`."""
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     use_precision(dtype)
     pipeline = pipelines.load_pipeline(model, dtype, param_dtype=dtype, place=parameter_placer(local_mesh()))
@@ -119,17 +125,17 @@ def with_concept(source: Generator, concept: Path, adapter: ConfigDict, workdir:
     """The source with an IP-Adapter and a concept image.
 
     Args:
-        source: without.
+        source: without an adapter.
         concept: a photograph of a person.
-        adapter, workdir: see `training.policy.with_trained_adapter`.
+        adapter, workdir: see :func:`hgdpo_jax.training.finished.with_trained_adapter`.
 
     Raises:
         UserError: the photograph cannot be read, or shows no face where `face_id` needs one; no adapter, or one for
             another model.
     """
-    image = load_whole(concept)
+    image = read_concept(concept)
     pipeline, encoder = with_trained_adapter(source.pipeline, adapter, workdir, local_mesh())
-    if encoder is None:
+    if encoder is None or pipeline.adapter is None:
         raise UserError("--concept: needs an IP-Adapter; give its .safetensors file with --adapter, or train "
                         "configs/personalise.py in the --workdir")  # fmt: skip
     features, found = encoder(image[None])
@@ -141,7 +147,7 @@ def with_concept(source: Generator, concept: Path, adapter: ConfigDict, workdir:
     return source._replace(pipeline=pipeline, concept=features, settings=source.settings | settings)
 
 
-def load_whole(path: Path, side: int = 1024) -> Float[np.ndarray, "H W 3"]:
+def read_concept(path: Path, side: int = 1024) -> Float[np.ndarray, "H W 3"]:
     """A photograph in [-1, 1], uncut, no larger than `side`. Raises UserError where it cannot be read."""
     try:
         image = read_image(path)
@@ -152,7 +158,7 @@ def load_whole(path: Path, side: int = 1024) -> Float[np.ndarray, "H W 3"]:
 
 
 def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder of a run's images, or finds it again. The model counts by its content, not by its place.
+    """Makes the folder of a run's images, or finds it again. The model is compared by its content, not by its path.
 
     Raises:
         UserError: it holds anything else.
@@ -172,19 +178,18 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
 
 
 class Settings(NamedTuple):
-    """How images are drawn: steps of DPM-Solver++, guidance (up to 1 means none), images that a device draws at once,
-    whether latents are normalised (LAN), what takes the place of the empty prompt, strength of the adapter."""
+    """How images are drawn."""
 
-    steps: int = 50
-    guidance: float = 5.0
-    per_device: int = 4
-    normalise: bool = False
-    negative: str = ""
-    concept_scale: float = 1.0
+    steps: int = 50  # of DPM-Solver++
+    guidance: float = 5.0  # classifier-free; up to 1: none
+    per_device: int = 4  # images that a device draws at once
+    normalise: bool = False  # latent adaptive normalisation (LAN)
+    negative: str = ""  # replaces the empty prompt in guidance
+    concept_scale: float = 1.0  # strength of the adapter
 
 
 def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: Path, asked: Settings) -> Sampler:
-    """Draws each prompt with each seed into `out`, what is not there yet; returns what drew.
+    """Draws each prompt with each seed into `out`, unless the image is there; returns the sampler that drew.
 
     An image is a function of its prompt, its seed and the settings alone. Each process draws a part of them.
     """
@@ -201,18 +206,15 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
         if count > pipelines.POSITIONS:
             logging.warning("prompt %r has %d tokens: the first %d are used", prompt, count, pipelines.POSITIONS)
     work = [(i, seed, out / f"{i:05d}_{seed}.png") for i in range(len(prompts)) for seed in seeds]
-    paths = [path for _, _, path in work]
     mine, mesh = work[jax.process_index() :: jax.process_count()], local_mesh()
-    # Of all images, so that those that are left are drawn by the same program.
-    batch = mesh.size * min(asked.per_device, math.ceil(max(len(mine), 1) / mesh.size))
-    mine = [item for item in mine if not item[2].is_file()]
     sampler = Sampler(
         source.pipeline,
         mesh,
         solver=SAMPLER,
         steps=asked.steps,
         guidance=asked.guidance,
-        batch=batch,
+        # Of all images, so that the remaining ones are drawn by the same program.
+        batch=mesh.size * min(asked.per_device, math.ceil(max(len(mine), 1) / mesh.size)),
         seed=0,
         negative=asked.negative,
         normalise=asked.normalise,
@@ -220,9 +222,11 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
     )
     sampler.use_policies(*source.policies)
     ids = source.pipeline.tokenize(prompts)
+    mine = [item for item in mine if not item[2].is_file()]
+    parts = [mine[begin : begin + sampler.batch] for begin in range(0, len(mine), sampler.batch)]
 
-    def begun(part: Sequence[tuple[int, int, Path]]) -> tuple[Sequence[tuple[int, int, Path]], jax.Array]:
-        """What the devices draw of it, which is not waited for."""
+    def begun(part: list[tuple[int, int, Path]]) -> tuple[list[tuple[int, int, Path]], jax.Array | np.ndarray]:
+        """A part and its images, which the devices may still be drawing."""
         rows, keys = ids[[i for i, _, _ in part]], [stream_key(seed, "sample") for _, seed, _ in part]
         concept = None if source.concept is None else np.repeat(source.concept, len(part), axis=0)
         _, images = sampler.candidates(
@@ -230,25 +234,22 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
         )
         return part, images
 
-    def write(images: np.ndarray, part: Sequence[tuple[int, int, Path]]) -> None:
+    def write(images: np.ndarray, part: list[tuple[int, int, Path]]) -> None:
         for image, (i, seed, path) in zip(to_uint8(images), part, strict=True):
             write_png(path, image, {**settings, "prompt": prompts[i], "seed": seed})
 
     silent = not processes.is_first()
     with ThreadPoolExecutor(1) as writer, tqdm(total=len(mine), desc="images", unit="image", disable=silent) as bar:
-        written = None
-        parts = [mine[begin : begin + batch] for begin in range(0, len(mine), batch)]
+        written = writer.submit(lambda: None)
         for part, drawn in one_ahead(begun, parts):
             images = np.asarray(drawn)
-            if written is not None:
-                written.result()  # raises what went wrong there
+            written.result()  # raises what went wrong there
             written = writer.submit(write, images, part)
             bar.update(len(part))
-        if written is not None:
-            written.result()
+        written.result()
     processes.barrier()
     if processes.is_first():
+        paths, columns = [path for _, _, path in work], len(seeds) if 1 < len(seeds) <= 10 else 10
         for number, begin in enumerate(range(0, len(paths), SHEET)):
-            columns = len(seeds) if 1 < len(seeds) <= 10 else 10
             write_png(out / f"sheet_{number:03d}.png", contact_sheet(paths[begin : begin + SHEET], columns), {})
     return sampler

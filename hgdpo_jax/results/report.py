@@ -1,6 +1,6 @@
 """The report: one HTML file with its pictures inside, which opens from disk.
 
-What the page looks like and does is in report.html beside this module; here are its contents.
+report.html beside this module is the page's template; here are its contents.
 """
 
 import base64
@@ -11,16 +11,19 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from hgdpo_jax.data.pairs import open_stage
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.pictures.write import jpeg, png, to_uint8
+from hgdpo_jax.scoring.bootstrap import Measure
+from hgdpo_jax.scoring.comparison import METRICS, Measures
 from hgdpo_jax.training import metrics
 
 COLUMNS = 10
@@ -36,10 +39,10 @@ _CURVES = {
     "winner's error / reference's": ("error/winner", "error/winner_reference"),
 }
 _CURVES_TEXT = (
-    "Training pairs (line) and held-out pairs at fixed noise and timesteps (points). The dashed line is where the loss "
-    "of the held-out pairs is lowest: from there on the two part, and the policy learns what holds for its training "
-    "pairs only. Where that is the last step, they have not parted yet. A winner's error above the reference's (1) is "
-    "that of a policy that unlearns the winners."
+    "Training pairs (line) and held-out pairs at fixed noise and timesteps (points). The dashed line marks the lowest "
+    "loss of the held-out pairs: from there on the two part, and the policy learns what holds for its training pairs "
+    "only. At the last step, they have not parted yet. A policy whose winner's error is above the reference's (1) "
+    "unlearns the winners."
 )
 # Black follows the page, which may be dark; nothing else in a figure is black.
 _CURVES_STYLE = (
@@ -50,7 +53,7 @@ Pictures = Float[np.ndarray, "n H W 3"]
 
 
 class Stage(NamedTuple):
-    """What the report shows of a stage: its log, and some held-out pairs."""
+    """A finished stage: its log, and some held-out pairs with their scores (winner's, loser's)."""
 
     log: list[dict[str, float]]
     captions: list[str]
@@ -66,9 +69,27 @@ class ConceptPerson(NamedTuple):
     prompts: Sequence[str]
     drawn: Mapping[str, Pictures]
 
-    def rows(self) -> dict[str, Pictures]:
-        """The photograph stands at the head of each model's row."""
-        return {name: np.concatenate([self.photograph[None], pictures]) for name, pictures in self.drawn.items()}
+
+class Report(NamedTuple):
+    """The contents of a report.
+
+    Attributes:
+        models: model → metric → measure.
+        pictures: model → images in [-1, 1] of the same prompts and seeds; `captions` are theirs, `photographs` the
+            originals.
+        stages: stages in order, under the names of their models.
+        compared: the two rows of pictures that the slider begins with.
+        people: drawings of some people by models with an adapter; `measured` says how alike they are, in words.
+    """
+
+    models: Mapping[str, Measures]
+    pictures: Mapping[str, Pictures]
+    captions: Sequence[str]
+    photographs: Pictures
+    stages: Mapping[str, Stage]
+    compared: tuple[str, str]
+    people: Sequence[ConceptPerson] = ()
+    measured: Sequence[str] = ()
 
 
 def read_stage(workdir: Path, name: str, sampler: Sampler) -> Stage:
@@ -83,6 +104,12 @@ def read_stage(workdir: Path, name: str, sampler: Sampler) -> Stage:
         losers=sampler.decode(latents["loser"], "decode"),
         scores=[(float(row["winner_score"]), float(row["loser_score"])) for row in rows],
     )
+
+
+def measured_titles(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Metric → title, of the metrics that were measured of some models, all alike."""
+    measured = next(iter(models.values()))
+    return {name: title for name, title in METRICS.items() if name in measured}
 
 
 def _data(kind: str, content: bytes) -> str:
@@ -102,22 +129,21 @@ def _heading(title: str) -> str:
     return f'<th scope="col" aria-sort="none"><button type="button">{unbroken}</button></th>'
 
 
-def _cell(value: float, interval: Sequence[float] | None, best: bool) -> str:
-    below = f"<small>[{', '.join(map(_number, interval))}]</small>" if interval is not None else ""
-    mark = ' class="best"' if best else ""
-    return f'<td data-value="{float(value)}"{mark}>{_number(value)}{below}</td>'
+def _cell(measure: Measure, best: bool) -> str:
+    mark, interval = ' class="best"' if best else "", ", ".join(map(_number, measure.interval))
+    return f'<td data-value="{measure.value}"{mark}>{_number(measure.value)}<small>[{interval}]</small></td>'
 
 
-def _table(models: Mapping[str, Mapping[str, float | Sequence[float]]], titles: Mapping[str, str]) -> str:
+def _table(models: Mapping[str, Measures]) -> str:
     """A row for each model. The arrow in a title says what is best: ↑ the largest value, ↓ the smallest."""
-    best = {}
+    titles, best = measured_titles(models), {}
     for key, title in titles.items():
-        if "↑" in title or "↓" in title:
-            finite = [row[key] for row in models.values() if math.isfinite(row[key])]
-            best[key] = (max if "↑" in title else min)(finite, default=None)
+        finite = [row[key].value for row in models.values() if math.isfinite(row[key].value)]
+        if finite and ("↑" in title or "↓" in title):
+            best[key] = max(finite) if "↑" in title else min(finite)
     rows = [
         f'<tr><th scope="row" data-value="{number}">{html.escape(name)}</th>'
-        + "".join(_cell(row[key], row.get(f"{key}_interval"), row[key] == best.get(key)) for key in titles)
+        + "".join(_cell(row[key], row[key].value == best.get(key)) for key in titles)
         + "</tr>"
         for number, (name, row) in enumerate(models.items())
     ]
@@ -156,7 +182,7 @@ def _points(log: Sequence[Mapping[str, float]], key: str, divisor: str | None = 
     return [(step, value) for step, value in points if math.isfinite(value)]
 
 
-def step_of_lowest_loss(log: Sequence[Mapping[str, float]]) -> int | None:
+def step_of_lowest_loss(log: Sequence[Mapping[str, float]]) -> float | None:
     """The first step at which the loss of the held-out pairs is lowest; None where they were not measured."""
     step, _ = min(_points(log, "heldout/loss/dpo"), key=lambda point: point[1], default=(None, 0.0))
     return step
@@ -164,8 +190,7 @@ def step_of_lowest_loss(log: Sequence[Mapping[str, float]]) -> int | None:
 
 def _curves(name: str, log: Sequence[Mapping[str, float]]) -> str:
     """The curves of a stage over its steps, as SVG: sharp at any size, and its text remains text."""
-    figure = Figure(figsize=(4.2, 2.1 * len(_CURVES)), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.08)
+    figure = Figure(figsize=(4.2, 2.1 * len(_CURVES)), layout=ConstrainedLayoutEngine(h_pad=0.08))
     axes = figure.subplots(len(_CURVES), sharex=True)
     for axis, (title, (key, divisor)) in zip(axes, _CURVES.items(), strict=True):
         for prefix, style, label in (("", "-", "training pairs"), ("heldout/", "o", "held-out pairs")):
@@ -205,57 +230,41 @@ def _options(names: Sequence[str], chosen: str) -> str:
     )
 
 
-def page(
-    models: Mapping[str, Mapping[str, float | Sequence[float]]],
-    titles: Mapping[str, str],
-    pictures: Mapping[str, Pictures],
-    captions: Sequence[str],
-    photographs: Pictures,
-    stages: Sequence[tuple[str, Stage]],
-    compared: tuple[str, str],
-    people: Sequence[ConceptPerson] = (),
-    measured: Sequence[str] = (),
-) -> str:
-    """The HTML of a report.
-
-    Args:
-        models: model → metric → value, and `METRIC_interval` → [low, high] where there is a 95 % interval; `titles`
-            names the metrics, with an arrow where more (↑) or less (↓) is better.
-        pictures: model → images of the same prompts and seeds; `captions` are theirs, `photographs` the originals.
-        stages: stages in order, under the names of their models.
-        compared: the two rows of pictures that the slider begins with.
-        people: what models with an adapter drew of some people; `measured` says how like they are, in words.
-    """
-    rows = {**pictures, "photograph": photographs}
-    names = list(rows)
-    bracketed = any(key.endswith("_interval") for row in models.values() for key in row)
+def page(report: Report) -> str:
+    """The HTML of a report. A part that a run does not have is left out."""
+    rows = {**report.pictures, "photograph": report.photographs}
     sections = []
-    if stages:
-        curves = "".join(_curves(name, found.log) for name, found in stages)
+    if report.stages:
+        curves = "".join(_curves(name, stage.log) for name, stage in report.stages.items())
         caption = f'<figcaption class="note">{_CURVES_TEXT}</figcaption>'
-        sections.append(
-            _section("training", "Training", f'<figure><div class="curves">{curves}</div>{caption}</figure>')
-        )
-    if people:
-        measures = [f"<p>{html.escape(line)}</p>" for line in measured]
+        figure = f'<figure><div class="curves">{curves}</div>{caption}</figure>'
+        sections.append(_section("training", "Training", figure))
+    if report.people:
         note = '<p class="note">A photograph, and the same person drawn with an adapter.</p>'
-        grids = [_grid(person.rows(), ["photograph", *person.prompts]) for person in people]
-        sections.append(_section("people", "People", note, *measures, *grids))
-    if stages:
-        parts = ['<p class="note">Held-out pairs with the preference scores of winner and loser.</p>']
-        for name, found in stages:
-            heads = [
-                f"{_number(winner, 1)} against {_number(loser, 1)}: {caption}"
-                for (winner, loser), caption in zip(found.scores, found.captions, strict=True)
-            ]
-            parts.append(f"<h3>{html.escape(name)}</h3>")
-            parts.append(_grid({"winner": found.winners, "loser": found.losers}, heads))
-        sections.append(_section("pairs", "Pairs", *parts))
+        measures = [f"<p>{html.escape(line)}</p>" for line in report.measured]
+        sections.append(_section("people", "People", note, *measures, *map(_person, report.people)))
+    if report.stages:
+        note = '<p class="note">Held-out pairs with the preference scores of winner and loser.</p>'
+        pairs = (_pairs(name, stage) for name, stage in report.stages.items())
+        sections.append(_section("pairs", "Pairs", note, *pairs))
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        table=_table(models, titles),
-        intervals="In brackets: 95&nbsp;% intervals. " if bracketed else "",
-        left=_options(names, compared[0]),
-        right=_options(names, compared[1]),
-        pictures=_grid(rows, captions),
+        table=_table(report.models),
+        left=_options(list(rows), report.compared[0]),
+        right=_options(list(rows), report.compared[1]),
+        pictures=_grid(rows, report.captions),
         sections="\n".join(sections),
     )
+
+
+def _person(person: ConceptPerson) -> str:
+    """The photograph stands at the head of each model's row."""
+    rows = {name: np.concatenate([person.photograph[None], drawn]) for name, drawn in person.drawn.items()}
+    return _grid(rows, ["photograph", *person.prompts])
+
+
+def _pairs(name: str, stage: Stage) -> str:
+    heads = [
+        f"{_number(winner, 1)} against {_number(loser, 1)}: {caption}"
+        for (winner, loser), caption in zip(stage.scores, stage.captions, strict=True)
+    ]
+    return f"<h3>{html.escape(name)}</h3>{_grid({'winner': stage.winners, 'loser': stage.losers}, heads)}"

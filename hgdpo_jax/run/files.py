@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and known by their content."""
+"""Files: written completely or not at all, and known by their content."""
 
 import codecs
 import errno
@@ -10,33 +10,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from etils import epath
 
 from hgdpo_jax.run.errors import UserError
 
+AnyPath: TypeAlias = Path | epath.Path  # on a file system, or in a bucket
 PACKAGE = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
 class Member:
-    """Bytes inside a file: of an archive, or of a table.
+    """Bytes inside a file: of an archive, or of a table."""
 
-    Attributes:
-        path: of the file that holds it.
-        inside: its name there.
-        read: its bytes.
-    """
-
-    path: Path
-    inside: str
+    path: Path  # of the file that holds it
+    inside: str  # its name there
     read: Callable[[], bytes] = field(compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.path}, {self.inside}"
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".partial.{path.name}")
 
 
 def shipped(folder: str) -> Path:
@@ -45,16 +38,16 @@ def shipped(folder: str) -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / folder
 
 
-def in_bucket(path: Path) -> bool:
+def in_bucket(path: AnyPath) -> bool:
     """Whether a path is an address of object storage: an object appears whole, and is on the disk when it appears."""
     return "://" in str(path)
 
 
-def sync(path: Path) -> None:
+def sync(path: AnyPath) -> None:
     """Waits until a file, or a folder with all that is below it, is on the disk."""
     if in_bucket(path):
         return
-    for entry in [*Path(path).rglob("*"), path]:  # a file has nothing below it
+    for entry in [*Path(path).rglob("*"), Path(path)]:  # a file has nothing below it
         _sync_entry(entry)
 
 
@@ -72,9 +65,9 @@ def _sync_entry(path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file or a folder under. Once the block ends without an error, what is there is on
-    the disk and takes the name `path`; after an error nothing is left of it."""
-    temporary = _partial(path)
+    """A name beside `path`, under which the block writes a file or a folder. After the block that is on the disk and
+    takes the name `path`; after an error nothing is left of it."""
+    temporary = path.with_name(f".partial.{path.name}")
     _remove(temporary)
     try:
         yield temporary
@@ -96,25 +89,25 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) -> None:
-    """Readable JSON; makes the folder. Also in a bucket."""
+def write_json(path: AnyPath, value: Mapping[str, Any], indent: int | None = 2) -> None:
+    """Writes readable JSON, and makes the folder."""
     text = json.dumps(value, indent=indent, sort_keys=True) + "\n"
     if in_bucket(path):
         path.write_text(text)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
+    with atomic_path(Path(path)) as temporary:
         temporary.write_text(text)
 
 
-def file_hash(path: Path) -> str:
+def file_hash(path: AnyPath) -> str:
     """sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(path: Path) -> str:
-    """sha256 of a file's size, its first and its last megabyte: tells files of weights apart without reading all."""
+    """sha256 of a file's size, first and last megabyte: tells files of weights apart without reading all of it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(2**20)
@@ -127,7 +120,7 @@ def json_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def require_space(folder: Path, size: float, what: str) -> None:
+def require_space(folder: AnyPath, size: float, what: str) -> None:
     """Raises UserError unless `size` bytes are free where `folder` is. A bucket has room."""
     if in_bucket(folder):
         return
@@ -136,29 +129,8 @@ def require_space(folder: Path, size: float, what: str) -> None:
         raise UserError(f"{folder}: {free / 1e3:,.0f} kB free, {what} needs {size / 1e3:,.0f}; free some disk space")
 
 
-def local_folder(text: str) -> Path:
-    """A folder as a command line names it.
-
-    Raises:
-        UserError: an address of object storage, which knows neither renames nor locks.
-    """
-    if "://" in text:
-        raise UserError(f"{text}: is object storage, which has no renames and locks; give a folder on a file system "
-                        "that all hosts mount: NFS, Lustre, Filestore (gcsfuse is for photographs only). Checkpoints "
-                        "may lie in a bucket: --config.train.checkpoints=gs://bucket/folder")  # fmt: skip
-    return Path(text)
-
-
-def require_plain(workdir: Path) -> None:
-    """Raises UserError for a folder whose path Orbax would take for a pattern: it deletes what it has just written."""
-    found = sorted(set(str(workdir.absolute())) & set("[]*?"))
-    if found:
-        raise UserError(f"--workdir {workdir}: its path holds {' '.join(found)}, which checkpoints cannot be written "
-                        "under; choose another folder")  # fmt: skip
-
-
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a text file that are not blank, with their numbers. They end at a line feed and nowhere else.
+    """(number, text) of the lines of a text file that are not blank. A line ends at a line feed and nowhere else.
 
     Raises:
         UserError: no such file, or not UTF-8, with or without a byte order mark.

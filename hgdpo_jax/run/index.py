@@ -5,10 +5,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import Member, file_hash, write_json
+
+Result = TypeVar("Result")
 
 
 class Index:
@@ -35,11 +38,8 @@ class Index:
                 raise UserError(f"{self._path}: not JSON ({error}); remove it, it will be made again") from error
 
     def _entry(self, file: Path | Member) -> list[Any]:
-        held_by = file.path if isinstance(file, Member) else file
-        about, name = (
-            held_by.stat(),
-            os.path.abspath(held_by) + (f"::{file.inside}" if isinstance(file, Member) else ""),
-        )
+        path, inside = (file.path, f"::{file.inside}") if isinstance(file, Member) else (file, "")
+        about, name = path.stat(), os.path.abspath(path) + inside
         entry = self._known.setdefault(name, [None, None, None, None])
         if entry[:2] != [about.st_size, about.st_mtime_ns]:
             entry[:] = [about.st_size, about.st_mtime_ns, None, None]
@@ -54,19 +54,32 @@ class Index:
         return entry[2]
 
     def shape(self, picture: Path | Member, measure: Callable[[Path | Member], tuple[int, int]]) -> tuple[int, int]:
-        """(height, width) of a picture.
-
-        Args:
-            picture: of which `measure` says it, unless it is known.
-            measure: opens the picture; what it raises is raised.
-        """
+        """(height, width) of a picture, which `measure` opens unless its shape is known; what it raises is raised."""
         entry = self._entry(picture)
         if entry[3] is None:
             entry[3], self._saved = list(measure(picture)), False
         return tuple(entry[3])
 
     def save(self) -> None:
-        """Writes what was learnt since it was read."""
+        """Writes it where something was learnt since it was read."""
         if self._path is not None and self._keep and not self._saved:
             write_json(self._path, self._known, indent=None)
             self._saved = True
+
+
+def index_of_run(workdir: Path) -> Index:
+    """The index of a run, which process 0 writes."""
+    return Index(workdir / "content.json", keep=processes.is_first())
+
+
+def first_process_first(index: Index, work: Callable[[], Result]) -> Result:
+    """The same work on every process: on process 0 first, whose index the others then read, so that they need not look
+    into files themselves."""
+    if processes.is_first():
+        found = work()
+        index.save()
+        processes.barrier()
+        return found
+    processes.barrier()
+    index.read()
+    return work()

@@ -6,9 +6,10 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 
 
@@ -45,6 +46,15 @@ def lock(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock_for_all(folder: Path) -> Iterator[None]:
+    """As :func:`lock`, for all processes of a command: process 0 owns the folder, and they begin and end together."""
+    with lock(folder) if processes.is_first() else nullcontext():
+        processes.barrier()
+        yield
+        processes.barrier()
 
 
 def _lock_of(folder: Path) -> Path:

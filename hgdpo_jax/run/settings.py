@@ -1,7 +1,4 @@
-"""A config as people give it: read from its file, overridden on the command line, checked.
-
-Every complaint names the key. Nothing has been computed by then.
-"""
+"""A config as people give it: read from its file, overridden on the command line and checked before anything runs."""
 
 import difflib
 import hashlib
@@ -48,7 +45,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
             of another type or out of range.
     """
     path, _, variant = spec.rpartition(":") if re.search(r":\w+$", spec) else (spec, "", "")
-    file = _find(path)
+    file = _config_file(path)
     try:
         module = _import(file)
         config = module.get_config(variant) if variant else module.get_config()
@@ -68,8 +65,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
-def _find(path: str) -> Path:
-    """The file itself; or the one that the package brings, for configs/NAME.py where there is no folder configs."""
+def _config_file(path: str) -> Path:
+    """The file itself; or the package's own, for configs/NAME.py where there is no folder configs."""
     given = Path(path)
     if given.is_file():
         return given.absolute()
@@ -82,7 +79,7 @@ def _find(path: str) -> Path:
 
 
 def _import(file: Path) -> ModuleType:
-    """A config's module. What it imports from `.` lies beside it, so that a folder of configs is never half another."""
+    """A config's module. What it imports from `.` comes from its own folder, never from another folder of configs."""
     package = ModuleType(f"hgdpo_jax_configs_{hashlib.sha256(str(file.parent).encode()).hexdigest()[:12]}")
     package.__path__ = [str(file.parent)]
     sys.modules[package.__name__] = package
@@ -151,46 +148,46 @@ def setting_keys(config: ConfigDict, prefix: str = "") -> list[str]:
 
 def validate(config: ConfigDict) -> None:
     """Raises UserError for an unknown or missing key, an unknown choice or a value out of range."""
-    known, given = setting_keys(default()), setting_keys(config)
+    base, given = default(), setting_keys(config)
     for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise UserError(f"config key {key}: unknown; did you mean {near[0]}?")
-    for key in known:
+        get_setting(base, key)  # raises where it is unknown
+    for key in setting_keys(base):
         if key not in given:
             raise UserError(f"config key {key}: missing; start the config from hgdpo_jax.config.default()")
     for setting in SETTINGS:
         _check(setting, get_setting(config, setting.key))
-    train, pairs, mesh = config.train, config.pairs, config.mesh
-    if train.batch % train.accumulate:
-        raise UserError(f"config key train.accumulate={train.accumulate}: must divide train.batch={train.batch}")
-    if len(train.adam) != 2:
-        raise UserError(f"config key train.adam={tuple(train.adam)}: expects two numbers, like (0.9, 0.999)")
-    if pairs.winner == pairs.loser == "pool" and pairs.pool_size < 2:
-        raise UserError(f"config key pairs.pool_size={pairs.pool_size}: winner and loser both come from the pool; "
-                        "expects a whole number from 2")  # fmt: skip
-    if list(mesh.values()).count(-1) > 1:
-        raise UserError(f"config keys mesh={dict(mesh)}: only one of them may be -1")
-    if (pairs.winner == "given") != (pairs.loser == "given"):
-        raise UserError(f"config keys pairs.winner={pairs.winner} and pairs.loser={pairs.loser}: pairs are given "
-                        "whole; expects given for both or for neither")  # fmt: skip
-    if pairs.loser == "none" and pairs.winner != "photograph":
-        raise UserError(
-            f"config key pairs.loser=none: {pairs.winner} is chosen against a loser; expects pool or a stage"
-        )
-    if (pairs.loser == "none") != (config.objective == "sft"):
-        raise UserError(f"config keys objective={config.objective} and pairs.loser={pairs.loser}: sft learns from "
-                        "photographs without losers, dpo from pairs")  # fmt: skip
-    if train.blocks == "up" and (train.params, train.reference, config.objective) != ("lora", "start", "dpo"):
-        raise UserError("config key train.blocks=up: goes with train.params=lora, train.reference=start and "
-                        "objective=dpo: policy and reference share the blocks below")  # fmt: skip
-    if train.blocks == "up" and train.weight_decay:
-        raise UserError(f"config key train.weight_decay={train.weight_decay}: with train.blocks=up the blocks below "
-                        "would decay, which do not learn; expects 0")  # fmt: skip
-    if train.reference_cache and config.objective != "dpo":
-        raise UserError("config key train.reference_cache: goes with objective=dpo; sft has no reference")
-    if train.params == "adapter" and config.objective != "sft":
-        raise UserError("config key train.params=adapter: goes with objective=sft")
+    train, pairs, mesh, objective = config.train, config.pairs, config.mesh, config.objective
+    for wrong, message in (
+        (train.batch % train.accumulate,
+         f" train.accumulate={train.accumulate}: must divide train.batch={train.batch}"),
+        (len(train.adam) != 2,
+         f" train.adam={tuple(train.adam)}: expects two numbers, like (0.9, 0.999)"),
+        (pairs.winner == pairs.loser == "pool" and pairs.pool_size < 2,
+         f" pairs.pool_size={pairs.pool_size}: winner and loser both come from the pool; expects a whole "
+         "number from 2"),
+        (list(mesh.values()).count(-1) > 1,
+         f"s mesh={dict(mesh)}: only one of them may be -1"),
+        ((pairs.winner == "given") != (pairs.loser == "given"),
+         f"s pairs.winner={pairs.winner} and pairs.loser={pairs.loser}: pairs are given whole; expects given for both "
+         "or for neither"),
+        (pairs.loser == "none" and pairs.winner != "photograph",
+         f" pairs.loser=none: {pairs.winner} is chosen against a loser; expects pool or a stage"),
+        ((pairs.loser == "none") != (objective == "sft"),
+         f"s objective={objective} and pairs.loser={pairs.loser}: sft learns from photographs without losers, dpo from "
+         "pairs"),
+        (train.blocks == "up" and (train.params, train.reference, objective) != ("lora", "start", "dpo"),
+         " train.blocks=up: goes with train.params=lora, train.reference=start and objective=dpo: policy and reference "
+         "share the blocks below"),
+        (train.blocks == "up" and train.weight_decay,
+         f" train.weight_decay={train.weight_decay}: with train.blocks=up the blocks below would decay, which do not "
+         "learn; expects 0"),
+        (train.reference_cache and objective != "dpo",
+         " train.reference_cache: goes with objective=dpo; sft has no reference"),
+        (train.params == "adapter" and objective != "sft",
+         " train.params=adapter: goes with objective=sft"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(f"config key{message}")
 
 
 def _check(setting: Setting, value: Any) -> None:

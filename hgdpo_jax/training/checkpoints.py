@@ -35,7 +35,8 @@ from hgdpo_jax.devices.transfer import to_host
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.buckets import bucket
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import file_hash, in_bucket, require_plain, require_space, sync, write_json
+from hgdpo_jax.run.files import file_hash, in_bucket, require_space, sync, write_json
+from hgdpo_jax.run.folder import require_plain
 
 Tree = PyTree  # of arrays, or of shapes with shardings to restore to
 HostParts = list[tuple[str, tuple[slice, ...], np.ndarray]]  # name of an array, place in it, values

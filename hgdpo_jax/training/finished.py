@@ -14,8 +14,8 @@ from hgdpo_jax.faces.concepts import ConceptEncoder
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.folder import PERSONALISE, stage_config, train_command
+from hgdpo_jax.run.index import index_of_run
 from hgdpo_jax.run.provenance import content_key, require_same
-from hgdpo_jax.run.shared import index_of_run
 from hgdpo_jax.training.checkpoints import Checkpoints
 from hgdpo_jax.training.policy import policy_of, set_policy, with_fresh_adapter
 from hgdpo_jax.training.step import Params

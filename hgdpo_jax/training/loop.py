@@ -16,12 +16,14 @@ from hgdpo_jax.data.loader import PairLoader
 from hgdpo_jax.devices.peaks import mesh_peak
 from hgdpo_jax.devices.processor import keep_memory
 from hgdpo_jax.devices.transfer import local_rows, to_devices
-from hgdpo_jax.run import processes
+from hgdpo_jax.run import lifecycle, processes
 from hgdpo_jax.run.buckets import require_writable
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import require_plain, write_json
+from hgdpo_jax.run.files import write_json
+from hgdpo_jax.run.folder import require_plain
+from hgdpo_jax.run.index import index_of_run
+from hgdpo_jax.run.locks import lock_for_all
 from hgdpo_jax.run.settings import config_from_json
-from hgdpo_jax.run.shared import index_of_run, lock_for_all
 from hgdpo_jax.training import inputs as stage_inputs
 from hgdpo_jax.training import reference_cache
 from hgdpo_jax.training import start as starts
@@ -69,7 +71,7 @@ def train(config: ConfigDict, workdir: Path, traced: range = range(0)) -> None:
             inputs = reference_cache.attach(config, folder, inputs, start, index)
             index.save()
         announce(config, inputs, start.state)
-        with processes.stopping, checkpoints:
+        with lifecycle.stopping, checkpoints:
             _run(config, folder, inputs, start, checkpoints, traced)
         print(f"{folder}: trained to step {config.train.steps}")
 
@@ -120,7 +122,7 @@ def _run(
                 begun.popleft().block_until_ready()
             bar.update()
             monitor.log.add(step, metrics)
-            last, stop = step == settings.steps, processes.stopping.after(step)
+            last, stop = step == settings.steps, lifecycle.stopping.after(step)
             save = last or stop or step % settings.checkpoint_every == 0
             evaluate = last or step % settings.eval_every == 0
             if save or evaluate or step % settings.log_every == 0:
@@ -131,7 +133,7 @@ def _run(
             if save:
                 checkpoints.save(step, state, _meta(config, inputs, start, position))
             if stop:
-                processes.stopping.stop()
+                lifecycle.stopping.stop()
             if evaluate:
                 monitor.evaluate(state, step)
             if save or evaluate:

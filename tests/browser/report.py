@@ -2,7 +2,7 @@
 
     python -m tests.browser.report [W/report.html]
 
-Without a file the page of tests/scoring/test_report.py is tried. Chromium comes from the system's packages (apt install
+Without a file the page of tests/results/test_report.py is tried. Chromium comes from the system's packages (apt install
 chromium, or CHROMIUM=/path/to/chrome); it is spoken to over its DevTools pipe, which needs no Python package.
 """
 
@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from hgdpo_jax.results import report
+from tests.patience import patience
 from tests.results.test_report import example
 
 DESKTOP, PHONE = (1280, 800), (390, 844)
-_PATIENCE = 60.0  # seconds
+_PATIENCE = patience(15)
 _KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Enter": 13, "Escape": 27}
 
 
@@ -284,7 +285,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(folder) / "report.html"
         if len(sys.argv) < 2:
-            path.write_text(report.page(**example()), encoding="utf-8")
+            path.write_text(report.page(example()), encoding="utf-8")
         url = path.resolve().as_uri()
         with chromium() as page:
             for size, phone in ((DESKTOP, False), (PHONE, True)):

@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ids=["vae", "text_encoder", "text_encoder_2", "unet"],
 )
 def test_each_model_computes_what_pytorchs_does(architecture: Architecture, part: str, tmp_path: Path) -> None:
-    assert checks.largest_error(part, shrunken(architecture)[part], tmp_path) <= 1e-4
+    assert checks.largest_error(part, shrunken(architecture)[part] | {"layers_per_block": 1}, tmp_path) <= 1e-4
 
 
 @BOTH

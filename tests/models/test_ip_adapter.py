@@ -18,6 +18,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from hgdpo_jax.models import ip_adapter
+from hgdpo_jax.models.clip import CLIPVisionModelWithProjection
 from hgdpo_jax.models.convert import abstract, from_torch, parameters, to_torch
 from hgdpo_jax.models.lora import add_lora, lora_layers, to_peft
 from hgdpo_jax.models.unet import UNet2DConditionModel
@@ -54,9 +55,9 @@ def pair_of_unets(config: dict) -> Models:
     return theirs, ported(UNet2DConditionModel, dict(theirs.config), theirs)
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
-def unets(request: pytest.FixtureRequest) -> Models:
-    return pair_of_unets(BACKBONES[request.param])
+@pytest.fixture(scope="module")
+def unets() -> dict[str, Models]:
+    return {name: pair_of_unets(config) for name, config in BACKBONES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +126,11 @@ def compare(theirs: TorchUNet, ours: UNet2DConditionModel, adapter: ip_adapter.I
     return relative_error(ours_with(ours, adapter(features), x, t, context, added), expected)
 
 
-@pytest.mark.parametrize("kind", ip_adapter.KINDS)
+@pytest.mark.parametrize(("backbone", "kind"), [*(("sd15", kind) for kind in ip_adapter.KINDS), ("sdxl", "ip_adapter")])
 def test_the_unet_with_an_adapter_is_diffusers_and_so_is_its_projection(
-    kind: str, unets: Models, tmp_path: Path
+    backbone: str, kind: str, unets: dict[str, Models], tmp_path: Path
 ) -> None:
-    theirs, ours = unets
+    theirs, ours = unets[backbone]
     adapter = filled(ours, kind)
     ip_adapter.save(adapter, tmp_path / FILE)
     read_by_diffusers(theirs, tmp_path)
@@ -188,20 +189,24 @@ def test_an_adapter_computes_in_the_dtype_of_its_unet(tmp_path: Path, sd15: UNet
     assert {x.dtype for pairs in joined.values() for pair in pairs for x in pair} == {jnp.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.parametrize("kind", ip_adapter.KINDS)
-def test_a_fresh_adapter_starts_from_the_text(kind: str) -> None:
+def test_a_fresh_adapter_starts_from_the_text() -> None:
     unet = tiny.random_model(UNet2DConditionModel, tiny.TINY_UNET, 0)
-    adapter = ip_adapter.fresh(unet, kind, FEATURES, nnx.Rngs(0))
-    assert adapter.config["tokens"] == (16 if kind == "ip_adapter_plus" else 4)
+    adapter, other = (ip_adapter.fresh(unet, "face_id", FEATURES, nnx.Rngs(seed)) for seed in (0, 1))
     for name, block in unet.transformer_blocks().items():
         layer = adapter.by_name()[name]
         assert np.array_equal(layer.to_k_ip.kernel[...], block.attn2.to_k.kernel[...])
         assert np.array_equal(layer.to_v_ip.kernel[...], block.attn2.to_v.kernel[...])
         assert layer.to_k_ip.kernel[...] is not block.attn2.to_k.kernel[...]
-    other = ip_adapter.fresh(unet, kind, FEATURES, nnx.Rngs(1))
-    tokens = [model.image_proj(features_of(kind)) for model in (adapter, other)]
-    assert tokens[0].shape == (2, adapter.config["tokens"], tiny.TINY_UNET["cross_attention_dim"])
-    assert not np.allclose(*tokens)
+    assert not np.allclose(*(x.image_proj.proj[0].kernel[...] for x in (adapter, other)))
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("ip_adapter", 4), ("ip_adapter_plus", 16), ("face_id", 4)])
+def test_each_kind_makes_as_many_tokens_as_the_published_ones(
+    kind: str, tokens: int, sd15: UNet2DConditionModel
+) -> None:
+    adapter = abstract(ip_adapter.IPAdapter, ip_adapter.default_config(sd15, kind, FEATURES))
+    found = nnx.eval_shape(lambda model, x: model.image_proj(x), adapter, features_of(kind))
+    assert found.shape == (2, tokens, sd15.config["cross_attention_dim"])
 
 
 @pytest.mark.parametrize(("text", "width", "heads"), [(768, 768, 12), (2048, 1280, 20)])
@@ -235,12 +240,17 @@ def test_image_features_are_what_diffusers_reads_and_so_are_those_of_no_image(en
         "ip_adapter": (image.image_embeds[:, None], torch.zeros(2, 1, 20)),
         "ip_adapter_plus": (image.hidden_states[-2], nothing.hidden_states[-2]),
     }
+
+    @nnx.jit
+    def run(encoder: CLIPVisionModelWithProjection, pixels: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+        found = {kind: ip_adapter.image_features(encoder, kind, pixels) for kind in expected}
+        return {kind: (features, ip_adapter.empty(kind, features, encoder)) for kind, features in found.items()}
+
     for folder in (whole, tower):
-        encoder = ip_adapter.load_image_encoder(folder)
-        for kind, (features, empty) in expected.items():
-            found = ip_adapter.image_features(encoder, kind, jnp.asarray(PIXELS))
+        for kind, (found, nothing) in run(ip_adapter.load_image_encoder(folder), PIXELS).items():
+            features, empty = expected[kind]
             assert relative_error(found, features) <= NETWORK
-            assert_close(ip_adapter.empty(kind, found, encoder), empty, NETWORK)
+            assert_close(nothing, empty, NETWORK)
     assert not np.any(ip_adapter.empty("face_id", features_of("face_id")))
 
 

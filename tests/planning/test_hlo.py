@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hgdpo_jax.planning.hlo import Collective, HloModule, size
+from hgdpo_jax.planning.hlo import HloModule, size
+from hgdpo_jax.planning.traffic import Collective, collectives, memory_traffic
 from tests import tiny
 
 # On a TPU: `S(1)` is memory on the chip. The weights are fetched whole, of the large table two rows are; the loop runs
@@ -74,17 +75,17 @@ ROW = 4 * 1024
 def test_traffic_is_what_crosses_the_border_of_the_chip() -> None:
     copied, prefetched, counter = 4 * ROW, 2 * ROW, 2 * 4
     turn = 2 * ROW + (ROW + 4 + ROW)  # the all-reduce reads and writes; a row and its place are read, the row written
-    assert HloModule(TPU).traffic() == copied + prefetched + counter + 3 * turn
+    assert memory_traffic(HloModule(TPU)) == copied + prefetched + counter + 3 * turn
 
 
 def test_collectives_in_a_loop_count_as_often_as_it_runs() -> None:
-    assert HloModule(TPU).collectives() == {"all-reduce": Collective(3, 3 * ROW, 3 * ROW * 2 * 3 / 4)}
+    assert collectives(HloModule(TPU)) == {"all-reduce": Collective(3, 3 * ROW, 3 * ROW * 2 * 3 / 4)}
 
 
 def test_a_loop_whose_end_is_an_argument_runs_as_often_as_is_said() -> None:
     text = TPU.replace("%end = s32[] constant(4)", "%end = s32[] add(%i, %i)")
     program = HloModule(text, trips=7)
-    assert program.collectives()["all-reduce"].count == 7 and program.unknown == {"loop"}
+    assert collectives(program)["all-reduce"].count == 7 and program.unknown == {"loop"}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_a_loop_whose_end_is_an_argument_runs_as_often_as_is_said() -> None:
 )
 def test_each_form_of_groups_is_read(groups: str, chips: int) -> None:
     text = TPU.replace("all-reduce(%x)", "all-gather(%x)").replace("{{0,1,2,3},{4,5,6,7}}", groups)
-    found = HloModule(text, devices=16).collectives()["all-gather"]
+    found = collectives(HloModule(text, devices=16))["all-gather"]
     assert found == Collective(3, 3 * ROW * chips, 3 * ROW * (chips - 1))
 
 
@@ -145,7 +146,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_an_exchange_beside_kernels_counts_once() -> None:
-    found = HloModule(ASYNC).collectives()
+    found = collectives(HloModule(ASYNC))
     assert found == {"all-gather": Collective(1, 128, 96), "reduce-scatter": Collective(1, 128, 96)}
 
 
@@ -159,10 +160,8 @@ def test_an_exchange_in_two_halves_moves_what_one_in_one_does(kind: str) -> None
     one = header + f"  ROOT %found = {result} {kind}(%x), {groups}\n}}\n"
     two = header + f"  %begun = {begun} {kind}-start(%x), {groups}\n  ROOT %found = {result} {kind}-done(%begun)\n}}\n"
     moved = 4 * (8 + 32) if kind == "all-gather" else 4 * (8 + 8)
-    assert HloModule(one).traffic() == HloModule(two).traffic() == moved
-    assert (
-        HloModule(one).collectives() == HloModule(two).collectives() and HloModule(two).collectives()[kind].count == 1
-    )
+    assert memory_traffic(HloModule(one)) == memory_traffic(HloModule(two)) == moved
+    assert collectives(HloModule(one)) == collectives(HloModule(two)) and collectives(HloModule(two))[kind].count == 1
 
 
 def test_a_type_has_bits_tiles_and_a_memory() -> None:
@@ -187,7 +186,7 @@ def test_a_compiled_loop_over_devices_is_counted() -> None:
     w = jax.ShapeDtypeStruct((32, 48), jnp.float32, sharding=whole)
     found = HloModule(program.lower(x, w).compile().as_text(), devices=8)
     bytes_ = 6 * 4 * 32 * 48
-    assert found.collectives() == {"all-reduce": Collective(6, bytes_, bytes_ * 2 * 7 / 8)}
+    assert collectives(found) == {"all-reduce": Collective(6, bytes_, bytes_ * 2 * 7 / 8)}
     part, state, hidden = (4 * n for n in (32 * 32, 32 * 48, 32 * 48))  # of a device
     least = 6 * (2 * part + 2 * state + 2 * hidden)
-    assert least <= found.traffic() <= 4 * least and not found.unknown
+    assert least <= memory_traffic(found) <= 4 * least and not found.unknown

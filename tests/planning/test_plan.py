@@ -1,12 +1,13 @@
 """A step planned on eight processors' worth of devices, against formulas; and what the user may get wrong."""
 
 import json
+import math
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,11 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from hgdpo_jax import plan as command_line
-from hgdpo_jax.config import ASSETS
 from hgdpo_jax.devices.sharding import batch_sharding, heads_sharding, replicated
+from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.faces.concepts import encoder_of
 from hgdpo_jax.models import attend
-from hgdpo_jax.planning import compiled, figures, hlo, plan, program, table, topologies
+from hgdpo_jax.planning import compiled, figures, hlo, plan, program, table, topologies, traffic
 from hgdpo_jax.planning.compiled import Compiled
 from hgdpo_jax.planning.figures import Plan
 from hgdpo_jax.run.errors import UserError
@@ -30,7 +31,6 @@ from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.cost import operations
 from tests import tiny
 
-BASE = ASSETS / "portraits" / "base"
 PORTRAITS = ["--config", "configs/stage3.py:portraits"]
 
 
@@ -62,45 +62,40 @@ def run(
     return command
 
 
-def elements(part: str) -> int:
-    with safe_open(next((BASE / part).glob("*.safetensors")), "np") as file:
-        return sum(int(jnp.prod(jnp.array(file.get_slice(key).get_shape()))) for key in file.keys())  # noqa: SIM118
+def shapes(folder: Path, names: str | tuple[str, ...] = "") -> list[tuple[int, ...]]:
+    """Of the weights in a model's folder whose names end so."""
+    with safe_open(next(folder.glob("*.safetensors")), "np") as file:
+        return [tuple(file.get_slice(key).get_shape()) for key in file.keys() if key.endswith(names)]  # noqa: SIM118
 
 
-def lora_elements() -> int:
-    """Rank 8 on the four projections of each attention: 8 numbers for every input and output."""
-    with safe_open(next((BASE / "unet").glob("*.safetensors")), "np") as file:
-        names = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
-        return sum(8 * sum(file.get_slice(key).get_shape()) for key in file.keys() if key.endswith(names))  # noqa: SIM118
-
-
-def transformer_width() -> int:
-    """Of all transformer blocks together."""
-    with safe_open(next((BASE / "unet").glob("*.safetensors")), "np") as file:
-        return sum(file.get_slice(key).get_shape()[0] for key in file.keys() if key.endswith("attn1.to_q.weight"))  # noqa: SIM118
-
-
-def test_the_embedded_step_agrees_with_formulas_and_is_compiled_once(
-    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_step_agrees_with_formulas_and_is_compiled_once(
+    run: Callable[..., str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (found,) = json.loads(run("--topology", "cpu:8", "--json", "--share", "0.5"))
+    asked = ("--topology", "cpu:8", f"--config.model.base={base}", "--config.data.resolutions=32x32")
+    (found,) = json.loads(run(*asked, "--json", "--share", "0.5"))
     assert not [*tmp_path.glob("compiled/jit_step*")]  # the figures are kept, not the program
-    lora, weights = 4 * lora_elements(), 4 * (elements("unet") + elements("text_encoder"))
+
+    def size(part: str) -> int:
+        return 4 * sum(map(math.prod, shapes(base / part)))
+
+    # LoRA of rank 8 on the four projections of each attention: 8 numbers for every input and output.
+    adapted = shapes(base / "unet", ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))
+    lora, weights = 4 * 8 * sum(map(sum, adapted)), size("unet") + size("text_encoder")
     assert found["held"] | {"optimizer": 0} == {
         "weights": weights,
         "policy": lora,
         "reference": lora,
         "optimizer": 0,
         "policy of the base": lora,  # stage 3 goes on from stage 2's
-        "VAE": 4 * elements("vae"),
+        "VAE": size("vae"),
     }
     assert found["held"]["optimizer"] == pytest.approx(2 * lora, abs=16)  # AdamW's moments; its count, the last norm
-    latents, tokens = 2 * 2 * 16 * 16 * 4, 4 * 77  # of one pair: float16 and int32
+    latents, tokens = 2 * 2 * math.prod(tiny.LATENT), 4 * 77  # of one pair: float16 and int32
     compiled = found["compiled"]
     assert compiled["arguments"] == pytest.approx(weights + 4 * lora + latents + tokens, abs=100)
     # Gradients are added up, and some thirty numbers for the log. Where q, k and v (k and v) are one product, those of
     # their LoRA's B come as three by three (two by two) blocks, of which three (two) are kept.
-    blocks = 4 * 8 * (6 + 2) * transformer_width()
+    blocks = 4 * 8 * (6 + 2) * sum(width for width, _ in shapes(base / "unet", "attn1.to_q.weight"))
     assert 0 <= compiled["collectives"]["all-reduce"]["bytes"] - lora - blocks < 40 * 4
     moved = sum(each["bytes"] for kind, each in compiled["collectives"].items() if kind != "all-reduce")
     assert moved < 8 * 100 * latents  # winners and losers change places; no weight does
@@ -111,7 +106,8 @@ def test_the_embedded_step_agrees_with_formulas_and_is_compiled_once(
     (kept,) = tmp_path.glob(".cache/hgdpo_jax/planned/*.json")
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"seconds": 12_345}))
     monkeypatch.setattr(plan, "in_subprocess", lambda make, *arguments: make(*arguments))  # it takes seconds to begin
-    shown = run("--topology", "cpu:8")  # which goes by what is kept
+    monkeypatch.setattr(program, "counted", lambda *_: (1.0, 1.0))  # it would trace the step once more
+    shown = run(*asked)  # which goes by what is kept
     assert "8 x cpu" in shown and "fits" in shown and "hours for 20 steps" in shown and "12,345 s" in shown
 
 
@@ -145,15 +141,16 @@ def test_attention_counts_the_same_whatever_its_kernel(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("params", ["lora", "text_lora", "all", "adapter"])
 def test_every_kind_of_policy_is_planned_and_split_over_the_mesh(
-    params: str, base: Path, monkeypatch: pytest.MonkeyPatch
+    params: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "device_put", lambda *_: pytest.fail("devices that are only described hold nothing"))
+    monkeypatch.setattr(program, "counted", lambda *_: (0.0, 0.0))  # it traces the step once more
     config = tiny.config(base)
     config.train.params = params
     if params == "adapter":
         config.objective, config.pairs.winner, config.pairs.loser = "sft", "photograph", "none"
-        config.adapter.image_encoder = str(ASSETS / "portraits" / "scorer")
-    source, mesh = program.source_of(config, ""), tiny.mesh(data=2, fsdp=4)
+        config.adapter.image_encoder = str(tiny.write_scorer(tmp_path / "scorer"))
+    source, mesh = program.open_architecture(config, ""), tiny.mesh(data=2, fsdp=4)
     held = program.step(config, source, mesh).held
     policy = steps.split_params(program.pipeline_of(config, source, mesh), params)[1]
     whole = sum(x.size * 4 for x in jax.tree.leaves(policy))
@@ -164,8 +161,9 @@ def test_every_kind_of_policy_is_planned_and_split_over_the_mesh(
     assert (held["reference"], held["policy of the base"]) == twice
 
 
-def test_what_an_adapter_reads_is_known_without_its_encoder() -> None:
-    config = load_config("configs/personalise.py:portraits")
+def test_what_an_adapter_reads_is_known_without_its_encoder(tmp_path: Path) -> None:
+    scorer = tiny.write_scorer(tmp_path / "scorer")
+    config = load_config("configs/personalise.py:portraits", [f"adapter.image_encoder={scorer}"])
     assert program.concept_shape(config) == encoder_of(config).nothing.shape[1:]
     config = load_config("configs/personalise.py:sd15")
     assert program.concept_shape(config) == (257, 1280)
@@ -173,14 +171,13 @@ def test_what_an_adapter_reads_is_known_without_its_encoder() -> None:
 
 def test_each_step_of_drawing_is_counted(base: Path) -> None:
     config, mesh = tiny.config(base), tiny.mesh(data=2)
-    config.pairs.update(guidance=3.0, batch=3)
-    source = program.source_of(config, "")
-    totals = []
-    for config.pairs.steps in (4, 9):
-        draw, decode = program.drawing(config, source, mesh)
-        totals.append(sum(draw.operations))
-        assert decode.beside == draw.held["unet"] + draw.held["text"] and draw.beside == draw.held["VAE"]
+    config.pairs.update(guidance=3.0, batch=3, steps=9)
+    source = program.open_architecture(config, "")
+    draw, decode = program.drawing(config, source, mesh)
+    assert decode.beside == draw.held["unet"] + draw.held["text"] and draw.beside == draw.held["VAE"]
     pipeline = program.pipeline_of(config, source, mesh)
+    sampler = Sampler.from_config(pipeline, mesh, config.pairs, seed=0)
+    before = sum(program.counted(lambda: sampler.traced((32, 32))[0], trips=0))
     assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves(nnx.state(pipeline.networks)))  # for any device
     graph, weights = nnx.split(pipeline.unet)
 
@@ -193,7 +190,7 @@ def test_each_step_of_drawing_is_counted(base: Path) -> None:
         program.counted(jax.jit(step).trace, weights, jax.ShapeDtypeStruct((4, *tiny.LATENT), jnp.float32), text)
     )
     memory = jax.jit(lambda weights, text: nnx.merge(graph, weights).keys_values(text)).trace
-    assert totals[1] - totals[0] == 5 * (both - sum(program.counted(memory, weights, text)))
+    assert sum(draw.operations) - before == 9 * (both - sum(program.counted(memory, weights, text)))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +202,7 @@ def test_the_largest_batch_fits_and_one_that_is_a_tenth_larger_does_not(per_exam
 
     def at(count: int) -> Plan:
         tried.append(count)
-        made = Compiled(arguments=100, temporaries=per_example(count))
+        made = Compiled(arguments=100, temporaries=math.ceil(per_example(count)))
         return Plan("cpu", 1, "", count, {}, 0, made, 1000.0, 0.0, {}, {}, "")
 
     count, found = figures.largest(at)
@@ -241,7 +238,7 @@ def test_a_missing_compiler_is_one_line_with_its_command(
         topologies.prepare_compilers([name])
 
 
-def test_a_share_above_one_an_unknown_variant_and_no_base_are_refused(run) -> None:
+def test_a_share_above_one_an_unknown_variant_and_no_base_are_refused(run: Callable[..., str]) -> None:
     with pytest.raises(SystemExit):
         run("--share", "1.5")
     with pytest.raises(UserError, match="config variant nothing: unknown"):
@@ -270,21 +267,35 @@ def test_figures_are_kept_for_one_compiler_with_its_flags(
     monkeypatch.setattr(compiled, "_compile", lambda *_: made.append(Compiled(traffic=len(made))) or made[-1])
 
     def found() -> Compiled:
-        return compiled.compiled(lowered, topology)
+        return compiled.compile_for(lowered, topology)
 
     first = found()
     assert found() == first and len(made) == 1
+    assert compiled.compile_for(lowered, topology, trips=2) is made[1]
     for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS"):
         monkeypatch.setenv(name, "--another")
         assert found() is made[-1]
-    assert len(made) == 3
+    assert len(made) == 4
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(compiled, "write_json", full)
     monkeypatch.setenv("XLA_FLAGS", "--one-more")
-    assert found() is made[3] and "figures are not kept" in capsys.readouterr().err
+    assert found() is made[4] and "figures are not kept" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert found() is made[5] and "figures are not kept" in capsys.readouterr().err
+
+
+def test_the_tensor_axis_splits_products_and_not_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "compile_for", lambda *_: Compiled(traffic=819, collectives={"x": {"sent": 200e9}}))
+    mesh, chip = tiny.mesh(data=2, fsdp=2, tensor=2), topologies.CHIPS["v5e"]
+    step = program.Program(jax.jit(jnp.sin).lower(1.0), (8e12, 16e12), {}, 0)
+    topology = topologies.Topology("v5e:2x4", chip, list(mesh.devices.flat), {}, "")
+    found = figures.plan_program(step, topology, mesh, "bfloat16", 16)
+    assert found.operations == 8e12 / 4 + 16e12 / 8 and found.bound == "interconnect"
+    assert found.seconds == {"arithmetic": 4e12 / chip.peak["bfloat16"], "memory": 1e-9, "interconnect": 1.0}
+    assert found.rate(0.5) == 8.0
 
 
 @pytest.fixture
@@ -295,7 +306,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiling: None) -> 
     return tmp_path
 
 
-class Begun:
+class Begun(jax.stages.Lowered):
     """A program whose compiler does not come to its end once it has done its work."""
 
     def __init__(self, lowered: jax.stages.Lowered, then: Callable[[], object]) -> None:
@@ -326,9 +337,8 @@ def test_sizes_are_those_of_the_whole_program_before_it_is_whole() -> None:
     assert (found.arguments, found.temporaries) == (sizes.argument_size_in_bytes, sizes.temp_size_in_bytes)
     assert found.outputs == sizes.output_size_in_bytes - sizes.alias_size_in_bytes > 4 * 48 * 48
     counted = hlo.HloModule(whole.as_text(), 1, 8)
-    assert found.traffic == counted.traffic() > 0 and found.collectives == {
-        "all-reduce": counted.collectives()["all-reduce"]._asdict()
-    }
+    assert found.traffic == traffic.memory_traffic(counted) > 0
+    assert found.collectives == {"all-reduce": asdict(traffic.collectives(counted)["all-reduce"])}
 
 
 def test_a_compiler_that_refuses_fails_or_writes_half_of_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,17 +373,19 @@ def test_a_batch_that_is_computed_in_parts_counts_whole(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(plan, "in_subprocess", step)
     overrides = ["train.accumulate=4", "train.batch=32"]
-    found = plan.largest(PORTRAITS[1], overrides, topologies.describe_topology("cpu:8"), "blocks", tqdm(disable=True))
-    assert found[:3] == ("blocks", 4 * 70, 4 * 70 * 8) and found.plan.examples == found.batch
+    found = plan.plan_largest(
+        PORTRAITS[1], overrides, topologies.describe_topology("cpu:8"), "blocks", tqdm(disable=True)
+    )
+    assert found[:3] == ("blocks", 4 * 70, 4 * 70 * 8) and found.plan and found.plan.examples == found.batch
 
 
 def test_the_table_states_the_limits_of_each_topology() -> None:
     """Between hosts GPUs have others than in one."""
-    config, source = load_config(PORTRAITS[1], ["data.resolutions=64x64,96x64"]), SimpleNamespace(name="base")
+    config = load_config(PORTRAITS[1], ["data.resolutions=64x64,96x64"])
     plans = [
         Plan(name, 8, "", 16, {}, 0, Compiled(), 1.0, 0.0, {"interconnect": 1.0}, {"interconnect": peak}, "data sheet")
         for name, peak in (("h100:8", 450e9), ("h100:64", 50e9), ("h200:8", 450e9))
     ]
-    text = table.describe(config, source, plans, [()] * 3, [(one, one) for one in plans], 0.4)
+    text = table.describe(config, "base", plans, [()] * 3, [(one, one) for one in plans], 0.4)
     assert "h100:8, h200:8: interconnect 450 GB/s (data sheet)\nh100:64: interconnect 50 GB/s (data sheet)" in text
     assert "pairs a step of 96x64, " in text and text.count("16 images, 0.00 MiB") == 6

@@ -1,67 +1,158 @@
-"""The report: metrics of known sets, and the command on a tiny run."""
+"""The evaluation: what is drawn, measured, kept and shown of a tiny run."""
 
+import functools
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from hgdpo_jax.curriculum import build
+from hgdpo_jax.config import to_json
 from hgdpo_jax.data.photographs import Photograph
+from hgdpo_jax.diffusion.pipeline import Pipeline
+from hgdpo_jax.diffusion.sampler import Sampler
+from hgdpo_jax.evaluate import print_table
 from hgdpo_jax.pictures.read import read_image
-from hgdpo_jax.results import report
-from hgdpo_jax.results.evaluation import _heldout, _inputs, _measure_photographs, _page, _persons, evaluate
+from hgdpo_jax.results import evaluation
+from hgdpo_jax.results.evaluation import Evaluator, _heldout, _inputs, _last_single, _persons, evaluate
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import json_hash
+from hgdpo_jax.run.files import json_hash, write_json
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.scoring import judges, personalised
-from hgdpo_jax.training.loop import train
+from hgdpo_jax.scoring.comparison import METRICS
+from hgdpo_jax.training import loop
 from tests import tiny
+from tests.results.test_exported import at_once
 
 
-@pytest.mark.usefixtures("glance")
 def test_the_command_writes_results_and_a_report_that_stands_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    """The steps are left out, and the judges compiled once."""
     monkeypatch.setattr(judges, "VIEWS", 1)
-    tiny.write_base(tmp_path / "base")
-    config = tiny.config(tmp_path / "base", steps=1)
-    config.data.photographs = str(tiny.write_photographs(tmp_path / "photographs", train=9, heldout=3))
+    monkeypatch.setattr(evaluation, "Judges", functools.cache(judges.Judges))
+    monkeypatch.setattr(evaluation, "local_mesh", functools.cache(tiny.mesh))
+    monkeypatch.setattr(loop, "_run", at_once)
+    config, workdir = tiny.config(base, steps=1), tmp_path / "run"
+    config.data.photographs = str(tiny.write_photographs(tmp_path / "photographs", train=1, heldout=3))
     config.pairs.scorer = config.evaluate.scorer = str(tiny.write_scorer(tmp_path / "scorer"))
-    config.pairs.update(pool_size=2, sampler="ddim", steps=2, guidance=1.0, batch=8, shard_size=9)
-    workdir = tmp_path / "run"
-    build.build(config, workdir)
     with pytest.raises(UserError, match="stage1 was not trained"):
         evaluate(config, workdir)
-    train(config, workdir)
+    tiny.write_pairs(workdir / "stage1" / "pairs", heldout=4)
+    loop.train(config, workdir)
+    log = workdir / "stage1" / "logs" / "metrics.jsonl"
+    log.parent.mkdir()
+    log.write_text('{"step": 0, "heldout/loss/dpo": 0.7}\n{"step": 1, "a')  # half a line of a run that was killed
     first = evaluate(config, workdir)
-    written = (workdir / "results.json").read_text()
+    written, easy = (workdir / "results.json").read_text(), first["models"]["easy"]
     assert json.loads(written) == first and list(first["models"]) == ["base", "easy", "easy, whole"]
-    assert first["models"]["base"]["win_rate"] == 0.5 and first["images_per_model"] == 3
-    config.stage = "naive"
-    with pytest.raises(UserError, match="naive was not trained in .*; run first: .*configs/naive.py"):
-        evaluate(config, workdir)
-    config.stage = "stage1"
+    assert first["models"]["base"]["win_rate"] == 0.5 and first["images_per_model"] == first["people"] == 3
+    assert easy["second_score"] == pytest.approx(easy["preference_score"])
+    scores = [row["preference_score"] for row in first["models"].values()]
+    assert len(set(scores)) == 3 and len(first["differences"]) == 0
     page = (workdir / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
-    assert page.count("<img") == 1 + 4 * 3 + 2 * 3  # curves; base, easy twice, photograph; winners and losers
-    assert first["models"]["easy"]["second_score"] == pytest.approx(first["models"]["easy"]["preference_score"])
-    assert len(first["differences"]) == 0 and first["people"] == 3
+    assert page.count("<img") == 1 + 4 * 3 + 2 * 4  # curves; base, easy twice, photograph; winners and losers
+
     kept = (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns
     evaluate(config, workdir)
     assert (workdir / "results.json").read_text() == written
     assert (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns == kept
-    with (workdir / "stage1" / "logs" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 1, "a')  # half a line of a run that was killed
-    captions = Path(config.data.photographs) / "captions.jsonl"
-    captions.write_text(captions.read_text().replace("portrait", "picture"))
-    config.evaluate.scorer = ""
-    assert "second_score" not in evaluate(config, workdir)["models"]["easy"]
-    assert (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns > kept
+    print_table(first)
+    rows = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
+    assert [row[2:-1] for row in rows if row[1:2] == ["easy"]] == [[f"{easy[name]:.3f}" for name in METRICS]]
+    config.stage = "naive"
+    with pytest.raises(UserError, match="naive was not trained in .*; run first: .*configs/naive.py"):
+        evaluate(config, workdir)
+
+
+def test_models_are_measured_up_to_the_configs_stage_and_beside_the_recipe_for_lora(tmp_path: Path) -> None:
+    def names(stage: str) -> list[str]:
+        config.stage = stage
+        return [name for name, model in evaluation.MODELS.items() if evaluation._is_measured(config, tmp_path, model)]
+
+    config = tiny.config(tmp_path)
+    for stage in ("stage1", "stage2", "stage3", "naive"):
+        config.train.params = "all" if stage == "naive" else "lora"
+        write_json(tmp_path / stage / "config.json", to_json(config))
+    assert names("stage1") == ["base", "easy", "naive", "easy, whole"]
+    assert names("stage3") == ["base", "easy", "normal", "hard", "naive", *(f"{x}, whole" for x in
+                               ("easy", "normal", "hard"))]  # fmt: skip
+    write_json(tmp_path / "text_encoder" / "config.json", to_json(config))
+    assert "hard + text encoder" in names("stage3") and "hard + text encoder" not in names("stage2")
+
+
+class FakeSampler(Sampler):
+    """Draws what its seed and the captions say, and counts."""
+
+    batch = 36
+
+    def __init__(self) -> None:
+        self.drawn, self.judged = 0, list[int]()
+
+    def keys(self, stream: str, ids: Any, numbers: Any) -> jax.Array:
+        return jax.random.key(0)
+
+    def generate(self, ids: np.ndarray, *_: Any, **__: Any) -> np.ndarray:
+        self.drawn += len(ids)
+        return np.arange(len(ids), dtype=np.float32)[:, None, None, None] * np.ones((2, 2, 3), np.float32)
+
+    def decode(self, latents: np.ndarray, note: str) -> np.ndarray:
+        return latents / 100
+
+    def measure_images(self, images: np.ndarray, ids: np.ndarray, judge: Any, note: str) -> dict[str, np.ndarray]:
+        self.judged.append(len(images))
+        return judge(images, ids)
+
+    measure_latents = measure_images
+
+
+class FakePipeline(Pipeline):
+    def __init__(self) -> None:
+        pass
+
+    def tokenize(self, captions: Any) -> np.ndarray:
+        return np.full((len(captions), 2), 5)
+
+
+def judge(images: np.ndarray, input_ids: np.ndarray) -> dict[str, np.ndarray]:
+    return {"mean": images.mean((1, 2, 3)), "ids": input_ids}
+
+
+def evaluator(folder: Path, people: int, judges: Any = judge) -> tuple[Evaluator, FakeSampler]:
+    config, sampler = tiny.config(folder), FakeSampler()
+    config.evaluate.images_per_prompt, config.data.resolutions = 2, ("2x2",)
+    held = [Photograph(str(i), folder / f"{i}.png", "a") for i in range(people)]
+    for i, photograph in enumerate(held):
+        Image.new("RGB", (2, 2), (20 * i,) * 3).save(photograph.picture)
+    return Evaluator(config, FakePipeline(), sampler, judges, held), sampler
+
+
+def test_what_was_drawn_is_kept_for_the_same_mark(tmp_path: Path) -> None:
+    found, sampler = evaluator(tmp_path, 3)
+    path = tmp_path / "evaluation" / "easy.npz"
+    seen, pictures = found.draw("easy", path, "1")
+    assert np.array_equal(seen["mean"], [[0, 1], [2, 3], [4, 5]]) and seen["ids"].shape == (3, 2, 2)
+    assert np.abs(pictures[:, 0, 0, 0] - [0, 0.02, 0.04]).max() < 1 / 127  # the first of each person
+    found.draw("easy", path, "1")
+    assert sampler.drawn == 6
+    found.draw("easy", path, "2")
+    assert sampler.drawn == 12
+    wrong, _ = evaluator(tmp_path, 3, lambda images, input_ids: {"score": np.full(len(images), np.nan, np.float32)})
+    with pytest.raises(UserError, match="score"):
+        wrong.draw("hard", tmp_path / "hard.npz", "1")
+
+
+def test_views_of_a_few_photographs_are_in_memory_at_a_time(tmp_path: Path) -> None:
+    found, sampler = evaluator(tmp_path, 7)
+    seen = found.measure_photographs()
+    assert sampler.judged == [36, 36, 12] and seen["ids"].shape == (7, judges.VIEWS, 2)
+    assert np.allclose(seen["mean"], np.arange(7)[:, None] * 20 / 127.5 - 1.0)
 
 
 def test_what_a_picture_is_made_from_is_drawn_again_where_it_changes(tmp_path: Path) -> None:
@@ -70,49 +161,26 @@ def test_what_a_picture_is_made_from_is_drawn_again_where_it_changes(tmp_path: P
     held = [Photograph("a", tmp_path / "a.jpg", "a woman")]
     inputs = [_inputs(config, "base", held, index), _inputs(config, "other", held, index)]
     inputs.append(_inputs(config, "base", [replace(held[0], caption="a man")], index))
-    config.evaluate.steps += 1
-    inputs.append(_inputs(config, "base", held, index))
-    config.evaluate.scorer = config.pairs.scorer
-    inputs.append(_inputs(config, "base", held, index))
+    for key, value in (("steps", 3), ("negative_prompt", "blurry"), ("scorer", config.pairs.scorer)):
+        config.evaluate[key] = value
+        inputs.append(_inputs(config, "base", held, index))
     assert len({json_hash(found) for found in inputs}) == len(inputs)
 
 
-def test_the_report_compares_base_with_the_last_stage_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_compares_base_with_the_last_stage_that_was_measured() -> None:
     """Whatever was trained: `naive` alone, or nothing that draws otherwise."""
-    monkeypatch.setattr(report, "page", lambda **given: given["compared"])
-    results = {"models": {"base": {}}}
     for names in (["base"], ["base", "naive"], ["base", "easy", "normal"]):
-        drawn = {name: SimpleNamespace(pictures=None) for name in [*names, *(f"{name}, whole" for name in names[1:])]}
-        assert _page(results, drawn, {}, [], np.zeros(0), []) == ("base", names[-1])
+        assert _last_single(dict.fromkeys([*names, *(f"{name}, whole" for name in names[1:])])) == names[-1]
 
 
 def test_of_people_that_process_0_did_not_draw_nothing_is_shown() -> None:
     """Of eight processes each may have drawn one person."""
     held, templates = [Photograph(name, Path(name), f"{name}, smiling") for name in "abc"], ["{subject}", "{subject} 2"]
-    pictures = np.arange(2.0)[:, None, None, None]
-    people = {"base": personalised.PeoplePictures(np.zeros(3), np.zeros(3), np.zeros(3), pictures)}
-    (shown,) = _persons(people, held, np.zeros((3, 4, 4, 3)), templates)
+    pictures = np.arange(2.0, dtype=np.float32)[:, None, None, None] * np.ones((4, 4, 3), np.float32)
+    measured, found = np.zeros((3, 2), np.float32), np.ones((3, 2), bool)
+    people = {"base": personalised.PeoplePictures(measured, measured, found, pictures)}
+    (shown,) = _persons(people, held, np.zeros((3, 4, 4, 3), np.float32), templates)
     assert np.array_equal(shown.drawn["base + adapter"], pictures)
-
-
-def test_views_of_a_few_photographs_are_in_memory_at_a_time(tmp_path: Path) -> None:
-    held = [Photograph(str(i), tmp_path / f"{i}.png", "a") for i in range(7)]
-    for i, photograph in enumerate(held):
-        Image.new("RGB", (2, 2), (20 * i,) * 3).save(photograph.picture)
-    together = []
-
-    class FakeSampler:
-        def whole_batches(self, each: int) -> int:
-            return 36 // each
-
-        def measure_images(self, views: np.ndarray, ids: np.ndarray, *_: object) -> dict[str, np.ndarray]:
-            together.append(len(views))
-            return {"mean": views.mean((1, 2, 3)), "ids": ids}
-
-    tokenizer = SimpleNamespace(tokenize=lambda captions: np.full((len(captions), 2), 5))
-    seen = _measure_photographs(FakeSampler(), tokenizer, None, held, (2, 2))
-    assert together == [36, 36, 12] and seen["ids"].shape == (7, judges.VIEWS, 2)
-    assert np.allclose(seen["mean"], np.arange(7)[:, None] * 20 / 127.5 - 1.0)
 
 
 def test_of_all_photographs_those_that_are_held_out_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

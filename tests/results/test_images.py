@@ -1,11 +1,13 @@
 """What the sampling command draws is what diffusers draws, with every part of the recipe; and what it refuses."""
 
+import functools
 import importlib.util
 import json
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from flax import nnx
+from jax.sharding import Mesh
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -46,10 +49,21 @@ STEPS, GUIDANCE = 13, 3.0  # of the 13 timesteps one is at least 900
 DRAWN = STEPS * (2 * GUIDANCE - 1) * NETWORK
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl"])
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    return tiny.write_base(folder) if request.param == "sd15" else tiny.write_sdxl(folder)
+class Setup(NamedTuple):
+    """A base, its pipeline with LoRA everywhere, the policies hard, normal and text, a folder with their files, and a
+    sampler."""
+
+    base: Path
+    pipeline: pipelines.Pipeline
+    policies: dict[str, Any]
+    folder: Path
+    sampler: Sampler
+
+
+@pytest.fixture(scope="module")
+def setups(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Setup]:
+    """sd15 or sdxl → what the tests share."""
+    return functools.cache(lambda kind: setup(kind, tmp_path_factory.mktemp(kind)))
 
 
 def shaken(policy: Any, seed: int) -> Any:
@@ -59,31 +73,27 @@ def shaken(policy: Any, seed: int) -> Any:
     return jax.tree.unflatten(tree, [x + jnp.asarray(0.4 * rng.standard_normal(x.shape), x.dtype) for x in leaves])
 
 
-@pytest.fixture(scope="module")
-def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pipelines.Pipeline, dict, Path]:
-    """A pipeline with LoRA everywhere; the policies hard, normal, text; a folder with their files."""
-    pipeline, folder = pipelines.load_pipeline(base), tmp_path_factory.mktemp("export")
+def setup(kind: str, folder: Path) -> Setup:
+    base = tiny.write_base(folder / "base") if kind == "sd15" else tiny.write_sdxl(folder / "base")
+    pipeline = pipelines.load_pipeline(base)
     for i, (name, model) in enumerate(pipeline.models.items()):
         if name != "vae":
             add_lora(model, 2, 2.0, nnx.Rngs(i))
     fresh = {name: split_params(pipeline, params)[1] for name, params in (("unet", "lora"), ("text", "text_lora"))}
     policies = {"hard": shaken(fresh["unet"], 1), "normal": shaken(fresh["unet"], 2), "text": shaken(fresh["text"], 3)}
+    (folder / "export").mkdir()
     for name, file in (("hard", PEFT_FILE), ("normal", PEFT_NORMAL_FILE), ("text", PEFT_TEXT_FILE)):
         nnx.update(pipeline.networks, policies[name])
-        save_file(lora_weights(pipeline.models, "peft", "text" if name == "text" else "unet"), folder / file)
+        weights = lora_weights(pipeline.models, "peft", "text" if name == "text" else "unet")
+        save_file(weights, folder / "export" / file)
     nnx.update(pipeline.networks, fresh["unet"])
     nnx.update(pipeline.networks, fresh["text"])
-    return pipeline, policies, folder
+    return Setup(base, pipeline, policies, folder / "export", sampler_of(pipeline))
 
 
 def sampler_of(pipeline: pipelines.Pipeline, **settings: Any) -> Sampler:
     chosen = {"solver": "dpmpp_2m", "steps": STEPS, "guidance": GUIDANCE, "batch": 2, "seed": 0} | settings
-    return Sampler(pipeline, tiny.mesh(), **chosen)
-
-
-@pytest.fixture(scope="module")
-def sampler(trained: tuple) -> Sampler:
-    return sampler_of(trained[0])
+    return Sampler(pipeline, chosen.pop("mesh", tiny.mesh()), **chosen)
 
 
 def ours(sampler: Sampler, pipeline: pipelines.Pipeline, *policies: Any, concept: Any = None) -> np.ndarray:
@@ -123,20 +133,25 @@ def chosen(policies: dict[str, Any], blocks: str, text: bool) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("blocks", "given", "text"),  # None is what the stage's files ask for
-    [("all", None, False), ("up", "up", False), ("up+normal", "up+normal", False), ("up", None, True)],
+    ("kind", "blocks", "given", "text"),  # None is what the stage's files ask for
+    [
+        ("sd15", "all", None, False),
+        ("sd15", "up", "up", False),
+        ("sd15", "up+normal", "up+normal", False),
+        ("sd15", "up", None, True),
+        ("sdxl", "up", None, True),
+    ],
 )
 def test_the_recipe_gives_the_images_of_diffusers(
-    base: Path,
-    trained: tuple,
-    sampler: Sampler,
+    setups: Callable[[str], Setup],
     script: ModuleType,
     tmp_path: Path,
+    kind: str,
     blocks: str,
     given: str | None,
     text: bool,
 ) -> None:
-    pipeline, policies, folder = trained
+    base, pipeline, policies, folder, sampler = setups(kind)
     for file in folder.iterdir():
         if not (file.name == PEFT_TEXT_FILE and not text or file.name == PEFT_NORMAL_FILE and blocks == "all"):
             (tmp_path / file.name).symlink_to(file)
@@ -149,29 +164,30 @@ def test_the_recipe_gives_the_images_of_diffusers(
     assert sampler._programs.draw._cache_size() == 2  # without and with the text encoder's policy
 
 
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_without_policies_the_images_are_those_of_the_base(
-    base: Path, trained: tuple, sampler: Sampler, script: ModuleType, tmp_path: Path
+    setups: Callable[[str], Setup], script: ModuleType, tmp_path: Path, kind: str
 ) -> None:
+    base, pipeline, *_, sampler = setups(kind)
     reference = script.load(DiffusionPipeline.from_pretrained(base, dtype=torch.float32), tmp_path)
-    assert_close(ours(sampler, trained[0]), theirs(script, reference, sampler), DRAWN)
+    assert_close(ours(sampler, pipeline), theirs(script, reference, sampler), DRAWN)
 
 
-@pytest.mark.parametrize("kind", ["ip_adapter", "ip_adapter_plus"])
 def test_a_concept_image_gives_the_images_of_diffusers_with_and_without_lora(
-    base: Path, trained: tuple, script: ModuleType, tmp_path: Path, kind: str
+    setups: Callable[[str], Setup], script: ModuleType, tmp_path: Path
 ) -> None:
-    pipeline, policies, folder = trained
-    encoder = ConceptEncoder(kind, str(tiny.write_scorer(tmp_path / "clip")))
-    adapter = ip_adapter.fresh(pipeline.unet, kind, encoder.nothing.shape[-1], nnx.Rngs(5))
+    """tests/models/test_ip_adapter.py compares the other kinds, and SDXL's UNet."""
+    base, pipeline, policies, folder, sampler = setups("sd15")
+    encoder = ConceptEncoder("ip_adapter_plus", str(tiny.write_scorer(tmp_path / "clip")))
+    adapter = ip_adapter.fresh(pipeline.unet, "ip_adapter_plus", encoder.nothing.shape[-1], nnx.Rngs(5))
     ip_adapter.save(adapter, tmp_path / "adapter.safetensors")
     settings = configuration.default().adapter
     settings.update(weights=str(tmp_path / "adapter.safetensors"), image_encoder=str(tmp_path / "clip"))
     with_adapter, encoder = with_trained_adapter(pipeline, settings, None, tiny.mesh())
     photographs = list_photographs(configuration.ASSETS / "portraits", "heldout")[:1]
     concept = encoder(load_images(photographs, (64, 64))[1]).features
-    sampler = sampler_of(with_adapter, concept_scale=0.7)
-    embeds = torch.tensor(np.concatenate([encoder.nothing, concept]))
-    embeds = embeds[:, None] if kind == "ip_adapter_plus" else embeds  # diffusers counts images before patches
+    with_concept = sampler_of(with_adapter, concept_scale=0.7)
+    embeds = torch.tensor(np.concatenate([encoder.nothing, concept]))[:, None]  # diffusers counts images first
     hard = chosen(policies, "up", False)
     without_concept = [ours(sampler, pipeline), ours(sampler, pipeline, *hard)]
     for number, used in enumerate(([], hard)):
@@ -183,7 +199,7 @@ def test_a_concept_image_gives_the_images_of_diffusers_with_and_without_lora(
         reference.load_ip_adapter(str(tmp_path), "", "adapter.safetensors", image_encoder_folder=None)
         reference.set_ip_adapter_scale(0.7)
         expected = theirs(script, reference, sampler, ip_adapter_image_embeds=[embeds])
-        found = ours(sampler, pipeline, *used, concept=np.repeat(concept, 2, axis=0))
+        found = ours(with_concept, pipeline, *used, concept=np.repeat(concept, 2, axis=0))
         assert_close(found, expected, DRAWN)
         assert np.abs(without_concept[number] - found).max() > 10 * DRAWN
 
@@ -214,37 +230,39 @@ def test_lan_restores_the_statistics_of_a_policy_that_shifts_channels() -> None:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> images.Generator:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[images.Generator]:
+    """A base, drawn on two devices; a sampler of the same settings is made, and its programs traced, once."""
     base = tiny.write_base(tmp_path_factory.mktemp("base"))
-    return images.from_checkpoint(str(base))._replace(resolution=(32, 32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "local_mesh", functools.cache(lambda: tiny.mesh(data=2)))
+        samplers: dict[tuple, Sampler] = {}
+
+        def sampler(pipeline: pipelines.Pipeline, mesh: Mesh, **settings: Any) -> Sampler:
+            key = (id(pipeline), *settings.items())
+            return samplers.setdefault(key, samplers.get(key) or Sampler(pipeline, mesh, **settings))
+
+        patch.setattr(images, "Sampler", sampler)
+        yield images.from_checkpoint(str(base))._replace(resolution=(32, 32))
 
 
-@pytest.mark.parametrize("negative", ["blurry, a drawing", ""])
-def test_a_negative_prompt_is_diffusers(base: Path, trained: tuple, negative: str) -> None:
-    pipeline = trained[0]
-    sampler = sampler_of(pipeline, negative=negative)
-    found = ours(sampler, pipeline)
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_a_negative_prompt_is_diffusers(setups: Callable[[str], Setup], kind: str) -> None:
+    base, pipeline, *_, sampler = setups(kind)
+    negative = "blurry, a drawing"
+    found = ours(sampler_of(pipeline, negative=negative), pipeline)
     reference = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": 32, "width": 32}
-    expected = reference(
-        PROMPTS,
-        negative_prompt=[negative] * 2 if negative else None,
-        latents=start(sampler),
-        output_type="np",
-        **settings,
-    ).images
-    assert_close(found, expected, DRAWN)
-    assert sampler._programs.draw._cache_size() == 1
-    if negative:
-        assert np.abs(found - ours(sampler_of(pipeline), pipeline)).max() > 10 * DRAWN
+    settings |= {"negative_prompt": [negative] * 2, "latents": start(sampler), "output_type": "np"}
+    assert_close(found, reference(PROMPTS, **settings).images, DRAWN)
+    assert np.abs(found - ours(sampler, pipeline)).max() > 10 * DRAWN
 
 
 def test_a_negative_prompt_without_guidance_says_that_it_has_no_effect(
-    base: Path, trained: tuple, caplog: pytest.LogCaptureFixture
+    setups: Callable[[str], Setup], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        sampler_of(trained[0], negative="blurry", guidance=1.0)
+        sampler_of(setups("sd15").pipeline, negative="blurry", guidance=1.0)
     assert "negative prompt 'blurry': has no effect, guidance 1 means none" in caplog.text
 
 
@@ -259,42 +277,38 @@ def test_a_byte_order_mark_is_not_of_the_prompt(tmp_path: Path) -> None:
 def test_a_concept_that_is_no_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 60)
     with pytest.raises(UserError, match=r"--concept .*a\.png: cannot be read as an image \(") as error:
-        images.load_whole(tmp_path / "a.png")
+        images.read_concept(tmp_path / "a.png")
     assert "\n" not in str(error.value)
 
 
 def draw(source: images.Generator, prompts: list[str], seeds: list[int], out: Path, **settings: Any) -> Sampler:
-    chosen = {"steps": 2, "guidance": 2.0, "per_device": 2, "normalise": False} | settings
+    chosen = {"steps": 2, "guidance": 2.0, "per_device": 2} | settings
     return images.draw(source, prompts, seeds, out, images.Settings(**chosen))
 
 
-def test_lan_with_the_base_as_policy_changes_nothing(source: images.Generator) -> None:
-    pipeline = source.pipeline
-    plain, normalised = (sampler_of(pipeline, normalise=normalise) for normalise in (False, True))
-    assert_close(ours(normalised, pipeline), ours(plain, pipeline), DRAWN)
+def test_lan_with_the_base_as_policy_changes_nothing(setups: Callable[[str], Setup]) -> None:
+    _, pipeline, *_, sampler = setups("sd15")
+    assert_close(ours(sampler_of(pipeline, normalise=True), pipeline), ours(sampler, pipeline), DRAWN)
 
 
-def test_devices_draw_without_asking_each_other(source: images.Generator) -> None:
-    settings = {"solver": "dpmpp_2m", "steps": STEPS, "guidance": GUIDANCE, "batch": 4, "seed": 0}
-    sampler = Sampler(source.pipeline, tiny.mesh(data=2), **settings)
+def test_a_file_of_prompts_is_drawn_with_one_compilation_by_devices_that_do_not_ask_each_other(
+    source: images.Generator, tmp_path: Path
+) -> None:
+    prompts = [f"prompt {i}" for i in range(5)]
+    sampler = draw(source, prompts, [3, 4], tmp_path / "out")
+    assert sampler._draw._cache_size() == sampler._decode._cache_size() == 1
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 10 and (tmp_path / "out" / "sheet_000.png").is_file()
     for program in sampler.traced((32, 32)):
         text = program.lower().compile().as_text()
         assert "num_partitions=2" in text
         assert not {name for name in ("all-to-all", "all-reduce", "all-gather", "collective-permute") if name in text}
 
 
-def test_a_file_of_prompts_is_drawn_with_one_compilation(source: images.Generator, tmp_path: Path) -> None:
-    prompts = [f"prompt {i}" for i in range(5)]
-    sampler = draw(source, prompts, [3, 4], tmp_path / "out")
-    assert sampler._programs.draw._cache_size() == sampler._programs.decode._cache_size() == 1
-    assert len(list((tmp_path / "out").glob("0*.png"))) == 10 and (tmp_path / "out" / "sheet_000.png").is_file()
-
-
 def test_an_image_is_a_function_of_prompt_seed_and_settings_and_says_so(
     source: images.Generator, tmp_path: Path
 ) -> None:
     draw(source, ["a woman", "a man"], [7, 8], tmp_path / "many")
-    draw(source, ["a man"], [8], tmp_path / "one")
+    draw(source, ["a man"], [8, 9, 10], tmp_path / "one")  # as many at once, by the same program
     with Image.open(tmp_path / "many" / "00001_8.png") as many, Image.open(tmp_path / "one" / "00000_8.png") as one:
         np.testing.assert_array_equal(np.asarray(many), np.asarray(one))
         said = json.loads(many.text["hgdpo_jax"])
@@ -304,17 +318,17 @@ def test_an_image_is_a_function_of_prompt_seed_and_settings_and_says_so(
 
 def test_guidance_up_to_one_is_none_as_in_diffusers(source: images.Generator, tmp_path: Path) -> None:
     drawn = []
-    for guidance in (0.0, 0.5, 1.0):
+    for guidance in (0.5, 1.0):
         draw(source, ["a man"], [0], tmp_path / str(guidance), guidance=guidance)
         drawn.append(np.asarray(Image.open(tmp_path / str(guidance) / "00000_0.png"), np.int32))
-    assert max(abs(image - drawn[-1]).max() for image in drawn) <= 1  # one program, compiled three times
+    assert max(abs(image - drawn[-1]).max() for image in drawn) <= 1  # one program, compiled twice
 
 
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        (["--guidance", "nan"], "--guidance nan: expects from 0"),
-        (["--steps", "0"], "--steps 0: expects from 1"),
+        (["--guidance", "nan"], "--guidance nan: expects a number from 0"),
+        (["--steps", "0"], "--steps 0: expects a number from 1"),
         (["--lora-weight", "inf"], "--lora-weight inf: expects a finite number"),
     ],
 )
@@ -329,7 +343,7 @@ def test_numbers_out_of_range_are_named(
 
 
 def test_what_is_there_is_kept_and_another_runs_folder_is_refused(source: images.Generator, tmp_path: Path) -> None:
-    seeds = list(range(9))  # more than there are devices
+    seeds = list(range(3))  # more than there are devices
     whole = draw(source, ["a man"], seeds, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     (tmp_path / "out" / "00000_1.png").unlink()
@@ -346,11 +360,18 @@ def test_what_is_there_is_kept_and_another_runs_folder_is_refused(source: images
         draw(source, ["a man"], [0, 1], tmp_path / "mine")
 
 
+def test_a_model_that_moved_is_the_same(tmp_path: Path) -> None:
+    images.claim(tmp_path / "out", {"model": "here", "base": "1"})
+    images.claim(tmp_path / "out", {"model": "there", "base": "1"})
+    with pytest.raises(UserError, match="holds images of another run"):
+        images.claim(tmp_path / "out", {"model": "here", "base": "2"})
+
+
 def test_long_prompts_are_said_and_cut_as_diffusers_does(
     source: images.Generator, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     long = " ".join(["portrait"] * 90)
-    draw(source, [long, "a man"], [0], tmp_path / "out")
+    draw(source, [long, "a man"], [0, 1], tmp_path / "out")
     assert [r.message for r in caplog.records if "tokens" in r.message] == [
         f"prompt {long!r} has 92 tokens: the first 77 are used"
     ]
@@ -362,8 +383,9 @@ def test_seeds_that_overlap_and_prompts_that_repeat_are_named(tmp_path: Path) ->
     assert sample.all_seeds([0, 10], 3) == [0, 1, 2, 10, 11, 12]
     with pytest.raises(UserError, match="--seed 0 2: with --samples 3 the seeds overlap, 2 comes twice"):
         sample.all_seeds([0, 2], 3)
-    with pytest.raises(UserError, match="--seed -1: expects numbers from 0"):
-        sample.all_seeds([-1], 1)
+    for seed in (-1, 2**32 - 1):
+        with pytest.raises(UserError, match=f"--seed {seed}: expects numbers from 0 to {2**32 - 2}"):
+            sample.all_seeds([seed], 2)
     (tmp_path / "prompts.txt").write_text("a man\n\na woman\na man\n")
     with pytest.raises(UserError, match="prompts.txt line 4: repeats line 1"):
         sample.read_prompts(tmp_path / "prompts.txt")
@@ -392,7 +414,7 @@ def test_concept_images_and_adapters_that_do_not_fit_are_named(source: images.Ge
     with pytest.raises(UserError, match=r"noise.png: no face found; give a photograph that shows one"):
         images.with_concept(source, tmp_path / "noise.png", settings, None)
     found = images.with_concept(source, photograph, settings, None)
-    draw(found, ["a man"], [0], tmp_path / "out")
-    draw(source, ["a man"], [0], tmp_path / "plain")
+    draw(found, ["a man"], [0, 1, 2], tmp_path / "out")
+    draw(source, ["a man"], [0, 1, 2], tmp_path / "plain")
     with Image.open(tmp_path / "out" / "00000_0.png") as one, Image.open(tmp_path / "plain" / "00000_0.png") as two:
         assert not np.array_equal(np.asarray(one), np.asarray(two))

@@ -3,10 +3,8 @@
 import base64
 import io
 import re
-import tomllib
 from collections.abc import Iterator
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,8 @@ from PIL import Image
 
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.results import report
+from hgdpo_jax.results.report import Report
+from hgdpo_jax.scoring.bootstrap import Measure
 from hgdpo_jax.scoring.comparison import METRICS
 
 MODELS = ("base", "easy", "normal", "hard", "hard + text encoder")
@@ -36,41 +36,48 @@ def _log(steps: int, lowest: int) -> list[dict[str, float]]:
     return log
 
 
-def example(side: int = 64) -> dict[str, Any]:
-    """Arguments of a page in which the embedded photographs, `side` pixels wide, stand for what the models drew."""
+def measure(value: float) -> Measure:
+    """With an interval around it."""
+    return Measure(np.array([value, value - 0.021, value + 0.034]))
+
+
+def example(side: int = 64) -> Report:
+    """A report in which the embedded photographs, `side` pixels wide, stand for what the models drew."""
     files = sorted((ASSETS / "portraits" / "photographs").glob("*.jpg"))[: 2 * report.COLUMNS]
     images = np.stack([np.asarray(Image.open(file).resize((side, side))) for file in files]) / np.float32(127.5) - 1
     photographs, others = images[: report.COLUMNS], images[report.COLUMNS :]
-    measures = {
-        name: {key: (i - 1) * (3.25 if "↑" in title else -1.5) + 4 * (i == 2) for key, title in METRICS.items()}
+    models = {
+        name: {
+            key: measure((i - 1) * (3.25 if "↑" in title else -1.5) + 4 * (i == 2)) for key, title in METRICS.items()
+        }
         for i, name in enumerate(MODELS)
     }
-    measures["base"]["kernel_distance"] = float("nan")
-    for values in measures.values():
-        values["win_rate_interval"] = [values["win_rate"] - 0.021, values["win_rate"] + 0.034]
-        values["preference_score_interval"] = (values["preference_score"] - 0.1, values["preference_score"] + 0.1)
+    models["base"]["kernel_distance"] = measure(float("nan"))
     captions = [f"a portrait photograph of a woman, background {i}, soft light" for i in range(report.COLUMNS)]
-    pairs = slice(0, report.PAIRS)
-    stages = [
-        (name, report.Stage(_log(60, 20 * i), captions[pairs], images[pairs], others[pairs], [(1.5, -0.25)] * 8))
-        for i, name in enumerate(MODELS[1:4], start=1)
-    ]
-    return {
-        "models": measures,
-        "titles": METRICS,
-        "pictures": {name: np.clip(others * (0.4 + 0.2 * i), -1, 1) for i, name in enumerate(MODELS)},
-        "captions": captions,
-        "photographs": photographs,
-        "stages": stages,
-        "people": [
-            report.ConceptPerson(
-                photograph, captions[:3], {name: images[:3] for name in ("base + adapter", "hard + adapter")}
-            )
+    pairs, adapted = slice(0, report.PAIRS), ("base + adapter", "hard + adapter")
+    return Report(
+        models=models,
+        pictures={name: np.clip(others * (0.4 + 0.2 * i), -1, 1) for i, name in enumerate(MODELS)},
+        captions=captions,
+        photographs=photographs,
+        stages={
+            name: report.Stage(_log(60, 20 * i), captions[pairs], images[pairs], others[pairs], [(1.5, -0.25)] * 8)
+            for i, name in enumerate(MODELS[1:4], start=1)
+        },
+        compared=("base", "hard"),
+        people=[
+            report.ConceptPerson(photograph, captions[:3], {name: images[:3] for name in adapted})
             for photograph in photographs[:2]
         ],
-        "compared": ("base", "hard"),
-        "measured": ["base + adapter: identity distance 0.719 ± 0.016", "hard + adapter: identity distance 0.72"],
-    }
+        measured=["base + adapter: identity distance 0.719 ± 0.016", "hard + adapter: identity distance 0.72"],
+    )
+
+
+def small() -> Report:
+    """The same, with little in it."""
+    whole = example(8)
+    (name, stage), *_ = whole.stages.items()
+    return whole._replace(pictures={"base": whole.photographs, "hard": whole.photographs}, stages={name: stage})
 
 
 class Parsed(HTMLParser):
@@ -90,7 +97,7 @@ class Parsed(HTMLParser):
             tag, attributes, text = self.elements[-1]
             self.elements[-1] = tag, attributes, text + data
 
-    def of(self, tag: str, **attributes: str) -> Iterator[tuple[dict[str, str | None], str]]:
+    def find_all(self, tag: str, **attributes: str) -> Iterator[tuple[dict[str, str | None], str]]:
         """Attributes and text of the elements with this tag and these attributes."""
         for found, has, text in self.elements:
             if found == tag and attributes.items() <= has.items():
@@ -98,12 +105,12 @@ class Parsed(HTMLParser):
 
 
 def sections(page: str) -> list[str | None]:
-    return [attributes["id"] for attributes, _ in Parsed(page).of("section")]
+    return [attributes["id"] for attributes, _ in Parsed(page).find_all("section")]
 
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return report.page(**example())
+    return report.page(example())
 
 
 def test_nothing_is_read_from_outside_the_page(page: str) -> None:
@@ -111,88 +118,92 @@ def test_nothing_is_read_from_outside_the_page(page: str) -> None:
         for name in ("src", "href", "srcset", "action", "data", "poster"):
             assert (attributes.get(name) or "data:").startswith(("data:", "#"))
     assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttpRequest|\$", page)
-    (policy,) = [has["content"] for has, _ in Parsed(page).of("meta") if "http-equiv" in has]
+    (policy,) = [has["content"] for has, _ in Parsed(page).find_all("meta") if "http-equiv" in has]
     assert policy.startswith("default-src 'none'; img-src data:;")
 
 
 def test_every_part_is_there(page: str) -> None:
     assert sections(page) == ["measures", "compare", "pictures", "training", "people", "pairs"]
-    images = len(list(Parsed(page).of("img")))
+    images = len(list(Parsed(page).find_all("img")))
     assert images == 6 * report.COLUMNS + 3 + 2 * 2 * 4 + 3 * 2 * report.PAIRS
     assert "1.5 against −0.2: a portrait" in page
     assert "base + adapter: identity distance 0.719 ± 0.016" in page
 
 
-def test_the_table_has_values_and_intervals_and_marks_the_best() -> None:
-    given = example()
-    parsed = Parsed(report.page(**given))
-    cells = list(parsed.of("td"))
-    values = [row[key] for row in given["models"].values() for key in METRICS]
-    assert [has["data-value"] for has, _ in cells] == list(map(str, values))
-    assert [text for _, text in cells] == [f"{value:.3f}".replace("-", "−") for value in values]
-    intervals = [text for _, text in parsed.of("small")]
-    expected = [row[f"{key}_interval"] for row in given["models"].values() for key in ("preference_score", "win_rate")]
-    assert intervals == [f"[{low:.3f}, {high:.3f}]".replace("-", "−") for low, high in expected]
-    columns = {key: values[i :: len(METRICS)] for i, key in enumerate(METRICS)}
+def test_the_table_has_values_and_intervals_and_marks_the_best(page: str) -> None:
+    models = example().models
+    parsed = Parsed(page)
+    cells = list(parsed.find_all("td"))
+    measures = [row[key] for row in models.values() for key in METRICS]
+    assert [has["data-value"] for has, _ in cells] == [str(measure.value) for measure in measures]
+    assert [text for _, text in cells] == [f"{measure.value:.3f}".replace("-", "−") for measure in measures]
+    intervals = [text for _, text in parsed.find_all("small")]
+    assert intervals == ["[{:.3f}, {:.3f}]".format(*measure.interval).replace("-", "−") for measure in measures]
+    columns = {key: [row[key].value for row in models.values()] for key in METRICS}
     best = {key: np.nanmax(column) if "↑" in METRICS[key] else np.nanmin(column) for key, column in columns.items()}
     marked = [has.get("class") == "best" for has, _ in cells]
     arrows = [bool(set(title) & set("↑↓")) for title in METRICS.values()]
-    assert marked == [arrow and row[key] == best[key] for row in given["models"].values()
+    assert marked == [arrow and row[key].value == best[key] for row in models.values()
                       for key, arrow in zip(METRICS, arrows, strict=True)]  # fmt: skip
-    heads = [text for has, text in parsed.of("button", type="button") if not has.keys() - {"type"}]
+    heads = [text for has, text in parsed.find_all("button", type="button") if not has.keys() - {"type"}]
     assert [head.replace("\xa0", " ") for head in heads] == ["model", *METRICS.values()]
-    assert len(list(parsed.of("th", **{"aria-sort": "none"}))) == 1 + len(METRICS)
+    assert len(list(parsed.find_all("th", **{"aria-sort": "none"}))) == 1 + len(METRICS)
 
 
 def test_what_is_no_number_is_not_the_best() -> None:
-    titles = {"a": "a ↓"}
-    table = report._table({"one": {"a": float("nan")}, "two": {"a": 2.0}, "three": {"a": 3.0}}, titles)
+    nothing, key = measure(float("nan")), "frechet_distance"  # the lowest is the best
+    table = report._table({"one": {key: nothing}, "two": {key: measure(2.0)}, "three": {key: measure(3.0)}})
     assert re.findall(r'<td data-value="(\w[\w.]*)" class="best">', table) == ["2.0"]
-    assert "best" not in report._table({"one": {"a": float("nan")}}, titles)
+    assert "best" not in report._table({"one": {key: nothing}})
 
 
 def test_the_slider_begins_with_what_is_to_be_compared(page: str) -> None:
-    assert [text for _, text in Parsed(page).of("option", selected=None)] == ["base", "hard"]
-    assert [text for _, text in Parsed(page).of("option")] == 2 * [*MODELS, "photograph"]
+    assert [text for _, text in Parsed(page).find_all("option", selected=None)] == ["base", "hard"]
+    assert [text for _, text in Parsed(page).find_all("option")] == 2 * [*MODELS, "photograph"]
 
 
-def test_names_and_captions_are_harmless() -> None:
-    given = example() | {"captions": [EVIL] * report.COLUMNS, "models": {EVIL: example()["models"]["base"]}}
-    given["pictures"] = {EVIL: given["photographs"], "hard": given["photographs"]}
-    given["titles"] = METRICS | {"sharpness": EVIL}
-    given["people"] = [report.ConceptPerson(given["photographs"][0], [EVIL], {EVIL: given["photographs"][:1]})]
-    given["measured"], given["compared"] = [EVIL], (EVIL, "hard")
-    given["stages"] = [(EVIL, given["stages"][0][1]._replace(captions=[EVIL] * report.PAIRS))]
-    parsed = Parsed(report.page(**given))
-    assert len(list(parsed.of("script"))) == 1
-    assert {tag for tag, _, _ in parsed.elements} == {tag for tag, _, _ in Parsed(report.page(**example())).elements}
-    assert [text for _, text in parsed.of("span", **{"class": "head"})][: report.COLUMNS] == [EVIL] * report.COLUMNS
-    alts = [has["alt"] for has, _ in parsed.of("img")]
+def test_names_and_captions_are_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = small()
+    tags = {tag for tag, _, _ in Parsed(report.page(plain)).elements}
+    (stage,) = plain.stages.values()
+    monkeypatch.setitem(METRICS, "sharpness", EVIL)
+    evil = plain._replace(
+        models={EVIL: plain.models["base"]},
+        pictures={EVIL: plain.photographs, "hard": plain.photographs},
+        captions=[EVIL] * report.COLUMNS,
+        stages={EVIL: stage._replace(captions=[EVIL] * report.PAIRS)},
+        compared=(EVIL, "hard"),
+        people=[report.ConceptPerson(plain.photographs[0], [EVIL], {EVIL: plain.photographs[:1]})],
+        measured=[EVIL],
+    )
+    parsed = Parsed(report.page(evil))
+    assert len(list(parsed.find_all("script"))) == 1 and {tag for tag, _, _ in parsed.elements} == tags
+    heads = [text for _, text in parsed.find_all("span", **{"class": "head"})]
+    assert heads[: report.COLUMNS] == [EVIL] * report.COLUMNS
+    alts = [has["alt"] for has, _ in parsed.find_all("img")]
     assert f"{EVIL}: {EVIL}" in alts and f"hard: {EVIL}" in alts and f"winner: 1.5 against −0.2: {EVIL}" in alts
 
 
 @pytest.mark.parametrize(
     "left, expected",
     [
-        ({"stages": []}, ["measures", "compare", "pictures", "people"]),
+        ({"stages": {}}, ["measures", "compare", "pictures", "people"]),
         ({"people": (), "measured": ()}, ["measures", "compare", "pictures", "training", "pairs"]),
-        ({"stages": [], "people": ()}, ["measures", "compare", "pictures"]),
+        ({"stages": {}, "people": ()}, ["measures", "compare", "pictures"]),
     ],
 )
 def test_parts_that_a_run_has_not_are_left_out(left: dict[str, Any], expected: list[str]) -> None:
-    assert sections(report.page(**example() | left)) == expected
+    assert sections(report.page(small()._replace(**left))) == expected
 
 
 def test_a_model_can_be_compared_with_the_photographs() -> None:
-    given = example() | {"stages": [], "people": ()}
-    given["pictures"], given["compared"] = {"base": given["photographs"]}, ("base", "photograph")
-    parsed = Parsed(report.page(**given))
-    assert [text for _, text in parsed.of("option", selected=None)] == ["base", "photograph"]
+    parsed = Parsed(report.page(small()._replace(stages={}, people=(), compared=("base", "photograph"))))
+    assert [text for _, text in parsed.find_all("option", selected=None)] == ["base", "photograph"]
 
 
 def curves(page: str) -> list[str]:
     """The SVG files of a page."""
-    sources = [has["src"] or "" for has, _ in Parsed(page).of("img")]
+    sources = [has["src"] or "" for has, _ in Parsed(page).find_all("img")]
     start = "data:image/svg+xml;base64,"
     return [base64.b64decode(source.removeprefix(start)).decode() for source in sources if source.startswith(start)]
 
@@ -204,8 +215,8 @@ def test_curves_say_where_the_heldout_loss_is_lowest(page: str) -> None:
 
 
 def test_the_same_run_has_the_same_page() -> None:
-    given = example()
-    assert report.page(**given) == report.page(**given)
+    given = small()
+    assert report.page(given) == report.page(given)
 
 
 def test_lowest_is_the_first_of_equals_and_needs_heldout_pairs() -> None:
@@ -223,10 +234,7 @@ def test_the_winners_error_is_relative_to_the_references() -> None:
 
 @pytest.mark.parametrize("log", [[], [{"step": 1, "loss/dpo": 0.6}, {"step": 2, "loss/dpo": 0.5}]])
 def test_a_stage_without_heldout_points(log: list[dict[str, float]]) -> None:
-    given = example()
-    given["stages"] = [(name, found._replace(log=log)) for name, found in given["stages"]]
-    for svg in curves(report.page(**given)):
-        assert "lowest" not in svg
+    assert "lowest" not in curves(report._curves("easy", log))[0]
 
 
 @pytest.mark.parametrize(
@@ -235,15 +243,9 @@ def test_a_stage_without_heldout_points(log: list[dict[str, float]]) -> None:
 def test_small_pictures_are_shown_pixel_by_pixel(side: int, kind: str, shown: int) -> None:
     image = RNG.uniform(-1, 1, (1, side, side - 1 if side == 257 else side, 3)).astype(np.float32)
     grid = report._grid({"base": image}, ["a caption"])
-    ((has, _),) = Parsed(grid).of("img")
+    ((has, _),) = Parsed(grid).find_all("img")
     source = has["src"] or ""
     assert source.startswith(f"data:image/{kind};base64,") and has.get("class") == ("small" if shown else None)
     opened = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
     assert opened.size == (int(has["width"] or 0), int(has["height"] or 0)) == image.shape[2:0:-1]
     assert not shown or f"--least: {shown}px; --most: {shown}px" in grid
-
-
-def test_a_wheel_carries_the_page() -> None:
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    listed = project["tool"]["setuptools"]["package-data"]["hgdpo_jax.results"]
-    assert report.TEMPLATE.name in listed and report.TEMPLATE.parent.name == "results"

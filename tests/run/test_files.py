@@ -22,7 +22,8 @@ from hgdpo_jax.pictures.read import image_shape
 from hgdpo_jax.pictures.write import write_png
 from hgdpo_jax.run import command
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import atomic_path, file_hash, require_plain, write_json
+from hgdpo_jax.run.files import atomic_path, file_hash, write_json
+from hgdpo_jax.run.folder import require_plain
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.locks import lock, lock_owner
 from tests import tiny
@@ -94,12 +95,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
 
 OWNER = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from hgdpo_jax.run.locks import lock
 with lock(Path(sys.argv[1])):
     print("mine", flush=True)
-    time.sleep(60)
+    signal.pause()
 """
 
 
@@ -158,12 +159,16 @@ def test_content_is_read_again_only_when_the_file_changed(tmp_path: Path, monkey
     Image.new("RGB", (10, 40)).save(picture)
     os.utime(picture, ns=(0, time.time_ns()))
     assert again.hash(picture) != first and again.shape(picture, image_shape) == (40, 10)
+    read.clear()
+    monkeypatch.setattr("hgdpo_jax.run.index.file_hash", lambda path: read.append(path) or real(path))
+    os.utime(picture, ns=(0, 1))  # of the same size
+    assert again.hash(picture) and read == [picture]
 
 
 @pytest.mark.parametrize("name", ["a[1]", "[abc]", "a*", "a?"])
 def test_a_workdir_that_checkpoints_would_take_for_a_pattern_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its path holds .* which checkpoints cannot be written under"):
-        command.parse("", ["--config", "configs/stage1.py", "--workdir", str(tmp_path / name)])
+        command.parse(command.run_parser(""), ["--config", "configs/stage1.py", "--workdir", str(tmp_path / name)])
     with pytest.raises(UserError, match="choose another folder"):
         require_plain(tmp_path / name / "stage1")
     assert not list(tmp_path.iterdir())
@@ -172,4 +177,4 @@ def test_a_workdir_that_checkpoints_would_take_for_a_pattern_is_refused(name: st
 @pytest.mark.parametrize("name", ["gs://bucket/run", "s3://bucket/run"])
 def test_object_storage_is_no_place_for_a_run(name: str) -> None:
     with pytest.raises(UserError, match=rf"{name}: is object storage, .* NFS, Lustre, Filestore"):
-        command.parse("", ["--config", "configs/stage1.py:portraits", "--workdir", name])
+        command.parse(command.run_parser(""), ["--config", "configs/stage1.py:portraits", "--workdir", name])

@@ -26,6 +26,7 @@ def load(*overrides: str) -> ConfigDict:
 
 def test_overrides_keep_the_type_of_the_setting() -> None:
     loaded = load("train.lr=1e-4", "train.steps=7", "pairs.strengths=1,2", "mesh.fsdp=2")
+    assert loaded.is_locked
     assert (loaded.train.lr, loaded.train.steps, loaded.pairs.strengths, loaded.mesh.fsdp) == (1e-4, 7, (1, 2), 2)
 
 
@@ -68,6 +69,7 @@ def test_a_list_may_hold_commas() -> None:
         ("pairs.guidance=inf", "pairs.guidance=inf: expects a number from 0"),
         ("evaluate.guidance=nan", "evaluate.guidance=nan: expects a number from 0"),
         ("train.lr=nan", "train.lr=nan: expects a number above 0"),
+        ("train.lr=0", "train.lr=0.0: expects a number above 0"),
         ("train.clip_norm=-1", "train.clip_norm=-1.0: expects a number from 0"),
         ("stage=a/b", "stage='a/b': expects a name of a folder"),
         ("stage=..", "stage='..': expects a name of a folder"),

@@ -38,6 +38,7 @@ from hgdpo_jax.training.optimizer import make_optimizer
 from hgdpo_jax.training.policy import load_trainable, policy_of
 from hgdpo_jax.training.speed import Speed
 from tests import tiny
+from tests.patience import patience
 
 # Step 6 waits for the batch after its own until the process is killed.
 RUN = """
@@ -114,7 +115,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, stderr=subprocess.DEVNULL)
     newest = tmp_path / "stage1" / "policy" / "4"
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + patience(50)
         while not newest.with_suffix(".sha256.json").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)

@@ -1,0 +1,102 @@
+"""What several processes agree on, as each of them sees it; tests/processes starts them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from hgdpo_jax.run import processes, provenance
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import write_json
+from hgdpo_jax.run.folder import blocks_of, last_stage, stage_config, train_command
+from hgdpo_jax.run.index import Index, first_process_first
+from hgdpo_jax.run.locks import lock_for_all, lock_owner
+
+
+def test_each_process_works_on_its_part_a_few_at_once_and_all_get_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven things of two processes: the second one repeats the last."""
+    worked: list[list[int]] = []
+
+    def work(numbers: np.ndarray) -> dict[str, np.ndarray]:
+        worked.append(numbers.tolist())
+        return {"square": numbers**2}
+
+    assert processes.map_over_processes(7, work, 3)["square"].tolist() == [0, 1, 4, 9, 16, 25, 36]
+    assert worked == [[0, 1, 2], [3, 4, 5], [6]]
+
+    def gather(mine: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        assert mine["square"].tolist() == [16, 25, 36, 36]
+        return {"square": np.array([[0, 1, 4, 9], [16, 25, 36, 36]])}
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(processes, "is_alone", lambda: False)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    assert processes.map_over_processes(7, work)["square"].tolist() == [0, 1, 4, 9, 16, 25, 36]
+
+
+def test_who_was_started_with_something_else_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes.require_same({"seed": "1"})
+    monkeypatch.setattr(processes, "broadcast", lambda _: ["first", {"seed": "1"}])
+    with pytest.raises(UserError, match=r"process 0 on .*: its seed is 2, that of process 0 on first is 1; start all"):
+        processes.require_same({"seed": "2"})
+
+
+def test_process_0_alone_writes_the_index_and_the_others_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, file = tmp_path / "content.json", tmp_path / "a"
+    file.write_text("a")
+    done: list[Any] = []
+    monkeypatch.setattr(processes, "barrier", lambda: done.append(path.is_file()))
+    other = Index(path, keep=False)
+    other.hash(file)
+    other.save()
+    assert not path.exists()
+    first_process_first(index := Index(path), lambda: index.hash(file))
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    other = Index(tmp_path / "none", keep=False)
+    other._path = path
+    first_process_first(other, lambda: done.append(dict(other._known)))
+    assert done == [True, True, json.loads(path.read_text())]  # written before the others go on, who then know it
+
+
+def test_a_folder_is_owned_for_all_by_process_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with lock_for_all(tmp_path / "run"):
+        assert lock_owner(tmp_path / "run") is not None
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    with lock_for_all(tmp_path / "run"):
+        assert lock_owner(tmp_path / "run") is None
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "message"),
+    [
+        ({"a": 1, "b": 2}, {"a": 1}, "config key b='nothing': the pairs was made with 2; build"),
+        ({"a": 1}, {"a": 1, "b": 2}, "config key b=2: the pairs was made with 'nothing'; build"),
+        ({"content of x": "0" * 64}, {"content of x": "1" * 64},
+         f"content of x=sha256 {'1' * 12}…: the pairs was made with sha256 {'0' * 12}…; build"),
+    ],
+)  # fmt: skip
+def test_the_first_difference_is_named_with_both_values(found: dict, wanted: dict, message: str) -> None:
+    provenance.require_same(found, found, "the pairs", "build")
+    with pytest.raises(UserError) as error:
+        provenance.require_same(found, wanted, "the pairs", "build")
+    assert str(error.value) == message
+
+
+def test_what_a_run_folder_holds(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no stage was trained in .*; run first: .*configs/stage1.py"):
+        last_stage(tmp_path)
+    for stage in ("stage0", "stage2", "text_encoder"):
+        groups = ("model", "data", "pairs", "adapter", "train", "evaluate", "mesh")
+        write_json(tmp_path / stage / "config.json", {group: {} for group in groups})  # of before there were settings
+    assert last_stage(tmp_path) == "stage2" and stage_config(tmp_path, "stage2").train.steps == 20_000
+    with pytest.raises(UserError, match="stage3 was not trained in"):
+        stage_config(tmp_path, "stage3")
+    assert "configs/stage0_sft.py[:variant]" in train_command("stage0", tmp_path)
+    assert [blocks_of(stage) for stage in ("stage1", "stage2", "stage3", "naive")] == ["all", "all", "up", "up"]
