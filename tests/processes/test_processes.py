@@ -106,8 +106,8 @@ def compare(one: Path, two: Path, stage: str = "stage1") -> None:
 
     The same batches and the same noise: errors differ by rounding from the first step on, where other noise would
     make another error. After each step of Adam at rate r a parameter has moved by at most about r, in whatever
-    direction rounding chooses where its gradient is nearly nothing: two runs differ by at most 2 r steps at the end, and mostly
-    by far less.
+    direction rounding chooses where its gradient is nearly nothing: two runs differ by at most 2 r steps at the end,
+    and mostly by far less.
     """
     logs = [metrics.read(workdir / stage / "logs") for workdir in (one, two)]
     for a, b in zip(*logs, strict=True):
