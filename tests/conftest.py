@@ -48,6 +48,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_base(tmp_path_factory.mktemp("base"))
 
 
+@pytest.fixture(scope="session")
+def one_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, half as large: its UNet has one resolution."""
+    from tests import tiny
+
+    return tiny.write_base(tmp_path_factory.mktemp("one_level"), tiny.ONE_LEVEL)
+
+
 @pytest.fixture(scope="module")
 def glance() -> Iterator[None]:
     """Trainings look at nothing, where a test is not about what people see."""

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -33,6 +34,12 @@ from hgdpo_jax.training.loop import train
 from hgdpo_jax.training.monitor import Monitor
 from hgdpo_jax.training.policy import load_trainable
 from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def base(one_level: Path) -> Path:
+    """The smaller ε_base."""
+    return one_level
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +92,7 @@ def test_export_writes_the_text_encoder_and_the_recipe_too(workdir: Path, tmp_pa
     assert (tmp_path / "text" / "text_encoder" / "model.safetensors").is_file()
     merged = pipelines.load_pipeline(tmp_path / "text").text.text_encoder
     untouched = pipelines.load_pipeline(stage_config(workdir, "stage1").model.base).text.text_encoder
-    ids = np.array([[49406, 320, 49407]], np.int32)
+    ids = jnp.array([[49406, 320, 49407]], jnp.int32)
     assert abs(merged(ids).last_hidden_state - untouched(ids).last_hidden_state).max() > 1e-4
 
 
@@ -135,6 +142,7 @@ def adapter_config(base: Path, folder: Path) -> ConfigDict:
     return config
 
 
+@pytest.mark.usefixtures("glance")
 def test_an_adapter_is_trained_and_used_and_exported(base: Path, tmp_path: Path) -> None:
     config, workdir = adapter_config(base, tmp_path), tmp_path / "run"
     before = pipelines.base_hash(base)

@@ -38,6 +38,9 @@ TINY_UNET |= {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}
 TINY_UNET |= {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
 TINY_TEXT = TEXT_ENCODER | {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
 TINY_UNET |= {"cross_attention_dim": 8, "in_channels": LATENT[-1], "out_channels": LATENT[-1]}
+# One resolution: each kind of layer but those between resolutions, in half the time.
+ONE_LEVEL = TINY_UNET | {"block_out_channels": [8], "down_block_types": ["CrossAttnDownBlock2D"]}
+ONE_LEVEL |= {"up_block_types": ["CrossAttnUpBlock2D"]}
 TINY_TEXT_2 = TINY_TEXT | {"architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu", "hidden_size": 12}
 TINY_TEXT_2 |= {"num_hidden_layers": 2, "projection_dim": 20}
 # Everything SDXL does, at two layers per block, which kohya's names of its LoRA count on.
@@ -194,7 +197,7 @@ def config(base: Path, stage: str = "stage1", **train: object) -> ConfigDict:
     result.model.dtype = "float32"
     result.data.resolutions = ("32x32",)
     result.evaluate.update(sampler="ddim", steps=2, guidance=1.0, batch=8, images_per_prompt=1)
-    result.train.update(steps=4, batch=8, warmup=1, lr=1e-2, lambda_stat=1.0, lora_rank=2, lora_alpha=2.0)
+    result.train.update(steps=4, batch=8, warmup=2, lr=1e-2, lambda_stat=1.0, lora_rank=2, lora_alpha=2.0)
     result.train.update(checkpoint_every=2, log_every=1, eval_every=100, **train)
     validate(result)
     return result

@@ -102,8 +102,7 @@ def _run(
     rows = local_rows(settings.batch, mesh)
     loader = PairLoader(inputs.pairs.sources["train"], settings.batch, config.seed, position, rows)
     batch = to_devices(next(loader), mesh)
-    arguments = (state, reference, inputs.frozen, batch, numbers)
-    warn_of_hours(config, inputs, settings.steps - done, update, *arguments)
+    warn_of_hours(config, inputs, settings.steps - done, update, state, reference, inputs.frozen, batch, numbers)
     monitor = Monitor(config, folder, inputs, reference, numbers)
     evaluated = processes.broadcast(lambda: was_evaluated(folder / "logs", done))
     if not evaluated and (done % settings.eval_every == 0 or done >= settings.steps):

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from hgdpo_jax.devices.mesh import make_mesh, require_divisible
-from hgdpo_jax.devices.random import stream_key
+from hgdpo_jax.devices.random import stream_key, stream_keys
 from hgdpo_jax.devices.sharding import batch_sharding, partition_spec, tree_shardings
 from hgdpo_jax.devices.transfer import local_rows, place, to_devices
 from hgdpo_jax.devices.xla import xla_flags
@@ -57,6 +57,8 @@ def test_streams_differ_by_name_and_repeat_by_name() -> None:
     data = [jax.random.key_data(stream_key(0, *names)).tolist() for names in
             [("pool", "a", 1), ("pool", "a", 1), ("pool", "a", 2), ("pool", "b", 1), ("noise", "a", 1)]]  # fmt: skip
     assert data[0] == data[1] and len({tuple(d) for d in data}) == 4
+    many = stream_keys(0, "pool", ["a", "a", "b"], [1, 2, 1])
+    assert jax.random.key_data(many).tolist() == data[1:4]
 
 
 def test_intels_avx512_is_not_compiled_for_where_the_cache_would_refuse_it() -> None:

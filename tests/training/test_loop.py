@@ -132,7 +132,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
 def test_the_log_says_how_fast_it_is(finished: Path) -> None:
     lines = metrics.read(finished / "stage1" / "logs")[1:]  # before the first step there was a look
     assert [line["step"] for line in lines] == [*range(1, 7)]
-    assert all(line["train/learning_rate"] == np.float32(1e-2) for line in lines)
+    assert [line["train/learning_rate"] for line in lines] == [np.float32(5e-3)] + [np.float32(1e-2)] * 5
     assert "speed/step_seconds" not in lines[0]  # it was compiled
     assert "speed/step_seconds" not in lines[5]  # it was traced
     for line in lines[1:5]:
@@ -342,10 +342,16 @@ def test_a_base_may_move_but_not_change(finished: Path, base: Path, tmp_path: Pa
         train(tiny.config(tmp_path / "moved", "stage2", start="stage1", steps=2), tmp_path / "run")
 
 
-def test_what_a_stage_depends_on_follows_its_settings(base: Path) -> None:
-    constant, cosine = (tiny.config(base, schedule=schedule) for schedule in ("constant", "cosine"))
-    assert set(depends_on(cosine)) - set(depends_on(constant)) == {"train.steps"}
-    assert not {"train.accumulate", "train.checkpointing", "mesh", "model.base"} & set(depends_on(constant))
+def test_what_a_stage_depends_on_is_all_of_its_training_but_what_only_rounds_and_when_files_are_written(
+    base: Path,
+) -> None:
+    config = tiny.config(base, reference_cache=1)
+    aside = {"pairs", "steps", "accumulate", "checkpointing", "checkpoint_every", "checkpoints", "log_every"}
+    found = set(depends_on(config))
+    assert {f"train.{name}" for name in config.train} - found == {f"train.{name}" for name in aside | {"eval_every"}}
+    assert found - {f"train.{name}" for name in config.train} == {"stage", "seed", "objective", "model.dtype"}
+    config.train.schedule = "cosine"
+    assert set(depends_on(config)) - found == {"train.steps"}
 
 
 def test_one_command_at_a_time_trains_a_stage(finished: Path, base: Path) -> None:
@@ -437,11 +443,13 @@ def test_it_says_where_it_runs_what_it_trains_and_how_long_a_processor_takes_for
 
 
 def test_pictures_are_drawn_with_what_the_stage_hands_on_and_errors_are_the_policys() -> None:
-    seen: list[Any] = []
+    measured: list[Any] = []
     found, policy, average = object.__new__(Monitor), {"x": jnp.ones(1)}, {"x": jnp.zeros(1)}
-    found._sampler = Mock(use_policies=seen.append, decode=lambda *_: np.zeros((4, 8, 8, 3), np.float32))
-    found._ids = found._keys = found._resolution = found._concept = found._reference = None
-    found._measured = lambda policy, reference, i: seen.append(policy) or {"loss": np.zeros(())}
-    found._held, found.log = [None], Mock()
+    found._sampler, found._held, found.log, found._reference = Mock(), [None], Mock(), {}
+    found._sampler.decode.return_value = np.zeros((4, 8, 8, 3), np.float32)
+    found._ids, found._keys, found._resolution, found._concept = "ids", "keys", (8, 8), "concept"
+    found._measured = lambda policy, reference, i: measured.append(policy) or {"loss": np.zeros(())}
     EVALUATE(found, steps.TrainState(policy, average, (), jnp.zeros((), int)), 5)
-    assert seen[0] is average and seen[1] is policy
+    (drawn,) = found._sampler.use_policies.call_args.args
+    assert drawn is average and measured[0] is policy
+    assert found._sampler.generate.call_args.args == ("ids", "keys", (8, 8), "samples", "concept")

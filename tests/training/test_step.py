@@ -31,7 +31,7 @@ from tests.rounding import EPS, GRADIENT, MEAN, assert_close
 from tools.make_assets.base import SCHEDULER
 
 # β multiplies the rounding of the errors: a small one leaves the tolerance to the step itself.
-ALL = {"params": "all", "beta": 10.0, "lr": 1e-4}
+ALL = {"params": "all", "beta": 10.0, "lr": 1e-4, "warmup": 1}
 
 
 @pytest.fixture(scope="module")
@@ -284,20 +284,18 @@ def test_the_average_of_the_policy_is_what_a_stage_hands_on(base: Path) -> None:
         assert_close(average, 0.75 * np.asarray(first) + 0.25 * np.asarray(now), 4 * EPS)
 
 
-def test_gradient_through_the_unet_equals_pytorch(two_levels: Path) -> None:
-    step, _, start, reference, frozen, pipeline = program(two_levels, tiny.mesh(), **ALL)
+def test_gradient_through_the_unet_equals_pytorch(base: Path) -> None:
+    step, _, start, reference, frozen, pipeline = program(base, tiny.mesh(), **ALL)
     leaves, structure = jax.tree.flatten(reference)
     keys = jax.random.split(jax.random.key(9), len(leaves))
     policy = jax.tree.unflatten(
         structure, [x + 0.02 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     )
-    data, beta = batch(), ALL["beta"]
-    state, metrics = step(start(policy), reference, frozen, to_devices(data, tiny.mesh()), lambda_stat=np.float32(0.0))
-    gradient = jax.tree.map(
-        lambda x: x / (1.0 - 0.9), optax.tree.get(state.optimizer, "mu")
-    )  # the first moment's decay
+    data, beta, weight = batch(), ALL["beta"], np.float32(1e4)
+    state, metrics = step(start(policy), reference, frozen, to_devices(data, tiny.mesh()), lambda_stat=weight)
+    gradient = jax.tree.map(lambda x: x / (1.0 - 0.9), optax.tree.get(state.optimizer, "mu"))  # decays by 0.9
 
-    first_step = jax.random.fold_in(numbers_of(tiny.config(two_levels), 0).stage_key, 0)
+    first_step = jax.random.fold_in(numbers_of(tiny.config(base), 0).stage_key, 0)
     keys = jax.vmap(lambda i: jax.random.fold_in(first_step, i))(jnp.arange(8))
     t, noise = steps._noise(keys, tiny.LATENT, 1000)
     context = torch.tensor(np.asarray(pipeline.text(jnp.asarray(data["input_ids"]), (32, 32)).encoder_hidden_states))
@@ -305,19 +303,24 @@ def test_gradient_through_the_unet_equals_pytorch(two_levels: Path) -> None:
 
     def torch_unet(state: Any) -> TorchUNet:
         set_policy(pipeline, state)
-        unet = TorchUNet(**{k: v for k, v in tiny.TINY_UNET.items() if not k.startswith("_")})
+        unet = TorchUNet(**{k: v for k, v in tiny.ONE_LEVEL.items() if not k.startswith("_")})
         unet.load_state_dict({key: torch.tensor(value) for key, value in to_torch(pipeline.unet).items()})
         return unet.double()
 
-    def error(unet: TorchUNet, latent: np.ndarray) -> torch.Tensor:
+    def error_and_mean(unet: TorchUNet, latent: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         x, e = (torch.tensor(np.asarray(a)).double().permute(0, 3, 1, 2) for a in (latent, noise))
         x_t = alpha.sqrt() * x + (1 - alpha).sqrt() * e
-        return (unet(x_t, torch.tensor(np.asarray(t)), context.double()).sample - e).square().mean((1, 2, 3))
+        found = unet(x_t, torch.tensor(np.asarray(t)), context.double()).sample
+        return (found - e).square().mean((1, 2, 3)), found.mean((2, 3))
 
-    theirs, ref = torch_unet(policy), torch_unet(reference)
-    inside = error(theirs, data["winner"]) - error(theirs, data["loser"])
-    inside = inside - (error(ref, data["winner"]) - error(ref, data["loser"])).detach()
-    expected = -torch.nn.functional.logsigmoid(-0.5 * beta * inside).mean()
+    theirs, ref = torch_unet(policy), torch_unet(reference).requires_grad_(False)
+    (winner, mean), (loser, _) = (error_and_mean(theirs, data[name]) for name in ("winner", "loser"))
+    (ref_winner, ref_mean), (ref_loser, _) = (error_and_mean(ref, data[name]) for name in ("winner", "loser"))
+    inside = (winner - loser) - (ref_winner - ref_loser)
+    shift = torch.tensor(np.asarray(pipeline.schedule.mean_shift(t))).double()[:, 0, 0]
+    statistics = (shift * (ref_mean - mean)).square().sum(1).mean()
+    expected = -torch.nn.functional.logsigmoid(-0.5 * beta * inside).mean() + float(weight) * statistics
+    assert float(weight) * statistics.item() > 1e-3
     expected.backward()
     assert_close(metrics["loss/total"], expected.item(), MEAN, size=0.5 * beta * errors(metrics))
     grads = {key: p.grad.numpy() for key, p in theirs.named_parameters()}
