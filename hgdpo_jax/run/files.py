@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from etils import epath
 
 from hgdpo_jax.run.errors import UserError
 
-AnyPath = Path | epath.Path  # on a file system, or in a bucket
+AnyPath: TypeAlias = Path | epath.Path  # on a file system, or in a bucket
 PACKAGE = Path(__file__).parent.parent
 
 
