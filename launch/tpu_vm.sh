@@ -20,28 +20,43 @@ archive=$(mktemp -d)/hgdpo_jax.tar.gz
 trap 'rm -r "$(dirname "$archive")"' EXIT
 git archive --prefix=hgdpo_jax/ --output="$archive" HEAD
 printf -v command '%q ' "$@"
+lost= code=0
+
+state() {  # nothing where there is no such slice
+  "${vm[@]}" describe "${at[@]}" --format='value(state)' 2> /dev/null || true
+}
 
 on_all() {
   "${vm[@]}" ssh "${at[@]}" --worker=all --command="$1"
 }
 
 prepare() {
-  if ! "${vm[@]}" describe "${at[@]}" > /dev/null 2>&1; then
-    "${vm[@]}" create "${at[@]}" --accelerator-type "$type" --version "${RUNTIME:-$image}" ${SPOT:+--spot}
-  fi
+  local found
+  while found=$(state); [ "$found" != READY ]; do
+    case $found in
+      "")  # where there is no room for a slice that was lost, there may be later
+        "${vm[@]}" create "${at[@]}" --accelerator-type "$type" --version "${RUNTIME:-$image}" ${SPOT:+--spot} ||
+          { [ -n "$lost" ] || exit 1; sleep 60; } ;;
+      PREEMPTED | TERMINATED) "${vm[@]}" delete "${at[@]}" --quiet ;;  # it keeps its name until then
+      *) echo "$name is $found; looking again in 60 s" >&2; sleep 60 ;;
+    esac
+  done
   "${vm[@]}" scp "$archive" "$name:" --zone "$zone" --worker=all
   on_all "tar xzf hgdpo_jax.tar.gz && { [ -x hgdpo/bin/python ] ||
     { sudo apt-get install -y -qq python3.11-venv && python3.11 -m venv hgdpo; }; } &&
     hgdpo/bin/pip install --quiet ./hgdpo_jax[tpu,gcs]"
 }
 
-prepare
-code=0
-on_all "source hgdpo/bin/activate && HGDPO_DISTRIBUTED=1 $command" || code=$?
-while [ "$code" = 75 ] || ! "${vm[@]}" describe "${at[@]}" --format='value(state)' | grep -q READY; do
-  sleep 60
+run() {
   prepare
   code=0
   on_all "source hgdpo/bin/activate && HGDPO_DISTRIBUTED=1 $command" || code=$?
+}
+
+run
+while [ "$code" = 75 ] || { [ "$code" != 0 ] && [ "$(state)" != READY ]; }; do
+  lost=yes
+  sleep 60
+  run
 done
 exit "$code"

@@ -1,4 +1,8 @@
-"""Every test sees eight virtual CPU devices, so that sharding is exercised wherever the tests run."""
+"""Every test sees eight virtual CPU devices, so that sharding is exercised wherever the tests run.
+
+Tests that wait for another process do so for a while only, four times as long as it takes at most on two free cores.
+HGDPO_TEST_PATIENCE=20 makes it twenty times, for a slow or busy machine; all deadlines come from `tests.patience`.
+"""
 
 import gc
 import os
@@ -26,12 +30,14 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".p
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # as a command does
 # Shapes and dtypes that annotations state are checked at each call. Imported before the package is.
 install_import_hook("hgdpo_jax", "tests.typed.checked")
-gc.set_threshold(20_000)  # as hgdpo_jax.devices.xla.start does
+gc.set_threshold(20_000)  # as hgdpo_jax.devices.processor does
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of several processes wait a lot. They come first, so that others run meanwhile to the end."""
-    items.sort(key=lambda item: "tests/processes" not in item.nodeid)
+    """Tests of several processes wait a lot, and the demo takes long. They come first, so that others run meanwhile to
+    the end."""
+    first = ("tests/launch/test_demo", "tests/processes")
+    items.sort(key=lambda item: not item.nodeid.startswith(first))
 
 
 @pytest.fixture(scope="session")

@@ -117,7 +117,7 @@ def test_a_base_that_moved_is_given_to_export_and_sample(workdir: Path, base: Pa
 
 def test_a_batch_of_pictures_is_rounded_up_to_the_devices(base: Path) -> None:
     """The settings' defaults hold for sixteen devices as for a thousand."""
-    settings = {"sampler": "ddim", "steps": 2, "guidance": 1.0, "seed": 0}
+    settings = {"solver": "ddim", "steps": 2, "guidance": 1.0, "seed": 0}
     sampler = Sampler(pipelines.load_pipeline(base), tiny.mesh(data=8), batch=3, **settings)
     assert sampler.batch == 8
     assert sampler.encode(np.zeros((3, 32, 32, 3), np.float32), "").shape == (3, *tiny.LATENT)

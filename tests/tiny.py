@@ -72,9 +72,9 @@ def random_model(cls: Callable[..., nnx.Module], config: dict[str, Any], seed: i
     return model
 
 
-def write_base(folder: Path) -> Path:
+def write_base(folder: Path, unet: dict[str, Any] = TINY_UNET) -> Path:
     """A diffusers folder with random weights and CLIP's tokenizer."""
-    save_model(random_model(UNet2DConditionModel, TINY_UNET, 0), folder / "unet")
+    save_model(random_model(UNet2DConditionModel, unet, 0), folder / "unet")
     save_model(random_model(AutoencoderKL, TINY_VAE, 1), folder / "vae")
     save_model(random_model(CLIPTextModel, TINY_TEXT, 2), folder / "text_encoder")
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
@@ -83,9 +83,9 @@ def write_base(folder: Path) -> Path:
     return folder
 
 
-def write_sdxl(folder: Path) -> Path:
+def write_sdxl(folder: Path, unet: dict[str, Any] = TINY_XL) -> Path:
     """The same in the shape of SDXL."""
-    save_model(random_model(UNet2DConditionModel, TINY_XL, 0), folder / "unet")
+    save_model(random_model(UNet2DConditionModel, unet, 0), folder / "unet")
     save_model(random_model(AutoencoderKL, TINY_VAE, 1), folder / "vae")
     save_model(random_model(CLIPTextModel, TINY_TEXT | {"num_hidden_layers": 2}, 2), folder / "text_encoder")
     save_model(random_model(CLIPTextModelWithProjection, TINY_TEXT_2, 3), folder / "text_encoder_2")
@@ -119,6 +119,38 @@ def write_photographs(folder: Path, train: int = 5, heldout: int = 2) -> Path:
         shutil.copyfile(source / line["file"], folder / line["file"])
     (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chosen))
     return folder
+
+
+def settings(folder: Path, train: int, heldout: int, **own: Any) -> list[str]:
+    """Writes the inputs of a tiny run of commands; returns its settings, as a user types them.
+
+    Args:
+        folder: which gets base, scorer and photographs.
+        train, heldout: numbers of photographs.
+        **own: settings that take the place of those here.
+    """
+    values = {
+        "model.base": write_base(folder / "base"),
+        "pairs.scorer": write_scorer(folder / "scorer"),
+        "evaluate.scorer": "",
+        "adapter.weights": "",
+        "data.photographs": write_photographs(folder / "photographs", train, heldout),
+        "data.resolutions": "32x32",
+        "pairs.pool_size": 2,
+        "pairs.steps": 2,
+        "pairs.batch": 4,
+        "pairs.shard_size": 4,
+        "evaluate.steps": 2,
+        "evaluate.batch": 4,
+        "evaluate.images_per_prompt": 1,
+        "train.batch": 4,
+        "train.steps": 1,
+        "train.warmup": 0,
+        "train.lora_rank": 2,
+        "train.log_every": 1,
+        "train.checkpoint_every": 1,
+    }
+    return [f"--config.{key}={value}" for key, value in (values | own).items()]
 
 
 def write_pairs(

@@ -153,7 +153,7 @@ class _Builder:
         silent = not processes.is_first()
         with ThreadPoolExecutor(1) as reader:
             bar = tqdm(begins, desc=f"{self.config.stage} pairs", unit="group", disable=silent)
-            parts = one_ahead(lambda at: self._read(*at, reader), bar)
+            parts = one_ahead(lambda at: self._read(at[0], at[1], reader), bar)
             for part, finish in one_ahead(self._begin, parts):
                 if finish:
                     finish()

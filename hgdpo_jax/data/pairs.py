@@ -37,7 +37,7 @@ class Pairs:
 
     folder: Path
     manifest: dict[str, Any]
-    sources: Mapping[str, Sequence["Records"]]
+    sources: Mapping[str, Sequence[RecordSource]]
 
     @property
     def hash(self) -> str:

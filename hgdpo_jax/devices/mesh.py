@@ -14,7 +14,11 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over some devices, or over all of all processes; see `mesh` in the settings.
+    """The mesh (data, fsdp, tensor), see `mesh` in the settings.
+
+    Args:
+        config: the group `mesh`.
+        devices: all of all processes unless given.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.
@@ -32,7 +36,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
 
 
 def local_mesh() -> Mesh:
-    """This process's own devices along `data`: work that needs no other process, such as drawing candidates."""
+    """This process's own devices along `data`: for work that needs no other process, such as drawing candidates."""
     devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
     return Mesh(devices, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 

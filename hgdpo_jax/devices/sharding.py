@@ -7,21 +7,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 # First match decides. A Linear kernel is [in, out], a Conv kernel [height, width, in, out]; a 1x1 one is split like a
 # Linear. Projections into heads or hidden units are split over `tensor` by output, projections back by input, so that
-# a block needs one all-reduce.
-SHARDING_TABLE: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"(lora_A|lora_B)$", PartitionSpec()),
-    (
-        r"(to_q|to_kv?|to_v|to_k_ip|to_v_ip|[qkv]_proj|proj|fc1|linear_1)\.kernel$",
-        PartitionSpec("fsdp", "tensor"),
-    ),
-    (r"(to_out\.0|out_proj|net\.2|fc2|linear_2|proj_in|proj_out)\.kernel$", PartitionSpec("tensor", "fsdp")),
-    (r"conv\w*\.kernel$", PartitionSpec(None, None, None, "fsdp")),
-    (r"\.embedding$", PartitionSpec("fsdp", None)),
-    (r".*", PartitionSpec()),
-)
+# a block needs one all-reduce. LoRA and all others are on every device whole.
+SHARDING_TABLE: dict[str, PartitionSpec] = {
+    r"(to_q|to_kv?|to_v|to_k_ip|to_v_ip|[qkv]_proj|proj|fc1|linear_1)\.kernel$": PartitionSpec("fsdp", "tensor"),
+    r"(to_out\.0|out_proj|net\.2|fc2|linear_2|proj_in|proj_out)\.kernel$": PartitionSpec("tensor", "fsdp"),
+    r"conv\w*\.kernel$": PartitionSpec(None, None, None, "fsdp"),
+    r"\.embedding$": PartitionSpec("fsdp", None),
+}
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -32,16 +28,17 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The table's answer for one parameter, for its last dimensions; an axis that does not divide one is left out."""
-    for pattern, spec in SHARDING_TABLE:
+    """The table's answer for the last dimensions of a parameter; an axis that does not divide its dimension is left
+    out."""
+    for pattern, spec in SHARDING_TABLE.items():
         if re.search(pattern, name) and len(spec) <= len(shape):
-            last = shape[len(shape) - len(spec) :]
-            axes = [axis if axis and n % mesh.shape[axis] == 0 else None for axis, n in zip(spec, last, strict=True)]
-            return PartitionSpec(*[None] * (len(shape) - len(spec)), *axes) if axes else PartitionSpec()
-    raise AssertionError("the last pattern matches everything")
+            other = len(shape) - len(spec)
+            axes = zip(spec, shape[other:], strict=True)
+            return PartitionSpec(*[None] * other, *(a if a and n % mesh.shape[a] == 0 else None for a, n in axes))
+    return PartitionSpec()
 
 
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+def tree_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     """A NamedSharding for each array (or ShapeDtypeStruct) of a pytree, decided by its path."""
     return jax.tree.map_with_path(
         lambda path, leaf: NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, mesh)), tree

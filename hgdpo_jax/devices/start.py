@@ -1,6 +1,5 @@
 """The start of a command, once its arguments are read: JAX is told how to compile, processes meet."""
 
-import gc
 import os
 import sys
 import tempfile
@@ -10,7 +9,8 @@ from typing import Any
 
 import jax
 
-from hgdpo_jax.devices.xla import processor, use_precision, xla_flags
+from hgdpo_jax.devices.processor import collect_rarely
+from hgdpo_jax.devices.xla import cpuinfo, use_precision, xla_flags
 from hgdpo_jax.run import lifecycle, processes
 
 
@@ -25,10 +25,8 @@ def start(folder: Path | None = None, asked: Mapping[str, Any] | None = None, dt
     Raises:
         UserError: not all processes came, or one was asked something else.
     """
-    # To trace models makes millions of objects. After each 700 Python would look for cycles among them: a tenth of the
-    # time of a command that computes little.
-    gc.set_threshold(20_000)
-    os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""), processor())
+    collect_rarely()
+    os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""), cpuinfo())
     lifecycle.start()
     _use_cache()
     if folder is not None:

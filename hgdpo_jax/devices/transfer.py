@@ -9,20 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Int
+from jaxtyping import Array, PyTree
 
 from hgdpo_jax.devices.sharding import batch_sharding
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-def place(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process holds whole, or that lie on the mesh already, as the shardings say.
-
-    `jax.device_put` does not reach devices of other processes.
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Puts arrays where shardings say: on devices of other processes too, which `jax.device_put` does not reach.
 
     Args:
-        tree: arrays of the host or of one device; PRNG keys too. A shape stays one, with its sharding.
+        tree: arrays that every process holds whole, or that lie on the mesh already; PRNG keys too. A shape stays a
+            shape, with its sharding.
         shardings: one for all, or a pytree of them.
     """
 
@@ -41,31 +41,33 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, tree, shardings)
 
 
-def local_rows(batch: int, mesh: Mesh) -> Int[np.ndarray, "n"]:
+def local_rows(batch: int, mesh: Mesh) -> list[int]:
     """Which rows of a batch this process's devices hold: with `mesh.tensor` across processes, several hold the same."""
     held = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
-    return np.unique(np.concatenate([np.arange(batch)[index] for index in held]))
+    return sorted({row for index in held if index for row in range(batch)[index[0]]})
 
 
-def to_devices(part: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch, see :func:`rows`, become its shards of global arrays."""
+def to_devices(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """Makes global arrays, split over data and fsdp, of the rows that this process holds, see :func:`local_rows`."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    blocks = local_rows(ways, mesh)  # of rows that one device holds: those that are here
+    blocks = local_rows(ways, mesh)  # of rows that one device holds: those of this process
 
-    def one(value: np.ndarray) -> jax.Array:
+    def one(value: np.ndarray) -> Array:
         size = len(value) // len(blocks)
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            begin = size * int(np.searchsorted(blocks, (index[0].start or 0) // size))
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            block = (index[0].start or 0) // size if index else 0
+            begin = size * int(np.searchsorted(blocks, block))
             return value[begin : begin + size]
 
         return jax.make_array_from_callback((size * ways, *value.shape[1:]), batch_sharding(mesh), shard)
 
-    return {name: one(value) for name, value in part.items()}
+    return {name: one(value) for name, value in rows.items()}
 
 
 def one_ahead(begin: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """What `begin` makes of each item: it begins the next before the last is used, which it does not wait for."""
+    """Yields `begin(item)` for each item, one late: the next is begun before the last is used, so that devices compute
+    one while the host works on the other."""
     begun: deque[Result] = deque()
     for item in items:
         begun.append(begin(item))
@@ -74,8 +76,8 @@ def one_ahead(begin: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
     yield from begun
 
 
-def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole array on every process."""
+def to_host(array: Array | np.ndarray) -> np.ndarray:
+    """The whole array, on every process."""
     if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax, apart by lifetime.
+"""Checkpoints of a stage, written by Orbax.
 
     W/stageN/reference/              once per stage: what the policy is compared with, and reference.json
     W/stageN/policy/STEP/            policy, its average, optimizer, data position, config
@@ -7,10 +7,10 @@
 or in a bucket, see `train.checkpoints`; no rename and no lock is needed.
 
 Orbax does not notice a flipped bit and takes an empty folder for a checkpoint, hence the hashes: a step that does not
-match them is reported and passed over. What was written is read back before its hashes are.
+match them is reported and passed over. Files are read back before their hashes are written.
 
 Training waits only until a step is copied to the host. The host's memory then holds this process's part of the state
-(and once more, at most, what Orbax has sliced of it to write) until it is written and read back.
+(and once more, at most, the slices of it that Orbax writes) until it is written and read back.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
+from jaxtyping import PyTree
 
 from hgdpo_jax.devices.sharding import path_name
 from hgdpo_jax.devices.transfer import to_host
@@ -37,14 +38,14 @@ from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import file_hash, in_bucket, require_space, sync, write_json
 from hgdpo_jax.run.folder import require_plain
 
-Tree = Any
-Held = list[tuple[str, tuple[slice, ...], np.ndarray]]
+Tree = PyTree  # of arrays, or of shapes with shardings to restore to
+HostParts = list[tuple[str, tuple[slice, ...], np.ndarray]]  # name of an array, place in it, values
 KEEP = 2
 _READ_AT_ONCE = 2.5e8  # bytes
-_FOREVER = 7 * 24 * 3600  # seconds that processes wait for each other's files: one that died is missed elsewhere
+_FOREVER = 7 * 24 * 3600  # seconds that processes wait for each other's files: a dead one is missed by run/processes.py
 # Every device that holds a copy of an array writes a part of it, for which a program is compiled. A LoRA's matrices are
 # too small for that: one device writes them.
-_LEAST = 1_000_000  # bytes of a part
+_SMALLEST_PART = 1_000_000  # bytes
 
 
 def tree_hash(tree: Tree) -> str:
@@ -67,8 +68,12 @@ def _hashes(folder: epath.Path) -> dict[str, str]:
 
 
 def _flat(tree: Tree) -> dict[str, Any]:
-    """Dotted name → leaf: what is written does not depend on the container classes of Flax and optax."""
+    """Dotted name → leaf: files do not depend on the container classes of Flax and optax."""
     return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _unflat(values: dict[str, Any], like: Tree) -> Tree:
+    return jax.tree.unflatten(jax.tree.structure(like), [values[name] for name in _flat(like)])
 
 
 def _target(tree: Tree) -> dict[str, jax.ShapeDtypeStruct]:
@@ -80,38 +85,31 @@ def _need_space(folder: epath.Path, tree: Tree) -> None:
     require_space(folder, 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + 1e6, "a checkpoint")
 
 
-def _unflat(values: dict[str, Any], like: Tree) -> Tree:
-    return jax.tree.unflatten(jax.tree.structure(like), [values[name] for name in _flat(like)])
-
-
 @jax.jit
 def _finite(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
 
 
 def require_finite(step: int, tree: Tree) -> None:
-    """Raises UserError that names the first array of a state with a value that is no number."""
+    """Raises UserError that names the first array of a state with a value that is NaN or infinite."""
     for path, finite in jax.tree.leaves_with_path(_finite(tree)):
         if not finite:
             raise UserError(f"{path_name(path)} is NaN or infinite after step {step}: training stopped, the last good "
                             "checkpoint is kept; lower config.train.lr and run again")  # fmt: skip
 
 
-def _held(tree: Tree) -> Held:
-    """What this process's devices hold, on the host: names, places in the arrays, values. Each part once.
-
-    They stay as they are: where they are the device's own memory, XLA does not write into what NumPy looks at.
-    """
+def _on_host(tree: Tree) -> HostParts:
+    """What this process's devices hold, each part once. The values stay: XLA writes into no memory that NumPy reads."""
     parts = {(n, str(s.index)): (n, s.index, s.data) for n, x in _flat(tree).items() for s in x.addressable_shards}
     for *_, data in parts.values():
         data.copy_to_host_async()
     return [(name, index, np.asarray(data)) for name, index, data in parts.values()]
 
 
-def _read_back(folder: epath.Path, held: Held) -> None:
-    """Raises UserError unless what Orbax wrote in `folder` is, bit for bit, what this process held.
+def _read_back(folder: epath.Path, written: HostParts) -> None:
+    """Raises UserError unless the files in `folder` hold, bit for bit, what this process wrote.
 
-    A part at a time, to the host: there may be no room for a second state.
+    Some parts at a time, to the host: there may be no room for a second state.
     """
     context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
 
@@ -120,17 +118,17 @@ def _read_back(folder: epath.Path, held: Held) -> None:
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/", "cache_pool": "cache_pool#ocdbt"}
         return ts.open({"driver": "zarr", "kvstore": kvstore}, context=context).result()[index].read()
 
-    parts: list[Held] = [[]]
-    for one in held:
-        if parts[-1] and sum(value.nbytes for *_, value in parts[-1]) + one[2].nbytes > _READ_AT_ONCE:
-            parts.append([])
-        parts[-1].append(one)
+    groups: list[HostParts] = [[]]
+    for part in written:
+        if groups[-1] and sum(value.nbytes for *_, value in groups[-1]) + part[2].nbytes > _READ_AT_ONCE:
+            groups.append([])
+        groups[-1].append(part)
     try:
         handler = _arrays()
         known = handler.metadata(folder).tree
-        same = set(known) == {name for name, *_ in held}
-        for part in parts:
-            reading = [(value, read(name, index)) for name, index, value in part]
+        same = set(known) == {name for name, *_ in written}
+        for group in groups:
+            reading = [(value, read(name, index)) for name, index, value in group]
             same = same and all(_same(value, found.result()) for value, found in reading)
         if same:  # Orbax's own notes, which TensorStore does not need
             handler.restore(folder, args=_restore(_smallest(known)))
@@ -148,24 +146,28 @@ def _smallest(known: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _arrays() -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler of a tree of arrays, with our `_LEAST`."""
-    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST)
+    """Orbax's handler of a tree of arrays."""
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SMALLEST_PART)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def _restore(target: dict[str, jax.ShapeDtypeStruct]) -> ocp.args.PyTreeRestore:
-    """To restore arrays of a tree, which may have others."""
+    """Arguments that restore some arrays of a tree."""
     arguments = ocp.checkpoint_utils.construct_restore_args(target)
     return ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=True)
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and np.array_equal(*(np.ascontiguousarray(x).view(np.uint8) for x in (a, b)))
+    first, second = (np.ascontiguousarray(x).view(np.uint8) for x in (a, b))
+    return a.dtype == b.dtype and np.array_equal(first, second)
 
 
 class Checkpoints:
     """The checkpoints of one stage.
+
+    Steps are only ever added; the newest two are kept. Files are written, read back and hashed in the background: a
+    training calls `check` after every step, and `wait` at the end, or uses a `with` block, which waits.
 
     Args:
         folder: W/stageN.
@@ -173,9 +175,6 @@ class Checkpoints:
 
     Raises:
         UserError: the place cannot be reached.
-
-    Steps are only ever added; the newest two are kept. Files are written, read back and hashed in the background: who
-    saves calls `check` after every step, and `wait` at the end, or uses a `with` block, which waits.
     """
 
     def __init__(self, folder: Path, place: str = "") -> None:
@@ -203,7 +202,7 @@ class Checkpoints:
             return []
 
     def latest(self) -> int | None:
-        """The newest step whose files match their hashes, or None. Damaged steps are reported. Process 0 looks."""
+        """The newest step whose files match their hashes, or None. Process 0 reads them and reports damaged steps."""
         return processes.broadcast(self._latest)
 
     def _latest(self) -> int | None:
@@ -218,26 +217,26 @@ class Checkpoints:
         return None
 
     def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
-        """Copies a step to the host; what is left to do is done in the background. Waits for the one before.
+        """Copies a step to the host, and writes it in the background. Waits for the step before.
 
         Raises:
-            UserError: the state is not finite, or the disk is full; or the one before could not be saved.
+            UserError: the state is not finite, or the disk is full; or the step before could not be saved.
         """
         self.wait()
         require_finite(step, state)
         _need_space(self.folder, state)
         if processes.is_first():
-            whole = [kept for kept in self._steps() if (self._policy / f"{kept}.sha256.json").exists()]
-            self._remove([damaged for damaged in self._steps() if damaged >= step or damaged not in whole])
+            hashed = [kept for kept in self._steps() if (self._policy / f"{kept}.sha256.json").exists()]
+            self._remove([damaged for damaged in self._steps() if damaged >= step or damaged not in hashed])
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(_flat(state)), meta=ocp.args.JsonSave(meta))
         self._orbax.save(self._folder_of(step), args=items, force=True)
-        self._saving = self._background.submit(self._finish, step, _held(state))
+        self._saving = self._background.submit(self._finish, step, _on_host(state))
 
-    def _finish(self, step: int, held: Held) -> None:
-        """In the background, where no arrays of several processes may be computed with."""
+    def _finish(self, step: int, written: HostParts) -> None:
+        """Runs in the background, where no arrays of several processes may be computed with."""
         folder = self._folder_of(step)
         self._orbax.wait_until_finished()
-        _read_back(folder / "state", held)
+        _read_back(folder / "state", written)
         processes.barrier(f"checkpoint/{self.folder.name}/{step}")
         if processes.is_first():
             sync(folder)
@@ -253,15 +252,15 @@ class Checkpoints:
         return self._policy / str(step)
 
     def check(self) -> None:
-        """Raises what went wrong in the background, if that is known by now."""
+        """Raises what :meth:`wait` does, if writing has ended by now."""
         if self._saving is not None and self._saving.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until what was saved is on the disk and counts.
+        """Waits until the saved step is on the disk and counts.
 
         Raises:
-            UserError: it cannot be read back as it was. Others for what else went wrong.
+            UserError: it cannot be read back as it was. Other exceptions are those of Orbax.
         """
         saving, self._saving = self._saving, None
         if saving is not None:
@@ -271,7 +270,7 @@ class Checkpoints:
         """Config, data position, hash of the reference, and what a step is made from.
 
         Raises:
-            UserError: it was written before that was kept.
+            UserError: it was written by a version that did not say what it was made from.
         """
         meta = self._orbax.restore(self._folder_of(step), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if "made_from" not in meta:
@@ -279,7 +278,7 @@ class Checkpoints:
                             "say what it was made from; choose another --workdir")  # fmt: skip
         return meta
 
-    def restore(self, step: int, like: Tree) -> Tree:
+    def restore(self, step: int, like: Tree) -> Any:
         """The state of a step, with the shapes and shardings of `like`; a part of the saved tree is enough.
 
         Raises:
@@ -301,7 +300,7 @@ class Checkpoints:
         path = self.folder / "reference" / "weights"
         with ocp.Checkpointer(_arrays()) as checkpointer:
             checkpointer.save(path, _flat(reference), force=True)
-        _read_back(path, _held(reference))
+        _read_back(path, _on_host(reference))
         processes.barrier()
         if processes.is_first():
             sync(path)
@@ -309,10 +308,10 @@ class Checkpoints:
         return value
 
     def restore_reference(self, like: Tree, expected: str) -> Tree:
-        """The reference that a run started with.
+        """The reference that the stage started with, with the shapes and shardings of `like`.
 
         Raises:
-            UserError: it is missing, or is not the one whose hash the checkpoint names.
+            UserError: it is missing, or its hash is not `expected`.
         """
         path = self.folder / "reference" / "weights"
         try:

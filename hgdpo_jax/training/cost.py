@@ -10,19 +10,21 @@ PRODUCTS = ("dot_general", "conv_general_dilated")
 _CUDNN = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
-def operations(jaxpr: Any, of: tuple[str, ...] = PRODUCTS, trips: int = 1) -> float:
-    """Floating-point operations of all products and convolutions, recomputed ones included; the compiler's own count
-    takes the body of a loop once.
+def operations(jaxpr: Any, kinds: tuple[str, ...] = PRODUCTS, trips: int = 1) -> float:
+    """Floating-point operations of all products and convolutions of a program, with those that a gradient computes
+    again. XLA's own count takes the body of a loop once.
 
-    What is computed twice from the same values counts once, as the compiler computes it: so do a text encoder that is
-    given the same captions again, and blocks that policy and reference share.
+    What is computed twice from the same values counts once, since the compiler computes it once: a text encoder that
+    reads the same captions again, and blocks that policy and reference share.
 
     Args:
         jaxpr: of a traced program.
-        of: which of the two.
-        trips: of loops whose number of turns is an argument of the program.
+        kinds: products, convolutions or both.
+        trips: turns of loops whose number of turns is an argument of the program.
     """
-    total, seen, same = 0.0, {}, {}
+    total = 0.0
+    seen: dict[Any, list[Any]] = {}  # equation → its outputs
+    same: dict[Any, Any] = {}  # output of a repeated equation → that of the first
     for equation in jaxpr.eqns:
         inputs = tuple(x if isinstance(x, jax.extend.core.Var) else str(x) for x in equation.invars)
         inputs = tuple(same.get(x, x) for x in inputs)
@@ -32,14 +34,14 @@ def operations(jaxpr: Any, of: tuple[str, ...] = PRODUCTS, trips: int = 1) -> fl
         if outputs is not equation.outvars and not equation.effects:
             same |= zip(equation.outvars, outputs, strict=True)
             continue
-        total += _operations(equation, of, trips)
+        total += _operations(equation, kinds, trips)
     return total
 
 
-def _operations(equation: Any, of: tuple[str, ...], trips: int) -> float:
+def _operations(equation: Any, kinds: tuple[str, ...], trips: int) -> float:
     name, params = equation.primitive.name, equation.params
     out = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
-    if name in PRODUCTS and name not in of:
+    if name in PRODUCTS and name not in kinds:
         return 0.0
     if name == "dot_general":
         shape = equation.invars[0].aval.shape
@@ -47,7 +49,7 @@ def _operations(equation: Any, of: tuple[str, ...], trips: int) -> float:
     if name == "conv_general_dilated":
         shape, outputs = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
         return 2.0 * out * math.prod(shape) / shape[outputs] / math.prod(params["lhs_dilation"])
-    if name in _CUDNN and "dot_general" in of:
+    if name in _CUDNN and "dot_general" in kinds:
         (b, n, heads, width), m = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
         return _CUDNN[name] * 2.0 * b * heads * n * m * width
     turns = {"scan": params.get("length"), "while": trips}.get(name, 1)
@@ -55,5 +57,5 @@ def _operations(equation: Any, of: tuple[str, ...], trips: int) -> float:
         turns = math.prod(params["grid_mapping"].grid)
     if name == "shard_map":  # whose shapes are those of one device
         turns = params["mesh"].size
-    found = [operations(sub, of, trips) for sub in jax.extend.core.jaxprs_in_params(params)]
+    found = [operations(sub, kinds, trips) for sub in jax.extend.core.jaxprs_in_params(params)]
     return turns * (max(found) if name == "cond" else sum(found))

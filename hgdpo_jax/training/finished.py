@@ -1,4 +1,4 @@
-"""What a stage of a run handed on: its policy, and what that was made from."""
+"""The policy that a finished stage hands on, and what it was made from."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from hgdpo_jax.run.folder import PERSONALISE, stage_config, train_command
 from hgdpo_jax.run.index import index_of_run
 from hgdpo_jax.run.provenance import content_key, require_same
 from hgdpo_jax.training.checkpoints import Checkpoints
-from hgdpo_jax.training.policy import _with_fresh_adapter, policy_of, set_policy
+from hgdpo_jax.training.policy import policy_of, set_policy, with_fresh_adapter
 from hgdpo_jax.training.step import Params
 
 BASE, PAIRS = content_key("model.base"), content_key("the pairs")  # their names in what a checkpoint is made from
@@ -26,12 +26,12 @@ BASE, PAIRS = content_key("model.base"), content_key("the pairs")  # their names
 def with_trained_adapter(
     pipeline: pipelines.Pipeline, settings: ConfigDict, workdir: Path | None, mesh: Mesh
 ) -> tuple[pipelines.Pipeline, ConceptEncoder | None]:
-    """The pipeline with an adapter, and the encoder of what that reads; as it is, and None, where there is none.
+    """The pipeline with its adapter, and the encoder of concept images; the pipeline as it is and None without one.
 
     Args:
-        pipeline: without.
-        settings: a config's `adapter` group. `weights` is a file of any kind; without, the adapter is the one that the
-            run's own stage trained, with the settings of that stage.
+        pipeline: without an adapter.
+        settings: a config's `adapter` group. `weights` is a file of any kind; without it the adapter is that of the
+            run's stage `personalise`, with the settings of that stage.
         workdir: of the run, if there is one.
         mesh: to put the weights on.
 
@@ -51,7 +51,7 @@ def with_trained_adapter(
         return pipeline, None
     trained = stage_config(workdir, PERSONALISE)
     encoder = ConceptEncoder(trained.adapter.kind, trained.adapter.image_encoder, trained.adapter.identity)
-    pipeline = _with_fresh_adapter(pipeline, trained, encoder, mesh)
+    pipeline = with_fresh_adapter(pipeline, trained, encoder, mesh)
     set_policy(pipeline, finished_policy(workdir, PERSONALISE, policy_of(pipeline, trained), trained))
     return pipeline, encoder
 
@@ -75,12 +75,12 @@ def require_base(workdir: Path, stage: str, base: str) -> None:
 
 
 def find_base(workdir: Path, config: ConfigDict, base: str | None) -> str:
-    """Sets a run's `model.base` to where it is now; returns its content hash.
+    """Sets a run's `model.base` to where ε_base is now; returns its content hash.
 
     Args:
         workdir: of the run.
         config: of a stage; changed.
-        base: its new place, if it has one.
+        base: where it was moved, if it was.
 
     Raises:
         UserError: it is not there, or is another than the stage was trained on.
@@ -100,7 +100,7 @@ def finished_policy(workdir: Path, stage: str, like: Params, config: ConfigDict)
     Args:
         workdir, stage: of the run.
         like: a policy of the same shape, with the shardings to restore to.
-        config: that the policy's network was made for: of a stage that scaled its LoRA otherwise, B is multiplied.
+        config: of the network that takes the policy: B is multiplied where the stage scaled its LoRA otherwise.
 
     Raises:
         UserError: the stage was not trained, or not to its end, or with another kind of policy.
@@ -113,7 +113,7 @@ def finished_policy(workdir: Path, stage: str, like: Params, config: ConfigDict)
             f"{stage} stands at step {step or 0} of {wanted.steps}; run first: {train_command(stage, workdir)}"
         )
     name = "ema" if wanted.ema else "policy"
-    policy = checkpoints.restore(step, {name: like})[name]
+    policy: Params = checkpoints.restore(step, {name: like})[name]
     if not wanted.params.endswith("lora"):
         return policy
     own, given = (train.lora_alpha / train.lora_rank for train in (wanted, config.train))

@@ -1,4 +1,4 @@
-"""What a stage is trained with: devices, ε_base, pairs, loss and optimizer; and what a checkpoint of it depends on."""
+"""What a stage is trained with: devices, ε_base, pairs, loss and optimizer; and what its checkpoints depend on."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +22,11 @@ from hgdpo_jax.training.policy import load_trainable
 
 
 class Inputs(NamedTuple):
-    """Read and checked.
+    """All that a config names, read and checked.
 
     Attributes:
         pipeline: ε_base with the fresh parameters that the stage trains.
         policy, frozen: its parameters in two parts, see :func:`hgdpo_jax.training.step.split_params`.
-        pairs: of the stage.
         made_from: what a checkpoint depends on, see :mod:`hgdpo_jax.run.provenance`.
     """
 
@@ -42,7 +41,7 @@ class Inputs(NamedTuple):
 
 
 def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
-    """All that a config names.
+    """The inputs of a stage.
 
     Raises:
         UserError: an input is missing or is not what it claims to be, or does not fit the others.
@@ -68,7 +67,7 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
 
 
 def loss_of(config: ConfigDict, denoiser: steps.Denoiser, schedule: NoiseSchedule) -> steps.Loss:
-    """What a stage minimises."""
+    """The loss that a stage minimises."""
     if config.objective == "sft":
         return steps.sft_loss(denoiser, schedule)
     return steps.dpo_loss(denoiser, schedule, config.train.blocks)

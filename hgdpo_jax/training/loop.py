@@ -3,6 +3,7 @@
 import json
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,11 +36,11 @@ from hgdpo_jax.training.speed import Speed, remaining_steps
 from hgdpo_jax.training.start import Start
 from hgdpo_jax.training.step import make_step
 
-_AHEAD = 2  # steps that are given to the devices beside the one they compute: a signal need not wait for more
+_AHEAD = 2  # steps that wait at the devices beside the one they compute: a signal need not wait for more
 
 
 def train(config: ConfigDict, workdir: Path, traced: range = range(0)) -> None:
-    """Trains `config.stage` in `workdir`, or goes on from its newest whole checkpoint.
+    """Trains `config.stage` in `workdir`, or goes on from its newest undamaged checkpoint.
 
     Args:
         config: of the stage.
@@ -48,8 +49,8 @@ def train(config: ConfigDict, workdir: Path, traced: range = range(0)) -> None:
 
     Raises:
         UserError: an input is missing or is not what it claims to be; a checkpoint was made from something else; a
-            loss, a gradient or a parameter is NaN or infinite; another command trains the stage; no step that is to be
-            traced is left.
+            loss, a gradient or a parameter is NaN or infinite; another command trains the stage; none of the steps to
+            go is to be traced.
     """
     require_plain(workdir)
     folder, index = workdir / config.stage, index_of_run(workdir)
@@ -76,8 +77,8 @@ def train(config: ConfigDict, workdir: Path, traced: range = range(0)) -> None:
 
 
 def _require_place(config: ConfigDict, folder: Path) -> None:
-    """Raises UserError where a stage has begun with its checkpoints in another place, and would begin anew, or where
-    nothing can be written in that place."""
+    """Raises UserError where the stage's checkpoints are in another place than `train.checkpoints`, and training would
+    begin anew, or where nothing can be written there."""
     place, key = config.train.checkpoints, "train.checkpoints"
     if (folder / "config.json").is_file():
         before = config_from_json(json.loads((folder / "config.json").read_text())).train.checkpoints
@@ -91,65 +92,73 @@ def _require_place(config: ConfigDict, folder: Path) -> None:
 def _run(
     config: ConfigDict, folder: Path, inputs: Inputs, start: Start, checkpoints: Checkpoints, traced: range
 ) -> None:
-    """The steps that are left, with a checkpoint and a look now and then."""
-    settings = config.train
-    keep_memory(inputs.mesh)
-    state, reference, reference_hash, position = start
+    """The steps to go: an update of the policy each; now and then a log line, a checkpoint, an evaluation."""
+    settings, mesh = config.train, inputs.mesh
+    keep_memory(mesh)
+    state, reference, position = start.state, start.reference, start.position
     done = int(state.step)
     numbers = numbers_of(config, done)
-    step = make_step(inputs.loss, inputs.optimizer, settings.accumulate, starts.shardings(config, inputs))
-    mine = local_rows(settings.batch, inputs.mesh)
-    loader = PairLoader(inputs.pairs.sources["train"], settings.batch, config.seed, position, mine)
-    batch = to_devices(next(loader), inputs.mesh)
-    warn_of_hours(config, inputs, settings.steps - done, step, state, reference, inputs.frozen, batch, numbers)
+    update = make_step(inputs.loss, inputs.optimizer, settings.accumulate, starts.shardings(config, inputs))
+    rows = local_rows(settings.batch, mesh)
+    loader = PairLoader(inputs.pairs.sources["train"], settings.batch, config.seed, position, rows)
+    batch = to_devices(next(loader), mesh)
+    arguments = (state, reference, inputs.frozen, batch, numbers)
+    warn_of_hours(config, inputs, settings.steps - done, update, *arguments)
     monitor = Monitor(config, folder, inputs, reference, numbers)
-    seen = processes.broadcast(lambda: was_evaluated(folder / "logs", done))
-    if not seen and (done % settings.eval_every == 0 or done >= settings.steps):
-        monitor.evaluate(state, done)  # at the start, or where a run was killed between its checkpoint and its look
-    ahead: deque[jax.Array] = deque()
-    silent = not processes.is_first()
-    bar = tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step", disable=silent)
-    with bar, Speed(step, settings.batch, mesh_peak(inputs.mesh, config.model.dtype), traced, folder / "logs") as speed:
-        for now in range(done + 1, settings.steps + 1):
+    evaluated = processes.broadcast(lambda: was_evaluated(folder / "logs", done))
+    if not evaluated and (done % settings.eval_every == 0 or done >= settings.steps):
+        monitor.evaluate(state, done)  # before the first step, or where a run was killed after its checkpoint
+    begun: deque[jax.Array] = deque()
+    bar = tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step", disable=not processes.is_first())
+    peak = mesh_peak(mesh, config.model.dtype)
+    with bar, Speed(update, settings.batch, peak, traced, folder / "logs") as speed:
+        for step in range(done + 1, settings.steps + 1):
             checkpoints.check()
-            numbers = numbers._replace(rate=np.float32(learning_rate(settings, now - 1)))
-            state, metrics = speed.step(now, state, reference, inputs.frozen, batch, numbers)
+            numbers = numbers._replace(rate=np.float32(learning_rate(settings, step - 1)))
+            state, metrics = speed.step(step, state, reference, inputs.frozen, batch, numbers)
             position = loader.position
-            batch = to_devices(next(loader), inputs.mesh)  # the next is on its way while this one is computed
-            monitor.log.add(now, metrics)
-            ahead.append(metrics["loss/total"])
-            if len(ahead) > _AHEAD:
-                ahead.popleft().block_until_ready()
+            batch = to_devices(next(loader), mesh)  # the next is on its way while this one is computed
+            begun.append(metrics["loss/total"])
+            if len(begun) > _AHEAD:
+                begun.popleft().block_until_ready()
             bar.update()
-            last = now == settings.steps
-            stop = lifecycle.stopping.after(now)
-            save = now % settings.checkpoint_every == 0 or last or stop
-            look = now % settings.eval_every == 0 or last
-            if now % settings.log_every == 0 or save or look:
+            monitor.log.add(step, metrics)
+            last, stop = step == settings.steps, lifecycle.stopping.after(step)
+            save = last or stop or step % settings.checkpoint_every == 0
+            evaluate = last or step % settings.eval_every == 0
+            if save or evaluate or step % settings.log_every == 0:
                 values = monitor.log.means()  # stops before what is not finite can reach a checkpoint
-                values |= speed.lap(settings.steps - now) | {"train/learning_rate": float(numbers.rate)}
-                monitor.log.write(values, now)
-                monitor.warn_if_unlearning(values, now)
-                shown = {"loss": f"{values['loss/total']:.4f}"}
-                if "speed/pairs_per_second" in values:
-                    shown["pairs/s"] = f"{values['speed/pairs_per_second']:.1f}"
-                if "dpo/accuracy" in values:
-                    shown["accuracy"] = f"{values['dpo/accuracy']:.2f}"
-                bar.set_postfix(shown)
+                values |= speed.lap(settings.steps - step) | {"train/learning_rate": float(numbers.rate)}
+                monitor.report(values, step)
+                bar.set_postfix(_postfix(values))
             if save:
-                meta = {
-                    "config": configuration.to_json(config),
-                    "position": position,
-                    "reference": reference_hash,
-                    "made_from": inputs.made_from,
-                    "version": __version__,
-                }
-                checkpoints.save(now, state, meta)
+                checkpoints.save(step, state, _meta(config, inputs, start, position))
             if stop:
                 lifecycle.stopping.stop()
-            if look:
-                monitor.evaluate(state, now)
-            if save or look:
+            if evaluate:
+                monitor.evaluate(state, step)
+            if save or evaluate:
                 speed.restart()
     if config.objective == "dpo":
-        assert tree_hash(reference) == reference_hash, "the reference changed during training"
+        assert tree_hash(reference) == start.reference_hash, "the reference changed during training"
+
+
+def _meta(config: ConfigDict, inputs: Inputs, start: Start, position: int) -> dict[str, Any]:
+    """What a checkpoint says beside the state: `position` examples were drawn."""
+    return {
+        "config": configuration.to_json(config),
+        "position": position,
+        "reference": start.reference_hash,
+        "made_from": inputs.made_from,
+        "version": __version__,
+    }
+
+
+def _postfix(values: dict[str, float]) -> dict[str, str]:
+    """The end of the progress bar."""
+    shown = {
+        "loss/total": ("loss", ".4f"),
+        "speed/pairs_per_second": ("pairs/s", ".1f"),
+        "dpo/accuracy": ("accuracy", ".2f"),
+    }
+    return {word: format(values[name], digits) for name, (word, digits) in shown.items() if name in values}

@@ -2,18 +2,22 @@
 
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.training.step import TIMESTEP_BINS, Metrics
+from hgdpo_jax.training.step import GRADIENT_NORM, TIMESTEP_BINS
 
 if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
+    import tensorboardX
+
+StepMetrics = Mapping[str, Float[Array | np.ndarray | np.float32, "..."]]
 
 
 class MetricLog:
@@ -21,7 +25,7 @@ class MetricLog:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._lines = folder, folder / "metrics.jsonl"
-        self._steps: dict[int, Metrics] = {}
+        self._steps: dict[int, StepMetrics] = {}
         if not processes.is_first():
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -30,14 +34,14 @@ class MetricLog:
                 file.truncate(file.read().rfind(b"\n") + 1)
 
     @functools.cached_property
-    def _writer(self) -> "SummaryWriter":
+    def _writer(self) -> "tensorboardX.SummaryWriter":
         """Opened by the first value: from Python 3.12 on, one that got none cannot close itself when Python exits.
         Imported with it: it brings PyTorch where that is installed, which takes a second."""
         from tensorboardX import SummaryWriter
 
         return SummaryWriter(str(self._folder))
 
-    def add(self, step: int, metrics: Metrics) -> None:
+    def add(self, step: int, metrics: StepMetrics) -> None:
         """Remembers one step's metrics without waiting for them."""
         self._steps[step] = metrics
 
@@ -50,16 +54,15 @@ class MetricLog:
         steps = jax.device_get(self._steps)
         self._steps = {}
         for number, metrics in steps.items():
-            checked = [name for name in metrics if name.startswith("loss/")] + ["gradient_norm"]
-            for name in checked:
+            for name in [*(name for name in metrics if name.startswith("loss/")), GRADIENT_NORM]:
                 if not np.isfinite(value := metrics[name]):
                     raise UserError(f"{name} is {value} at step {number}: training stopped, the last good checkpoint "
                                     "is kept; lower config.train.lr or config.train.beta, or take bfloat16 where "
                                     "config.model.dtype is float16, and run again")  # fmt: skip
         return average(list(steps.values()))
 
-    def write(self, values: dict[str, float], step: int) -> None:
-        """Scalars as they are. Process 0 writes."""
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        """Scalars. Process 0 writes."""
         if not processes.is_first():
             return
         for name, value in values.items():
@@ -68,8 +71,8 @@ class MetricLog:
         with self._lines.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def images(self, name: str, grid: np.ndarray, step: int) -> None:
-        """A picture uint8 [H, W, 3]. Process 0 writes."""
+    def image(self, name: str, grid: UInt8[np.ndarray, "H W 3"], step: int) -> None:
+        """A picture. Process 0 writes."""
         if not processes.is_first():
             return
         self._writer.add_image(name, grid, step, dataformats="HWC")
@@ -94,7 +97,7 @@ def was_evaluated(folder: Path, step: int) -> bool:
     return any(line["step"] == step and any(name.startswith("heldout/") for name in line) for line in read(folder))
 
 
-def average(steps: list[Metrics]) -> dict[str, float]:
+def average(steps: Sequence[StepMetrics]) -> dict[str, float]:
     """Means over steps; accuracy by timestep bin is the sum of right answers over the number of pairs in the bin."""
     stacked = {name: np.stack([np.asarray(s[name], np.float64) for s in steps]) for name in steps[0]}
     values = {name: float(value.mean()) for name, value in stacked.items() if not name.startswith("bins/")}

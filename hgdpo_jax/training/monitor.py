@@ -1,8 +1,7 @@
-"""What people see of a training: a line at the start, the log, held-out pairs, pictures, and warnings."""
+"""What people see of a training: lines at the start, the log, held-out pairs, pictures, and warnings."""
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,11 @@ _LARGE = 2e8  # parameters; the UNets of SD1.5 and XL have 0.9e9 and 2.6e9
 
 
 class Monitor:
-    """Looks at a stage while it is trained.
+    """Evaluates a stage while it is trained, and writes its log.
 
     Args:
-        config: of the stage.
+        config, inputs, reference: of the stage.
         folder: W/stageN.
-        inputs: of the stage.
-        reference: of the stage.
         numbers: of the stage; the rate does not count.
     """
 
@@ -65,45 +62,14 @@ class Monitor:
         self._keys = self._sampler.keys("samples", [row["id"].decode() for row in rows], [0] * len(rows))
         self._worst = UNLEARNING
 
-    def evaluate(self, state: TrainState, step: int) -> None:
-        """Held-out pairs at fixed noise and timesteps, and pictures from fixed seeds."""
-        self._sampler.use_policies(state.result)
-        latents = self._sampler.generate(self._ids, self._keys, self._resolution, "samples", self._concept)
-        self.log.images("samples", grid(self._sampler.decode(latents, "decode"), 4), step)
-        if step == 0 and self._reference:
-            self._say_noise(state.policy)
-        found = [self._measured(state.policy, self._reference, i) for i in range(len(self._held))]
-        self.log.write({f"heldout/{name}": value for name, value in average(jax.device_get(found)).items()}, step)
-
-    def _measured(self, policy: Params, reference: Params, i: int) -> Metrics:
-        """The loss's metrics on a batch of held-out pairs, at the noise that this batch always has."""
-        noise = jax.random.split(stream_key(0, "heldout", i), self._batch)
-        batch = self._held[i] | {"key": place(noise, batch_sharding(self._sampler.mesh))}
-        return self._loss_metrics(policy, reference, self._frozen, batch, self._numbers)
-
-    def _say_noise(self, policy: Params) -> None:
-        """Prints how far apart the margins are of a policy that has gone as far as an optimizer step goes, but in no
-        direction, and of itself: with few bits that is rounding, times κ."""
-
-        def moved(path: tuple, x: jax.Array) -> jax.Array:
-            key = stream_key(0, "noise", path_name(path))
-            return x + self._rate * jax.random.rademacher(key, x.shape, x.dtype)
-
-        where = jax.tree.map(lambda x: x.sharding, policy)
-        perturbed = jax.jit(lambda tree: jax.tree.map_with_path(moved, tree), out_shardings=where)(policy)
-        found = [self._measured(perturbed, policy, i) for i in range(min(_NOISY, len(self._held)))]
-        mean, deviation = (np.array([m[f"dpo/margin{x}"] for m in found], np.float64) for x in ("", "_deviation"))
-        noise = float(np.sqrt(np.mean(deviation**2) + mean.var()))  # over all of them
-        print(f"{self._stage}: {self._dtype} tells margins apart from {noise:.2g} on: so far rounding and a step of "
-              f"{self._rate:g} in no direction move them; of smaller ones accuracies say little")  # fmt: skip
-
-    def warn_if_unlearning(self, values: dict[str, float], step: int) -> None:
-        """Warns of a policy that unlearns the winners: both errors grow, and the pictures turn to noise.
+    def report(self, values: dict[str, float], step: int) -> None:
+        """Writes a log line, and warns of a policy that unlearns the winners.
 
         Args:
-            values: means since the last call.
+            values: means over the steps since the last line.
             step: that they end with.
         """
+        self.log.write(values, step)
         if "error/winner_reference" not in values:
             return
         ratio = values["error/winner"] / max(values["error/winner_reference"], 1e-12)
@@ -113,14 +79,46 @@ class Monitor:
                             "winners and pictures will turn to noise; lower config.train.lr, raise config.train.beta, "
                             "or stop at an earlier config.train.steps", step, ratio)  # fmt: skip
 
+    def evaluate(self, state: TrainState, step: int) -> None:
+        """Measures held-out pairs at fixed noise and timesteps, and draws held-out captions from fixed seeds with what
+        the stage would hand on."""
+        self._sampler.use_policies(state.result)
+        latents = self._sampler.generate(self._ids, self._keys, self._resolution, "samples", self._concept)
+        self.log.image("samples", grid(self._sampler.decode(latents, "decode"), 4), step)
+        if step == 0 and self._reference:
+            self._print_noise(state.policy)
+        found = [self._measured(state.policy, self._reference, i) for i in range(len(self._held))]
+        self.log.write({f"heldout/{name}": value for name, value in average(jax.device_get(found)).items()}, step)
+
+    def _measured(self, policy: Params, reference: Params, i: int) -> Metrics:
+        """The loss's metrics on a batch of held-out pairs, at the noise that this batch always has."""
+        noise = jax.random.split(stream_key(0, "heldout", i), self._batch)
+        batch = self._held[i] | {"key": place(noise, batch_sharding(self._sampler.mesh))}
+        return self._loss_metrics(policy, reference, self._frozen, batch, self._numbers)
+
+    def _print_noise(self, policy: Params) -> None:
+        """Prints how far rounding and an optimizer step in a random direction move the margins, times κ."""
+
+        def moved(path: tuple, x: jax.Array) -> jax.Array:
+            key = stream_key(0, "noise", path_name(path))
+            return x + self._rate * jax.random.rademacher(key, x.shape, x.dtype)
+
+        shardings = jax.tree.map(lambda x: x.sharding, policy)
+        perturbed = jax.jit(lambda tree: jax.tree.map_with_path(moved, tree), out_shardings=shardings)(policy)
+        found = [self._measured(perturbed, policy, i) for i in range(min(_NOISY, len(self._held)))]
+        mean, deviation = (np.array([m[f"dpo/margin{x}"] for m in found], np.float64) for x in ("", "_deviation"))
+        noise = float(np.sqrt(np.mean(deviation**2) + mean.var()))  # over all of them
+        print(f"{self._stage}: rounding in {self._dtype} and a step of {self._rate:g} in a random direction move "
+              f"margins by {noise:.2g}: accuracies say little of smaller margins")  # fmt: skip
+
 
 def announce(config: ConfigDict, inputs: Inputs, state: TrainState) -> None:
-    """Prints where a stage is trained and what of it."""
+    """Prints where a stage is trained, which parameters, and on which batches."""
     trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.policy, inputs.frozen))
     unit = "pairs" if config.objective == "dpo" else "photographs"
     print(f"{config.stage}: {describe_mesh(inputs.mesh)}, {config.train.batch} {unit} a step")
     if config.model.lora:
-        print(f"{config.stage}: {config.model.lora} is merged into the base: policy and reference go on from it")
+        print(f"{config.stage}: {config.model.lora} is merged into the base of policy and reference")
     print(f"{config.stage}: trains {config.train.params}, {trained:,} of {trained + frozen:,} parameters of UNet and "
           f"text, in float32; the others are {config.model.dtype}")  # fmt: skip
     for line in _table({"trained": state.policy, "frozen": inputs.frozen}):
@@ -131,12 +129,12 @@ def announce(config: ConfigDict, inputs: Inputs, state: TrainState) -> None:
         count = len(source) // max(1, config.train.reference_cache)
         print(f"{config.stage}: a batch of {count:,} {unit} is {', '.join(fields)}")
     if mesh_peak(inputs.mesh, config.model.dtype) is None:
-        print(f"{config.stage}: peak unknown of {inputs.mesh.devices.flat[0].device_kind} in {config.model.dtype}: the "
-              "log says no speed/share_of_peak")  # fmt: skip
+        print(f"{config.stage}: the peak of {inputs.mesh.devices.flat[0].device_kind} in {config.model.dtype} is "
+              "unknown: the log has no speed/share_of_peak")  # fmt: skip
 
 
 def _table(trees: dict[str, Params]) -> list[str]:
-    """Lines of how many parameters each module has, of which type, and whether they are trained or frozen."""
+    """Lines that say how many parameters each module has, of which dtype, and whether they are trained or frozen."""
     counts: dict[tuple[str, str, str], int] = {}
     for use, tree in trees.items():
         for path, x in jax.tree.leaves_with_path(tree):
@@ -145,8 +143,8 @@ def _table(trees: dict[str, Params]) -> list[str]:
     return [f"{name:28} {count:>13,}  {dtype:8}  {use}" for (name, dtype, use), count in sorted(counts.items())]
 
 
-def warn_of_hours(config: ConfigDict, inputs: Inputs, left: int, step: Callable, *arguments: Any) -> None:
-    """Says how long a processor will take for a model that is made for accelerators.
+def warn_of_hours(config: ConfigDict, inputs: Inputs, left: int, step: jax.stages.Wrapped, *arguments: Any) -> None:
+    """Warns how long a processor will take for a model that is made for accelerators.
 
     Args:
         config, inputs: of the stage.

@@ -1,4 +1,4 @@
-"""The optimizer and the numbers of a step, as the config says."""
+"""The optimizer and the scalars of a step, as the config says."""
 
 import math
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from hgdpo_jax.devices.random import stream_key
-from hgdpo_jax.training.step import GRADIENT_NORM, Numbers, Params
+from hgdpo_jax.training.step import GRADIENT_NORM, Numbers
 
-LOSS_SCALE = 2.0**10  # of float16
+LOSS_SCALE = 2.0**10  # where model.dtype is float16
 
 
 def make_optimizer(train: ConfigDict) -> optax.GradientTransformationExtraArgs:
@@ -31,20 +32,22 @@ def make_optimizer(train: ConfigDict) -> optax.GradientTransformationExtraArgs:
     clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
     chosen = optax.chain(_without_scale(), optax.snapshot(GRADIENT_NORM, optax.tree.norm), clip, chosen)
     # LoRA is some hundred small arrays, each of which would cost a GPU a few programs: they are one vector here.
-    whole = train.optimizer == "adamw" and train.params.endswith("lora")
-    return optax.flatten(chosen) if whole else chosen
+    one_vector = train.optimizer == "adamw" and train.params.endswith("lora")
+    return optax.flatten(chosen) if one_vector else chosen
 
 
 def _without_scale() -> optax.GradientTransformationExtraArgs:
-    def update(gradient: Params, state: Any, params: Any = None, *, scale: Any = 1.0, **_: Any) -> tuple[Params, Any]:
+    """Divides the gradient by the scale of the loss."""
+
+    def update(gradient: PyTree, state: Any, params: Any = None, *, scale: Any = 1.0, **_: Any) -> tuple[PyTree, Any]:
         return jax.tree.map(lambda x: x / scale, gradient), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def learning_rate(train: ConfigDict, step: int) -> float:
-    """Of the step after `step` others: a linear warm-up over `train.warmup` steps, then constant, or a cosine that is 0
-    at `train.steps` (Loshchilov and Hutter 2017)."""
+    """The rate of the step after `step` others: it rises over `train.warmup` steps, then it stays, or falls as a cosine
+    that is 0 at `train.steps` (Loshchilov and Hutter 2017)."""
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup
     if train.schedule == "constant":
@@ -54,7 +57,7 @@ def learning_rate(train: ConfigDict, step: int) -> float:
 
 
 def numbers_of(config: ConfigDict, step: int) -> Numbers:
-    """What the config gives the step after `step` others."""
+    """The scalars of the step after `step` others, as the config says."""
     train, data = config.train, config.data
     key = np.asarray(jax.random.key_data(stream_key(config.seed, config.stage, "step")))
     scale = LOSS_SCALE if config.model.dtype == "float16" else 1.0

@@ -19,9 +19,9 @@ from hgdpo_jax.training.step import Params, split_params
 
 
 def load_trainable(config: ConfigDict, mesh: Mesh, *others: ConfigDict) -> pipelines.Pipeline:
-    """ε_base on the mesh, with a fresh LoRA where `train.params` asks for one, which changes nothing yet.
+    """ε_base on the mesh, with a fresh LoRA or adapter where `train.params` asks for one. A fresh LoRA changes nothing.
 
-    What is trained is float32; what is frozen is kept in the dtype it is used in.
+    Trained parameters are float32, frozen ones have the dtype of the computation.
 
     Args:
         config: of a stage.
@@ -40,12 +40,12 @@ def load_trainable(config: ConfigDict, mesh: Mesh, *others: ConfigDict) -> pipel
     for stage in (config, *others):
         add_fresh_lora(pipeline, stage, mesh)
         if stage.train.params == "adapter":
-            pipeline = _with_fresh_adapter(pipeline, stage, encoder_of(stage), mesh)
+            pipeline = with_fresh_adapter(pipeline, stage, encoder_of(stage), mesh)
     return pipeline
 
 
 def configure_unet(unet: UNet2DConditionModel, config: ConfigDict, mesh: Mesh) -> None:
-    """How the UNet is computed on the mesh, and what is kept for its gradient."""
+    """Sets how the UNet is computed on the mesh, and which activations are kept for its gradient."""
     unet.checkpoint(config.train.checkpointing)
     if config.train.blocks == "up":
         unet.share_skips()
@@ -59,10 +59,10 @@ def parameter_dtypes(config: ConfigDict) -> dict[str, str]:
     return {"unet": unet, "text_encoder": frozen, "text_encoder_2": frozen}
 
 
-def _with_fresh_adapter(
+def with_fresh_adapter(
     pipeline: pipelines.Pipeline, config: ConfigDict, encoder: ConceptEncoder, mesh: Mesh
 ) -> pipelines.Pipeline:
-    """The pipeline with an adapter that has learnt nothing yet, for what `encoder` makes of concept images."""
+    """The pipeline with an adapter that has learnt nothing yet, for the features of `encoder`."""
     key = stream_key(config.seed, "adapter")
     adapter = ip_adapter.fresh(pipeline.unet, config.adapter.kind, encoder.nothing.shape[-1], nnx.Rngs(key))
     state = nnx.state(adapter)
@@ -71,17 +71,15 @@ def _with_fresh_adapter(
 
 
 def add_fresh_lora(pipeline: pipelines.Pipeline, config: ConfigDict, mesh: Mesh | None = None) -> None:
-    """Gives the UNet (`train.params=lora`), or every text encoder (`text_lora`), the LoRA that a stage trains; on the
-    mesh, if there is one."""
-    random_streams = {
+    """Adds the LoRA that a stage trains to the UNet (`train.params=lora`) or to every text encoder (`text_lora`), on
+    the mesh if there is one."""
+    streams = {
         "lora": {"unet": "lora"},
         "text_lora": {"text_encoder": "text lora", "text_encoder_2": "text lora 2"},
-        "all": {},
-        "adapter": {},
-    }[config.train.params]
-    for name, model in pipeline.models.items():
-        if name in random_streams:
-            key = stream_key(config.seed, random_streams[name])
+    }.get(config.train.params, {})
+    for name, stream in streams.items():
+        if name in pipeline.models:
+            model, key = pipeline.models[name], stream_key(config.seed, stream)
             add_lora(model, config.train.lora_rank, config.train.lora_alpha, nnx.Rngs(key))
             lora = nnx.state(model, nnx.LoRAParam)
             if mesh is not None:

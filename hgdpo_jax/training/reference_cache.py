@@ -1,8 +1,8 @@
-"""What the reference predicts, computed once: for `train.reference_cache` draws of noise of each pair, K below.
+"""The reference's predictions, computed once: for `train.reference_cache` draws of noise of each pair, K below.
 
-    W/stageN/reference_cache/made_from.json   what is predicted, written first
-    W/stageN/reference_cache/SHARD.npy        of a shard's pairs: [pairs, K, 2, h, w, c] float32, of winners and losers
-    W/stageN/reference_cache/SHARD.npy.json   its hash: it is whole
+    W/stageN/reference_cache/made_from.json   what the predictions depend on, written first
+    W/stageN/reference_cache/SHARD.npy        those for a shard's winners and losers: [pairs, K, 2, h, w, c] float32
+    W/stageN/reference_cache/SHARD.npy.json   its hash, written once the file is complete
 
 A draw of a pair takes 8 · h · w · c bytes, 128 KiB at 512x512 and 512 KiB at 1024x1024. Predictions are kept and not
 errors, whose differences would cancel, see :func:`hgdpo_jax.training.objectives.diffusion_dpo`.
@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hgdpo_jax.data.loader import stack_records
-from hgdpo_jax.data.record import Record
+from hgdpo_jax.data.record import Record, RecordSource
 from hgdpo_jax.devices.sharding import replicated
 from hgdpo_jax.devices.transfer import local_rows, one_ahead, to_devices, to_host
 from hgdpo_jax.run import processes, provenance
@@ -36,17 +36,17 @@ from hgdpo_jax.training.optimizer import numbers_of
 from hgdpo_jax.training.start import Start
 
 
-class Draws(Sequence[Record]):
+class Draws:
     """Every record K times, each time as another `example`, int32, which decides its noise.
 
     Args:
         records: of a resolution.
         draws: K.
-        parts: what the reference predicts of them, shard by shard, which records then bring as `reference`.
+        parts: predictions of the reference, shard by shard, which records then bring as `reference`.
     """
 
     def __init__(
-        self, records: Sequence[Record], draws: int, parts: Sequence[Float[np.ndarray, "n k 2 h w c"]] = ()
+        self, records: RecordSource, draws: int, parts: Sequence[Float[np.ndarray, "_ k 2 h w c"]] = ()
     ) -> None:
         self._records, self._draws, self._parts = records, draws, parts
         self._begins = np.cumsum([0, *map(len, parts)])
@@ -64,7 +64,14 @@ class Draws(Sequence[Record]):
 
 
 class Shard(NamedTuple):
-    """The predictions of a shard of pairs: their file; its pairs' resolution, first record and number; [h, w, c]."""
+    """The predictions for a shard of pairs.
+
+    Attributes:
+        path: their file.
+        resolution: number of the source that holds the pairs.
+        begin, pairs: the first of them there, and how many they are.
+        latent: (h, w, c).
+    """
 
     path: Path
     resolution: int
@@ -82,7 +89,7 @@ class Shard(NamedTuple):
 
 
 def _shards(cache: Path, manifest: Mapping[str, Any]) -> list[Shard]:
-    """Of all pairs to train on, in the order of their sources."""
+    """The shards of all pairs to train on, in the order of their sources."""
     found = []
     splits = [split for name, split in manifest["splits"].items() if name.startswith("train_")]
     for resolution, split in enumerate(splits):
@@ -95,7 +102,7 @@ def _shards(cache: Path, manifest: Mapping[str, Any]) -> list[Shard]:
 
 
 def attach(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, index: Index) -> Inputs:
-    """The inputs with pairs that bring what the reference predicts of them, which is computed where it is missing.
+    """The inputs with pairs that bring the reference's predictions, which are computed where they are missing.
 
     Args:
         config, inputs, start: of the stage.
@@ -107,22 +114,21 @@ def attach(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, index
             is full.
     """
     cache, draws, train = folder / "reference_cache", config.train.reference_cache, inputs.pairs.sources["train"]
-    processes.broadcast(lambda: _begin(cache, _made_from(config, inputs, start)))
+    processes.broadcast(lambda: _require_same(cache, _made_from(config, inputs, start)))
     shards = _shards(cache, inputs.pairs.manifest)
     todo = [shards[i] for i in processes.broadcast(lambda: [i for i, s in enumerate(shards) if not s.note.is_file()])]
     size = sum(shard.size(draws) for shard in shards)
-    print(f"{config.stage}: keeps what the reference predicts for {draws} draws of noise of {sum(map(len, train)):,} "
-          f"pairs, {size / 1e9:,.2f} GB; {config.train.steps * config.train.batch:,} examples will use it")  # fmt: skip
-    processes.broadcast(
-        lambda: require_space(cache, sum(s.size(draws) for s in todo) + 1e6, "what the reference predicts")
-    )
+    print(f"{config.stage}: keeps the reference's predictions for {draws} draws of noise of {sum(map(len, train)):,} "
+          f"pairs, {size / 1e9:,.2f} GB; {config.train.steps * config.train.batch:,} examples use them")  # fmt: skip
+    needed = sum(shard.size(draws) for shard in todo) + 1e6
+    processes.broadcast(lambda: require_space(cache, needed, "what the reference predicts"))
     _make(config, todo, inputs, start.reference)
-    processes.broadcast(lambda: [_require_whole(shard, index) for shard in shards])
+    processes.broadcast(lambda: _require_undamaged(shards, index))
     parts: list[list[np.ndarray]] = [[] for _ in train]
     for shard in shards:
         parts[shard.resolution].append(np.load(shard.path, mmap_mode="r", allow_pickle=False))
     sources = [Draws(records, draws, found) for records, found in zip(train, parts, strict=True)]
-    return inputs._replace(pairs=replace(inputs.pairs, sources=inputs.pairs.sources | {"train": sources}))
+    return inputs._replace(pairs=replace(inputs.pairs, sources={**inputs.pairs.sources, "train": sources}))
 
 
 def _made_from(config: ConfigDict, inputs: Inputs, start: Start) -> dict[str, Any]:
@@ -134,7 +140,8 @@ def _made_from(config: ConfigDict, inputs: Inputs, start: Start) -> dict[str, An
     return made_from | {base: inputs.made_from[base]} | {provenance.content_key(k): v for k, v in reference.items()}
 
 
-def _begin(cache: Path, made_from: Mapping[str, Any]) -> None:
+def _require_same(cache: Path, made_from: Mapping[str, Any]) -> None:
+    """Raises UserError where the folder holds predictions of something else; a new folder says what it is for."""
     path = cache / "made_from.json"
     if path.is_file():
         provenance.require_same(
@@ -145,39 +152,41 @@ def _begin(cache: Path, made_from: Mapping[str, Any]) -> None:
 
 
 def _make(config: ConfigDict, todo: Sequence[Shard], inputs: Inputs, reference: steps.Params) -> None:
-    """Computes and writes some shards, as many examples at a time as a step does."""
+    """Computes and writes some shards, as many examples at a time as a microbatch has."""
     draws, size = config.train.reference_cache, config.train.batch // config.train.accumulate
     denoiser = steps.split_params(inputs.pipeline, config.train.params)[0]
-    predict = steps.reference_predictions(denoiser, inputs.pipeline.schedule)
-    key, mine = numbers_of(config, 0).key, local_rows(size, inputs.mesh)
+    numbers, rows_here = numbers_of(config, 0), local_rows(size, inputs.mesh)
 
     @jax.jit(out_shardings=replicated(inputs.mesh))
-    def predicted(reference: steps.Params, frozen: steps.Params, batch: steps.Batch, key: jax.Array) -> jax.Array:
-        return predict(reference, frozen, batch | {"key": steps.example_keys(key, batch["example"])})
+    def predicted(
+        reference: steps.Params, frozen: steps.Params, batch: steps.Batch, numbers: steps.Numbers
+    ) -> Float[Array, "b 2 h w c"]:
+        batch = batch | {"key": steps.example_keys(numbers, batch["example"])}
+        return steps.predict_pairs(denoiser, inputs.pipeline.schedule, reference, frozen, batch)
 
     silent = not processes.is_first()
     with tqdm(total=draws * sum(s.pairs for s in todo), desc="reference", unit="draw", disable=silent) as bar:
         for shard in todo:
             source = Draws(inputs.pairs.sources["train"][shard.resolution], draws)
-            first, end = draws * shard.begin, draws * (shard.begin + shard.pairs)
+            begin, end = draws * shard.begin, draws * (shard.begin + shard.pairs)
 
-            def begun(number: int, source: Draws = source, end: int = end) -> tuple[int, jax.Array]:
-                """Examples from `number` on, which devices are given; after the shard's last one it comes again."""
-                batch = stack_records(source, [min(number + row, end - 1) for row in mine])
-                return number, predicted(reference, inputs.frozen, to_devices(batch, inputs.mesh), key)
+            def start(number: int, source: Draws = source, end: int = end) -> tuple[int, Array]:
+                """Gives the devices the examples from `number` on; the shard's last one fills up the batch."""
+                batch = stack_records(source, [min(number + row, end - 1) for row in rows_here])
+                return number, predicted(reference, inputs.frozen, to_devices(batch, inputs.mesh), numbers)
 
             with _written(shard, draws) if processes.is_first() else nullcontext() as values:
-                for number, found in one_ahead(begun, range(first, end, size)):
+                for number, found in one_ahead(start, range(begin, end, size)):
                     rows = to_host(found)[: end - number]
                     if values is not None:
-                        values[number - first : number - first + len(rows)] = _finite(rows, shard)
+                        values[number - begin : number - begin + len(rows)] = _finite(rows, shard)
                     bar.update(len(rows))
     processes.barrier()
 
 
 @contextmanager
 def _written(shard: Shard, draws: int) -> Iterator[Float[np.ndarray, "n 2 h w c"]]:
-    """The rows of a shard's file, which is there, with its note, once the block ends without an error."""
+    """Yields the rows of a shard's file. The file and its note are there once the block ends without an error."""
     with atomic_path(shard.path) as temporary:
         shape = (shard.pairs, draws, 2, *shard.latent)
         values = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
@@ -193,8 +202,9 @@ def _finite(rows: np.ndarray, shard: Shard) -> np.ndarray:
     return rows
 
 
-def _require_whole(shard: Shard, index: Index) -> None:
-    known = json.loads(shard.note.read_text())["sha256"]
-    if not shard.path.is_file() or index.hash(shard.path) != known:
-        raise UserError(f"{shard.path}: missing or altered (its hash is not that of its note); remove it and its note, "
-                        "and it is computed again")  # fmt: skip
+def _require_undamaged(shards: Sequence[Shard], index: Index) -> None:
+    for shard in shards:
+        known = json.loads(shard.note.read_text())["sha256"]
+        if not shard.path.is_file() or index.hash(shard.path) != known:
+            raise UserError(f"{shard.path}: missing or altered (its hash is not that of its note); remove it and its "
+                            "note, and it is computed again")  # fmt: skip

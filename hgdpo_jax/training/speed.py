@@ -1,9 +1,7 @@
-"""How fast a training is: its steps timed without what is not training, and what its devices could do at most."""
+"""How fast a training is: the time of its steps alone, and the share of what its devices can do at most."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -14,10 +12,10 @@ from hgdpo_jax.training.step import Batch, Metrics, Numbers, Params, TrainState
 
 
 def remaining_steps(traced: range, done: int, steps: int) -> range:
-    """Of the steps that are to be traced, those between `done` and the last.
+    """The steps of `traced` that are still to go, after `done` of `steps`.
 
     Raises:
-        UserError: there is none.
+        UserError: some are to be traced, but none of them is to go.
     """
     left = range(max(traced.start, done + 1), min(traced.stop, steps + 1))
     if traced and not left:
@@ -26,8 +24,8 @@ def remaining_steps(traced: range, done: int, steps: int) -> range:
 
 
 class Speed:
-    """Runs the steps of a stage on a clock that stands still while one is compiled, and during all that ends with
-    :meth:`restart`. A `with` block ends a trace that is being written.
+    """Runs the steps of a stage on a clock that stands still while a step is compiled, and that counts nothing between
+    the last :meth:`lap` and a :meth:`restart`. A `with` block ends a trace that is being written.
 
     Args:
         step: the jitted step, see :func:`hgdpo_jax.training.step.make_step`.
@@ -39,7 +37,7 @@ class Speed:
 
     def __init__(
         self,
-        step: Callable[..., tuple[TrainState, Metrics]],
+        step: jax.stages.Wrapped,
         batch: int,
         peak: float | None,
         traced: range = range(0),
@@ -47,20 +45,20 @@ class Speed:
     ) -> None:
         self._step, self._batch, self._peak, self._folder = step, batch, peak, folder
         self._traced = traced if processes.is_first() else range(0)
-        self._operations: dict[Any, float] = {}  # shape of a batch → of its step
-        self._running: Any = None
+        self._operations: dict[tuple[int, ...], float] = {}  # shape of a batch's latents → of its step
+        self._running: Metrics = {}
         self._tracing = False
         self.restart()
 
     def restart(self) -> None:
-        """Forgets the steps since the last :meth:`lap`: from now on, it is steps that take the time."""
+        """Starts the clock anew, without the steps since the last :meth:`lap`."""
         self._begin, self._steps, self._done = time.perf_counter(), 0, 0.0
 
     def step(
         self, number: int, state: TrainState, reference: Params, frozen: Params, batch: Batch, numbers: Numbers
     ) -> tuple[TrainState, Metrics]:
-        """The step `number`, which is given to the devices and not waited for, unless it is to be compiled or is the
-        last that is traced."""
+        """Gives the step `number` to the devices. Waits for it only if it must be compiled or is the last that is
+        traced."""
         if self._traced and number == self._traced.start:
             jax.profiler.start_trace(self._folder)
             self._tracing = True
@@ -97,14 +95,15 @@ class Speed:
         self._write_trace()  # of a training that ends before the last step that is traced
 
     def lap(self, left: int) -> dict[str, float]:
-        """What the log says of the steps since the last lap, all of which are finished; nothing where there was none.
+        """Speed of the steps since the last lap, all of which are finished, for the log; nothing where there was none.
 
         Hours are of training alone; memory is the most that a device of this process has held.
 
         Args:
             left: steps to go.
         """
-        values, steps, seconds = {}, self._steps, time.perf_counter() - self._begin
+        values: dict[str, float] = {}
+        steps, seconds = self._steps, time.perf_counter() - self._begin
         if steps:
             values["speed/step_seconds"] = seconds / steps
             values["speed/pairs_per_second"] = self._batch * steps / seconds
@@ -112,8 +111,8 @@ class Speed:
             if self._peak:
                 values["speed/share_of_peak"] = self._done / seconds / self._peak
             values["speed/hours_left"] = left * seconds / steps / 3600
-        held = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
-        if None not in held:
-            values["memory/device_gib"] = max(held) / 2**30
+        memory = max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices())
+        if memory:
+            values["memory/device_gib"] = memory / 2**30
         self.restart()
         return values

@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from hgdpo_jax.devices.sharding import tree_shardings
+from hgdpo_jax.devices.transfer import place
 from hgdpo_jax.run import provenance
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
 from hgdpo_jax.training.finished import BASE, finished_policy, require_base
@@ -25,15 +26,15 @@ class Start(NamedTuple):
 
 
 def start(config: ConfigDict, workdir: Path, inputs: Inputs, checkpoints: Checkpoints) -> Start:
-    """The start of a stage, or of what is left of it.
+    """The start of a stage, or where it goes on.
 
     Raises:
         UserError: the predecessor is not finished or has another base; the checkpoint was made from something else.
     """
     newest = checkpoints.latest()
     if newest is None:
-        return _begin(config, workdir, inputs, checkpoints)
-    return _resume(config, workdir, inputs, checkpoints, newest)
+        return _first_start(config, workdir, inputs, checkpoints)
+    return _resumed(config, workdir, inputs, checkpoints, newest)
 
 
 def shardings(config: ConfigDict, inputs: Inputs) -> TrainState:
@@ -45,7 +46,7 @@ def _init(config: ConfigDict, inputs: Inputs) -> Callable[[Params], TrainState]:
     return lambda policy: init_state(policy, inputs.optimizer, config.train.ema)
 
 
-def _begin(config: ConfigDict, workdir: Path, inputs: Inputs, checkpoints: Checkpoints) -> Start:
+def _first_start(config: ConfigDict, workdir: Path, inputs: Inputs, checkpoints: Checkpoints) -> Start:
     train, base = config.train, inputs.policy
     policy = base
     if train.start != "base":
@@ -58,8 +59,8 @@ def _begin(config: ConfigDict, workdir: Path, inputs: Inputs, checkpoints: Check
     return Start(state, reference, checkpoints.save_reference(reference), 0)
 
 
-def _resume(config: ConfigDict, workdir: Path, inputs: Inputs, checkpoints: Checkpoints, step: int) -> Start:
-    """The state is restored into nothing, so that it is never there twice."""
+def _resumed(config: ConfigDict, workdir: Path, inputs: Inputs, checkpoints: Checkpoints, step: int) -> Start:
+    """The state is restored from shapes, so that it is never in memory twice."""
     meta = checkpoints.meta(step)
     provenance.require_same(
         meta["made_from"], inputs.made_from, f"the checkpoint in {workdir}", "use that, or another --workdir"
@@ -69,9 +70,5 @@ def _resume(config: ConfigDict, workdir: Path, inputs: Inputs, checkpoints: Chec
         reference = checkpoints.restore_reference(inputs.policy, meta["reference"])
         if tree_hash(inputs.policy) == meta["reference"]:
             reference = inputs.policy  # one copy is enough
-    empty = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(_init(config, inputs), inputs.policy),
-        shardings(config, inputs),
-    )
+    empty = place(jax.eval_shape(_init(config, inputs), inputs.policy), shardings(config, inputs))
     return Start(checkpoints.restore(step, empty), reference, meta["reference"], meta["position"])

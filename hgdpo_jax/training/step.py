@@ -1,11 +1,11 @@
 """One optimizer step: losses as functions of (policy, reference, frozen, batch, numbers), and the jitted update.
 
 Nothing here knows which stage is trained, and no number of a stage is a constant of the program: the stages of a
-curriculum share one. Legend: `b` pairs, `h w c` latent, `s` tokens.
+curriculum share one. Legend: `b` pairs, `h w c` latent, `s` tokens, `m f` a concept's features.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,16 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.recipe import in_up_blocks
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.models.ip_adapter import join
 from hgdpo_jax.training import objectives
+from hgdpo_jax.training.objectives import WinnerLoser
 
-Params = PyTree[Array]
+Params = Mapping[Any, Any]  # nested by name; the leaves are arrays, or shapes where a program is planned
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
 TIMESTEP_BINS = 10
@@ -29,15 +30,19 @@ GRADIENT_NORM = "gradient_norm"  # in the optimizer's state, before clipping
 
 
 class Numbers(NamedTuple):
-    """What a stage gives its step beside arrays of parameters and examples: scalars, all arguments of the program.
+    """The scalars of a stage's step: all are arguments of the program.
 
-    `key` holds the data of a PRNG key, uint32: the stage's. `rate` is the learning rate of this step, `ema` the decay
-    of the averaged policy; `scale` multiplies the loss while it is differentiated, so that no gradient is too small for
-    float16 (Micikevicius et al. 2018). The others are the config's `train.beta`, `train.lambda_stat`,
-    `data.caption_dropout` and `data.concept_dropout`, float32.
+    Attributes:
+        key: data of the stage's PRNG key.
+        rate: learning rate of this step.
+        ema: decay of the averaged policy.
+        scale: multiplies the loss while it is differentiated, so that no gradient is too small for float16
+            (Micikevicius et al. 2018).
+        beta, lambda_stat: `train.beta` and `train.lambda_stat`.
+        caption_dropout, concept_dropout: those of the group `data`.
     """
 
-    key: np.ndarray
+    key: UInt32[np.ndarray, "2"]
     rate: np.float32
     ema: np.float32
     scale: np.float32
@@ -45,6 +50,11 @@ class Numbers(NamedTuple):
     lambda_stat: np.float32
     caption_dropout: np.float32
     concept_dropout: np.float32
+
+    @property
+    def stage_key(self) -> Key[Array, ""]:
+        """The stage's PRNG key."""
+        return jax.random.wrap_key_data(self.key)  # type: ignore[arg-type]  # an array of JAX inside the program
 
 
 class Denoiser(NamedTuple):
@@ -75,7 +85,7 @@ class Denoiser(NamedTuple):
             x_t, t: noisy latents and their timesteps; n is a multiple of b: each caption is repeated, for its winner
                 and its loser.
             input_ids: of the captions.
-            concept: what an adapter reads.
+            concept: features of concept images, for an adapter.
             drop: which captions are replaced by the empty one, and which concepts by none.
         """
         networks = nnx.merge(self.networks, policy, frozen)
@@ -119,7 +129,7 @@ def split_params(pipeline: Pipeline, params: str) -> tuple[Denoiser, Params, Par
 Loss = Callable[[Params, Params, Params, Batch, Numbers], tuple[Float[Array, ""], Metrics]]
 
 
-def _noise(key: PRNGKeyArray, shape: tuple[int, ...], steps: int) -> tuple[Int[Array, "b"], Float[Array, "b h w c"]]:
+def _noise(key: Key[Array, "b"], shape: tuple[int, ...], steps: int) -> tuple[Int[Array, "b"], Float[Array, "b h w c"]]:
     """Timestep and noise of each example, from its own key."""
     keys = jax.vmap(jax.random.split)(key)
     t = jax.vmap(lambda k: jax.random.randint(k, (), 0, steps))(keys[:, 0])
@@ -127,47 +137,47 @@ def _noise(key: PRNGKeyArray, shape: tuple[int, ...], steps: int) -> tuple[Int[A
 
 
 def _float32(batch: Batch) -> Batch:
-    """Latents and concepts come to the devices as they are stored, float16; everything is computed in float32."""
+    """The batch with its latents and concepts, which are stored as float16, in float32."""
     return {name: x.astype(jnp.float32) if x.dtype == jnp.float16 else x for name, x in batch.items()}
 
 
 class Noised(NamedTuple):
-    """Winner and loser of each pair side by side, so that both stay on the device that holds their pair: timesteps
-    [2b], noisy latents and what is to be predicted of them [2b h w c]; and the timestep of each pair [b]."""
+    """Winner and loser of each pair side by side, so that both stay on the device that holds their pair.
 
+    Attributes:
+        t: the timestep of each pair, [b].
+        t_pair, x_t, target: timesteps [2b], noisy latents and what is to be predicted of them [2b h w c].
+    """
+
+    t: Int[Array, "b"]
     t_pair: Int[Array, "2b"]
     x_t: Float[Array, "2b h w c"]
     target: Float[Array, "2b h w c"]
-    t: Int[Array, "b"]
 
 
 def _noised(batch: Batch, schedule: NoiseSchedule) -> Noised:
-    """A batch of pairs, at the noise of its keys, which winner and loser share."""
+    """A batch of pairs at the noise of its keys, which winner and loser share."""
     t, noise = _noise(batch["key"], batch["winner"].shape[1:], schedule.num_train_timesteps)
     pair = jnp.stack([batch["winner"], batch["loser"]], 1).reshape(-1, *noise.shape[1:])
     t_pair, noise_pair = jnp.repeat(t, 2), jnp.repeat(noise, 2, 0)
     x_t = schedule.add_noise(pair, noise_pair, t_pair)
-    return Noised(t_pair, x_t, schedule.target(pair, noise_pair, t_pair), t)
+    return Noised(t, t_pair, x_t, schedule.target(pair, noise_pair, t_pair))
 
 
-def reference_predictions(
-    denoiser: Denoiser, schedule: NoiseSchedule
-) -> Callable[[Params, Params, Batch], Float[Array, "b 2 h w c"]]:
-    """`predict(reference, frozen, batch)`: what the reference predicts for winners and losers of batches as
-    :func:`dpo_loss` takes them, float32."""
-
-    def predict(reference: Params, frozen: Params, batch: Batch) -> Float[Array, "b 2 h w c"]:
-        batch = _float32(batch)
-        noised = _noised(batch, schedule)
-        pred = denoiser(reference, frozen, noised.x_t, noised.t_pair, batch["input_ids"])
-        return pred.reshape(-1, 2, *pred.shape[1:])
-
-    return predict
+def predict_pairs(
+    denoiser: Denoiser, schedule: NoiseSchedule, params: Params, frozen: Params, batch: Batch
+) -> Float[Array, "b 2 h w c"]:
+    """Predictions for winners and losers of a batch of :func:`dpo_loss`, float32."""
+    batch = _float32(batch)
+    noised = _noised(batch, schedule)
+    pred = denoiser(params, frozen, noised.x_t, noised.t_pair, batch["input_ids"])
+    return pred.reshape(-1, 2, *pred.shape[1:])
 
 
 def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all") -> Loss:
-    """L_D-DPO + λ_stat · L_stat on batches {winner, loser [b h w c], input_ids [b s], key [b]}; with `reference`
-    [b 2 h w c] they bring what :func:`reference_predictions` says of them, and it is not computed.
+    """L_D-DPO + λ_stat · L_stat on batches {winner, loser [b h w c], input_ids [b s], key [b]}.
+
+    Batches that bring the reference's :func:`predict_pairs`, `reference` [b 2 h w c], spare computing them.
 
     Args:
         denoiser, schedule: of ε_base.
@@ -179,7 +189,7 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all") -
         policy: Params, reference: Params, frozen: Params, batch: Batch, numbers: Numbers
     ) -> tuple[Float[Array, ""], Metrics]:
         batch = _float32(batch)
-        t_pair, x_t, target, t = _noised(batch, schedule)
+        t, t_pair, x_t, target = _noised(batch, schedule)
         if blocks == "up":
             policy = in_up_blocks(policy, reference)
         pred = denoiser(policy, frozen, x_t, t_pair, batch["input_ids"])
@@ -187,17 +197,17 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all") -
             ref = batch["reference"].reshape(pred.shape)
         else:  # where the text encoder is frozen both are given the same embeddings, which XLA computes once
             ref = jax.lax.stop_gradient(denoiser(reference, frozen, x_t, t_pair, batch["input_ids"]))
-        (pred_w, pred_l), (ref_w, ref_l), (target_w, target_l) = ((x[::2], x[1::2]) for x in (pred, ref, target))
-        dpo = objectives.diffusion_dpo(pred_w, pred_l, ref_w, ref_l, target_w, target_l, numbers.beta)
-        stat = objectives.statistics_loss(pred_w, ref_w, schedule.mean_shift(t))
+        policy_of, reference_of, target_of = (WinnerLoser(x[::2], x[1::2]) for x in (pred, ref, target))
+        dpo = objectives.diffusion_dpo(policy_of, reference_of, target_of, numbers.beta)
+        stat = objectives.statistics_loss(policy_of.winner, reference_of.winner, schedule.mean_shift(t))
         bins = jax.nn.one_hot(t * TIMESTEP_BINS // schedule.num_train_timesteps, TIMESTEP_BINS)
         metrics = {
             "loss/dpo": dpo.loss.mean(),
             "loss/statistics": stat.mean(),
-            "error/winner": dpo.error_w.mean(),
-            "error/loser": dpo.error_l.mean(),
-            "error/winner_reference": dpo.ref_error_w.mean(),
-            "error/loser_reference": dpo.ref_error_l.mean(),
+            "error/winner": dpo.error_winner.mean(),
+            "error/loser": dpo.error_loser.mean(),
+            "error/winner_reference": dpo.error_winner_reference.mean(),
+            "error/loser_reference": dpo.error_loser_reference.mean(),
             "dpo/margin": dpo.margin.mean(),
             "dpo/margin_deviation": dpo.margin.std(),
             "dpo/sigmoid_minus_z": jax.nn.sigmoid(-dpo.margin).mean(),
@@ -212,12 +222,12 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all") -
 
 
 def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule) -> Loss:
-    """Noise prediction on the winners of batches {winner [b h w c], input_ids [b s], key [b]}, without a reference;
-    with an adapter they hold concept [b m f] too.
+    """‖ε − ε_θ(x_t, t, c)‖² (Ho et al. 2020, eq. 14) on the winners of batches {winner [b h w c], input_ids [b s],
+    key [b]}, without a reference; with an adapter they hold concept [b m f] too.
 
     Every caption is replaced by the empty one with probability `caption_dropout`, every concept image by none with
-    probability `concept_dropout`; of the concepts that are replaced, half have their caption replaced too if the two
-    probabilities are the same, as guidance needs.
+    probability `concept_dropout`. Where the two are the same, half of the dropped concepts lose their caption too, as
+    guidance needs.
     """
 
     def loss(
@@ -238,14 +248,9 @@ def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule) -> Loss:
     return loss
 
 
-def example_keys(key: Array, examples: Int[Array, "b"]) -> PRNGKeyArray:
-    """Of examples that draw the same whenever they come.
-
-    Args:
-        key: see :class:`Numbers`.
-        examples: their numbers.
-    """
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.wrap_key_data(key), i))(examples)
+def example_keys(numbers: Numbers, examples: Int[Array, "b"]) -> Key[Array, "b"]:
+    """The keys of examples that draw the same noise whenever they come."""
+    return jax.vmap(lambda i: jax.random.fold_in(numbers.stage_key, i))(examples)
 
 
 class TrainState(NamedTuple):
@@ -269,25 +274,28 @@ def init_state(policy: Params, tx: optax.GradientTransformationExtraArgs, ema: f
 
 
 def make_step(
-    loss: Loss, tx: optax.GradientTransformationExtraArgs, accumulate: int, shardings: PyTree | None = None
-) -> Callable[[TrainState, Params, Params, Batch, Numbers], tuple[TrainState, Metrics]]:
+    loss: Loss, tx: optax.GradientTransformationExtraArgs, accumulate: int, shardings: TrainState | None = None
+) -> Any:
     """The jitted update `step(state, reference, frozen, batch, numbers) -> (state, metrics)`; `state` is donated.
 
-    `tx` is that of a rate of 1, see :func:`hgdpo_jax.training.optimizer.make_optimizer`. `shardings` of the state, if
-    given, are those of the new state too, so that a second step compiles nothing.
-
     Every example draws from a key folded from (the stage's key, step, position in the batch), so neither the number of
-    devices nor the number of microbatches changes what is drawn; or, where the batch has `example` [b], from
-    :func:`example_keys`.
+    devices nor the number of microbatches changes what is drawn. Where the batch has `example` [b], the keys are those
+    of :func:`example_keys`.
+
+    Args:
+        loss: of a batch.
+        tx: of a rate of 1, see :func:`hgdpo_jax.training.optimizer.make_optimizer`.
+        accumulate: microbatches that a batch is split into.
+        shardings: of the old state and of the new, so that a second step compiles nothing.
     """
 
     def step(
         state: TrainState, reference: Params, frozen: Params, batch: Batch, numbers: Numbers
     ) -> tuple[TrainState, Metrics]:
         if "example" in batch:
-            keys = example_keys(numbers.key, batch["example"])
+            keys = example_keys(numbers, batch["example"])
         else:
-            step_key = jax.random.fold_in(jax.random.wrap_key_data(numbers.key), state.step)
+            step_key = jax.random.fold_in(numbers.stage_key, state.step)
             keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(batch["input_ids"].shape[0]))
         batch = batch | {"key": keys}
 
@@ -303,7 +311,8 @@ def make_step(
         else:
             # Strided, so that each device keeps the examples it holds.
             parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch, _first(parts)))
+            one = jax.eval_shape(microbatch, jax.tree.map(lambda x: x[0], parts))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
             total, _ = jax.lax.scan(lambda s, part: (jax.tree.map(jnp.add, s, microbatch(part)), None), zeros, parts)
             grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
         updates, optimizer = tx.update(grads, state.optimizer, state.policy, scale=numbers.scale)
@@ -311,14 +320,10 @@ def make_step(
         average = None
         if state.ema is not None:
             average = optax.incremental_update(policy, state.ema, 1.0 - numbers.ema)
-        metrics["gradient_norm"] = optax.tree.get(optimizer, GRADIENT_NORM)
+        metrics[GRADIENT_NORM] = optax.tree.get(optimizer, GRADIENT_NORM)
         return TrainState(policy, average, optimizer, state.step + 1), metrics
 
-    if shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    metrics = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())  # on every device: all hosts read them
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, metrics))
-
-
-def _first(parts: Batch) -> Batch:
-    return jax.tree.map(lambda x: x[0], parts)
+    out_shardings: Any = None
+    if shardings is not None:  # metrics are on every device, since all hosts read them
+        out_shardings = shardings, NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)

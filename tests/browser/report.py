@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from hgdpo_jax.results import report
+from tests.patience import patience
 from tests.results.test_report import example
 
 DESKTOP, PHONE = (1280, 800), (390, 844)
-_PATIENCE = 60.0  # seconds
+_PATIENCE = patience(15)
 _KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Enter": 13, "Escape": 27}
 
 

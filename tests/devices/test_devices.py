@@ -108,7 +108,7 @@ def test_rows_of_a_batch_lie_on_the_devices_that_hold_them() -> None:
     batch = {"x": np.arange(16.0).reshape(8, 2)}
     for shape in ((8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)):
         found = to_devices(batch, mesh(*shape))["x"]
-        assert local_rows(8, mesh(*shape)).tolist() == list(range(8))
+        assert local_rows(8, mesh(*shape)) == list(range(8))
         np.testing.assert_array_equal(found, batch["x"])
         assert found.sharding == batch_sharding(mesh(*shape))
 

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import tests.conftest  # noqa: F401  # the environment of the tests
+from tests import tiny
 from tests.processes import start
-from tests.processes.test_processes import STAGE, inputs
+from tests.processes.test_processes import STAGE
 
 # On two cores sixteen processes take minutes to start, and do not answer for long.
-COUNTING = start.COMMAND.replace("= 15.0, 3", "= 300.0, 60").replace(
-    "module = import_module", "from tests.processes import counted\ncounted.count()\nmodule = import_module"
+COUNTING = start.COMMANDS.replace(
+    "command.run(main)",
+    "lifecycle._DEAD = 300.0\nfrom tests.processes import counted\ncounted.count()\ncommand.run(main)",
 )
 BEGINS = {
     "main": ("hgdpo_jax.training.loop", "warn_of_hours"),
@@ -95,10 +97,9 @@ def main() -> None:
     print("|" + "---|" * 11, flush=True)
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
-        settings = inputs(root / "inputs", train=16, heldout=16)
-        settings += ["--config.train.batch=16", "--config.train.steps=3", "--config.train.checkpoint_every=1"]
-        start.run(root / "pairs", 1, 1, "pairs", *STAGE, "--workdir", f"{root}/run", *settings)
-        start.COMMAND = COUNTING
+        own = {"train.batch": 16, "train.steps": 3}
+        settings = tiny.settings(root / "inputs", train=16, heldout=16, **own)
+        start.run(root / "pairs", 1, 1, ["pairs", *STAGE, "--workdir", f"{root}/run", *settings])
         for command in BEGINS:
             for number in counts:
                 print(_row(root, command, number, settings), flush=True)
@@ -112,8 +113,9 @@ def _row(root: Path, command: str, number: int, settings: list[str]) -> str:
     workdir = folder / "run"
     (workdir / "stage1").mkdir(parents=True)
     (workdir / "stage1" / "pairs").symlink_to(pairs)
-    started = start.Started(folder / "logs", number, 1, command, *STAGE, "--workdir", f"{workdir}", *settings)
-    for process in started.ended(1800):
+    arguments = [command, *STAGE, "--workdir", f"{workdir}", *settings]
+    started = start.Started(folder / "logs", number, 1, arguments, program=COUNTING)
+    for process in started.ended(450):
         assert process.code == 0, process.errors
     found = [json.loads((folder / f"{index}.json").read_text()) for index in range(number)]
     if os.environ.get("NAMES"):

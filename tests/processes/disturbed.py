@@ -25,8 +25,9 @@ from hgdpo_jax.training.checkpoints import Checkpoints
 from hgdpo_jax.training.finished import finished_policy
 from hgdpo_jax.training.policy import load_trainable, policy_of
 from tests import tiny
+from tests.patience import patience
 from tests.processes.start import Started
-from tests.processes.test_processes import RATE, STAGE, inputs
+from tests.processes.test_processes import RATE, STAGE
 
 STEPS, RESTARTED_BY = 40, (2, 1, 4)
 # What is there once a command is under way.
@@ -35,12 +36,12 @@ FIRST_LINE = "run/stage1/logs/metrics.jsonl"
 
 
 def start(folder: Path, count: int, command: str, settings: list[str]) -> Started:
-    return Started(folder / "logs", count, 1, command, *STAGE, "--workdir", f"{folder}/run", *settings)
+    return Started(folder / "logs", count, 1, [command, *STAGE, "--workdir", f"{folder}/run", *settings])
 
 
 def undisturbed(folder: Path, count: int, command: str, settings: list[str]) -> None:
     """Runs a command to its end."""
-    for ended in start(folder, count, command, settings).ended(600):
+    for ended in start(folder, count, command, settings).ended():
         assert ended.code == 0, ended.errors
 
 
@@ -67,7 +68,8 @@ def main() -> None:
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
-        settings = inputs(root / "inputs") + [f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=4"]
+        own = {"train.steps": STEPS, "train.lr": RATE, "train.checkpoint_every": 4}
+        settings = tiny.settings(root / "inputs", train=7, heldout=3, **own)
         lengths = {command: length(root / "undisturbed", command, settings) for command in BEGUN}
         pairs, wanted = root / "undisturbed" / "run" / "stage1" / "pairs", parameters(root / "undisturbed")
         print(f"undisturbed: {lengths}", flush=True)
@@ -83,9 +85,9 @@ def main() -> None:
             if any(process.poll() is not None for process in started.processes):
                 after = float("nan")  # too late, it had finished
             started.processes[who].send_signal(getattr(signal, f"SIG{kind}"))
-            ended = started.ended(100)
+            ended = started.ended(25)
             codes, seconds = [process.code for process in ended], max(process.after for process in ended)
-            assert seconds <= 60, seconds
+            assert seconds <= patience(15), seconds
             assert kind == "KILL" or codes in ([75, 75], [0, 0]), codes
             words = {(process.errors.strip().splitlines() or [""])[-1][:90] for process in ended if process.code > 0}
             stood = Checkpoints(folder / "run" / "stage1").latest() if command == "main" else None

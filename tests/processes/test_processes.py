@@ -1,13 +1,12 @@
-"""Several processes run what one does: the chain of commands, an error, a signal and a death."""
+"""Several processes run what one does: the chain of commands, an error, a signal and a death.
+
+To start Python, import what a command needs and compile it takes longer than the work here. So one start does in turn
+what the same processes can do, and trainings have few programs between them.
+"""
 
 import json
-import os
 import re
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -23,83 +22,69 @@ from hgdpo_jax.training import metrics
 from hgdpo_jax.training.finished import finished_policy
 from hgdpo_jax.training.policy import load_trainable, policy_of
 from tests import tiny
-from tests.processes.start import Ended, Started, run
+from tests.processes.start import DEAD, WITHOUT_TORCH, Ended, Started, run
 from tests.rounding import NETWORK, assert_close
 
 STAGE = ("--config", "configs/stage1.py:portraits")
-MESHES = {
-    "all, sharded": (2, ["--config.train.params=all", "--config.mesh.data=1", "--config.mesh.fsdp=-1"]),
-    "tensor, reference cached": (1, ["--config.mesh.tensor=2", "--config.train.reference_cache=2"]),
-}
+PAIRS = ("stage1", "stage2", "stage3", "naive")  # from a pool, reconstructions, almost photographs, photographs
 RATE, STEPS = 1e-3, 2
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return inputs(tmp_path_factory.mktemp("inputs"))
-
-
-def inputs(folder: Path, train: int = 7, heldout: int = 3) -> list[str]:
-    """Writes those of a tiny run; returns its settings, as a user types them."""
-    photographs = tiny.write_photographs(folder / "photographs", train, heldout)
-    values = {
-        "model.base": tiny.write_base(folder / "base"),
-        "pairs.scorer": tiny.write_scorer(folder / "scorer"),
-        "evaluate.scorer": "",
-        "adapter.weights": "",
-        "data.photographs": photographs,
-        "data.resolutions": "32x32",
-        "pairs.pool_size": 2,
-        "pairs.steps": 2,
-        "pairs.batch": 4,
-        "pairs.shard_size": 4,
-        "evaluate.steps": 2,
-        "evaluate.batch": 4,
-        "evaluate.images_per_prompt": 2,
-        "train.batch": 4,
-        "train.steps": STEPS,
-        "train.lr": RATE,
-        "train.warmup": 0,
-        "train.lora_rank": 2,
-        "train.log_every": 1,
-        "train.checkpoint_every": 1,
-    }
-    return [f"--config.{key}={value}" for key, value in values.items()]
+    values = {"train.steps": STEPS, "train.lr": RATE, "evaluate.images_per_prompt": 2}
+    return tiny.settings(tmp_path_factory.mktemp("inputs"), train=7, heldout=3, **values)
 
 
 def test_the_chain_of_commands_gives_what_one_process_gives(settings: list[str], tmp_path: Path) -> None:
-    """Two processes of two devices each, and one of two: but for the steps each has the programs of its own devices."""
-    for name, count in (("two", 2), ("one", 1)):
-        workdir, logs = str(tmp_path / name), tmp_path / f"{name}.logs"
-        run(logs, count, 2, "pairs", *STAGE, "--workdir", workdir, *settings)
-        if count == 2:
-            run(logs, count, 2, "main", *STAGE, "--workdir", workdir, *settings)
-        else:  # so that pictures are compared, not what rounding makes of two trainings
-            (tmp_path / name / "stage1" / "policy").parent.mkdir(exist_ok=True)
-            for part in ("policy", "reference", "config.json", "logs"):
-                (tmp_path / name / "stage1" / part).symlink_to(tmp_path / "two" / "stage1" / part)
-        drawn = ("--prompt", "a woman", "--samples", "5", "--steps", "2", "--batch", "2", "--out", f"{workdir}/images")
-        run(logs, count, 2, "sample", "--workdir", workdir, "--size", "32x32", *drawn)
-        run(logs, count, 2, "evaluate", *STAGE, "--workdir", workdir, *settings)
-    run(tmp_path / "export", 2, 2, "export", "--workdir", f"{tmp_path}/two", "--out", f"{tmp_path}/export/two")
-    one, two = tmp_path / "one", tmp_path / "two"
-    shards = [path.name for path in (two / "stage1" / "pairs").iterdir()]
-    assert len(shards) == 4 + 2 * 3 and not any("groups" in name for name in shards)
-    for name in shards:
-        assert file_hash(one / "stage1" / "pairs" / name) == file_hash(two / "stage1" / "pairs" / name)
+    """Two processes of two devices each, and one of two: but for the steps each has the programs of its own devices.
+    Steps are compared with those of one process of four."""
+    one, two, four = (tmp_path / name for name in ("one", "two", "four"))
+    sharded = ["--config.stage=sharded", "--config.train.pairs=stage1", "--config.train.params=all"]
+    sharded += ["--config.mesh.data=1", "--config.mesh.fsdp=-1"]
+
+    def build(workdir: Path) -> list[list[str]]:
+        return [["pairs", "--config", f"configs/{stage}.py:portraits", *at(workdir), *settings] for stage in PAIRS]
+
+    def train(workdir: Path) -> list[list[str]]:
+        return [["main", *STAGE, *at(workdir), *settings, *own] for own in ([], sharded)]
+
+    def draw(workdir: Path) -> list[list[str]]:
+        how = ["--prompt", "a woman", "--samples", "5", "--steps", "2", "--batch", "2", "--size", "32x32"]
+        sample = ["sample", *at(workdir), *how, "--out", f"{workdir}/images"]
+        return [sample, ["evaluate", *STAGE, *at(workdir), *settings]]
+
+    export = ["export", *at(two), "--out", f"{two}/export"]
+    run(tmp_path / "two.logs", 2, 2, *build(two), *train(two), *draw(two), export)
+    for workdir in (one, four):
+        (workdir / "stage1").mkdir(parents=True)
+    for part in ("policy", "reference", "config.json", "logs"):  # pictures are compared, not what rounding makes of two
+        (one / "stage1" / part).symlink_to(two / "stage1" / part)  # trainings
+    (four / "stage1" / "pairs").symlink_to(two / "stage1" / "pairs")
+    run(tmp_path / "one.logs", 1, 2, *build(one), *draw(one))
+    run(tmp_path / "four.logs", 1, 4, *train(four))
+
+    for stage in PAIRS:
+        shards = [path.name for path in (two / stage / "pairs").iterdir()]
+        assert len(shards) in (4 + 2 * 2, 4 + 2 * 3) and not any("groups" in name for name in shards)
+        for name in shards:
+            assert file_hash(one / stage / "pairs" / name) == file_hash(two / stage / "pairs" / name)
     for path in (two / "images").glob("*_*.png"):
         a, b = (np.asarray(Image.open(folder / "images" / path.name), np.int16) for folder in (one, two))
         assert np.abs(a - b).max() <= 2
     assert (one / "results.json").read_text() == (two / "results.json").read_text()
-    assert (tmp_path / "export" / "two" / "unet" / "config.json").is_file()
+    assert (two / "export" / "unet" / "config.json").is_file()
     lines = (two / "stage1" / "logs" / "metrics.jsonl").read_text().splitlines()
     steps = [line["step"] for line in map(json.loads, lines) if "loss/total" in line]
     assert steps == list(range(1, STEPS + 1))  # each once
     values = in_tensorboard(two / "stage1" / "logs")
     assert len(values) == len(set(values)) and [step for name, step in values if name == "loss/total"] == steps
-    shutil.copytree(two / "stage1" / "pairs", tmp_path / "four" / "stage1" / "pairs")
-    run(tmp_path / "four.logs", 1, 4, "main", *STAGE, "--workdir", f"{tmp_path}/four", *settings)
-    compare(tmp_path / "four", two)
+    for stage in ("stage1", "sharded"):
+        compare(four, two, stage)
+
+
+def at(workdir: Path) -> list[str]:
+    return ["--workdir", str(workdir)]
 
 
 def in_tensorboard(logs: Path) -> list[tuple[str, int]]:
@@ -116,74 +101,88 @@ def in_tensorboard(logs: Path) -> list[tuple[str, int]]:
     return found
 
 
-def compare(one: Path, two: Path) -> None:
+def compare(one: Path, two: Path, stage: str = "stage1") -> None:
     """Two trainings that differ by rounding.
 
     The same batches and the same noise: errors differ by rounding from the first step on, where other noise would
     make another error. After each step of Adam at rate r a parameter has moved by at most about r, in whatever
-    direction rounding chooses where its gradient is nearly nothing: two runs end at most 2 r steps apart, and mostly
-    far nearer.
+    direction rounding chooses where its gradient is nearly nothing: two runs differ by at most 2 r steps at the end, and mostly
+    by far less.
     """
-    logs = [metrics.read(workdir / "stage1" / "logs") for workdir in (one, two)]
+    logs = [metrics.read(workdir / stage / "logs") for workdir in (one, two)]
     for a, b in zip(*logs, strict=True):
         for key in [key for key in a if key.startswith("error/")]:
             np.testing.assert_allclose(a[key], b[key], rtol=1e-5)
-    config = stage_config(one, "stage1")
+    config = stage_config(one, stage)
     like = policy_of(load_trainable(config, tiny.mesh()), config)
-    ends = [jax.tree.leaves(finished_policy(workdir, "stage1", like, config)) for workdir in (one, two)]
-    apart = np.concatenate([np.abs(a - b).ravel() for a, b in zip(*ends, strict=True)])
+    ends = [jax.tree.leaves(finished_policy(workdir, stage, like, config)) for workdir in (one, two)]
+    difference = np.concatenate([np.abs(a - b).ravel() for a, b in zip(*ends, strict=True)])
     moved = np.concatenate([np.abs(a - b).ravel() for a, b in zip(ends[0], jax.tree.leaves(like), strict=True)])
-    assert apart.max() <= 2.1 * RATE * STEPS and moved.max() > 0.5 * RATE
-    assert np.median(apart) < 0.01 * np.median(moved[moved > 0])
+    assert difference.max() <= 2.1 * RATE * STEPS and moved.max() > 0.5 * RATE
+    assert np.median(difference) < 0.01 * np.median(moved[moved > 0])
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_a_training_is_that_of_one_process_on_whatever_mesh(mesh: str, settings: list[str], tmp_path: Path) -> None:
-    devices, own = MESHES[mesh]
-    for name in ("two", "one"):
-        tiny.write_pairs(tmp_path / name / "stage1" / "pairs", train=6, heldout=4)
-    arguments = ("main", *STAGE, *settings, *own, f"--config.train.checkpoint_every={STEPS}")
-    run(tmp_path / "logs", 2, devices, *arguments, "--workdir", f"{tmp_path}/two")
-    run(tmp_path / "logs", 1, 2 * devices, *arguments, "--workdir", f"{tmp_path}/one")
-    compare(tmp_path / "one", tmp_path / "two")
-    predicted = sorted((tmp_path / "one" / "stage1").glob("reference_cache/*.npy"))
-    assert len(predicted) == 2 * ("cached" in mesh)
-    for path in predicted:
-        assert_close(np.load(tmp_path / "two" / path.relative_to(tmp_path / "one")), np.load(path), NETWORK)
+# Devices of two processes that split the model between them, each with all rows of a batch.
+SPLIT = ["--config.mesh.tensor=2", "--config.train.reference_cache=2"]
 
 
-def train(settings: list[str], folder: Path, **own: list[str]) -> Started:
-    """Two processes that train for long."""
-    tiny.write_pairs(folder / "run" / "stage1" / "pairs", train=6, heldout=4)
-    arguments = ["main", *STAGE, "--workdir", f"{folder}/run", *settings, "--config.train.steps=100000"]
-    of_each = {int(index.removeprefix("of_")): more for index, more in own.items()}
-    return Started(folder / "logs", 2, 1, *arguments, own=of_each)
+def training(settings: list[str], workdir: Path, *own: str) -> list[str]:
+    """The command of a training on pairs that are there."""
+    tiny.write_pairs(workdir / "stage1" / "pairs", train=6, heldout=4)
+    return ["main", *STAGE, *at(workdir), *settings, *SPLIT, *own]
 
 
 def last_line(process: Ended) -> str:
     return process.errors.strip().splitlines()[-1]
 
 
-def test_a_signal_to_one_stops_all_at_one_step(settings: list[str], tmp_path: Path) -> None:
-    started = train([*settings, "--config.train.checkpoint_every=100000"], tmp_path)
-    started.wait_for(tmp_path / "run" / "stage1" / "logs" / "metrics.jsonl")
+def test_a_model_split_between_two_is_trained_as_by_one_and_a_signal_to_one_stops_both_at_one_step(
+    settings: list[str], tmp_path: Path
+) -> None:
+    one, two, stopped = (tmp_path / name for name in ("one", "two", "stopped"))
+    long = training(settings, stopped, "--config.train.checkpoint_every=100000", "--config.train.steps=100000")
+    started = Started(tmp_path / "two.logs", 2, 1, training(settings, two), long)
+    started.wait_for(stopped / "stage1" / "logs" / "metrics.jsonl")
     started.processes[1].send_signal(signal.SIGTERM)
     ended = started.ended()
-    assert [process.code for process in ended] == [75, 75]
-    for process in ended:
-        assert last_line(process) == "stopped; the same command goes on from what is finished"
-    (step,) = [path for path in (tmp_path / "run" / "stage1" / "policy").iterdir() if path.name.isdecimal()]
-    logged = metrics.read(tmp_path / "run" / "stage1" / "logs")
-    assert logged[-1]["step"] == int(step.name)  # nothing is lost
+    assert lines_of(ended, 75) == {"stopped; the same command goes on from what is finished"}
+    (step,) = [path for path in (stopped / "stage1" / "policy").iterdir() if path.name.isdecimal()]
+    assert metrics.read(stopped / "stage1" / "logs")[-1]["step"] == int(step.name)  # nothing is lost
+
+    run(tmp_path / "one.logs", 1, 2, training(settings, one))
+    compare(one, two)
+    predicted = sorted((one / "stage1").glob("reference_cache/*.npy"))
+    assert len(predicted) == 2
+    for path in predicted:
+        assert_close(np.load(two / path.relative_to(one)), np.load(path), NETWORK)
 
 
 def test_a_dead_process_ends_the_other_with_a_line(settings: list[str], tmp_path: Path) -> None:
-    started = train(settings, tmp_path)
+    long = training(settings, tmp_path / "run", "--config.train.steps=100000")
+    started = Started(tmp_path / "logs", 2, 1, long)
     started.wait_for(tmp_path / "run" / "stage1" / "policy" / "1.sha256.json")
     started.processes[1].kill()
-    rest, _ = started.ended(60)
-    assert rest.code == 75 and rest.after <= 60
-    assert "process 1 on " in last_line(rest) and "no sign of life for 15 s: all stop" in last_line(rest)
+    rest, _ = started.ended()
+    assert rest.code == 75
+    assert "process 1 on " in last_line(rest) and f"no sign of life for {DEAD:.0f} s: all stop" in last_line(rest)
+
+
+def lines_of(ended: list[Ended], code: int) -> set[str]:
+    """The last lines of processes that ended with a code."""
+    assert [process.code for process in ended] == [code] * len(ended)
+    return {last_line(process) for process in ended}
+
+
+# The programs below need but the command line, which is there faster than the commands.
+PARSES = """
+from hgdpo_jax.devices.start import start
+from hgdpo_jax.run import command, processes
+processes._VISIBLE = 3
+def main():
+    config, given = command.parse(command.run_parser(""))
+    start(given.workdir, command.as_arguments(config))
+command.run(main)
+"""
 
 
 @pytest.mark.parametrize(
@@ -191,69 +190,70 @@ def test_a_dead_process_ends_the_other_with_a_line(settings: list[str], tmp_path
     [
         (["--config.train.lr=0.5"], "its --config.train.lr is 0.5, that of process 0 on .* is 0.001"),
         (["--workdir", "elsewhere"], "elsewhere: process 1 on .* does not see the folder that process 0 sees"),
-        (["--config.train.learning=1"], "config key train.learning: unknown"),
     ],
 )
-def test_an_error_at_one_is_the_same_line_at_all(
-    own: list[str], message: str, settings: list[str], tmp_path: Path
-) -> None:
+def test_an_error_at_one_is_the_same_line_at_all(own: list[str], message: str, tmp_path: Path) -> None:
     own = [str(tmp_path / argument) if argument == "elsewhere" else argument for argument in own]
-    ended = train(settings, tmp_path, of_1=own).ended(100)
-    assert [process.code for process in ended] == [1, 1]
-    lines = {last_line(process) for process in ended}
-    assert len(lines) == 1
-    assert re.search(message, lines.pop())
-    assert not (tmp_path / "run" / "stage1" / "policy").exists()
-    assert not (tmp_path / "elsewhere" / "stage1").exists()
+    arguments = [*STAGE, *at(tmp_path / "run"), "--config.train.lr=0.001"]
+    (line,) = lines_of(Started(tmp_path / "logs", 2, 1, arguments, own={1: own}, program=PARSES).ended(), 1)
+    assert re.search(message, line)
 
 
-@pytest.mark.parametrize("command", ["main", "sample", "export"])
-def test_help_needs_no_other_process(command: str) -> None:
-    environment = {"HGDPO_DISTRIBUTED": "1", "JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"}
-    asked = [sys.executable, "-m", f"hgdpo_jax.{command}", "--help"]
-    env = os.environ | environment | {"JAX_PROCESS_ID": "1"}
-    assert "usage:" in subprocess.run(asked, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
-
-
-@pytest.mark.parametrize("index", ["0", "1"])
-def test_who_comes_names_that_not_all_do(index: str) -> None:
-    """JAX aborts it, in C++; ours is the last word."""
-    program = "from hgdpo_jax.devices.start import start; from hgdpo_jax.run import command, lifecycle; "
-    program += "lifecycle._START = 3; command.run(start)"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = {"HGDPO_DISTRIBUTED": "1", "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
-    env = os.environ | environment | {"JAX_PROCESS_ID": index, "PYTHONPATH": os.getcwd()}
-    ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=100)
-    assert ended.returncode == 1
-    line = (
-        f"error: process {index} on .*: not all 2 processes came to localhost:{port} within 3 s; those that do not say"
-    )
-    assert re.match(line, ended.stderr.strip().splitlines()[-1])
-
-
-@pytest.mark.parametrize("mistaken", [0, 1])
-def test_a_mistake_at_one_ends_another_that_is_busy_with_the_same_line(mistaken: int, tmp_path: Path) -> None:
-    """What it does in Python keeps it from hearing of it at once; process 0's service has to wait for that."""
-    program = f"""
-import time, jax
-from hgdpo_jax.run import lifecycle
-lifecycle.start()
-if jax.process_index() == {mistaken}:
-    time.sleep(1)
-    lifecycle.end_all("error: a mistake", 1)
-while True:
-    jax.make_jaxpr(lambda x: sum(x + i for i in range(3000)))(0)
+BUSY = """
+import sys, time
+import jax
+from hgdpo_jax.devices.start import start
+from hgdpo_jax.run import command
+def work():
+    start()
+    if jax.process_index() == int(sys.argv.pop(1)):
+        time.sleep(1)
+        command.parse(command.run_parser(""))
+    while True:
+        jax.make_jaxpr(lambda x: sum(x + i for i in range(3000)))(0)
+command.run(work)
 """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = {"HGDPO_DISTRIBUTED": "1", "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
-    started = []
-    for index in "01":
-        env = os.environ | environment | {"JAX_PROCESS_ID": index, "PYTHONPATH": os.getcwd()}
-        started.append(subprocess.Popen([sys.executable, "-c", program], env=env, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=100)[1] for process in started]
-    assert [process.returncode for process in started] == [1, 1]
-    assert [error.strip().splitlines()[-1] for error in errors] == ["error: a mistake"] * 2
+
+
+@pytest.mark.parametrize("mistaken", ["0", "1"])
+def test_a_mistake_at_one_ends_another_that_is_busy_with_the_same_line(mistaken: str, tmp_path: Path) -> None:
+    """What it does in Python keeps it from hearing of it at once; process 0's service has to wait for that."""
+    arguments = [mistaken, *STAGE, *at(tmp_path / "run"), "--config.train.learning=1"]
+    (line,) = lines_of(Started(tmp_path / "logs", 2, 1, arguments, program=BUSY).ended(), 1)
+    assert line.startswith("error: config key train.learning: unknown")
+
+
+LATE = """
+from hgdpo_jax.devices.start import start
+from hgdpo_jax.run import command, lifecycle
+lifecycle._START = 3
+command.run(start)
+"""
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_who_comes_names_that_not_all_do(index: int, tmp_path: Path) -> None:
+    """JAX aborts it, in C++; ours is the last word."""
+    started = Started(tmp_path / "logs", 2, 1, program=LATE, missing=1 - index)
+    (line,) = lines_of(started.ended(), 1)
+    come = rf"error: process {index} on .*: not all 2 processes came to {started.address} within 3 s; those that do not"
+    assert re.match(come, line)
+
+
+HELP = f"""{WITHOUT_TORCH}
+from importlib import import_module
+from hgdpo_jax.run import command
+names, sys.argv = sys.argv[1:], ["", "--help"]
+for name in names:
+    try:
+        command.run(import_module(f"hgdpo_jax.{{name}}").main)
+    except SystemExit as end:
+        assert not end.code
+"""
+
+
+def test_help_needs_no_other_process(tmp_path: Path) -> None:
+    commands = ["pairs", "main", "sample", "evaluate", "export"]
+    (ended,) = Started(tmp_path / "logs", 2, 1, commands, program=HELP, missing=0).ended()
+    assert ended.code == 0, ended.errors
+    assert ended.out.count("usage:") == len(commands)

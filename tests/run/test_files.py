@@ -95,12 +95,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
 
 OWNER = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from hgdpo_jax.run.locks import lock
 with lock(Path(sys.argv[1])):
     print("mine", flush=True)
-    time.sleep(60)
+    signal.pause()
 """
 
 

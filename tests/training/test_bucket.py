@@ -13,7 +13,8 @@ from gcp_storage_emulator.handlers import objects
 from gcp_storage_emulator.server import create_server
 
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.training import metrics
+from hgdpo_jax.run.index import Index
+from hgdpo_jax.training import inputs, metrics, start
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
 from hgdpo_jax.training.finished import finished_policy
 from hgdpo_jax.training.loop import train
@@ -60,10 +61,11 @@ def test_a_run_keeps_its_checkpoints_there_and_goes_on_from_them(base: Path, tmp
     assert {path.name for path in (tmp_path / "stage1").iterdir()} == {"config.json", "logs", "pairs"}
     assert [line["step"] for line in metrics.read(tmp_path / "stage1" / "logs") if "loss/total" in line] == [1, 2, 3, 4]
     config = tiny.config(base, "stage2", start="stage1", steps=2, checkpoints=PLACE)
-    train(config, tmp_path)
+    checkpoints = Checkpoints(tmp_path / "stage2", PLACE)
+    begin = start.start(config, tmp_path, inputs.read(config, tmp_path, Index()), checkpoints)
     like = policy_of(load_trainable(config, tiny.mesh()), config)
-    easy, checkpoints = finished_policy(tmp_path, "stage1", like, config), Checkpoints(tmp_path / "stage2", PLACE)
-    found = checkpoints.restore_reference(like, checkpoints.meta(2)["reference"])
+    easy = finished_policy(tmp_path, "stage1", like, config)
+    found = checkpoints.restore_reference(like, begin.reference_hash)
     assert tree_hash(found) == tree_hash(easy) != tree_hash(like)
     with pytest.raises(
         UserError, match="train.checkpoints=: the checkpoints of .*stage1 are in gs://bucket/runs/mine;"

@@ -9,66 +9,59 @@ import numpy as np
 import optax
 import pytest
 
+from hgdpo_jax.devices.transfer import to_devices
 from hgdpo_jax.devices.xla import use_precision
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.training import optimizer
-from hgdpo_jax.training import step as steps
-from hgdpo_jax.training.loop import train
-from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
-from hgdpo_jax.training.policy import load_trainable
+from hgdpo_jax.training.metrics import MetricLog
+from hgdpo_jax.training.optimizer import numbers_of
+from hgdpo_jax.training.step import Metrics, TrainState
 from tests import tiny
-from tests.training.test_step import batch
+from tests.training.test_step import batch, program
+
+
+def step(two_levels: Path, dtype: str, **numbers: float) -> tuple[TrainState, Metrics]:
+    """A step of a policy against one that is next to it."""
+    compiled = program(two_levels, tiny.mesh(), dtype=dtype)
+    signs = np.random.default_rng(0)
+    policy = compiled.policy
+    reference = jax.tree.map(lambda x: x + 1e-6 * signs.choice([-1.0, 1.0], x.shape).astype(np.float32), policy)
+    arguments = (reference, compiled.frozen, to_devices(batch(), tiny.mesh()))
+    numbers = {name: np.float32(value) for name, value in numbers.items()}
+    return compiled.step(compiled.start(policy), *arguments, lambda_stat=np.float32(0.0), **numbers)
 
 
 @cache
-def measured(base: Path, dtype: str) -> tuple[float, np.ndarray]:
+def measured(two_levels: Path, dtype: str) -> tuple[float, np.ndarray]:
     """(mean margin of a policy against one that is next to it, at κ = 2500; its gradient at κ = 50, times a
     constant)."""
-    config = tiny.config(base, clip_norm=0.0, lambda_stat=0.0)
-    config.model.dtype = dtype
-    pipeline = load_trainable(config, tiny.mesh())
-    denoiser, policy, frozen = steps.split_params(pipeline, "lora")
-    signs = np.random.default_rng(0)
-    apart = jax.tree.map(lambda x: x + 1e-6 * signs.choice([-1.0, 1.0], x.shape).astype(np.float32), policy)
-    tx = make_optimizer(config.train)
-    step = steps.make_step(steps.dpo_loss(denoiser, pipeline.schedule), tx, 1)
-
-    def run(beta: float) -> tuple[steps.TrainState, steps.Metrics]:
-        numbers = numbers_of(config, 0)._replace(beta=np.float32(beta))
-        return step(steps.init_state(policy, tx, 0.0), apart, frozen, batch(), numbers)
-
-    noise = float(run(5000.0)[1]["dpo/margin_deviation"])
-    state, found = run(100.0)
+    noise = float(step(two_levels, dtype, beta=5000.0)[1]["dpo/margin_deviation"])
+    state, found = step(two_levels, dtype, beta=100.0)
     values = [x for x in jax.tree.leaves((state.policy, state.optimizer, found)) if jnp.issubdtype(x.dtype, float)]
     assert all(x.dtype == jnp.float32 for x in values)
     return noise, np.asarray(optax.tree.get(state.optimizer, "mu"))
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8)])
-def test_gradients_are_those_of_float32_as_far_as_the_bits_go(base: Path, dtype: str, bits: int) -> None:
-    wanted, found = measured(base, "float32")[1], measured(base, dtype)[1]
+def test_gradients_are_those_of_float32_as_far_as_the_bits_go(two_levels: Path, dtype: str, bits: int) -> None:
+    wanted, found = measured(two_levels, "float32")[1], measured(two_levels, dtype)[1]
     # Weights and every value in between are rounded, by half of a last bit: some hundred times there and back.
     assert np.linalg.norm(found - wanted) <= 64 * 2.0**-bits * np.linalg.norm(wanted)
 
 
-def test_margins_in_float16_have_a_fraction_of_the_noise_of_bfloat16(base: Path) -> None:
+def test_margins_in_float16_have_a_fraction_of_the_noise_of_bfloat16(two_levels: Path) -> None:
     """The policies are so near to each other that their margins are rounding, but for float32's."""
-    noise = {dtype: measured(base, dtype)[0] for dtype in ("float32", "float16", "bfloat16")}
+    noise = {dtype: measured(two_levels, dtype)[0] for dtype in ("float32", "float16", "bfloat16")}
     assert noise["float32"] < noise["float16"] < noise["bfloat16"] / 3  # it is eight times as fine
 
 
-@pytest.mark.usefixtures("glance")
-def test_float16_trains_and_stops_where_a_number_is_too_large(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny.write_pairs(tmp_path / "stage1" / "pairs")
-    config = tiny.config(base, steps=2)
+def test_float16_stops_where_a_number_is_too_large(two_levels: Path, tmp_path: Path) -> None:
+    config, log = tiny.config(two_levels), MetricLog(tmp_path)
     config.model.dtype = "float16"
-    train(config, tmp_path)
-    monkeypatch.setattr(optimizer, "LOSS_SCALE", 2.0**100)
-    config.train.steps = 4
-    with pytest.raises(UserError, match="gradient_norm is (nan|inf) at step 3.*take bfloat16 where config.model.dtype"):
-        train(config, tmp_path)
+    assert numbers_of(config, 0).scale == 2.0**10
+    for number, scale in ((1, 2.0**10), (2, 2.0**100)):
+        log.add(number, step(two_levels, "float16", scale=scale)[1])
+    with pytest.raises(UserError, match="gradient_norm is (nan|inf) at step 2.*take bfloat16 where config.model.dtype"):
+        log.means()
 
 
 def test_float32_products_are_exact_unless_tf32_is_asked_for() -> None:

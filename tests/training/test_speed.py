@@ -3,11 +3,13 @@
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from hgdpo_jax.devices.peaks import mesh_peak
 from hgdpo_jax.main import steps_to_trace
@@ -16,6 +18,10 @@ from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.training import speed
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.speed import Speed, remaining_steps
+from hgdpo_jax.training.step import Numbers, TrainState
+
+STATE = TrainState({}, None, (), jnp.zeros((), int))
+NUMBERS = Numbers(np.zeros(2, np.uint32), *np.zeros(7, np.float32))
 
 
 class Clock:
@@ -27,7 +33,7 @@ class Clock:
         return self.now
 
 
-class Step:
+class Step(jax.stages.Wrapped):
     """A step of 2 · 4³ operations for each row, that takes a second, and a hundred more where it is compiled."""
 
     def __init__(self, clock: Clock) -> None:
@@ -54,7 +60,7 @@ def test_the_clock_counts_training_alone(monkeypatch: pytest.MonkeyPatch) -> Non
         nonlocal number
         for count in rows:
             number += 1
-            found.step(number, None, None, None, {"winner": np.zeros((count, 1))}, None)
+            found.step(number, STATE, {}, {}, {"winner": jnp.zeros((count, 1))}, NUMBERS)
 
     run(10)
     assert not any(name.startswith("speed/") for name in found.lap(100))  # it was compiled
@@ -72,7 +78,7 @@ def test_the_clock_counts_training_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def devices(*kinds: str) -> Any:
     """A mesh of them."""
-    return SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind) for kind in kinds]))
+    return Mock(spec=Mesh, devices=np.array([SimpleNamespace(device_kind=kind) for kind in kinds]))
 
 
 def test_a_peak_is_of_all_devices_and_of_those_that_are_known() -> None:
@@ -84,7 +90,7 @@ def test_a_peak_is_of_all_devices_and_of_those_that_are_known() -> None:
     )
     assert mesh_peak(devices("cpu"), "float32") is None
     assert mesh_peak(devices("NVIDIA A100-SXM4-40GB MIG 1g.5gb"), "bfloat16") is None
-    assert Speed(None, 1, None).lap(5).keys() <= {"memory/device_gib"}
+    assert Speed(Step(Clock()), 1, None).lap(5).keys() <= {"memory/device_gib"}
 
 
 @pytest.mark.parametrize("text", ["15:10", "10:10", "10", "a:b", ":10", "-1:5", "1:2:3", ""])
@@ -108,10 +114,10 @@ def test_a_trace_is_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = Speed(Step(Clock()), 1, None, range(2, 4), tmp_path)
     for number in range(1, 6):
         seen.append(number)
-        found.step(number, None, None, None, {"winner": np.zeros((1, 1))}, None)
+        found.step(number, STATE, {}, {}, {"winner": jnp.zeros((1, 1))}, NUMBERS)
     assert seen == [1, 2, tmp_path, 3, "stop", 4, 5]
     with pytest.raises(UserError), Speed(Step(Clock()), 1, None, range(1, 9), tmp_path) as found:
-        found.step(1, None, None, None, {"winner": np.zeros((1, 1))}, None)
+        found.step(1, STATE, {}, {}, {"winner": jnp.zeros((1, 1))}, NUMBERS)
         raise UserError("a loss is not finite")
     assert seen[7:] == [tmp_path, "stop"]  # what was traced is there
 
