@@ -39,12 +39,14 @@ from hgdpo_jax.training.policy import load_trainable, policy_of
 from hgdpo_jax.training.speed import Speed
 from tests import tiny
 from tests.patience import patience
+from tests.patience import patience
 
 # Step 6 waits for the batch after its own until the process is killed.
 RUN = """
 import sys, time
 from pathlib import Path
 from tests import tiny
+from tests.patience import patience
 from hgdpo_jax.data.loader import PairLoader
 from hgdpo_jax.training.loop import train
 from hgdpo_jax.training.monitor import Monitor
