@@ -39,7 +39,6 @@ from hgdpo_jax.training.policy import load_trainable, policy_of
 from hgdpo_jax.training.speed import Speed
 from tests import tiny
 from tests.patience import patience
-from tests.patience import patience
 
 # Step 6 waits for the batch after its own until the process is killed.
 RUN = """
