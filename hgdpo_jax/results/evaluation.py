@@ -27,16 +27,7 @@ from hgdpo_jax.results.report import ConceptPerson, Pictures, Report
 from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import atomic_path, json_hash, write_json
-from hgdpo_jax.run.folder import (
-    CURRICULUM,
-    GIVEN,
-    NAIVE,
-    TEXT_ENCODER,
-    blocks_of,
-    require_plain,
-    stage_config,
-    was_started,
-)
+from hgdpo_jax.run.folder import CURRICULUM, GIVEN, NAIVE, TEXT_ENCODER, blocks_of, stage_config, was_started
 from hgdpo_jax.run.index import Index, first_process_first, index_of_run
 from hgdpo_jax.run.locks import lock_for_all
 from hgdpo_jax.scoring import personalised
@@ -78,7 +69,6 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         UserError: a stage up to `config.stage` is not finished or has another base, an input is missing, a score is not
             finite, or another command evaluates this run.
     """
-    require_plain(workdir)
     with lock_for_all(workdir / "evaluation"):
         return _evaluate(config, workdir)
 

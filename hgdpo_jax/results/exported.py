@@ -25,15 +25,7 @@ from hgdpo_jax.results import model_card
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import atomic_path, write_json
-from hgdpo_jax.run.folder import (
-    CURRICULUM,
-    PERSONALISE,
-    TEXT_ENCODER,
-    blocks_of,
-    last_stage,
-    stage_config,
-    was_started,
-)
+from hgdpo_jax.run.folder import CURRICULUM, PERSONALISE, TEXT_ENCODER, blocks_of, last_stage, stage_config, was_started
 from hgdpo_jax.run.locks import lock
 from hgdpo_jax.training.checkpoints import tree_hash
 from hgdpo_jax.training.finished import PAIRS, find_base, finished_policy, made_from

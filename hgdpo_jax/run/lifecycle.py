@@ -27,7 +27,8 @@ from hgdpo_jax.run.processes import barrier, client, is_alone, is_first, process
 GOES_ON = 75  # exit code of what should be started again: the launchers do
 STOPPED = {signal.SIGTERM: GOES_ON, signal.SIGINT: 130}
 _START = 300  # seconds in which all must have started
-_BEAT, _DEAD, _DEAD_FOR_JAX = 1.0, 30.0, 80  # seconds between two signs of life, and without one
+# Seconds between two signs of life, and without one. JAX waits longer: its own line would blame process 0.
+_BEAT, _DEAD, _DEAD_FOR_JAX = 1.0, 30.0, 120
 _GRACE = 300.0  # seconds in which a training that is stopped has to save, or ends as it is
 _started = False
 

@@ -160,13 +160,11 @@ def validate(config: ConfigDict) -> None:
     for wrong, message in (
         (train.batch % train.accumulate,
          f" train.accumulate={train.accumulate}: must divide train.batch={train.batch}"),
-        (len(train.adam) != 2,
-         f" train.adam={tuple(train.adam)}: expects two numbers, like (0.9, 0.999)"),
+        (len(train.adam) != 2, f" train.adam={tuple(train.adam)}: expects two numbers, like (0.9, 0.999)"),
         (pairs.winner == pairs.loser == "pool" and pairs.pool_size < 2,
          f" pairs.pool_size={pairs.pool_size}: winner and loser both come from the pool; expects a whole "
          "number from 2"),
-        (list(mesh.values()).count(-1) > 1,
-         f"s mesh={dict(mesh)}: only one of them may be -1"),
+        (list(mesh.values()).count(-1) > 1, f"s mesh={dict(mesh)}: only one of them may be -1"),
         ((pairs.winner == "given") != (pairs.loser == "given"),
          f"s pairs.winner={pairs.winner} and pairs.loser={pairs.loser}: pairs are given whole; expects given for both "
          "or for neither"),
@@ -183,8 +181,7 @@ def validate(config: ConfigDict) -> None:
          "learn; expects 0"),
         (train.reference_cache and objective != "dpo",
          " train.reference_cache: goes with objective=dpo; sft has no reference"),
-        (train.params == "adapter" and objective != "sft",
-         " train.params=adapter: goes with objective=sft"),
+        (train.params == "adapter" and objective != "sft", " train.params=adapter: goes with objective=sft"),
     ):  # fmt: skip
         if wrong:
             raise UserError(f"config key{message}")

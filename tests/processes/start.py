@@ -26,7 +26,7 @@ from hgdpo_jax.run import command, index, lifecycle
 from hgdpo_jax.training.monitor import Monitor
 from tests import tiny
 Monitor.evaluate = tiny.glance
-lifecycle._DEAD, lifecycle._DEAD_FOR_JAX = {DEAD}, {3 * int(DEAD)}
+lifecycle._DEAD, lifecycle._DEAD_FOR_JAX = {DEAD}, {8 * int(DEAD)}
 def seen(images, input_ids):
     means = numpy.asarray(images).mean((1, 2))
     one = {{name: means[:, 0] for name in ("face_found", "face_score", "sharpness", "score")}}

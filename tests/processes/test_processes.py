@@ -106,8 +106,8 @@ def compare(one: Path, two: Path, stage: str = "stage1") -> None:
 
     The same batches and the same noise: errors differ by rounding from the first step on, where other noise would
     make another error. After each step of Adam at rate r a parameter has moved by at most about r, in whatever
-    direction rounding chooses where its gradient is nearly nothing: two runs differ by at most 2 r steps at the end, and mostly
-    by far less.
+    direction rounding chooses where its gradient is nearly nothing: two runs differ by at most 2 r steps at the end,
+    and mostly by far less.
     """
     logs = [metrics.read(workdir / stage / "logs") for workdir in (one, two)]
     for a, b in zip(*logs, strict=True):
@@ -122,14 +122,16 @@ def compare(one: Path, two: Path, stage: str = "stage1") -> None:
     assert np.median(difference) < 0.01 * np.median(moved[moved > 0])
 
 
-# Devices of two processes that split the model between them, each with all rows of a batch.
+# Two devices split the model between them, each with all rows of a batch.
 SPLIT = ["--config.mesh.tensor=2", "--config.train.reference_cache=2"]
+# A training that does not end by itself, of a program that is compiled soon.
+LONG = ["--config.train.steps=100000", "--config.train.blocks=up"]
 
 
 def training(settings: list[str], workdir: Path, *own: str) -> list[str]:
     """The command of a training on pairs that are there."""
     tiny.write_pairs(workdir / "stage1" / "pairs", train=6, heldout=4)
-    return ["main", *STAGE, *at(workdir), *settings, *SPLIT, *own]
+    return ["main", *STAGE, *at(workdir), *settings, *own]
 
 
 def last_line(process: Ended) -> str:
@@ -140,8 +142,8 @@ def test_a_model_split_between_two_is_trained_as_by_one_and_a_signal_to_one_stop
     settings: list[str], tmp_path: Path
 ) -> None:
     one, two, stopped = (tmp_path / name for name in ("one", "two", "stopped"))
-    long = training(settings, stopped, "--config.train.checkpoint_every=100000", "--config.train.steps=100000")
-    started = Started(tmp_path / "two.logs", 2, 1, training(settings, two), long)
+    long = training(settings, stopped, *LONG, "--config.train.checkpoint_every=100000")
+    started = Started(tmp_path / "two.logs", 2, 1, training(settings, two, *SPLIT), long)
     started.wait_for(stopped / "stage1" / "logs" / "metrics.jsonl")
     started.processes[1].send_signal(signal.SIGTERM)
     ended = started.ended()
@@ -149,7 +151,7 @@ def test_a_model_split_between_two_is_trained_as_by_one_and_a_signal_to_one_stop
     (step,) = [path for path in (stopped / "stage1" / "policy").iterdir() if path.name.isdecimal()]
     assert metrics.read(stopped / "stage1" / "logs")[-1]["step"] == int(step.name)  # nothing is lost
 
-    run(tmp_path / "one.logs", 1, 2, training(settings, one))
+    run(tmp_path / "one.logs", 1, 2, training(settings, one, *SPLIT))
     compare(one, two)
     predicted = sorted((one / "stage1").glob("reference_cache/*.npy"))
     assert len(predicted) == 2
@@ -158,8 +160,7 @@ def test_a_model_split_between_two_is_trained_as_by_one_and_a_signal_to_one_stop
 
 
 def test_a_dead_process_ends_the_other_with_a_line(settings: list[str], tmp_path: Path) -> None:
-    long = training(settings, tmp_path / "run", "--config.train.steps=100000")
-    started = Started(tmp_path / "logs", 2, 1, long)
+    started = Started(tmp_path / "logs", 2, 1, training(settings, tmp_path / "run", *LONG))
     started.wait_for(tmp_path / "run" / "stage1" / "policy" / "1.sha256.json")
     started.processes[1].kill()
     rest, _ = started.ended()

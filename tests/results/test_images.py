@@ -296,7 +296,7 @@ def test_a_file_of_prompts_is_drawn_with_one_compilation_by_devices_that_do_not_
 ) -> None:
     prompts = [f"prompt {i}" for i in range(5)]
     sampler = draw(source, prompts, [3, 4], tmp_path / "out")
-    assert sampler._draw._cache_size() == sampler._decode._cache_size() == 1
+    assert sampler._programs.draw._cache_size() == sampler._programs.decode._cache_size() == 1
     assert len(list((tmp_path / "out").glob("0*.png"))) == 10 and (tmp_path / "out" / "sheet_000.png").is_file()
     for program in sampler.traced((32, 32)):
         text = program.lower().compile().as_text()
