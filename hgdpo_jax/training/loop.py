@@ -3,7 +3,6 @@
 import json
 from collections import deque
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -36,6 +35,7 @@ from hgdpo_jax.training.speed import Speed, remaining_steps
 from hgdpo_jax.training.start import Start
 from hgdpo_jax.training.step import make_step
 
+_SHOWN = {"loss": "loss/total", "pairs/s": "speed/pairs_per_second", "accuracy": "dpo/accuracy"}
 _AHEAD = 2  # steps that wait at the devices beside the one they compute: a signal need not wait for more
 
 
@@ -107,6 +107,8 @@ def _run(
     evaluated = processes.broadcast(lambda: was_evaluated(folder / "logs", done))
     if not evaluated and (done % settings.eval_every == 0 or done >= settings.steps):
         monitor.evaluate(state, done)  # before the first step, or where a run was killed after its checkpoint
+    meta = {"config": configuration.to_json(config), "reference": start.reference_hash, "version": __version__}
+    meta |= {"made_from": inputs.made_from}
     begun: deque[jax.Array] = deque()
     bar = tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step", disable=not processes.is_first())
     peak = mesh_peak(mesh, config.model.dtype)
@@ -129,9 +131,9 @@ def _run(
                 values = monitor.log.means()  # stops before what is not finite can reach a checkpoint
                 values |= speed.lap(settings.steps - step) | {"train/learning_rate": float(numbers.rate)}
                 monitor.report(values, step)
-                bar.set_postfix(_postfix(values))
+                bar.set_postfix({word: f"{values[name]:.4g}" for word, name in _SHOWN.items() if name in values})
             if save:
-                checkpoints.save(step, state, _meta(config, inputs, start, position))
+                checkpoints.save(step, state, meta | {"position": position})
             if stop:
                 lifecycle.stopping.stop()
             if evaluate:
@@ -140,24 +142,3 @@ def _run(
                 speed.restart()
     if config.objective == "dpo":
         assert tree_hash(reference) == start.reference_hash, "the reference changed during training"
-
-
-def _meta(config: ConfigDict, inputs: Inputs, start: Start, position: int) -> dict[str, Any]:
-    """What a checkpoint says beside the state: `position` examples were drawn."""
-    return {
-        "config": configuration.to_json(config),
-        "position": position,
-        "reference": start.reference_hash,
-        "made_from": inputs.made_from,
-        "version": __version__,
-    }
-
-
-def _postfix(values: dict[str, float]) -> dict[str, str]:
-    """The end of the progress bar."""
-    shown = {
-        "loss/total": ("loss", ".4f"),
-        "speed/pairs_per_second": ("pairs/s", ".1f"),
-        "dpo/accuracy": ("accuracy", ".2f"),
-    }
-    return {word: format(values[name], digits) for name, (word, digits) in shown.items() if name in values}

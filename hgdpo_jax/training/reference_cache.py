@@ -178,8 +178,11 @@ def _make(config: ConfigDict, todo: Sequence[Shard], inputs: Inputs, reference: 
             with _written(shard, draws) if processes.is_first() else nullcontext() as values:
                 for number, found in one_ahead(start, range(begin, end, size)):
                     rows = to_host(found)[: end - number]
+                    if not np.isfinite(rows).all():
+                        raise UserError(f"what the reference predicts of {shard.path.stem}: NaN or infinite; its "
+                                        "policy or the pairs are broken")  # fmt: skip
                     if values is not None:
-                        values[number - begin : number - begin + len(rows)] = _finite(rows, shard)
+                        values[number - begin : number - begin + len(rows)] = rows
                     bar.update(len(rows))
     processes.barrier()
 
@@ -193,13 +196,6 @@ def _written(shard: Shard, draws: int) -> Iterator[Float[np.ndarray, "n 2 h w c"
         yield values.reshape(-1, *shape[2:])
         values.flush()
     write_json(shard.note, {"sha256": file_hash(shard.path)}, indent=None)
-
-
-def _finite(rows: np.ndarray, shard: Shard) -> np.ndarray:
-    if not np.isfinite(rows).all():
-        raise UserError(f"what the reference predicts of {shard.path.stem}: NaN or infinite; its policy or the pairs "
-                        "are broken")  # fmt: skip
-    return rows
 
 
 def _require_undamaged(shards: Sequence[Shard], index: Index) -> None:

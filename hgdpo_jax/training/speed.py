@@ -1,6 +1,7 @@
 """How fast a training is: the time of its steps alone, and the share of what its devices can do at most."""
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -47,7 +48,7 @@ class Speed:
         self._traced = traced if processes.is_first() else range(0)
         self._operations: dict[tuple[int, ...], float] = {}  # shape of a batch's latents → of its step
         self._running: Metrics = {}
-        self._tracing = False
+        self._trace = ExitStack()
         self.restart()
 
     def restart(self) -> None:
@@ -61,7 +62,7 @@ class Speed:
         traced."""
         if self._traced and number == self._traced.start:
             jax.profiler.start_trace(self._folder)
-            self._tracing = True
+            self._trace.callback(jax.profiler.stop_trace)
         arguments, shape = (state, reference, frozen, batch, numbers), batch["winner"].shape
         new = shape not in self._operations
         if new:
@@ -79,20 +80,15 @@ class Speed:
             self._done += self._operations[shape]
         if self._traced and number == self._traced.stop - 1:
             jax.block_until_ready((state, metrics))
-            self._write_trace()
+            self._trace.close()
             self.restart()
         return state, metrics
-
-    def _write_trace(self) -> None:
-        if self._tracing:
-            self._tracing = False
-            jax.profiler.stop_trace()
 
     def __enter__(self) -> "Speed":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._write_trace()  # of a training that ends before the last step that is traced
+        self._trace.close()  # of a training that ends before the last step that is traced
 
     def lap(self, left: int) -> dict[str, float]:
         """Speed of the steps since the last lap, all of which are finished, for the log; nothing where there was none.

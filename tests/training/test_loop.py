@@ -45,7 +45,6 @@ RUN = """
 import sys, time
 from pathlib import Path
 from tests import tiny
-from tests.patience import patience
 from hgdpo_jax.data.loader import PairLoader
 from hgdpo_jax.training.loop import train
 from hgdpo_jax.training.monitor import Monitor
