@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
@@ -99,12 +100,15 @@ class Monitor:
     def _print_noise(self, policy: Params) -> None:
         """Prints how far rounding and an optimizer step in a random direction move the margins, times κ."""
 
-        def moved(path: tuple, x: jax.Array) -> jax.Array:
-            key = stream_key(0, "noise", path_name(path))
-            return x + self._rate * jax.random.rademacher(key, x.shape, x.dtype)
+        def moved(policy: Params, rate: Float[Array, ""]) -> Params:  # an argument: stages share the program
+            def one(path: tuple, x: jax.Array) -> jax.Array:
+                key = stream_key(0, "noise", path_name(path))
+                return x + rate * jax.random.rademacher(key, x.shape, x.dtype)
+
+            return jax.tree.map_with_path(one, policy)
 
         shardings = jax.tree.map(lambda x: x.sharding, policy)
-        perturbed = jax.jit(lambda tree: jax.tree.map_with_path(moved, tree), out_shardings=shardings)(policy)
+        perturbed = jax.jit(moved, out_shardings=shardings)(policy, np.float32(self._rate))
         found = [self._measured(perturbed, policy, i) for i in range(min(_NOISY, len(self._held)))]
         mean, deviation = (np.array([m[f"dpo/margin{x}"] for m in found], np.float64) for x in ("", "_deviation"))
         noise = float(np.sqrt(np.mean(deviation**2) + mean.var()))  # over all of them
