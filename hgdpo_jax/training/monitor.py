@@ -78,7 +78,7 @@ class Monitor:
             self._worst = 1.25 * ratio  # the next warning is of something new
             logging.warning("step %d: the winner's error is %.2f times the reference's: the policy unlearns the "
                             "winners and pictures will turn to noise; lower config.train.lr, raise config.train.beta, "
-                            "or stop at an earlier config.train.steps", step, ratio)  # fmt: skip
+                            "or train again in another workdir with fewer config.train.steps", step, ratio)  # fmt: skip
 
     def evaluate(self, state: TrainState, step: int) -> None:
         """Measures held-out pairs at fixed noise and timesteps, and draws held-out captions from fixed seeds with what
