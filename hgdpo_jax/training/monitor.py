@@ -77,8 +77,9 @@ class Monitor:
         if ratio > self._worst:
             self._worst = 1.25 * ratio  # the next warning is of something new
             logging.warning("step %d: the winner's error is %.2f times the reference's: the policy unlearns the "
-                            "winners and pictures will turn to noise; lower config.train.lr, raise config.train.beta, "
-                            "or train again in another workdir with fewer config.train.steps", step, ratio)  # fmt: skip
+                            "winners and pictures will turn to noise; train again in another workdir with a lower "
+                            "config.train.lr, a larger config.train.beta or fewer config.train.steps",
+                            step, ratio)  # fmt: skip
 
     def evaluate(self, state: TrainState, step: int) -> None:
         """Measures held-out pairs at fixed noise and timesteps, and draws held-out captions from fixed seeds with what
