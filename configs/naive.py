@@ -1,4 +1,4 @@
-"""What the curriculum is compared with: photographs against ε_base's drawings, all at once.
+"""What the curriculum is compared with: photographs against ε_base's drawings, in one stage.
 
 Each photograph wins over one picture that ε_base drew for its caption. Diffusion-DPO alone, for as many steps as the
 three stages take together. In the paper it collapses: FID 37 → 113.

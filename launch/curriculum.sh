@@ -2,7 +2,7 @@
 # All three stages and the text encoder: pairs, then training. bash launch/curriculum.sh VARIANT WORKDIR [--config.key=value ...]
 # Run again after a stop: finished shards and checkpoints are kept.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
-variant=${1:?which variant, sd15 or portraits} workdir=${2:?folder of the run}
+variant=${1:?which variant: sd15, sdxl or portraits} workdir=${2:?folder of the run}
 shift 2
 for stage in stage1 stage2 stage3; do
   python -m hgdpo_jax.pairs --config "configs/$stage.py:$variant" --workdir "$workdir" "$@"

@@ -1,11 +1,14 @@
 """Where a stage's winners and losers come from: one class for each kind of winner.
 
-easy     Pool            winner = best of the pool   loser = worst of the pool
-normal   Reconstruction  winner = best of t4…t7      loser = easy winner    kept where f(winner) >= f(loser): K
+easy     Pool            winner = best of a pool     loser = worst of the pool
+normal   Reconstruction  winner = best of t4…t7      loser = easy winner     kept where f(winner) >= f(loser): K
 hard     Reconstruction  winner = t1                 loser = normal winner  on K, the ids of the normal stage's shards
-naive    Reconstruction  winner = the photograph     loser = worst of a pool
+naive    Reconstruction  winner = the photograph     loser = the one picture of its pool
 given    Given           winner and loser = a pair of data.pairs
-sft      Photographs     winner = the photograph     no loser
+sft      WithoutLosers   winner = the photograph     no loser
+
+In every stage ε_base draws the pools and reconstructs the photographs, and f, the scorer, gives the scores. tk is a
+photograph noised to timestep 100·k and denoised. K holds the photographs whose pair the normal stage kept.
 """
 
 import logging
@@ -30,7 +33,7 @@ Finish = Callable[[], list[Record]]
 
 
 class Group(NamedTuple):
-    """n prompts that are drawn, scored and kept together.
+    """n prompts that are drawn, scored and written together.
 
     Attributes:
         photographs: whose captions are the prompts.
@@ -38,7 +41,7 @@ class Group(NamedTuple):
         resolution: (H, W) in pixels.
         images: the photographs in [-1, 1], where the winners use them.
         losers: the losers that are given, likewise.
-        earlier: the records of the stage whose winners lose here.
+        earlier: each photograph's record of the stage before, whose winner is the loser here.
     """
 
     photographs: Sequence[Photograph]
@@ -71,7 +74,7 @@ class Scored:
         self.settings, self.sampler, self.scorer = settings, sampler, scorer
 
     def candidates(self, group: Group) -> Candidates:
-        """Among which the best wins. Whole batches stay on the devices and are not waited for."""
+        """The candidates of each prompt, the best of which wins. Devices may still be computing them on return."""
         raise NotImplementedError
 
     def pool(self, group: Group) -> Candidates:
@@ -87,10 +90,11 @@ class Scored:
         return self.scorer(images, input_ids).score
 
     def begin(self, group: Group) -> Finish:
-        """Gives the devices what a group's records need, and returns what waits for it and makes them.
+        """Starts drawing and scoring a group on the devices.
 
-        Raises:
-            UserError: a score is not finite; the prompt is named.
+        Returns:
+            A function that waits for them and returns the group's records. It raises UserError, with the prompt's name,
+            where a score is not finite.
         """
         winners = self.candidates(group)
         pooled = self.settings.loser == "pool"
@@ -100,7 +104,7 @@ class Scored:
         def finish() -> list[Record]:
             for candidates in (pool, winners):
                 if candidates is not None:
-                    require_finite(np.asarray(candidates.scores), group.photographs, self.settings.scorer)
+                    require_finite_scores(np.asarray(candidates.scores), group.photographs, self.settings.scorer)
             won = jax.device_get(winner)
             if loser is not None:
                 losers, loser_scores, _ = jax.device_get(loser)
@@ -153,7 +157,7 @@ class Given:
         self.sampler = sampler
 
     def begin(self, group: Group) -> Finish:
-        """As :meth:`Scored.begin`."""
+        """Encodes the pictures now, unlike :meth:`Scored.begin`, and returns what makes the records."""
         assert group.images is not None and group.losers is not None
         winners = self.sampler.encode(group.images, "encode")
         losers = self.sampler.encode(group.losers, "encode losers").astype(LATENT)
@@ -161,8 +165,8 @@ class Given:
         return lambda: [group.record(i, winner, loser=x, loser_score=np.float32(0)) for i, (winner, x) in pairs]
 
 
-class Photographs:
-    """Photographs to learn from, without losers.
+class WithoutLosers:
+    """Supervised fine-tuning: photographs to learn from, without losers.
 
     Args:
         sampler: with the VAE.
@@ -173,7 +177,10 @@ class Photographs:
         self.sampler, self.concepts = sampler, concepts
 
     def begin(self, group: Group) -> Finish:
-        """As :meth:`Scored.begin`. A photograph without a face is no concept image, and is left out."""
+        """Encodes the pictures now, unlike :meth:`Scored.begin`, and returns what makes the records.
+
+        A photograph without a face is no concept image, and is left out.
+        """
         assert group.images is not None
         latents = self.sampler.encode(group.images, "encode")
         if self.concepts is None:
@@ -193,7 +200,7 @@ def uses_pixels(config: ConfigDict) -> bool:
 
 def winners_of(
     config: ConfigDict, sampler: Sampler, scorer: Scorer | None, concepts: ConceptEncoder | None
-) -> Scored | Given | Photographs:
+) -> Scored | Given | WithoutLosers:
     """The kind of winner that a config's `pairs` group asks for.
 
     Args:
@@ -205,15 +212,17 @@ def winners_of(
     if config.pairs.loser == "given":
         return Given(sampler)
     if config.pairs.loser == "none":
-        return Photographs(sampler, concepts)
+        return WithoutLosers(sampler, concepts)
     assert scorer is not None
     return (Pool if config.pairs.winner == "pool" else Reconstruction)(config.pairs, sampler, scorer)
 
 
-def require_finite(scores: Float[np.ndarray, "n *m"], photographs: Sequence[Photograph], scorer: str) -> None:
+def require_finite_scores(
+    scores: Float[np.ndarray, "n *m"], photographs: Sequence[Photograph], scorer_folder: str
+) -> None:
     """Raises UserError that names the first of n prompts with a score that is NaN or infinite."""
     broken = ~np.isfinite(scores.reshape(len(photographs), -1)).all(1)
     if broken.any():
         first = photographs[int(broken.argmax())]
-        raise UserError(f"prompt {first.caption!r} of {first.id}: its score is NaN or infinite; is the scorer {scorer} "
-                        "broken, or does the base's tokenizer have tokens of its own?")  # fmt: skip
+        raise UserError(f"prompt {first.caption!r} of {first.id}: its score is NaN or infinite; is the scorer "
+                        f"{scorer_folder} broken, or does the base's tokenizer have tokens of its own?")  # fmt: skip

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax.curriculum.winners import require_finite
+from hgdpo_jax.curriculum.winners import require_finite_scores
 from hgdpo_jax.data.photographs import Photograph, list_examples
 from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.devices.mesh import local_mesh
@@ -245,7 +245,7 @@ class Evaluator:
             seen = self.sampler.measure_latents(latents, ids, self.judges, f"measure {name}")
             for key, folder in (("score", config.pairs.scorer), ("second_score", config.evaluate.scorer)):
                 if key in seen:
-                    require_finite(seen[key], [p for p in people for _ in range(k)], folder)
+                    require_finite_scores(seen[key], [p for p in people for _ in range(k)], folder)
             shown.append(latents[::k][:KEPT])
             return {key: value.reshape(len(people), k, *value.shape[1:]) for key, value in seen.items()}
 

@@ -1,7 +1,8 @@
 """The life of a command's processes: they start together, watch each other, stop at a signal and end together.
 
-An error or a signal at one process ends all of them within seconds in the same way, and so does the death of one. A
-process that is alone listens for signals in the same way.
+Whatever ends one process ends all with one line and one exit code: a mistake of the user within seconds, an unexpected
+error or a death after half a minute or more (`_DEAD`, `_DEAD_FOR_JAX`), a signal during training once the step is saved
+(`_GRACE` at most). A process that is alone listens for signals in the same way.
 """
 
 import ctypes
@@ -24,8 +25,8 @@ from jax._src import distributed  # the service's messages have no public name
 from hgdpo_jax.run.errors import Stopped, UserError
 from hgdpo_jax.run.processes import barrier, client, is_alone, is_first, process_name
 
-GOES_ON = 75  # exit code of what should be started again: the launchers do
-STOPPED = {signal.SIGTERM: GOES_ON, signal.SIGINT: 130}
+START_AGAIN = 75  # exit code of what should be started again: the launchers do
+EXIT_CODES = {signal.SIGTERM: START_AGAIN, signal.SIGINT: 130}
 _START = 300  # seconds in which all must have started
 # Seconds between two signs of life, and without one. JAX waits longer: its own line would blame process 0.
 _BEAT, _DEAD, _DEAD_FOR_JAX = 1.0, 30.0, 120
@@ -91,21 +92,21 @@ class _Watch(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="hgdpo processes", daemon=True)
-        self.left = False
+        self.leaving = False
         self.end: dict[str, Any] = {}  # line and code that all were told to end with
 
     def run(self) -> None:
         index, count = jax.process_index(), jax.process_count()
         next_one, seen, at = (index + 1) % count, "", time.monotonic()
         for beat in itertools.count():
-            if self.left:
+            if self.leaving:
                 return
             try:
                 client().key_value_set(f"hgdpo/beat/{index}", str(beat), allow_overwrite=True)
                 end = _message("hgdpo/end")
                 if end is not None:
                     self.end = json.loads(end)
-                    _exit_last(**self.end)
+                    _exit_in_order(**self.end)
                 stop = _message("hgdpo/stop")
                 if stop is not None:
                     stopping.ask(signal.Signals(int(stop)))
@@ -113,12 +114,12 @@ class _Watch(threading.Thread):
             except RuntimeError:  # the service is gone, and JAX is about to say so
                 time.sleep(_DEAD_FOR_JAX)
                 continue
-            if found != seen or self.left:
+            if found != seen or self.leaving:
                 seen, at = found, time.monotonic()
             elif time.monotonic() - at > _DEAD:
                 host = _message(f"hgdpo/host/{next_one}")
                 end_all(f"error: process {next_one} on {host} has given no sign of life for {_DEAD:.0f} s: all stop; "
-                        "the same command goes on from what is finished", GOES_ON)  # fmt: skip
+                        "the same command goes on from what is finished", START_AGAIN)  # fmt: skip
             time.sleep(_BEAT)
 
 
@@ -135,8 +136,8 @@ def _message(key: str) -> str | None:
 
 
 def _messages(folder: str, count: int, seconds: float) -> list[str]:
-    """The messages below a name, once there are `count`, or those that have come by then. However many processes there
-    are, it asks no oftener."""
+    """The messages below a name, once there are `count`, or those that have come when the seconds are over. One request
+    reads all of them."""
     until = time.monotonic() + seconds
     while True:
         found = client().key_value_dir_get(f"{folder}/")
@@ -148,8 +149,9 @@ def _messages(folder: str, count: int, seconds: float) -> list[str]:
 class Stopping:
     """While it is entered, a signal ends the training after a step, whose state is saved; a second one ends it at once.
 
-    Processes run apart by a few steps. Once a process knows of the signal, its own or another's, it promises to go no
-    further than its next step before it knows the promises of all; all stop after the largest.
+    Every step is computed by all processes together, so all have to stop after the same one, but the host of one may be
+    some steps ahead. Each publishes the number of its next step (its promise) and waits there until it has read
+    everyone's; all go on to the largest, save it and stop.
     """
 
     def __init__(self) -> None:
@@ -178,7 +180,7 @@ class Stopping:
                 client().key_value_set("hgdpo/stop", str(int(asked)))
             client().key_value_set(f"hgdpo/promise/{jax.process_index()}", str(self._promise))
         line = f"error: could not save within {_GRACE:.0f} s of the signal; the same command goes on from before"
-        late = threading.Timer(_GRACE, end_all, (line, STOPPED[asked]))
+        late = threading.Timer(_GRACE, end_all, (line, EXIT_CODES[asked]))
         late.daemon = True
         late.start()
 
@@ -193,9 +195,12 @@ class Stopping:
         return step >= max(map(int, _messages("hgdpo/promise", jax.process_count(), math.inf)))
 
     def stop(self) -> NoReturn:
-        """Raises Stopped, once the state is saved."""
+        """Raises Stopped; to be called when saving has begun.
+
+        The `with` block of the checkpoints waits for the files.
+        """
         assert self._asked is not None
-        raise Stopped(STOPPED[self._asked])
+        raise Stopped(EXIT_CODES[self._asked])
 
 
 stopping = Stopping()
@@ -208,18 +213,18 @@ def _listen() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in STOPPED:
+    for number in EXIT_CODES:
         signal.signal(number, lambda *_: None)
 
     def hear() -> None:
         heard = 0
         while True:
             number = os.read(reader, 1)[0]
-            if number not in map(int, STOPPED):
+            if number not in map(int, EXIT_CODES):
                 continue
             heard += 1
             if heard > 1 or not stopping.patient:
-                end_all("stopped; the same command goes on from what is finished", STOPPED[signal.Signals(number)])
+                end_all("stopped; the same command goes on from what is finished", EXIT_CODES[signal.Signals(number)])
             os.write(2, b"\nstopping once this step is saved; a second signal stops at once\n")
             stopping.ask(signal.Signals(number))
 
@@ -229,17 +234,17 @@ def _listen() -> None:
 def end_all(line: str, code: int) -> NoReturn:
     """Ends this process and all others at once, each with this line on stderr and this exit code.
 
-    Files are whole or absent, so that nothing is lost. A library could swallow an exception, and JAX's own end would
-    wait minutes for processes that hang.
+    By `os._exit`: a library could swallow an exception, and JAX's own end would wait minutes for processes that hang.
+    That is safe, since files are whole or absent; what was not saved is computed again.
     """
     if not is_alone():
         with suppress(RuntimeError):  # another said it before, or the service is gone
             client().key_value_set("hgdpo/end", json.dumps({"line": line, "code": code}))
-        _exit_last(line, code)
+        _exit_in_order(line, code)
     _exit(line, code)
 
 
-def _exit_last(line: str, code: int) -> NoReturn:
+def _exit_in_order(line: str, code: int) -> NoReturn:
     """As :func:`_exit`, process 0 after the others: its service has to outlive what they read in it."""
     with suppress(RuntimeError):  # another thread of this process was faster, or the service is gone
         if is_first():
@@ -267,10 +272,10 @@ def fail(error: BaseException) -> NoReturn:
 
 
 def leave() -> None:
-    """The end of a command that did its work, or that all processes agreed to stop. The last message of all."""
+    """The end of a command that did its work, or that all processes agreed to stop. No message may follow."""
     if not is_alone():
         barrier()
-        _watch.left = True
+        _watch.leaving = True
         barrier()  # no process goes while another still watches it
 
 
@@ -283,7 +288,7 @@ def _aborted(_: int) -> None:
         _exit(**_watch.end)
     os.write(2, b"\nerror: JAX has ended this process, as it says above; most likely process 0, which the others meet "
                 b"at, is gone. The same command goes on from what is finished\n")  # fmt: skip
-    os._exit(GOES_ON)
+    os._exit(START_AGAIN)
 
 
 def _catch_abort() -> None:

@@ -36,7 +36,7 @@ from hgdpo_jax.training.start import Start
 from hgdpo_jax.training.step import make_step
 
 _SHOWN = {"loss": "loss/total", "pairs/s": "speed/pairs_per_second", "accuracy": "dpo/accuracy"}
-_AHEAD = 2  # steps that wait at the devices beside the one they compute: a signal need not wait for more
+_AHEAD = 2  # at most so many steps are queued behind the one being computed, so that a signal is answered soon
 
 
 def train(config: ConfigDict, workdir: Path, traced: range = range(0)) -> None:
@@ -49,8 +49,8 @@ def train(config: ConfigDict, workdir: Path, traced: range = range(0)) -> None:
 
     Raises:
         UserError: an input is missing or is not what it claims to be; a checkpoint was made from something else; a
-            loss, a gradient or a parameter is NaN or infinite; another command trains the stage; none of the steps to
-            go is to be traced.
+            loss, a gradient or a parameter is NaN or infinite; another command trains the stage; steps are to be
+            traced, but none of them is still to come.
     """
     require_plain(workdir)
     folder, index = workdir / config.stage, index_of_run(workdir)
@@ -109,7 +109,7 @@ def _run(
         monitor.evaluate(state, done)  # before the first step, or where a run was killed after its checkpoint
     meta = {"config": configuration.to_json(config), "reference": start.reference_hash, "version": __version__}
     meta |= {"made_from": inputs.made_from}
-    begun: deque[jax.Array] = deque()
+    in_flight: deque[jax.Array] = deque()
     bar = tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step", disable=not processes.is_first())
     peak = mesh_peak(mesh, config.model.dtype)
     with bar, Speed(update, settings.batch, peak, traced, folder / "logs") as speed:
@@ -117,11 +117,11 @@ def _run(
             checkpoints.check()
             numbers = numbers._replace(rate=np.float32(learning_rate(settings, step - 1)))
             state, metrics = speed.step(step, state, reference, inputs.frozen, batch, numbers)
-            position = loader.position
-            batch = to_devices(next(loader), mesh)  # the next is on its way while this one is computed
-            begun.append(metrics["loss/total"])
-            if len(begun) > _AHEAD:
-                begun.popleft().block_until_ready()
+            position = loader.position  # after this step's examples; the batch fetched next is the following step's
+            batch = to_devices(next(loader), mesh)
+            in_flight.append(metrics["loss/total"])
+            if len(in_flight) > _AHEAD:
+                in_flight.popleft().block_until_ready()
             bar.update()
             monitor.log.add(step, metrics)
             last, stop = step == settings.steps, lifecycle.stopping.after(step)

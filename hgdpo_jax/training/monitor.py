@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
@@ -76,8 +77,9 @@ class Monitor:
         if ratio > self._worst:
             self._worst = 1.25 * ratio  # the next warning is of something new
             logging.warning("step %d: the winner's error is %.2f times the reference's: the policy unlearns the "
-                            "winners and pictures will turn to noise; lower config.train.lr, raise config.train.beta, "
-                            "or stop at an earlier config.train.steps", step, ratio)  # fmt: skip
+                            "winners and pictures will turn to noise; train again in another workdir with a lower "
+                            "config.train.lr, a larger config.train.beta or fewer config.train.steps",
+                            step, ratio)  # fmt: skip
 
     def evaluate(self, state: TrainState, step: int) -> None:
         """Measures held-out pairs at fixed noise and timesteps, and draws held-out captions from fixed seeds with what
@@ -99,12 +101,15 @@ class Monitor:
     def _print_noise(self, policy: Params) -> None:
         """Prints how far rounding and an optimizer step in a random direction move the margins, times κ."""
 
-        def moved(path: tuple, x: jax.Array) -> jax.Array:
-            key = stream_key(0, "noise", path_name(path))
-            return x + self._rate * jax.random.rademacher(key, x.shape, x.dtype)
+        def moved(policy: Params, rate: Float[Array, ""]) -> Params:  # an argument: stages share the program
+            def one(path: tuple, x: jax.Array) -> jax.Array:
+                key = stream_key(0, "noise", path_name(path))
+                return x + rate * jax.random.rademacher(key, x.shape, x.dtype)
+
+            return jax.tree.map_with_path(one, policy)
 
         shardings = jax.tree.map(lambda x: x.sharding, policy)
-        perturbed = jax.jit(lambda tree: jax.tree.map_with_path(moved, tree), out_shardings=shardings)(policy)
+        perturbed = jax.jit(moved, out_shardings=shardings)(policy, np.float32(self._rate))
         found = [self._measured(perturbed, policy, i) for i in range(min(_NOISY, len(self._held)))]
         mean, deviation = (np.array([m[f"dpo/margin{x}"] for m in found], np.float64) for x in ("", "_deviation"))
         noise = float(np.sqrt(np.mean(deviation**2) + mean.var()))  # over all of them

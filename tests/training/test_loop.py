@@ -310,7 +310,7 @@ def test_a_policy_that_unlearns_the_winners_is_warned_of(caplog: pytest.LogCaptu
     for step, error in ((1, 0.105), (2, 0.13), (3, 0.131), (4, 0.4)):
         monitor.report({"error/winner": error, "error/winner_reference": 0.1}, step)
     assert [record.getMessage()[:6] for record in caplog.records] == ["step 2", "step 4"]
-    assert "lower config.train.lr, raise config.train.beta" in caplog.text
+    assert "a lower config.train.lr, a larger config.train.beta" in caplog.text
 
 
 def test_steps_that_were_raised_and_lowered_again_leave_the_stage_finished(
