@@ -133,7 +133,7 @@ def settings(folder: Path, train: int, heldout: int, **own: Any) -> list[str]:
         **own: settings that take the place of those here.
     """
     values = {
-        "model.base": write_base(folder / "base"),
+        "model.base": write_base(folder / "base", ONE_LEVEL),
         "pairs.scorer": write_scorer(folder / "scorer"),
         "evaluate.scorer": "",
         "adapter.weights": "",

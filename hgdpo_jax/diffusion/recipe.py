@@ -9,7 +9,7 @@ from collections.abc import Callable
 from flax import nnx
 from jaxtyping import Array, Bool, Int, PyTree
 
-Params = PyTree[Array]
+Params = PyTree  # of arrays
 WEIGHT = 0.5
 TEXT_FROM = 900
 

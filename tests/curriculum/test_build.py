@@ -40,7 +40,7 @@ Make = Callable[..., ConfigDict]
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
-    tiny.write_base(folder / "base")
+    tiny.write_base(folder / "base", tiny.ONE_LEVEL)
     tiny.write_scorer(folder / "scorer", seed=6)  # which keeps some pairs of the normal stage, with a margin
     tiny.write_photographs(folder / "photographs", train=5, heldout=2)
     return folder
