@@ -12,6 +12,7 @@ photograph noised to timestep 100·k and denoised. K holds the photographs whose
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ class Group(NamedTuple):
         return common | won | others
 
 
-class Scored:
+class Scored(ABC):
     """Winners that are chosen by their scores, against the worst of a pool or an earlier stage's winner.
 
     Args:
@@ -73,9 +74,13 @@ class Scored:
     def __init__(self, settings: ConfigDict, sampler: Sampler, scorer: Scorer) -> None:
         self.settings, self.sampler, self.scorer = settings, sampler, scorer
 
+    @abstractmethod
     def candidates(self, group: Group) -> Candidates:
         """The candidates of each prompt, the best of which wins. Devices may still be computing them on return."""
-        raise NotImplementedError
+
+    def losers(self, group: Group, winners: Candidates) -> Candidates | None:
+        """The candidates of each prompt, the worst of which loses; None where an earlier stage's winner does."""
+        return self.pool(group) if self.settings.loser == "pool" else None
 
     def pool(self, group: Group) -> Candidates:
         """N images for each prompt, from different seeds."""
@@ -97,9 +102,8 @@ class Scored:
             where a score is not finite.
         """
         winners = self.candidates(group)
-        pooled = self.settings.loser == "pool"
-        pool = winners if isinstance(self, Pool) else self.pool(group) if pooled else None
-        winner, loser = best(winners), worst(pool) if pooled else None
+        pool = self.losers(group, winners)
+        winner, loser = best(winners), worst(pool) if pool else None
 
         def finish() -> list[Record]:
             for candidates in (pool, winners):
@@ -135,6 +139,10 @@ class Pool(Scored):
     def candidates(self, group: Group) -> Candidates:
         """See :meth:`Scored.pool`."""
         return self.pool(group)
+
+    def losers(self, group: Group, winners: Candidates) -> Candidates | None:
+        """The same pool."""
+        return winners if self.settings.loser == "pool" else None
 
 
 class Reconstruction(Scored):
