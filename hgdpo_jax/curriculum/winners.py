@@ -231,6 +231,6 @@ def require_finite_scores(
     """Raises UserError that names the first of n prompts with a score that is NaN or infinite."""
     broken = ~np.isfinite(scores.reshape(len(photographs), -1)).all(1)
     if broken.any():
-        first = photographs[int(broken.argmax())]
+        first = photographs[int(np.argmax(broken))]
         raise UserError(f"prompt {first.caption!r} of {first.id}: its score is NaN or infinite; is the scorer "
                         f"{scorer_folder} broken, or does the base's tokenizer have tokens of its own?")  # fmt: skip

@@ -79,8 +79,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 bits, or of floats in [0, 1], as grey of 8 bits."""
     values = np.asarray(image, np.float64)
     top = 1.0 if image.mode == "F" else 65535.0
-    if not (values.min() >= 0.0 and values.max() <= top):
-        raise ValueError(f"grey values from {values.min():g} to {values.max():g}; expected 0 to {top:g}")
+    if not (np.min(values) >= 0.0 and np.max(values) <= top):
+        raise ValueError(f"grey values from {np.min(values):g} to {np.max(values):g}; expected 0 to {top:g}")
     return Image.fromarray((values * (255.0 / top)).round().astype(np.uint8))
 
 
