@@ -87,8 +87,7 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology, trips: int) -> Com
     placed = _placed(Path(folder), running)
     if not placed:
         return Compiled(refused=str(running.exception()).splitlines()[0], seconds=time.perf_counter() - begin)
-    text = placed.with_name(placed.name.replace("-buffer-assignment", "")).read_text()
-    module = hlo.HloModule(text, trips, len(topology.devices))
+    module = hlo.HloModule(_text_beside(placed).read_text(), trips, len(topology.devices))
     sizes = dict.fromkeys(_KINDS, 0)
     for size, about in _ALLOCATION.findall(placed.read_text()):
         kind = next((kind for kind in _KINDS if kind in about), None)
@@ -106,6 +105,17 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology, trips: int) -> Com
     )
 
 
+def _text_beside(placed: Path) -> Path:
+    """The program's HLO, which the compiler writes beside the file of :func:`_placed`, before it or after it."""
+    return placed.with_name(placed.name.replace("-buffer-assignment", ""))
+
+
+def _is_whole(text: Path) -> bool:
+    """Whether HLO is there to its end: the entry computation comes last."""
+    content = text.read_text() if text.is_file() else ""
+    return "\nENTRY " in content and content.rstrip().endswith("}")
+
+
 def _placed(folder: Path, running: Future[jax.stages.Compiled]) -> Path | None:
     """The file in which a compiler says what lies where, as soon as it is whole; None where there is no room.
 
@@ -115,7 +125,7 @@ def _placed(folder: Path, running: Future[jax.stages.Compiled]) -> Path | None:
         ended = running.done()
         for path in folder.glob(f"*{_PLACED}"):
             later = folder.glob(f"{path.name.partition('.')[0]}.*debug_options")
-            if any(each.stat().st_size for each in later):
+            if any(each.stat().st_size for each in later) and (ended or _is_whole(_text_beside(path))):
                 return path
         if ended:
             error = running.exception()
