@@ -34,13 +34,13 @@ from tools.make_assets.photographs import SIZE
 
 STRENGTHS = (3, 5, 7, 9)  # of the reconstructions
 SHARPNESS = 8.0  # how sure a preference is: the logit of a difference of 1 in the logarithm of the unsteadiness
-_FRAMES = ((52, 0, 2), (56, 2, 0), (48, -2, 4))  # side, and how far the centre lies to the right and below, pixels
+_FRAMES = ((78, 0, 3), (84, 3, 0), (72, -3, 6))  # side, and how far the centre lies to the right and below, pixels
 _BATCH = 64
 # The landmark that is where another was, in a mirror: iBUG's order.
 _MIRRORED = np.r_[
     16:-1:-1, 26:16:-1, 27:31, 35:30:-1, 45:41:-1, 47, 46, 39:35:-1, 41, 40, 54:47:-1, 59:54:-1, 64:59:-1, 67:64:-1
 ]
-Images = Float[np.ndarray, "n 64 64 3"]
+Images = Float[np.ndarray, "n 96 96 3"]
 
 
 class Steadiness:
@@ -54,7 +54,7 @@ class Steadiness:
         graph, self._weights = nnx.split(from_npm(models, FaceLandmarks))
 
         @jax.jit
-        def unsteadiness(weights: nnx.State, images: Float[Array, "n 64 64 3"]) -> Float[Array, "n"]:
+        def unsteadiness(weights: nnx.State, images: Float[Array, "n 96 96 3"]) -> Float[Array, "n"]:
             network, seen = nnx.merge(graph, weights), []
             for side, x, y in _FRAMES:
                 left, top = (SIZE - side) // 2 + x, (SIZE - side) // 2 + y
@@ -90,12 +90,12 @@ def loss(model: CLIPModel, images: Array, ids: Array, steadiness: Array) -> tupl
 
 
 def altered(images: Images, rng: np.random.Generator) -> Images:
-    """Mirrored by chance, moved by up to three pixels, with other light and colours: none of these is to count."""
+    """Mirrored by chance, moved by up to four pixels, with other light and colours: none of these is to count."""
     n = len(images)
     mirrored = np.where(rng.random((n, 1, 1, 1)) < 0.5, images, images[:, :, ::-1])
     gain = np.exp(rng.normal(0.0, 0.2, (n, 1, 1, 1)) + rng.normal(0.0, 0.08, (n, 1, 1, 3)))
     offset = rng.normal(0.0, 0.1, (n, 1, 1, 1)) + rng.normal(0.0, 0.08, (n, 1, 1, 3))
-    moved = np.roll(mirrored, rng.integers(-3, 4, 2), (1, 2))
+    moved = np.roll(mirrored, rng.integers(-4, 5, 2), (1, 2))
     return (moved * gain + offset).clip(-1.0, 1.0).astype(np.float32)
 
 
