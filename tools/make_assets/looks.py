@@ -47,7 +47,7 @@ _HAIR: dict[str, dict[str, float]] = {
     "male": {"short01": 0.26, "short02": 0.23, "short04": 0.24, "short03": 0.01, "afro01": 0.03, "": 0.14,
              "ponytail01": 0.03, "long_alpha7": 0.02},
     "female": {"long01": 0.2, "long_alpha7": 0.15, "ponytail01": 0.13, "Wig_bun_blonde": 0.09, "Braid01": 0.09,
-               "junglebookhair": 0.07, "curly": 0.05, "curly2": 0.05, "southernbelleringlets": 0.03, "short02": 0.04,
+               "junglebookhair": 0.07, "curly": 0.05, "curly2": 0.02, "southernbelleringlets": 0.015, "short02": 0.04,
                "short04": 0.02, "afro01": 0.01, "blondwithheadband": 0.04, "bob02": 0.01,
                "short03": 0.01},
 }  # fmt: skip
@@ -260,7 +260,7 @@ def _expression(random: Random, word: str, race: str) -> dict[str, float]:
     elif word == "serious":
         found = {"mouth-compression": 0.7 * strength, "mouth-depression": random.uniform(0.2, 0.6)}
         for side in both:
-            found |= {f"eyebrows-{side}-down": 1.1 * strength, f"eye-{side}-slit": random.uniform(0.1, 0.3)}
+            found |= {f"eyebrows-{side}-down": 0.95 * strength, f"eye-{side}-slit": random.uniform(0.1, 0.3)}
     return {f"expression/units/{race}/{name}": float(value) for name, value in found.items()}
 
 
