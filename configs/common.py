@@ -17,7 +17,7 @@ def base(variant: str) -> ConfigDict:
         config.model.base = str(ASSETS / "portraits" / "base")
         config.model.dtype = "float32"
         config.data.photographs = str(ASSETS / "portraits")
-        config.data.resolutions = ("64x64",)
+        config.data.resolutions = ("96x96",)
         config.pairs.scorer = str(ASSETS / "portraits" / "scorer")
         config.pairs.pool_size = 4
         # In few steps the ancestral sampler draws smooth pictures, the smoother the more of the steps are its own: a

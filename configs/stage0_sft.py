@@ -32,8 +32,8 @@ def get_config(variant: str = "sd15") -> ConfigDict:
         # From nothing: the folder holds the VAE, the text encoder and a randomly initialised UNet.
         config.data.split = "base"
         config.pairs.shard_size = 1024
-        config.train.steps = 4_500
-        config.train.batch = 32
+        config.train.steps = 7_000
+        config.train.batch = 64
         config.train.lr = 1e-3
         config.train.schedule = "cosine"
         config.train.ema = 0.999

@@ -2,8 +2,8 @@
 
 python -m tools.make_assets.vae PORTRAITS PEOPLE      writes PORTRAITS/base/vae
 
-As in latent diffusion (Rombach et al. 2022): a reconstruction loss, a little KL, and a discriminator of patches, without
-which skin and hair are smooth.
+As in latent diffusion (Rombach et al. 2022): a reconstruction loss, a little KL, and a discriminator of patches,
+without which skin and hair are smooth.
 """
 
 import argparse
@@ -74,7 +74,7 @@ class Learner(NamedTuple):
 def batches(
     people: Float[np.ndarray, "n H W 3"], photographs: Float[np.ndarray, "m H W 3"], batch: int, seed: int
 ) -> Iterator[Float[np.ndarray, "b H W 3"]]:
-    """Random pictures, mirrored by chance and shifted by up to six pixels; photographs in other light and colours too."""
+    """Random pictures, mirrored by chance, shifted by up to six pixels, and photographs in other light and colours."""
     rng, few = np.random.default_rng(seed), round(PHOTOGRAPHS * batch)
     people, photographs = (np.pad(x, ((0, 0), (6, 6), (6, 6), (0, 0)), mode="edge") for x in (people, photographs))
     while True:
@@ -114,7 +114,10 @@ class Training:
         rate = optax.warmup_cosine_decay_schedule(0.0, _RATE, 100, steps)
         self._tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
         self._adversary_tx = optax.adam(1e-3, b1=0.5, b2=0.99)
-        self.graph, weights = nnx.split(AutoencoderKL(CONFIG, rngs=nnx.Rngs(0)))
+        network = AutoencoderKL(CONFIG, rngs=nnx.Rngs(0))
+        bias = network.quant_conv.bias  # of means and log-variances: latents begin with little noise
+        bias[...] = bias[...].at[CHANNELS:].set(-6.0)
+        self.graph, weights = nnx.split(network)
         self._adversary_graph, adversary = nnx.split(Discriminator(nnx.Rngs(1)))
         self.vae = Learner(weights, self._tx.init(weights))
         self.adversary = Learner(adversary, self._adversary_tx.init(adversary))
@@ -162,8 +165,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("portraits", type=Path)
     parser.add_argument("people", type=Path, help="the folder of made people and framings")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch", type=int, default=8)
     arguments = parser.parse_args()
     start()
     size = (SIZE, SIZE)
