@@ -30,6 +30,7 @@ _SKIPPED = (  # they move the whole head, or make it another's, or too strange
     "head-age", "head-angle", "head-trans", "back-scale", "neck-scale", "neck-trans", "mouth-trans", "eye-push",
     "nose-trans-horiz", "nose-compression", "laugh-lines", "dimples", "ear-wing", "ear-rot", "ear-trans", "jaw-drop",
     "nose-flaring", "prognathism", "eye-move", "lowerlip-ext", "upperlip-ext", "double",
+    "eye-bag-max",  # the package's of the right eye has a coordinate that overflowed
 )  # fmt: skip
 _SHAPES = {
     "male": ("diamond", "invertedtriangular", "oval", "rectangular", "round", "square", "triangular", "fat", "skinny"),
@@ -182,13 +183,13 @@ def view(number: int, which: int, who: Person) -> View:
     wear = _CLOTHES[who.gender]
     clothes = wear[random.integers(len(wear))]
     cloth = random.uniform(0.02, 0.75) * (1 + random.uniform(0, 0.9) * random.uniform(-1, 1, 3))
-    yaw = float(np.clip(random.normal(0, 0.21), -0.6, 0.6))
+    yaw = float(np.clip(random.normal(0, 0.2), -0.56, 0.56))
     brightness = float(np.clip(random.normal(0.51, 0.16), 0.18, 0.8))
     return View(
         expression, _expression(random, expression, who.race), clothes, _colour(np.clip(cloth, 0.01, 0.9)),
         bool(random.random() < 0.7), choose(random, _HATS), bool(random.random() < 0.95), yaw,
         float(np.clip(random.normal(0.02, 0.06), -0.16, 0.18)), float(np.clip(random.normal(0, 0.012), -0.04, 0.04)),
-        float(random.uniform(0.4, 1.0)), float(np.exp(np.clip(random.normal(0.02, 0.06), -0.14, 0.17))),
+        float(random.uniform(0.4, 1.0)), float(np.exp(np.clip(random.normal(0.01, 0.06), -0.14, 0.15))),
         (float(0.508 + random.normal(0, 0.012)), float(0.37 + np.clip(random.normal(0, 0.02), -0.05, 0.05))),
         float(random.uniform(3.5, 8)), _light(random, brightness * _NEEDED[who.race]),
         float(random.uniform(0.03, 0.12)), brightness, bool(random.random() < BLACK_AND_WHITE),
@@ -279,16 +280,21 @@ def _hair(random: Random, gender: str, age: str, race: str) -> str:
 
 
 def _hair_colour(random: Random, age: str, race: str) -> Colour:
-    natural = _NATURAL if race == "caucasian" else {"black": 0.62, "dark brown": 0.3, "brown": 0.08}
+    natural = _NATURAL if race == "caucasian" else {"black": 0.7, "dark brown": 0.28, "brown": 0.02}
     name = choose(random, natural)
     if age == "old" and random.random() < 0.75:
         name = choose(random, {"grey": 0.55, "white": 0.45})
-    return _colour(np.array(_HAIR_COLOURS[name]) * np.exp(random.normal(0, 0.15)) * (1 + random.normal(0, 0.02, 3)))
+    return _colour(
+        np.array(_HAIR_COLOURS[name])
+        * (0.7 if race == "african" else 1.0)
+        * np.exp(random.normal(0, 0.15))
+        * (1 + random.normal(0, 0.02, 3))
+    )
 
 
 def _light(random: Random, brightness: float) -> Light:
     """A key light from somewhere before the face, a fill light, one from behind, and what comes from all around."""
-    side, height = random.uniform(-1.1, 1.1), random.uniform(0.1, 0.9)
+    side, height = random.uniform(-0.95, 0.95), random.uniform(0.1, 0.75)
     key = np.array([np.sin(side) * np.cos(height), np.sin(height), np.cos(side) * np.cos(height)])
     warm, cool = random.normal(0, 0.08), random.normal(0, 0.08)
     warmth, coolness = np.array([1 + warm, 1, 1 - warm]), np.array([1 - cool, 1, 1 + cool])
@@ -298,7 +304,7 @@ def _light(random: Random, brightness: float) -> Light:
     behind = random.uniform(0.6, 1.4) * random.choice([-1, 1])
     return Light(
         key, strength * random.uniform(0.6, 1.2) * warmth,
-        np.array([np.sin(across), 0.1, np.cos(across)]), strength * random.uniform(0.05, 0.4) * coolness,
+        np.array([np.sin(across), 0.1, np.cos(across)]), strength * random.uniform(0.2, 0.5) * coolness,
         np.array([np.sin(behind), 0.35, -0.25]), random.uniform(0, 0.7) * coolness,
         around * coolness, 0.6 * around * warmth,
     )  # fmt: skip

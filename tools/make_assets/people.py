@@ -41,6 +41,7 @@ _EYES, _TEETH, _TONGUE = "eyes/HighPolyEyes", "teeth/Teeth_Base", "tongue/tongue
 _EYE_SATURATION = {"brown": 0.45, "brownlight": 0.9}  # for the others 0.7
 _SKIN_SATURATION = {"african": 0.78, "asian": 0.95, "caucasian": 0.93}
 _UPPER_TEETH = 0.27  # of the base mesh, in decimetres: how far they reach down from where teeth begin
+_FORWARD = np.array([0, 0, 0.005], np.float32)  # by so much a beard lies before the skin
 _NO_CEILING = 1e9
 _LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green, blue (ITU-R BT.601)
 
@@ -106,25 +107,24 @@ class Studio:
         """All that is drawn of a person."""
         data, worn = self._data, functools.partial(self._worn, positions)
         skins = data.skins(who.age, who.race, who.gender)
-        skin = Material(
-            skins[int(who.skin * len(skins))], who.tone, now.shine, 20.0, _SKIN_SATURATION.get(who.race, 1.0)
-        )
+        skin = Material(skins[int(who.skin * len(skins))], who.tone, now.shine, 20.0, _SKIN_SATURATION[who.race])
         clothes, dark = f"clothes/{now.clothes}", tuple(0.7 * np.array(who.hair_colour))
         hides = data.proxy(clothes).hides
-        teeth = worn(_TEETH, tint=(0.85, 0.8, 0.74), shine=0.1, gloss=30.0)
         parts = [
             Part(data.body, positions, skin, data.body.without(hides), clothes if hides.any() else ""),
             worn(clothes, tint=now.cloth if now.dyed else (1.0, 1.0, 1.0), gloss=8.0, grey=now.dyed),
             self._eyes(who, now, positions),
-            teeth._replace(floor=float(teeth.positions[:, 1].max() - _UPPER_TEETH * scale[1])),
-            worn(_TONGUE, tint=(0.35, 0.26, 0.26), shine=0.03, gloss=20.0),
         ]
+        if now.expression != "surprised":  # then the mouth is open so wide that they would come out of it
+            teeth = worn(_TEETH, tint=(0.85, 0.8, 0.74), shine=0.1, gloss=30.0)
+            parts.append(teeth._replace(floor=float(teeth.positions[:, 1].max() - _UPPER_TEETH * scale[1])))
+            parts.append(worn(_TONGUE, tint=(0.35, 0.26, 0.26), shine=0.03, gloss=20.0))
         hair = functools.partial(worn, scale=scale, opaque=False, grey=True)
         lashes = (0.01, 0.01, 0.01) if who.gender == "female" else (0.06, 0.045, 0.04)
         parts += [hair(f"eyebrows/{who.brows}", tint=dark, shine=0.0), hair(f"eyelashes/{who.lashes}", tint=lashes)]
         if who.beard:
             beard = hair(f"hair/{who.beard}", tint=dark)
-            parts.append(beard._replace(positions=beard.positions + np.array([0, 0, 0.005], np.float32)))
+            parts.append(beard._replace(positions=beard.positions + _FORWARD))
         ceiling = _NO_CEILING
         if now.hat:
             hat = worn(f"clothes/{now.hat}")
@@ -137,7 +137,7 @@ class Studio:
             parts.append(style._replace(ceiling=ceiling, floor=floor))
         if who.glasses and now.wears_glasses:
             frame = worn("clothes/glasses", tint=who.glasses, shine=0.3, gloss=40.0, opaque=False, least=0.9, grey=True)
-            parts.append(frame)
+            parts.append(frame._replace(positions=frame.positions + _FORWARD * 12))
         return parts
 
     def _worn(self, positions: Positions, name: str, texture: str = "", scale: Any = 1.0, **material: Any) -> Part:

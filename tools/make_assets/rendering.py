@@ -28,12 +28,13 @@ _CONTRAST = 1.2  # exponent of a texture's brightness where its colour is ignore
 _GREY = 0.35  # mean of what a texture without colour reflects, so that the material's colour alone decides
 
 _VERTEX = """#version 330
-in vec3 position; in vec3 normal; in vec2 uv; uniform mat4 projection; uniform mat3 turn;
-out vec3 n; out vec2 place; out float height;
-void main() { gl_Position = projection * vec4(position, 1); n = turn * normal; place = uv; height = position.y; }"""
+in vec3 position; in vec3 normal; in vec2 uv; in float shade; uniform mat4 projection; uniform mat3 turn;
+out vec3 n; out vec2 place; out float height; out float reached;
+void main() { gl_Position = projection * vec4(position, 1); n = turn * normal; place = uv; height = position.y;
+  reached = shade; }"""
 
 _FRAGMENT = """#version 330
-in vec3 n; in vec2 place; in float height; out vec4 colour;
+in vec3 n; in vec2 place; in float height; in float reached; out vec4 colour;
 uniform sampler2D picture; uniform vec3 tint; uniform float shine; uniform float gloss; uniform float least;
 uniform float most; uniform float ceiling; uniform float floor_; uniform bool opaque; uniform float saturation;
 uniform vec3 key; uniform vec3 key_colour; uniform vec3 fill; uniform vec3 fill_colour; uniform vec3 rim;
@@ -50,6 +51,7 @@ void main() {
   float edge = pow(1.0 - max(0.0, m.z), 3.0) * max(0.0, dot(m, rim));
   vec3 light = mix(ground, sky, 0.5 + 0.5 * m.y) + key_colour * lit + fill_colour * max(0.0, dot(m, fill));
   vec3 sum = albedo * light + shine * mirrored * key_colour + edge * rim_colour * (0.15 + albedo);
+  sum *= reached;
   sum = 1.15 * sum / (1.0 + 0.5 * sum);
   colour = vec4(pow(sum, vec3(1 / 2.2)), opaque || alpha > 0.55 ? 1.0 : alpha);
 }"""
@@ -200,10 +202,10 @@ class Renderer:
         mesh, key = part.mesh, (part.mesh.name, part.shown)
         if key not in self._buffers:
             triangles = mesh.triangles if part.triangles is None else part.triangles
-            moving, still = (self._context.buffer(reserve=4 * k * len(mesh.corners)) for k in (6, 2))
-            still.write(np.ascontiguousarray(mesh.uv, "f4").tobytes())
+            moving, still = (self._context.buffer(reserve=4 * k * len(mesh.corners)) for k in (6, 3))
+            still.write(np.concatenate([mesh.uv, mesh.shade[:, None]], 1).astype("f4").tobytes())
             indices = self._context.buffer(np.ascontiguousarray(triangles, "i4").tobytes())
-            content = [(moving, "3f 3f", "position", "normal"), (still, "2f", "uv")]
+            content = [(moving, "3f 3f", "position", "normal"), (still, "2f 1f", "uv", "shade")]
             self._buffers[key] = moving, self._context.vertex_array(self._program, content, indices)
         moving, array = self._buffers[key]
         both = np.concatenate([part.positions, mesh.normals(part.positions)], 1)
