@@ -36,6 +36,7 @@ def base(variant: str) -> ConfigDict:
         config.train.log_every = 5
         config.train.eval_every = 100
         config.evaluate.scorer = str(ASSETS / "portraits" / "judge")
+        config.evaluate.other_scorer = str(ASSETS / "portraits" / "second_judge")
         config.evaluate.images_per_prompt = 4
         config.evaluate.steps = 12
         config.evaluate.guidance = 1.0
