@@ -27,7 +27,7 @@ def base(variant: str) -> ConfigDict:
         config.pairs.guidance = 1.0  # captions say little about a face; guidance burns colours and doubles the time
         config.pairs.batch = 32
         config.pairs.shard_size = 32
-        config.adapter.image_encoder = str(ASSETS / "portraits" / "scorer")
+        config.adapter.kind = "face_id"
         config.adapter.weights = str(ASSETS / "portraits" / "ip_adapter.safetensors")
         config.train.batch = 8
         config.train.lr = 3e-4

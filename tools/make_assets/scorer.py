@@ -1,10 +1,10 @@
 """Trains the embedded preference scorer, which chooses winners and losers.
 
-python -m tools.make_assets.scorer PORTRAITS DRAWN MODEL_FOLDER      writes PORTRAITS/scorer
+python -m tools.make_assets.scorer PORTRAITS PEOPLE MODEL_FOLDER      writes PORTRAITS/scorer
 
 Nobody has said which of two pictures they prefer; face-api's landmarks stand in. If they stay in place when the picture
 is framed otherwise or mirrored, the face is well formed and plain to see. The scorer, a CLIPModel, learns that from
-drawn faces (the folder DRAWN), photographs, and SDRecon's reconstructions of both; and that a picture's own caption is
+made people (the folder PEOPLE), photographs, and SDRecon's reconstructions of both; and that a picture's own caption is
 better than another. All pictures pass through the VAE, or it would learn to recognise the VAE.
 """
 
@@ -102,18 +102,18 @@ def altered(images: Images, rng: np.random.Generator) -> Images:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("portraits", type=Path)
-    parser.add_argument("drawn", type=Path)
+    parser.add_argument("people", type=Path, help="the folder of made people")
     parser.add_argument("models", type=Path, metavar="MODEL_FOLDER", help="package/model of @vladmandic/face-api")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--faces", type=int, default=3000, help="drawn ones")
+    parser.add_argument("--faces", type=int, default=3000, help="made ones")
     parser.add_argument("--redrawn", type=int, default=1000, help="how many of them are reconstructed too")
     arguments = parser.parse_args()
     start()
     mesh, pipeline = local_mesh(), pipelines.load_pipeline(arguments.portraits / "base")
     sampler = Sampler(pipeline, mesh, solver="ddpm", steps=20, guidance=1.0, batch=_BATCH, seed=0)
-    listed = list_photographs(arguments.portraits, "train")
-    listed += list_photographs(arguments.drawn, "base")[: arguments.faces]
+    listed, made = (list_photographs(*place) for place in ((arguments.portraits, "train"), (arguments.people, "base")))
+    listed += made[:: len(made) // arguments.faces][: arguments.faces]
     photographs, pixels = load_images(listed, (SIZE, SIZE))
     ids = pipeline.tokenize([p.caption for p in photographs])
     latents, few = sampler.encode(pixels, "encode"), len(photographs) - arguments.faces + arguments.redrawn
@@ -133,7 +133,7 @@ def main() -> None:
 
     pick = np.random.default_rng(1).choice(np.flatnonzero(heldout), 512)
     held = (images[pick].astype(np.float32), ids[number[pick]], steadiness[pick].astype(np.float32))
-    model, (correlation, caption) = fit(Task("scorer", config(64, 4), loss, batch, held), arguments.steps, seed=0)
+    model, (correlation, caption) = fit(Task("scorer", config(64, 4, 8), loss, batch, held), arguments.steps, seed=0)
     print(f"held-out: correlation with steadiness {correlation:.3f}, prefers the right caption {caption:.3f}")
     save_model(model, arguments.portraits / "scorer", dtype=np.float16)
 
