@@ -9,7 +9,7 @@ from PIL import Image
 
 from hgdpo_jax.data.photographs import list_photographs
 from hgdpo_jax.run.errors import UserError
-from tools.make_assets import looks, people
+from tools.make_assets import hair, heads, looks, people
 from tools.make_assets.backgrounds import COLOURS, KINDS, background
 from tools.make_assets.captions import colour_name
 from tools.make_assets.makehuman import MakeHuman, Mesh, mesh_of, place
@@ -37,6 +37,9 @@ def test_normals_of_a_cube_point_outwards_and_seams_of_the_texture_do_not_show()
     np.testing.assert_allclose(np.linalg.norm(normals, axis=1), 1.0, rtol=1e-6)
     assert len(mesh.corners) == 24 and len(mesh.triangles) == 12
     assert len(mesh.without(np.arange(8) == 0)) < 12
+    upper = mesh.wrap("lid", corners[:, 1] > 0, corners[:, :2])
+    assert len(upper.triangles) == 2 and upper.corners.tolist() == [2, 3, 6, 7]
+    np.testing.assert_array_equal(upper.uv, corners[upper.corners, :2])
 
 
 def test_only_faces_are_kept_whose_vertices_are():
@@ -75,7 +78,73 @@ def test_words_are_as_frequent_as_they_are_meant_to_be():
     ):
         for word, share in options.items():
             assert abs(seen.count(word) / 400 - share) < 4 * np.sqrt(share * (1 - share) / 400)
-    assert not any(who.beard for who in everybody if who.gender == "female")
+    bearded = {gender: [any(who.beard.grown) for who in everybody if who.gender == gender] for gender in people._WHO}
+    assert not any(bearded["female"]) and abs(np.mean(bearded["male"]) - 0.35) < 0.14
+    assert not any(who.natural in hair.DYED for who in everybody)
+
+
+CORE = {  # of makehumancommunity/makehuman-assets, released under CC0
+    "afro01", "bob01", "bob02", "Braid01", "long01", "ponytail01", "short01", "short02", "short03", "short04", "fedora",
+    "fedora_cocked", *(f"male_casualsuit0{i}" for i in range(1, 7)), "male_elegantsuit01", "male_worksuit01",
+    "female_casualsuit01", "female_casualsuit02", "female_elegantsuit01", "female_sportsuit01", "Eyelashes01",
+    "eyelashes02", "eyelashes03", "eyelashes04", *(f"eyebrow{i:03d}" for i in range(1, 13)),
+}  # fmt: skip
+
+
+def test_what_is_worn_may_be_passed_on():
+    worn = {name for styles in (*hair.STYLES.values(), looks.HATS) for name in styles}
+    worn |= {name for names in (*looks._CLOTHES.values(), *looks._BROWS.values()) for name in names}
+    worn |= {looks.person(number, NAMES).lashes for number in range(20)}
+    assert worn - CORE == {"", "cap", "headband"}  # none, and geometry of the project's own
+
+
+def test_hair_grows_where_it_should():
+    spots = {"lip": (0, 6.55, 1.56), "moustache": (0.1, 6.76, 1.55), "chin": (0, 6.3, 1.5), "jaw": (0.5, 6.5, 0.95),
+             "nose": (0, 6.94, 1.68), "cheek": (0.45, 6.95, 1.3), "forehead": (0, 7.7, 1.5), "crown": (0, 8.49, 0.7),
+             "side": (0.74, 7.65, 0.3), "nape": (0, 7.0, -0.15), "ear": (0.86, 7.2, 0.38),
+             "neck": (0, 5.7, 0.7)}  # fmt: skip
+    base = np.array(list(spots.values()), np.float32)
+    outwards = base - np.array([0, 7.2, 0.5], np.float32)
+    lips = np.array([name == "lip" for name in spots], np.float32)
+    skin = heads.skin(base, outwards / np.linalg.norm(outwards, axis=1, keepdims=True), base[:, 1] > 0, lips)
+    grown = {
+        name: {spot for spot, w in zip(spots, weights, strict=True) if w > 0.5}
+        for name, weights in skin._asdict().items()
+    }
+    assert grown["lips"] == {"lip"} and grown["moustache"] == {"moustache"} and grown["jaw"] >= {"chin", "jaw"}
+    assert grown["chin"] == {"chin"} and grown["scalp"] == {"crown", "side", "nape"}
+    assert not grown["jaw"] & {"lip", "nose", "cheek", "forehead", "ear", "neck"}
+    assert "crown" in grown["crown"] and not grown["crown"] & {"side", "nape"}
+    assert all(0 <= weights.min() <= weights.max() <= 1 for weights in skin)
+
+
+def test_a_cap_has_its_edge_on_any_head():
+    random = np.random.default_rng(0)
+    base = random.uniform((-0.6, 7.0, -0.4), (0.6, 8.5, 1.6), (400, 3)).astype(np.float32)
+    height, rise = heads.edge(base, base)
+    larger, steeper = heads.edge(base * np.float32(1.1), base)
+    np.testing.assert_allclose([larger / height, steeper / rise], [1.1, 1.0], rtol=1e-3)
+    _, (_, above) = heads.around(base)[0], heads.around(base)[1].T
+    assert abs(np.mean(above[np.abs(base[:, 1] - height - rise * base[:, 2]) < 0.05])) < 0.03
+
+
+def test_hair_changes_its_form_and_keeps_its_roots():
+    random = np.random.default_rng(0)
+    style, eyes = (
+        random.uniform((-1, 5, -0.5), (1, 8.6, 1.5), (50, 3)).astype(np.float32),
+        np.array([0, 7.3, 1.3], "f4"),
+    )
+    still = (0.0, 2.0, 0.3)
+    np.testing.assert_allclose(hair.dressed(style, eyes, (1, 1, 1), still), style, atol=1e-6)
+    wide = hair.dressed(style, eyes, (1.1, 1, 1), still)
+    np.testing.assert_allclose(wide, style * np.array([1.1, 1, 1]), rtol=1e-5)
+    moved = np.abs(hair.dressed(style, eyes, (1, 1, 1), (0.1, 2.0, 0.3)) - style).max(1)
+    assert moved[style[:, 1] > 8.2].max() < 1e-6 < moved[style[:, 1] < 7].min() and moved.max() < 0.4
+
+
+def test_bright_pictures_have_lighter_backgrounds():
+    means = [np.mean([background(np.random.default_rng(i), 8, light) for i in range(60)]) for light in (0.2, 0.5, 0.8)]
+    assert means[0] < means[1] < means[2]
 
 
 @pytest.mark.parametrize("word", COLOURS)

@@ -24,6 +24,7 @@ COLOURS: dict[str, tuple[float, tuple[float, float], tuple[float, float], tuple[
     "blue": (0.07, (180, 245), (0.3, 0.8), (0.35, 0.95)),
     "purple": (0.05, (263, 312), (0.3, 0.75), (0.35, 0.9)),
 }
+_LIGHTER = 6.0  # exponent of how much more frequent light colours are in bright pictures
 KINDS = {"plain": 0.18, "shade": 0.2, "blobs": 0.18, "room": 0.22, "lights": 0.1, "leaves": 0.12}
 
 
@@ -33,9 +34,11 @@ def choose(random: Random, options: dict[str, float]) -> str:
     return list(options)[int(random.choice(len(options), p=weights / weights.sum()))]
 
 
-def background(random: Random, size: int) -> Picture:
-    """A picture of size² pixels, with values in [0, 1]."""
-    _, hue, saturation, value = COLOURS[choose(random, {name: colour[0] for name, colour in COLOURS.items()})]
+def background(random: Random, size: int, brightness: float = 0.5) -> Picture:
+    """A picture of size² pixels, with values in [0, 1]: the lighter, the brighter the whole is meant to be."""
+    lighter = _LIGHTER * (brightness - 0.5)
+    frequent = {name: share * np.exp(lighter * (sum(value) / 2 - 0.6)) for name, (share, *_, value) in COLOURS.items()}
+    _, hue, saturation, value = COLOURS[choose(random, frequent)]
     colour = colorsys.hsv_to_rgb(random.uniform(*hue) / 360 % 1.0, random.uniform(*saturation), random.uniform(*value))
     flat = np.broadcast_to(np.array(colour), (size, size, 3))
     kind = choose(random, KINDS)

@@ -5,20 +5,18 @@ A person and each view have a random stream of their own, so that any order of w
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from tools.make_assets.backgrounds import Random, choose
+from tools.make_assets.hair import DYED, TIED, Beard, Colour, Hair, as_colour, beard_of, hair_colour, hair_of
 from tools.make_assets.rendering import Light
-
-Colour = tuple[float, float, float]
 
 AGES = {"young": 0.3, "middleage": 0.45, "old": 0.25}
 RACES = {"caucasian": 0.5, "african": 0.25, "asian": 0.25}
 EXPRESSIONS = {"neutral": 0.35, "smiling": 0.40, "surprised": 0.08, "serious": 0.17}
 GLASSES, BLACK_AND_WHITE = 0.15, 0.06
-_HATS = {"": 0.96, "fedora": 0.015, "fedora_cocked": 0.01, "Fishing_Hat_01": 0.015}
+HATS = {"": 0.945, "fedora": 0.015, "fedora_cocked": 0.01, "cap": 0.02, "headband": 0.01}
 
 # Of what is left of a name without its last word, two targets change the form in opposite directions.
 _OPPOSITES = dict(pair.split() for pair in (
@@ -40,38 +38,24 @@ _TYPICAL = {  # weights up to these make the two easier to tell apart
     "male": {"chin/chin-width-max": 0.4, "eyebrows/eyebrows-trans-depth-more": 0.4, "neck/neck-scale-horiz-more": 0.4},
     "female": {"eyes/l-eye-size-big": 0.4, "eyes/r-eye-size-big": 0.4, "nose/nose-scale-horiz-decr": 0.4,
                "mouth/mouth-upperlip-volume-inflate": 0.5, "mouth/mouth-lowerlip-volume-inflate": 0.5,
-               "chin/chin-width-min": 0.4},
+               "chin/chin-width-min": 0.6, "chin/chin-bones-in": 0.4, "eyebrows/eyebrows-trans-depth-less": 0.5,
+               "chin/chin-jaw-drop-less": 0.4, "nose/nose-scale-vert-decr": 0.3},
 }  # fmt: skip
-_VARIATION = {"male": 0.27, "female": 0.21}  # standard deviation of a feature's weight
+_VARIATION = {"male": 0.27, "female": 0.19}  # standard deviation of a feature's weight
 
-_HAIR: dict[str, dict[str, float]] = {
-    "male": {"short01": 0.26, "short02": 0.23, "short04": 0.24, "short03": 0.01, "afro01": 0.03, "": 0.14,
-             "ponytail01": 0.03, "long_alpha7": 0.02},
-    "female": {"long01": 0.2, "long_alpha7": 0.15, "ponytail01": 0.13, "Wig_bun_blonde": 0.09, "Braid01": 0.09,
-               "junglebookhair": 0.07, "curly": 0.05, "curly2": 0.02, "southernbelleringlets": 0.015, "short02": 0.04,
-               "short04": 0.02, "afro01": 0.01, "blondwithheadband": 0.04, "bob02": 0.01,
-               "short03": 0.01},
-}  # fmt: skip
-_CAN_BE_CUT = ("long01", "long_alpha7", "junglebookhair", "curly", "curly2")
-_HAIR_COLOURS: dict[str, Colour] = {
-    "black": (0.018, 0.015, 0.014), "dark brown": (0.055, 0.034, 0.022), "brown": (0.13, 0.077, 0.045),
-    "light brown": (0.24, 0.15, 0.085), "blond": (0.48, 0.34, 0.18), "red": (0.27, 0.09, 0.035),
-    "grey": (0.3, 0.3, 0.31), "white": (0.62, 0.61, 0.6),
-}  # fmt: skip
-_NATURAL = {"black": 0.16, "dark brown": 0.27, "brown": 0.22, "light brown": 0.12, "blond": 0.15, "red": 0.08}
 _EYES = {"brown": 0.22, "brownlight": 0.2, "blue": 0.14, "deepblue": 0.08, "lightblue": 0.08, "green": 0.12,
          "bluegreen": 0.06, "grey": 0.1}  # fmt: skip
+# What is worn are assets of MakeHuman's own (CC0 since September 2020), glasses apart (by punkduck, CC BY 3.0).
 _BROWS = {
     "male": ("eyebrow001", "eyebrow008", "eyebrow009", "eyebrow010", "eyebrow012"),
     "female": ("eyebrow001", "eyebrow006", "eyebrow010", "eyebrow012"),
 }  # the others look angry
+_SUITS = tuple(f"male_casualsuit0{i}" for i in (1, 2, 3, 5, 6))
 _CLOTHES: dict[str, tuple[str, ...]] = {
-    "male": ("male_casualsuit01", "male_casualsuit02", "male_casualsuit03", "male_casualsuit05", "male_casualsuit06",
-             "male_elegantsuit01", "male_worksuit01", "Harvey_Sweater2", "short_tail_camo_tee"),
-    "female": ("female_casualsuit01", "female_elegantsuit01", "female_sportsuit01", "Harvey_Sweater2",
-               "Rolled_neck_blouse", "Sleeveless", "Coat", "F_Dress_04", "Tank_Top_01",
-               "Asymmetric_Tunic_and_Sash", "Harvey_VestV1"),
-}  # fmt: skip
+    "male": (*_SUITS, "male_elegantsuit01", "male_worksuit01"),
+    "female": (*_SUITS, "female_casualsuit01", "female_elegantsuit01", "female_sportsuit01", "female_sportsuit01"),
+}
+_TONES = {"caucasian": 0.93, "asian": 0.93, "african": 1.12}  # means of what skins reflect, their textures' being 1
 _NEEDED = {"caucasian": 0.95, "asian": 0.95, "african": 1.3}  # light, by what a skin reflects
 _FRAMES: tuple[Colour, ...] = ((0.01, 0.01, 0.01), (0.02, 0.012, 0.01), (0.1, 0.05, 0.03), (0.25, 0.25, 0.27),
                                (0.2, 0.02, 0.02), (0.02, 0.04, 0.15), (0.5, 0.4, 0.2))  # fmt: skip
@@ -87,8 +71,9 @@ class Person:
         skin: which of the skins that fit, in [0, 1).
         tone: factors of its colour.
         eyes: their colour.
-        hair: its style, empty for bald; `cut` is where it ends, in decimetres below the eyes.
-        hair_colour, beard, brows, lashes, glasses: what they say; empty or None for none.
+        hair, beard, brows, lashes, glasses: what they say; no glasses if None.
+        natural: the colour of brows and beard.
+        lips: factors of their colour.
         mirrored: whether the pictures are, so that not all partings are on the same side.
     """
 
@@ -99,12 +84,12 @@ class Person:
     skin: float
     tone: Colour
     eyes: str
-    hair: str
-    cut: float
-    hair_colour: Colour
-    beard: str
+    hair: Hair
+    beard: Beard
     brows: str
     lashes: str
+    natural: Colour
+    lips: Colour
     glasses: Colour | None
     mirrored: bool
 
@@ -117,7 +102,8 @@ class View:
         expression: a word of the captions.
         targets: morph targets' weights.
         clothes, cloth: proxy, and factors of its colour; `dyed` where they replace it.
-        hat: a proxy's name, or empty.
+        hat: a proxy's name, cap, headband, or empty; `hat_colours` are those of caps and headbands, and of stripes, of
+            which there are `stripes` in two decimetres.
         wears_glasses: whether those who have them do.
         yaw, pitch, roll: of the head, in radians.
         gaze: how much of the way back to the camera the eyes turn.
@@ -137,6 +123,8 @@ class View:
     cloth: Colour
     dyed: bool
     hat: str
+    hat_colours: tuple[Colour, Colour]
+    stripes: float
     wears_glasses: bool
     yaw: float
     pitch: float
@@ -162,15 +150,18 @@ def person(number: int, names: Sequence[str]) -> Person:
     random = np.random.default_rng([43, number])
     gender = ("female", "male")[int(random.random() < 0.5)]
     age, race = choose(random, AGES), choose(random, RACES)
-    hair = _hair(random, gender, age, race)
-    colour = _hair_colour(random, age, race)
-    tone = np.clip(1 + random.normal(0, 0.07) + random.normal(0, 0.025, 3), 0.75, 1.2)
+    tone = _TONES[race] * np.clip(1 + random.normal(0, 0.08) + random.normal((0.03, 0, -0.03), 0.025), 0.75, 1.2)
     eyes = choose(random, _EYES) if race == "caucasian" else choose(random, {"brown": 0.85, "brownlight": 0.15})
-    beard = choose(random, {"": 0.62, "Full_beard": 0.25, "Moustache": 0.13}) if gender == "male" else ""
+    natural = hair_colour(random, age, race)
+    dyed = DYED[random.integers(len(DYED))] if random.random() < 0.02 else natural
+    hair = hair_of(random, gender, age, race, dyed)
+    lips = (0.95, 0.9, 0.9)
+    if gender == "female":
+        lips = as_colour((1 - random.beta(1.2, 2.5) * np.array([0.15, 0.6, 0.5])) * 0.97)
     return Person(
-        gender, age, race, _identity(random, gender, age, race, names), float(random.random()), _colour(tone), eyes,
-        hair, float(random.uniform(0.75, 1.3)) if hair in _CAN_BE_CUT and random.random() < 0.4 else 9.0, colour, beard,
-        _BROWS[gender][random.integers(len(_BROWS[gender]))], choose(random, {"Eyelashes01": 1, "eyelashes04": 1}),
+        gender, age, race, _identity(random, gender, age, race, names), float(random.random()), as_colour(tone), eyes,
+        hair, beard_of(random, gender), _BROWS[gender][random.integers(len(_BROWS[gender]))],
+        choose(random, {"Eyelashes01": 1, "eyelashes04": 1}), natural, lips,
         _FRAMES[random.integers(len(_FRAMES))] if random.random() < GLASSES / 0.95 else None,
         bool(random.random() < 0.5),
     )  # fmt: skip
@@ -179,15 +170,17 @@ def person(number: int, names: Sequence[str]) -> Person:
 def view(number: int, which: int, who: Person) -> View:
     """View `which` of the person of a number."""
     random = np.random.default_rng([43, number, which])
-    expression = choose(random, EXPRESSIONS)
+    expression, hat = choose(random, EXPRESSIONS), choose(random, HATS)
+    if hat == "headband" and who.hair.style not in TIED:
+        hat = "cap"
     wear = _CLOTHES[who.gender]
     clothes = wear[random.integers(len(wear))]
-    cloth = random.uniform(0.02, 0.75) * (1 + random.uniform(0, 0.9) * random.uniform(-1, 1, 3))
     yaw = float(np.clip(random.normal(0, 0.2), -0.56, 0.56))
-    brightness = float(np.clip(random.normal(0.51, 0.16), 0.18, 0.8))
+    brightness = float(np.clip(random.normal(0.485, 0.145), 0.18, 0.78))
     return View(
-        expression, _expression(random, expression, who.race), clothes, _colour(np.clip(cloth, 0.01, 0.9)),
-        bool(random.random() < 0.7), choose(random, _HATS), bool(random.random() < 0.95), yaw,
+        expression, _expression(random, expression, who.race), clothes, _cloth(random),
+        bool(random.random() < 0.7), hat, (_cloth(random), _cloth(random)),
+        float(random.choice([0.0, 0.0, 9.0, 14.0])), bool(random.random() < 0.95), yaw,
         float(np.clip(random.normal(0.02, 0.06), -0.16, 0.18)), float(np.clip(random.normal(0, 0.012), -0.04, 0.04)),
         float(random.uniform(0.4, 1.0)), float(np.exp(np.clip(random.normal(0.01, 0.06), -0.14, 0.15))),
         (float(0.508 + random.normal(0, 0.012)), float(0.37 + np.clip(random.normal(0, 0.02), -0.05, 0.05))),
@@ -199,7 +192,11 @@ def view(number: int, which: int, who: Person) -> View:
 
 def _identity(random: Random, gender: str, age: str, race: str, names: Sequence[str]) -> dict[str, float]:
     """The targets of a face: race, gender and age, and features that are its own."""
-    old = {"young": random.uniform(0, 0.05), "middleage": random.uniform(0.2, 0.4), "old": random.uniform(0.65, 1)}[age]
+    old = {
+        "young": random.uniform(0, 0.05),
+        "middleage": random.uniform(0.2, 0.4),
+        "old": random.uniform(0.65, 1) * (0.75 if gender == "female" else 1.0),
+    }[age]
     found: dict[str, float] = {}
     other = ("caucasian", "african", "asian")[random.integers(3)]
     mixed = random.uniform(0, 0.35)
@@ -207,7 +204,7 @@ def _identity(random: Random, gender: str, age: str, race: str, names: Sequence[
         for stage, share in (("young", 1 - old), ("old", old)):
             name = f"macrodetails/{which}-{gender}-{stage}"
             found[name] = found.get(name, 0.0) + part * share
-    muscle = choose(random, {"min": 0.3, "average": 0.6, "max": 0.1 if gender == "female" else 0.3})
+    muscle = choose(random, {"min": 0.3, "average": 0.6, "max": 0.02 if gender == "female" else 0.3})
     weight = choose(random, {"min": 0.2, "average": 0.6, "max": 0.2})
     strength = random.uniform(0.2, 0.7)
     for stage, share in (("young", 1 - old), ("old", old)):
@@ -218,7 +215,7 @@ def _identity(random: Random, gender: str, age: str, race: str, names: Sequence[
     found |= {"young": {"head/head-age-less": random.uniform(0.2, 0.5)}, "middleage": {},
               "old": {"head/head-age-more": random.uniform(0.3, 0.7)}}[age]  # fmt: skip
     for name, most in _TYPICAL[gender].items():
-        found[name] = random.uniform(0, most)
+        found[name] = random.uniform(0.3 if gender == "female" else 0.0, 1.0) * most
     shapes = _SHAPES[gender]
     found[f"head/head-{shapes[random.integers(len(shapes))]}"] = random.uniform(0.1, 0.45)
     features = sorted({_feature(name) for name in names if _feature(name)})
@@ -265,40 +262,18 @@ def _expression(random: Random, word: str, race: str) -> dict[str, float]:
     return {f"expression/units/{race}/{name}": float(value) for name, value in found.items()}
 
 
-def _hair(random: Random, gender: str, age: str, race: str) -> str:
-    styles = dict(_HAIR[gender])
-    if race == "african":
-        styles["afro01"] += 0.25
-        for name in ("curly", "curly2", "Braid01"):
-            if name in styles:
-                styles[name] *= 1.5
-    if age == "old":
-        for name, factor in {"": 2.0, "short02": 3.0, "short04": 2.0, "long01": 0.4, "long_alpha7": 0.4}.items():
-            if name in styles:
-                styles[name] *= factor
-    return choose(random, styles)
-
-
-def _hair_colour(random: Random, age: str, race: str) -> Colour:
-    natural = _NATURAL if race == "caucasian" else {"black": 0.7, "dark brown": 0.28, "brown": 0.02}
-    name = choose(random, natural)
-    if age == "old" and random.random() < 0.75:
-        name = choose(random, {"grey": 0.55, "white": 0.45})
-    return _colour(
-        np.array(_HAIR_COLOURS[name])
-        * (0.7 if race == "african" else 1.0)
-        * np.exp(random.normal(0, 0.15))
-        * (1 + random.normal(0, 0.02, 3))
-    )
+def _cloth(random: Random) -> Colour:
+    cloth = random.uniform(0.02, 0.75) * (1 + random.uniform(0, 0.9) * random.uniform(-1, 1, 3))
+    return as_colour(np.clip(cloth, 0.01, 0.9))
 
 
 def _light(random: Random, brightness: float) -> Light:
     """A key light from somewhere before the face, a fill light, one from behind, and what comes from all around."""
     side, height = random.uniform(-0.95, 0.95), random.uniform(0.1, 0.75)
     key = np.array([np.sin(side) * np.cos(height), np.sin(height), np.cos(side) * np.cos(height)])
-    warm, cool = random.normal(0, 0.08), random.normal(0, 0.08)
+    warm, cool = random.normal(0.03, 0.06), random.normal(0.0, 0.05)
     warmth, coolness = np.array([1 + warm, 1, 1 - warm]), np.array([1 - cool, 1, 1 + cool])
-    strength = np.exp(1.8 * (brightness - 0.45))
+    strength = np.exp(1.5 * (brightness - 0.45))
     around = strength * random.uniform(0.2, 0.5)
     across = random.uniform(0.6, 1.5) * -np.sign(side)
     behind = random.uniform(0.6, 1.4) * random.choice([-1, 1])
@@ -308,8 +283,3 @@ def _light(random: Random, brightness: float) -> Light:
         np.array([np.sin(behind), 0.35, -0.25]), random.uniform(0, 0.7) * coolness,
         around * coolness, 0.6 * around * warmth,
     )  # fmt: skip
-
-
-def _colour(values: Any) -> Colour:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue

@@ -13,11 +13,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from hgdpo_jax.run.errors import UserError
+from tools.make_assets import heads
 
 LOWEST = 4.4  # units of the mesh, which are decimetres; the chin is at 6.2, the crown at 8.5
 _VERTICES, _BODY = 19158, 13380  # of the base mesh, and of these the body's; the others are helpers for proxies
 _HEAD = 6.6  # whatever is higher is head, and nothing of it hair, ears apart
-_MOUTH = np.array([0.0, 6.65, 0.9], np.float32)  # its middle
+_FULLER_LIPS = ("mouth/mouth-upperlip-volume-inflate", "mouth/mouth-lowerlip-volume-inflate")
 _TRIANGLE, _QUAD = 10, 11  # types of faces: with a material, and texture coordinates of each corner
 
 Positions = Float[np.ndarray, "v 3"]
@@ -31,7 +32,7 @@ class Mesh:
         corners: the vertex of each corner; a vertex has as many corners as places in the texture.
         uv: where each corner is in the texture, (0, 0) lower left.
         triangles: three corners each.
-        shade: how much light reaches each corner, in [0, 1].
+        skin: what each corner has of heads.Skin; all light, and nothing else, unless it is a body's.
     """
 
     def __init__(
@@ -46,7 +47,8 @@ class Mesh:
         both, corner = np.unique(self._faces * len(uv) + coordinates[area], return_inverse=True)
         self.corners, self.uv = both // len(uv), uv[both % len(uv)].astype(np.float32)
         self.triangles = corner.reshape(-1, 3).astype(np.int32)
-        self.shade = np.ones(len(self.corners), np.float32)
+        self.skin = np.zeros((len(self.corners), len(heads.Skin._fields)), np.float32)
+        self.skin[:, 0] = 1.0
 
     @cached_property
     def _around(self) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"], Int[np.ndarray, "m"]]:
@@ -65,6 +67,15 @@ class Mesh:
         found = np.zeros_like(positions)
         found[vertices] = np.add.reduceat(across[triangles], begins)
         return found / np.maximum(np.sqrt((found**2).sum(1, keepdims=True)), 1e-9)
+
+    def wrap(self, name: str, kept: Bool[np.ndarray, "n"], uv: Float[np.ndarray, "n 2"]) -> "Mesh":
+        """Its triangles all of whose vertices are kept, with other texture coordinates, one pair for each vertex."""
+        faces = self._faces[kept[self._faces].all(1)][:, [0, 1, 2, 2]]
+        return Mesh(name, faces, faces, uv)
+
+    def where(self, wanted: Bool[np.ndarray, "n"]) -> Int[np.ndarray, "t 3"]:
+        """The triangles that have one corner or more of those wanted."""
+        return self.triangles[wanted[self.triangles].any(1)]
 
     def without(self, hidden: Bool[np.ndarray, "n"]) -> Int[np.ndarray, "t 3"]:
         """The triangles none of whose vertices is hidden."""
@@ -125,6 +136,7 @@ class MakeHuman:
     Attributes:
         base: positions of the base mesh's vertices that are left.
         body: its skin.
+        scalp: what a cap covers of it, with texture coordinates of heads.around.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -146,9 +158,14 @@ class MakeHuman:
         self._kept = np.flatnonzero(positions[:, 1] > LOWEST)
         self.base = positions[self._kept]
         self.body = mesh_of(raw, "body", self._kept[self._kept < _BODY], self._kept, material="body")
-        self.body.shade = _darkness_of_the_mouth(self.base, self.body.normals(self.base))[self.body.corners]
         self._loaded: dict[str, Float[np.ndarray, "v 3"]] = {}
         self._proxies: dict[str, Proxy] = {}
+        fuller = np.linalg.norm(self.form({name: 1.0 for name in _FULLER_LIPS}) - self.base, axis=1)
+        isbody = self._kept < _BODY
+        skin = heads.skin(self.base, self.body.normals(self.base), isbody, fuller / max(float(fuller.max()), 1e-9))
+        self.body.skin = np.stack(skin, 1)[self.body.corners]
+        kept, uv = heads.around(self.base)
+        self.scalp = self.body.wrap("scalp", kept & isbody, uv)
 
     def names(self, *groups: str) -> list[str]:
         """The targets of some groups, such as nose, in order."""
@@ -189,14 +206,6 @@ class MakeHuman:
         """Pictures of skin: young, middleage or old; african, asian or caucasian; female or male."""
         files = (self._data / "skins" / f"{age}_{race}_{gender}" / "textures").glob("*diffuse*.png")
         return sorted(files)
-
-
-def _darkness_of_the_mouth(base: Positions, normals: Positions) -> Float[np.ndarray, " v"]:
-    """How much light reaches each vertex of the body: the less, the deeper it is inside the mouth."""
-    beside, height, depth = np.abs(base[:, 0]), base[:, 1], base[:, 2]
-    inside = (beside < 0.45) & (height > 6.3) & (height < 6.84) & (depth > 0.2) & (depth < 1.6)
-    inside &= ((base - _MOUTH) * normals).sum(1) < 0  # the skin around it looks outwards
-    return np.where(inside, np.clip((depth - 1.3) / 0.22, 0.1, 1.0), 1.0).astype(np.float32)
 
 
 def mesh_of(

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from tqdm import tqdm
 
 from hgdpo_jax.run import command
 from hgdpo_jax.run.files import atomic_path
-from tools.make_assets import looks
+from tools.make_assets import heads, looks
 from tools.make_assets.backgrounds import background
 from tools.make_assets.captions import colour_name
+from tools.make_assets.hair import HIDES_AN_EYE, Colour, dressed
 from tools.make_assets.looks import Person, View
 from tools.make_assets.makehuman import MakeHuman, Positions
 from tools.make_assets.photographs import SIZE
-from tools.make_assets.rendering import Camera, Material, Part, Renderer, rotation
+from tools.make_assets.rendering import Camera, Growth, Material, Part, Renderer, rotation
 
 _FINE = 3  # times as large is drawn, and then scaled down
 _EYES_TO_MOUTH, _PART = 0.65, 0.311  # of the base mesh, in decimetres; and which part of a photograph's height it is
@@ -39,9 +41,15 @@ _OLD = {"young": "a young", "middleage": "a", "old": "an older"}
 _WHO = {"female": "woman", "male": "man"}
 _EYES, _TEETH, _TONGUE = "eyes/HighPolyEyes", "teeth/Teeth_Base", "tongue/tongue01"
 _EYE_SATURATION = {"brown": 0.45, "brownlight": 0.9}  # for the others 0.7
-_SKIN_SATURATION = {"african": 0.78, "asian": 0.95, "caucasian": 0.93}
+_SKIN_SATURATION = {"african": 0.85, "asian": 1.08, "caucasian": 1.1}
+_OLD_SATURATION = {"african": 0.75, "asian": 0.95, "caucasian": 1.0}  # of the old, times as much
 _UPPER_TEETH = 0.27  # of the base mesh, in decimetres: how far they reach down from where teeth begin
-_FORWARD = np.array([0, 0, 0.005], np.float32)  # by so much a beard lies before the skin
+_FORWARD = np.array([0, 0, 0.06], np.float32)  # by so much glasses lie before where the package puts them
+_BESIDE_EYES, _BEFORE = 0.63, 0.5  # decimetres from the eyes' middle sideways and backwards: no hair before the face
+_BEARD_LENGTHS = (0.22, 1.0, 0.8)  # how long hair is on lip, chin and jaws, the longest being 1
+_LAYER = 0.012  # decimetres between two layers of hair that stands off the skin
+_THICK, _OVER_HAIR, _FRINGE = 0.11, 0.14, 0.07  # how far a cap, a headband and a fringe stand off the head
+_FOREHEAD = 0.37  # how far the edge of a cap is above the eyes
 _NO_CEILING = 1e9
 _LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green, blue (ITU-R BT.601)
 
@@ -64,9 +72,13 @@ def caption(who: Person, now: View, pixels: UInt8[np.ndarray, "s s 3"], behind: 
 def exposed(image: Float[np.ndarray, "s s 3"], brightness: float) -> Float[np.ndarray, "s s 3"]:
     """Values in [0, 1], lighter or darker so that their mean comes near to what is aimed at. Hues stay, and black and
     white."""
-    power = np.clip(np.log(brightness) / np.log(np.clip(image.mean(), 0.05, 0.95)), 0.75, 1.5)
+    power = np.clip(np.log(brightness) / np.log(np.clip(image.mean(), 0.05, 0.95)), 0.85, 1.4)
     grey = np.clip(image @ _LUMINANCE, 0.01, 1.0)[..., None]
     return np.clip(image * grey ** (power - 1.0), 0.0, 1.0)
+
+
+def _times(colour: Colour, factor: float) -> Any:
+    return tuple(factor * part for part in colour)
 
 
 class Studio:
@@ -95,7 +107,7 @@ class Studio:
         large = Image.frombytes("RGBX", drawn.shape[:2], drawn.tobytes())  # colours are times opacity already
         values = np.asarray(large.resize((self._size, self._size), Image.Resampling.LANCZOS)) / 255.0
         opacity = values[..., 3:]
-        scene = background(np.random.default_rng(now.seed), self._size)
+        scene = background(np.random.default_rng(now.seed), self._size, now.brightness)
         image = exposed(np.clip(values[..., :3] + (1.0 - opacity) * scene, 0.0, 1.0), now.brightness)
         if now.black_and_white:
             image = np.repeat((image @ _LUMINANCE)[..., None], 3, -1)
@@ -107,11 +119,17 @@ class Studio:
         """All that is drawn of a person."""
         data, worn = self._data, functools.partial(self._worn, positions)
         skins = data.skins(who.age, who.race, who.gender)
-        skin = Material(skins[int(who.skin * len(skins))], who.tone, now.shine, 20.0, _SKIN_SATURATION[who.race])
-        clothes, dark = f"clothes/{now.clothes}", tuple(0.7 * np.array(who.hair_colour))
+        saturation = _SKIN_SATURATION[who.race] * (_OLD_SATURATION[who.race] if who.age == "old" else 1.0)
+        picture = skins[int(who.skin * len(skins))]
+        skin = Material(picture, who.tone, now.shine, 20.0, saturation, lips=who.lips)
+        clothes, dark = f"clothes/{now.clothes}", _times(who.natural, 0.7)
         hides = data.proxy(clothes).hides
+        head, beard = who.hair, who.beard
+        cover = max(head.cover, beard.cover)
+        grown = *(_times(beard.grown, beard.cover / max(cover, 1e-9))), head.cover / max(cover, 1e-9)
+        growth = Growth(grown, dark, cover, bald=float(head.bald))
         parts = [
-            Part(data.body, positions, skin, data.body.without(hides), clothes if hides.any() else ""),
+            Part(data.body, positions, skin, data.body.without(hides), clothes if hides.any() else "", growth=growth),
             worn(clothes, tint=now.cloth if now.dyed else (1.0, 1.0, 1.0), gloss=8.0, grey=now.dyed),
             self._eyes(who, now, positions),
         ]
@@ -119,26 +137,68 @@ class Studio:
             teeth = worn(_TEETH, tint=(0.85, 0.8, 0.74), shine=0.1, gloss=30.0)
             parts.append(teeth._replace(floor=float(teeth.positions[:, 1].max() - _UPPER_TEETH * scale[1])))
             parts.append(worn(_TONGUE, tint=(0.35, 0.26, 0.26), shine=0.03, gloss=20.0))
-        hair = functools.partial(worn, scale=scale, opaque=False, grey=True)
-        lashes = (0.01, 0.01, 0.01) if who.gender == "female" else (0.06, 0.045, 0.04)
-        parts += [hair(f"eyebrows/{who.brows}", tint=dark, shine=0.0), hair(f"eyelashes/{who.lashes}", tint=lashes)]
-        if who.beard:
-            beard = hair(f"hair/{who.beard}", tint=dark)
-            parts.append(beard._replace(positions=beard.positions + _FORWARD))
-        ceiling = _NO_CEILING
-        if now.hat:
-            hat = worn(f"clothes/{now.hat}")
-            low, high = hat.positions[:, 1].min(), hat.positions[:, 1].max()
-            ceiling = float(low + 0.3 * (high - low))  # hair does not reach through it
-            parts.append(hat)
-        if who.hair:
-            floor = float(data.middle(positions, _EYES)[1] - who.cut)
-            style = hair(f"hair/{who.hair}", tint=who.hair_colour, shine=0.08, gloss=18.0)
-            parts.append(style._replace(ceiling=ceiling, floor=floor))
+        fine = functools.partial(worn, scale=scale, opaque=False, grey=True)
+        parts += [fine(f"eyebrows/{who.brows}", tint=dark, shine=0.0), self._lashes(who, positions, scale)]
+        parts += self._standing(who, positions, dark)
+        hat, ceiling, rise = self._hat(now, positions)
+        parts += hat
+        if head.style:
+            parts.append(self._style(who, positions, scale)._replace(ceiling=ceiling, rise=rise))
+        if head.fringe and not now.hat:
+            strands = Material(tint=head.colour, shine=0.05)
+            fringe = Part(data.scalp, positions, strands, push=_FRINGE, ragged=0.16)
+            parts.append(fringe._replace(span=(head.fringe - _FOREHEAD, 0.6)))
         if who.glasses and now.wears_glasses:
             frame = worn("clothes/glasses", tint=who.glasses, shine=0.3, gloss=40.0, opaque=False, least=0.9, grey=True)
-            parts.append(frame._replace(positions=frame.positions + _FORWARD * 12))
+            parts.append(frame._replace(positions=frame.positions + _FORWARD))
         return parts
+
+    def _lashes(self, who: Person, positions: Positions, scale: Float[np.ndarray, "3"]) -> Part:
+        """A man's are thinner."""
+        colour, least = ((0.01, 0.01, 0.01), 0.04) if who.gender == "female" else ((0.06, 0.045, 0.04), 0.7)
+        return self._worn(positions, f"eyelashes/{who.lashes}", scale=scale, opaque=False, grey=True, tint=colour,
+                          least=least)  # fmt: skip
+
+    def _standing(self, who: Person, positions: Positions, colour: Colour) -> list[Part]:
+        """Beard and hair that stand off the skin."""
+        body, head, beard, found = self._data.body, who.hair, who.beard, []
+        for grown, lengths, droop, columns in (
+            ((*beard.grown, 0.0), (*_times(_BEARD_LENGTHS, beard.length), 0.0), (-0.5, 0.2), slice(3, 6)),
+            ((0.0, 0.0, 0.0, 1.0), (0.0, 0.0, 0.0, head.length), (0.1, 0.0), slice(6, 7)),
+        ):
+            if any(lengths) and any(grown):
+                growth = Growth(grown, colour, 0.0, lengths, float(head.bald), droop)
+                where = body.where(np.any(body.skin[:, columns], axis=1))
+                hair = Part(body, positions, Material(shine=0.0), where, f"hair {columns}", growth=growth)
+                found.append(hair._replace(layers=int(np.ceil(max(lengths) / _LAYER))))
+        return found
+
+    def _hat(self, now: View, positions: Positions) -> tuple[list[Part], float, float]:
+        """What is on the head, and (ceiling, rise) of the hair, which does not reach through it."""
+        if not now.hat:
+            return [], _NO_CEILING, 0.0
+        if now.hat.startswith("fedora"):
+            hat = self._worn(positions, f"clothes/{now.hat}")
+            low, high = hat.positions[:, 1].min(), hat.positions[:, 1].max()
+            return [hat], float(low + 0.3 * (high - low)), 0.0
+        colour, other = now.hat_colours
+        cloth = Material(tint=colour, shine=0.0, stripes=now.stripes, stripe=other)
+        wrap = Part(self._data.scalp, positions, cloth, push=_THICK)
+        if now.hat == "headband":
+            return [wrap._replace(span=(0.02, 0.24), push=_OVER_HAIR)], _NO_CEILING, 0.0
+        height, rise = heads.edge(positions, self._data.base)
+        brim = wrap._replace(material=replace(cloth, stripes=0.0), push=1.35 * _THICK, span=(0.0, 0.24))
+        return [wrap._replace(span=(0.0, 9.0)), brim], height + 0.12, rise
+
+    def _style(self, who: Person, positions: Positions, scale: Float[np.ndarray, "3"]) -> Part:
+        """The hair of a style, in the form that a person wears it."""
+        head, eyes = who.hair, self._data.middle(positions, _EYES)
+        style = self._worn(positions, f"hair/{head.style}", scale=scale, opaque=False, grey=True, tint=head.colour,
+                           shine=0.08, gloss=18.0)  # fmt: skip
+        form = dressed(style.positions, eyes, head.volume, head.waves)
+        free = float(_BESIDE_EYES * scale[0]), float(eyes[1] + head.free), float(eyes[2] - _BEFORE)
+        style = style._replace(positions=form, floor=float(eyes[1] - head.cut))
+        return style._replace(free=free) if head.style in HIDES_AN_EYE else style
 
     def _worn(self, positions: Positions, name: str, texture: str = "", scale: Any = 1.0, **material: Any) -> Part:
         """A proxy on a person, of a material, with its first texture unless named."""
