@@ -18,6 +18,7 @@ def base(variant: str) -> ConfigDict:
         config.model.dtype = "float32"
         config.data.photographs = str(ASSETS / "portraits")
         config.data.resolutions = ("96x96",)
+        config.data.mirror = True  # 108 photographs are few
         config.pairs.scorer = str(ASSETS / "portraits" / "scorer")
         config.pairs.pool_size = 4
         # In few steps the ancestral sampler draws smooth pictures, the smoother the more of the steps are its own: a

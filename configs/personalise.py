@@ -33,6 +33,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     if variant == "portraits":
         # On what the base learnt from: thousands of people, where the curriculum has a hundred.
         config.data.split = "base"
+        config.data.mirror = False
         config.pairs.shard_size = 1024
         config.train.steps = 1500
         config.train.batch = 32

@@ -31,6 +31,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     if variant == "portraits":
         # From nothing: the folder holds the VAE, the text encoder and a randomly initialised UNet.
         config.data.split = "base"
+        config.data.mirror = False
         config.pairs.shard_size = 1024
         config.train.steps = 7_000
         config.train.batch = 64

@@ -9,11 +9,11 @@ from PIL import Image
 
 from hgdpo_jax.data.photographs import list_photographs
 from hgdpo_jax.run.errors import UserError
-from tools.make_assets import hair, heads, looks, people
-from tools.make_assets.backgrounds import COLOURS, KINDS, background
 from tools.make_assets.captions import colour_name
-from tools.make_assets.makehuman import MakeHuman, Mesh, mesh_of, place
-from tools.make_assets.rendering import Camera, rotation, without_colour
+from tools.make_assets.people import draw, hair, heads, looks
+from tools.make_assets.people.backgrounds import COLOURS, KINDS, background
+from tools.make_assets.people.makehuman import MakeHuman, Mesh, mesh_of, place
+from tools.make_assets.people.rendering import Camera, rotation, without_colour
 
 NAMES = ["nose/nose-point-up", "nose/nose-point-down", "eyes/l-eye-size-big", "eyes/l-eye-size-small",
          "eyes/r-eye-size-big", "eyes/r-eye-size-small", "asym/asym-ear-1-l", "head/head-age-less"]  # fmt: skip
@@ -78,7 +78,7 @@ def test_words_are_as_frequent_as_they_are_meant_to_be():
     ):
         for word, share in options.items():
             assert abs(seen.count(word) / 400 - share) < 4 * np.sqrt(share * (1 - share) / 400)
-    bearded = {gender: [any(who.beard.grown) for who in everybody if who.gender == gender] for gender in people._WHO}
+    bearded = {gender: [any(who.beard.grown) for who in everybody if who.gender == gender] for gender in draw._WHO}
     assert not any(bearded["female"]) and abs(np.mean(bearded["male"]) - 0.35) < 0.14
     assert not any(who.natural in hair.DYED for who in everybody)
 
@@ -149,15 +149,15 @@ def test_bright_pictures_have_lighter_backgrounds():
 
 @pytest.mark.parametrize("word", COLOURS)
 def test_background_has_the_colour_of_its_word(word, monkeypatch):
-    monkeypatch.setattr("tools.make_assets.backgrounds.COLOURS", {word: COLOURS[word]})
-    monkeypatch.setattr("tools.make_assets.backgrounds.KINDS", {"plain": 1.0})
+    monkeypatch.setattr("tools.make_assets.people.backgrounds.COLOURS", {word: COLOURS[word]})
+    monkeypatch.setattr("tools.make_assets.people.backgrounds.KINDS", {"plain": 1.0})
     named = [colour_name(np.median(background(np.random.default_rng(i), 16), (0, 1))) for i in range(30)]
     assert named.count(word) >= 24  # shades may reach the next word: the caption says what is seen
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_backgrounds_repeat_and_stay_in_range(kind, monkeypatch):
-    monkeypatch.setattr("tools.make_assets.backgrounds.KINDS", {kind: 1.0})
+    monkeypatch.setattr("tools.make_assets.people.backgrounds.KINDS", {kind: 1.0})
     for seed in range(5):
         one, other = (background(np.random.default_rng(seed), 32) for _ in range(2))
         assert (one == other).all() and one.shape == (32, 32, 3) and 0 <= one.min() <= one.max() <= 1
@@ -170,8 +170,8 @@ def test_caption_says_what_was_drawn():
     behind = np.zeros((8, 8), bool)
     behind[:3] = True
     pixels[:3], pixels[3:] = (30, 60, 200), (255, 250, 240)
-    text = people.caption(who, now, pixels, behind)
-    assert text.startswith(f"a portrait photograph of {people._OLD[who.age]} {people._WHO[who.gender]}, ")
+    text = draw.caption(who, now, pixels, behind)
+    assert text.startswith(f"a portrait photograph of {draw._OLD[who.age]} {draw._WHO[who.gender]}, ")
     assert f", {now.expression}, blue background, bright light" in text
     assert text.endswith(", black and white") == now.black_and_white
 
@@ -179,9 +179,9 @@ def test_caption_says_what_was_drawn():
 def test_exposure_reaches_its_aim_and_keeps_black_and_white():
     image = np.linspace(0, 1, 300).reshape(10, 10, 3)
     for aim in (0.4, 0.5, 0.6):
-        assert abs(people.exposed(image, aim).mean() - aim) < 0.06
+        assert abs(draw.exposed(image, aim).mean() - aim) < 0.06
     for value in (0.0, 1.0):
-        np.testing.assert_allclose(people.exposed(np.full((2, 2, 3), value), 0.5), value)
+        np.testing.assert_allclose(draw.exposed(np.full((2, 2, 3), value), 0.5), value)
 
 
 def test_what_the_camera_aims_at_is_where_it_should_be():
@@ -213,9 +213,9 @@ def test_pictures_stay_and_the_list_is_one_that_the_project_reads(tmp_path: Path
     (tmp_path / "photographs").mkdir()
     studio = FakeStudio()
     for number, which in ((1, 1), (0, 0), (0, 1), (1, 0), (0, 0)):
-        people.write(studio, tmp_path, number, which)
+        draw.write(studio, tmp_path, number, which)
     assert studio.drawn == 4
-    people.list_all(tmp_path, 2, 2)
+    draw.list_all(tmp_path, 2, 2)
     found = list_photographs(tmp_path, "base")
     assert [p.caption for p in found] == [f"person {n}, view {v}" for n in (0, 1) for v in (0, 1)]
     assert np.asarray(Image.open(found[3].picture)).max() == 11

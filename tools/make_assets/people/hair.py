@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from tools.make_assets.backgrounds import Random, choose
-from tools.make_assets.heads import Positions
+from tools.make_assets.people.backgrounds import Random, choose
+from tools.make_assets.people.heads import Positions
 
 Colour = tuple[float, float, float]
 

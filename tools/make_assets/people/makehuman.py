@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from hgdpo_jax.run.errors import UserError
-from tools.make_assets import heads
+from tools.make_assets.people import heads
 
 LOWEST = 4.4  # units of the mesh, which are decimetres; the chin is at 6.2, the crown at 8.5
 _VERTICES, _BODY = 19158, 13380  # of the base mesh, and of these the body's; the others are helpers for proxies

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tools.make_assets.backgrounds import Random, choose
-from tools.make_assets.hair import DYED, TIED, Beard, Colour, Hair, as_colour, beard_of, hair_colour, hair_of
-from tools.make_assets.rendering import Light
+from tools.make_assets.people.backgrounds import Random, choose
+from tools.make_assets.people.hair import DYED, TIED, Beard, Colour, Hair, as_colour, beard_of, hair_colour, hair_of
+from tools.make_assets.people.rendering import Light
 
 AGES = {"young": 0.3, "middleage": 0.45, "old": 0.25}
 RACES = {"caucasian": 0.5, "african": 0.25, "asian": 0.25}

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from hgdpo_jax.run.errors import UserError
-from tools.make_assets.makehuman import Mesh, Positions
+from tools.make_assets.people.makehuman import Mesh, Positions
 
 moderngl: Any
 try:
