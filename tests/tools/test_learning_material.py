@@ -52,6 +52,4 @@ def test_judges_see_other_people_and_other_degradations() -> None:
 
 def test_swapped_captions_name_the_other_gender() -> None:
     assert swapped("a photograph of a young woman, smiling") == "a photograph of a young man, smiling"
-    assert (
     assert swapped("a photograph of an older man, neutral") == "a photograph of an older woman, neutral"
-    )

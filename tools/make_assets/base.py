@@ -48,7 +48,7 @@ SCHEDULER = {
     "beta_start": 0.00085,
     "clip_sample": False,
     "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
+    "prediction_type": "v_prediction",  # it learns form first, in fewer steps than from ε
     "solver_order": 2,
     "timestep_spacing": "linspace",
 }

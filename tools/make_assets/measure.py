@@ -80,7 +80,7 @@ def main() -> None:
     seen = [scene(x).split(", ") for x in to_uint8(images)]
     colour = np.mean([a[2] == b[0] for a, b in zip(wanted, seen, strict=True)])
     light = np.mean([a[3] == b[1] for a, b in zip(wanted, seen, strict=True)])
-    people = float(loss(reader, images, held_ids, held_others)[1][0])
+    people = float(loss(reader, *map(jnp.asarray, (images, held_ids, held_others)))[1][0])
     print(f"{len(held)} drawings: a face found in {found.mean():.1%}, background right in {colour:.1%}, light in "
           f"{light:.1%}, woman or man in {people:.1%} (in made people that it had not seen {right:.1%})")  # fmt: skip
 

@@ -120,6 +120,7 @@ class Training:
         self._adversary_tx = optax.adam(1e-3, b1=0.5, b2=0.99)
         network = AutoencoderKL(CONFIG, rngs=nnx.Rngs(0))
         bias = network.quant_conv.bias  # of means and log-variances: latents begin with little noise
+        assert bias is not None
         bias[...] = bias[...].at[CHANNELS:].set(-6.0)
         self.graph, weights = nnx.split(network)
         self._adversary_graph, adversary = nnx.split(Discriminator(nnx.Rngs(1)))
