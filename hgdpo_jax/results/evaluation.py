@@ -1,12 +1,12 @@
 """The evaluation of a run: every model draws the same prompts from the same seeds and is measured on them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.faces.embedding import FaceEmbedder
 from hgdpo_jax.models.convert import folder_hash
 from hgdpo_jax.pictures.write import to_uint8
-from hgdpo_jax.results import report
+from hgdpo_jax.results import portrait, report
 from hgdpo_jax.results.report import ConceptPerson, Pictures, Report
 from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.errors import UserError
@@ -63,7 +63,8 @@ _READ = 256  # photographs that are in memory at once
 
 
 def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Draws, measures and writes results.json and report.html; returns what results.json holds.
+    """Draws, measures, writes results.json, report.html and portrait.png, and persons.png where an adapter is measured;
+    returns what results.json holds.
 
     Raises:
         UserError: a stage up to `config.stage` is not finished or has another base, an input is missing, a score is not
@@ -95,7 +96,7 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         for name, model in models.items()
     }
     held = first_process_first(index, lambda: _heldout(config, index))
-    judges = Judges(config.pairs.scorer, settings.scorer, mesh)
+    judges = Judges(config.pairs.scorer, settings.scorer, settings.other_scorer, mesh)
     evaluator, inputs = Evaluator(config, pipeline, sampler, judges, held), _inputs(config, base, held, index)
     index.save()
     drawn = {}
@@ -123,18 +124,23 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if processes.is_first():
         write_json(workdir / "results.json", results)
         first, images = load_images(held[: report.COLUMNS], evaluator.size)
+        kept = {name: model.pictures for name, model in drawn.items()}
         found = Report(
             models=compared,
-            pictures={name: model.pictures for name, model in drawn.items()},
+            pictures={name: kept[name][: report.COLUMNS].astype(np.float32) / 127.5 - 1.0 for name in kept},
             captions=[photograph.caption for photograph in first],
             photographs=images,
             stages=stages,
-            compared=("base", _last_single(drawn)),
+            compared=("base", _single(drawn)[-1]),
             people=_persons(people, first, images, settings.concept_prompts),
             measured=personalised.lines(results.get("personalised", {})),
         )
         with atomic_path(workdir / "report.html") as temporary:
             temporary.write_text(report.page(found))
+        portrait.write(
+            workdir, {name: kept[name] for name in _single(drawn)}, [photograph.caption for photograph in held[:KEPT]]
+        )
+        portrait.write_people(workdir, people, images, len(settings.concept_prompts))
     return results
 
 
@@ -156,9 +162,9 @@ def _as_drawn(config: ConfigDict, stage: str, policy: Any, model: Model) -> Any:
     return recipe.as_drawn(policy, blocks_of(stage))
 
 
-def _last_single(names: Mapping[str, Any]) -> str:
-    """The last of these models that draws with one stage under the recipe, or base: the slider's right side."""
-    return [name for name in names if name in _SINGLE or name == "base"][-1]
+def _single(names: Iterable[str]) -> list[str]:
+    """Base, and the models among these that draw with one stage under the recipe."""
+    return [name for name in names if name in _SINGLE or name == "base"]
 
 
 def _heldout(config: ConfigDict, index: Index) -> list[Photograph]:
@@ -190,14 +196,17 @@ def _inputs(config: ConfigDict, base: str, held: Sequence[Photograph], index: In
 
     contents = {"model.base": base, "captions.jsonl": [[p.id, p.caption] for p in held]}
     contents |= {"pairs.scorer": content(config.pairs.scorer), "evaluate.scorer": content(config.evaluate.scorer)}
+    if config.evaluate.other_scorer:
+        contents["evaluate.other_scorer"] = content(config.evaluate.other_scorer)
     return provenance.settings(config, keys) | {provenance.content_key(name): value for name, value in contents.items()}
 
 
 class ModelPictures(NamedTuple):
-    """What the judges saw of a model's pictures, [n people, k, ...], and the first picture of the first people."""
+    """What the judges saw of a model's pictures, [n people, k, ...], and the first picture of the first people, at most
+    :data:`KEPT`."""
 
     seen: Seen
-    pictures: Pictures
+    pictures: UInt8[np.ndarray, "s H W 3"]
 
 
 @dataclass(frozen=True)
@@ -232,18 +241,19 @@ class Evaluator:
             self._draw(name, path, mark)
         found = dict(np.load(path))
         del found["mark"]
-        pictures = found.pop("pictures")[: report.COLUMNS].astype(np.float32) / 127.5 - 1.0
-        return ModelPictures(found, pictures)
+        return ModelPictures(found, found.pop("pictures"))
 
     def _draw(self, name: str, path: Path, mark: str) -> None:
         config, k = self.config, self.config.evaluate.images_per_prompt
+        folders = {"score": config.pairs.scorer, "second_score": config.evaluate.scorer}
+        folders["third_score"] = config.evaluate.other_scorer
         shown: list[np.ndarray] = []  # latents of the first picture of process 0's people, who are the first
 
         def measure(numbers: Int[np.ndarray, "n"]) -> Seen:
             people = [self.held[number] for number in numbers]
             ids, latents = self._generate(people, k, f"draw {name}")
             seen = self.sampler.measure_latents(latents, ids, self.judges, f"measure {name}")
-            for key, folder in (("score", config.pairs.scorer), ("second_score", config.evaluate.scorer)):
+            for key, folder in folders.items():
                 if key in seen:
                     require_finite_scores(seen[key], [p for p in people for _ in range(k)], folder)
             shown.append(latents[::k][:KEPT])
@@ -285,7 +295,7 @@ def _persons(
 ) -> list[ConceptPerson]:
     """The first people for the report."""
     shown = []
-    for i, (person, image) in enumerate(zip(held[: personalised.SHOWN], images, strict=False) if people else ()):
+    for i, (person, image) in enumerate(zip(held[: report.PEOPLE], images, strict=False) if people else ()):
         heads = personalised.prompts_of(person, templates)
         row = slice(i * len(heads), (i + 1) * len(heads))
         drawn = {f"{name} + adapter": found.pictures[row] for name, found in people.items()}

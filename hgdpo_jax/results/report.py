@@ -28,6 +28,7 @@ from hgdpo_jax.training import metrics
 
 COLUMNS = 10
 PAIRS = 8
+PEOPLE = 3
 TEMPLATE = Path(__file__).with_name("report.html")
 _SMALL = 256  # pixels a side, up to which a picture is shown pixel by pixel
 _THUMBNAIL = 128  # px on the screen, about

@@ -18,6 +18,8 @@ METRICS = {
     "face_score": "face score ↑",
     "second_score": "second score ↑",
     "second_win_rate": "second scorer's win rate over base ↑",
+    "third_score": "third score ↑",
+    "third_win_rate": "third scorer's win rate over base ↑",
     "face_kernel_distance": "kernel distance of faces ↓",
     "face_frechet_distance": "Fréchet distance of faces ↓",
     "preference_score": "preference score ↑ (it chose the winners)",
@@ -27,6 +29,12 @@ METRICS = {
     "sharpness": "sharpness",
     "hue_distance": "hue distance to base",
 }
+# What the judges saw, and the metrics made of it.
+_SCORES = (
+    ("score", "preference_score", "win_rate"),
+    ("second_score", "second_score", "second_win_rate"),
+    ("third_score", "third_score", "third_win_rate"),
+)
 
 
 def compare(drawn: Mapping[str, Seen], photographs: Seen) -> dict[str, Measures]:
@@ -55,8 +63,7 @@ def _measures(seen: Seen, base: Seen, photographs: Seen, frechet: Mapping[str, M
         "sharpness": mean(seen["sharpness"], weights),
         "hue_distance": mean(hue_angle(seen["hue"], base["hue"]), weights),
     }
-    scores = ("score", "preference_score", "win_rate"), ("second_score", "second_score", "second_win_rate")
-    for score, name, wins in scores:
+    for score, name, wins in _SCORES:
         if score in seen:
             found[name] = mean(seen[score], weights)
             found[wins] = mean(0.5 + 0.5 * np.sign(seen[score] - base[score]), weights)

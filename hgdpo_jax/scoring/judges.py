@@ -1,7 +1,7 @@
 """Judges of pictures: the scorer that chose the winners, and judges that chose nothing.
 
-The latter are the embedded face detector and recognition network, and a second scorer that was trained on other data. A
-policy can learn to please the scorer that chooses; the others' opinion is evidence.
+The latter are the embedded face detector and recognition network, and a second and a third scorer, trained on other
+data. A policy can learn to please the scorer that chooses; the others' opinion is evidence.
 """
 
 from collections.abc import Sequence
@@ -26,30 +26,31 @@ class Judges:
 
     Args:
         scorer: folder of the CLIPModel that chose the winners; empty where none did.
-        second: folder of one that did not; empty for none.
+        second, third: folders of two that did not; empty for none.
         mesh: where the pictures lie.
 
     Raises:
         UserError: no such folder, or weights that do not fit its config.json.
     """
 
-    def __init__(self, scorer: str, second: str, mesh: Mesh) -> None:
-        self._scorer, self._second = (Scorer(folder, mesh) if folder else None for folder in (scorer, second))
+    def __init__(self, scorer: str, second: str, third: str, mesh: Mesh) -> None:
+        self._scorer = Scorer(scorer, mesh) if scorer else None
+        folders = {"second_score": second, "third_score": third}
+        self._others = {name: Scorer(folder, mesh) for name, folder in folders.items() if folder}
         self._identity = FaceEmbedder()
         self._appearance = jax.jit(lambda images: {"sharpness": sharpness(images), "hue": hue_vector(images)})
 
     def __call__(self, images: Images, input_ids: TokenIds) -> dict[str, PyTree[Array]]:
         """What the judges see in pictures in [-1, 1] of these captions, arrays of b rows.
 
-        `score` and `embedding` are the choosing scorer's, `second_score` is the other's. `face_found` is 0 or 1,
-        `face_score` the detector's best score in [0, 1], `face_embedding` of the best face, or of the central square.
-        `sharpness` and `hue` are those of :mod:`hgdpo_jax.scoring.appearance`.
+        `score` and `embedding` are the choosing scorer's, `second_score` and `third_score` the others'. `face_found` is
+        0 or 1, `face_score` the detector's best score in [0, 1], `face_embedding` of the best face, or of the central
+        square. `sharpness` and `hue` are those of :mod:`hgdpo_jax.scoring.appearance`.
         """
         seen, faces = self._appearance(images), self._identity.embed(images)
         if self._scorer:
             seen |= self._scorer(images, input_ids)._asdict()
-        if self._second:
-            seen["second_score"] = self._second(images, input_ids).score
+        seen |= {name: scorer(images, input_ids).score for name, scorer in self._others.items()}
         found = faces.found.astype(np.float32)
         return seen | {"face_found": found, "face_score": faces.scores, "face_embedding": faces.embedding}
 

@@ -13,7 +13,7 @@ from hgdpo_jax.faces.concepts import ConceptEncoder
 from hgdpo_jax.faces.embedding import FaceEmbedder
 from hgdpo_jax.run import processes
 
-SHOWN = 3  # people in the report
+KEPT = 8  # people whose drawings stay, to be shown
 
 
 class PeoplePictures(NamedTuple):
@@ -100,7 +100,7 @@ class PersonalisedDrawing(NamedTuple):
 
             def draw_some(numbers: np.ndarray, name: str = name, shown: list = shown) -> tuple[np.ndarray, ...]:
                 pictures = self._pictures(numbers, name)
-                shown.extend(pictures[: SHOWN * len(self.templates) - len(shown)])
+                shown.extend(pictures[: KEPT * len(self.templates) - len(shown)])
                 return self._measured(pictures, numbers, own)
 
             distance, to_other, found = processes.map_over_processes(count, draw_some, few, f"people, {name}")

@@ -18,8 +18,8 @@ from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.evaluate import print_table
 from hgdpo_jax.pictures.read import read_image
-from hgdpo_jax.results import evaluation
-from hgdpo_jax.results.evaluation import Evaluator, _heldout, _inputs, _last_single, _persons, evaluate
+from hgdpo_jax.results import evaluation, portrait
+from hgdpo_jax.results.evaluation import Evaluator, _heldout, _inputs, _persons, _single, evaluate
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import json_hash, write_json
 from hgdpo_jax.run.index import Index
@@ -36,11 +36,13 @@ def test_the_command_writes_results_and_a_report_that_stands_alone(
     """The steps are left out, and the judges compiled once."""
     monkeypatch.setattr(judges, "VIEWS", 1)
     monkeypatch.setattr(evaluation, "Judges", functools.cache(judges.Judges))
+    monkeypatch.setattr(judges, "Scorer", functools.cache(judges.Scorer))
     monkeypatch.setattr(evaluation, "local_mesh", functools.cache(tiny.mesh))
     monkeypatch.setattr(loop, "_run", at_once)
     config, workdir = tiny.config(base, steps=1), tmp_path / "run"
     config.data.photographs = str(tiny.write_photographs(tmp_path / "photographs", train=1, heldout=3))
-    config.pairs.scorer = config.evaluate.scorer = str(tiny.write_scorer(tmp_path / "scorer"))
+    scorer = str(tiny.write_scorer(tmp_path / "scorer"))
+    config.pairs.scorer = config.evaluate.scorer = config.evaluate.other_scorer = scorer
     with pytest.raises(UserError, match="stage1 was not trained"):
         evaluate(config, workdir)
     tiny.write_pairs(workdir / "stage1" / "pairs", heldout=4)
@@ -52,12 +54,17 @@ def test_the_command_writes_results_and_a_report_that_stands_alone(
     written, easy = (workdir / "results.json").read_text(), first["models"]["easy"]
     assert json.loads(written) == first and list(first["models"]) == ["base", "easy", "easy, whole"]
     assert first["models"]["base"]["win_rate"] == 0.5 and first["images_per_model"] == first["people"] == 3
-    assert easy["second_score"] == pytest.approx(easy["preference_score"])
+    assert easy["third_score"] == easy["second_score"] == pytest.approx(easy["preference_score"])
     scores = [row["preference_score"] for row in first["models"].values()]
     assert len(set(scores)) == 3 and len(first["differences"]) == 0
     page = (workdir / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert page.count("<img") == 1 + 4 * 3 + 2 * 4  # curves; base, easy twice, photograph; winners and losers
+
+    pictures = [np.load(workdir / "evaluation" / f"{name}.npz")["pictures"] for name in ("base", "easy")]
+    shown = np.asarray(Image.open(workdir / "portrait.png"))[portrait.GAP :, -3 * (64 + portrait.GAP) :]
+    rows = [row[:64:2, : 3 * 68].reshape(32, 3, 68, 3)[:, :, :64:2] for row in (shown, shown[64 + portrait.GAP :])]
+    assert np.array_equal(rows, np.swapaxes(pictures, 1, 2)) and not (workdir / "persons.png").exists()
 
     kept = (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns
     evaluate(config, workdir)
@@ -138,13 +145,19 @@ def test_what_was_drawn_is_kept_for_the_same_mark(tmp_path: Path) -> None:
     path = tmp_path / "evaluation" / "easy.npz"
     seen, pictures = found.draw("easy", path, "1")
     assert np.array_equal(seen["mean"], [[0, 1], [2, 3], [4, 5]]) and seen["ids"].shape == (3, 2, 2)
-    assert np.abs(pictures[:, 0, 0, 0] - [0, 0.02, 0.04]).max() < 1 / 127  # the first of each person
+    assert list(pictures[:, 0, 0, 0]) == [128, 130, 133]  # the first of each person
     found.draw("easy", path, "1")
     assert sampler.drawn == 6
     found.draw("easy", path, "2")
     assert sampler.drawn == 12
-    wrong, _ = evaluator(tmp_path, 3, lambda images, input_ids: {"score": np.full(len(images), np.nan, np.float32)})
-    with pytest.raises(UserError, match="score"):
+
+
+@pytest.mark.parametrize("score, key", [("score", "pairs.scorer"), ("second_score", "evaluate.scorer"),
+                                        ("third_score", "evaluate.other_scorer")])  # fmt: skip
+def test_a_score_that_is_not_finite_is_refused_with_its_scorers_folder(tmp_path: Path, score: str, key: str) -> None:
+    wrong, _ = evaluator(tmp_path, 3, lambda images, input_ids: {score: np.full(len(images), np.nan, np.float32)})
+    wrong.config.update_from_flattened_dict({key: "FOLDER"})
+    with pytest.raises(UserError, match="FOLDER"):
         wrong.draw("hard", tmp_path / "hard.npz", "1")
 
 
@@ -158,19 +171,21 @@ def test_views_of_a_few_photographs_are_in_memory_at_a_time(tmp_path: Path) -> N
 def test_what_a_picture_is_made_from_is_drawn_again_where_it_changes(tmp_path: Path) -> None:
     config, index = tiny.config(tmp_path), Index()
     config.pairs.scorer = str(tiny.write_scorer(tmp_path / "scorer"))
+    other = str(tiny.write_scorer(tmp_path / "other", seed=4))
     held = [Photograph("a", tmp_path / "a.jpg", "a woman")]
     inputs = [_inputs(config, "base", held, index), _inputs(config, "other", held, index)]
     inputs.append(_inputs(config, "base", [replace(held[0], caption="a man")], index))
-    for key, value in (("steps", 3), ("negative_prompt", "blurry"), ("scorer", config.pairs.scorer)):
+    for key, value in (("steps", 3), ("negative_prompt", "blurry"), ("scorer", config.pairs.scorer),
+                       ("other_scorer", config.pairs.scorer), ("other_scorer", other)):  # fmt: skip
         config.evaluate[key] = value
         inputs.append(_inputs(config, "base", held, index))
     assert len({json_hash(found) for found in inputs}) == len(inputs)
 
 
-def test_the_report_compares_base_with_the_last_stage_that_was_measured() -> None:
+def test_base_and_the_stages_under_the_recipe_are_shown() -> None:
     """Whatever was trained: `naive` alone, or nothing that draws otherwise."""
-    for names in (["base"], ["base", "naive"], ["base", "easy", "normal"]):
-        assert _last_single(dict.fromkeys([*names, *(f"{name}, whole" for name in names[1:])])) == names[-1]
+    for names in (["base"], ["base", "naive"], ["base", "easy", "normal"], ["base", "given"]):
+        assert _single([*names, *(f"{name}, whole" for name in names[1:])]) == names
 
 
 def test_of_people_that_process_0_did_not_draw_nothing_is_shown() -> None:

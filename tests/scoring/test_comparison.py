@@ -13,6 +13,7 @@ def seen() -> dict[str, np.ndarray]:
     return {
         "score": np.array([[1.0], [2.0], [3.0], [4.0]]),
         "second_score": np.zeros((4, 1)),
+        "third_score": np.zeros((4, 1)),
         "embedding": RNG.standard_normal((4, 1, 3)),
         "face_embedding": RNG.standard_normal((4, 1, 3)),
         "face_found": np.array([[1.0], [0.0], [1.0], [0.0]]),
@@ -27,6 +28,7 @@ def test_metrics_of_a_model_against_base() -> None:
     better = base | {
         "score": np.array([[2.0], [2.0], [4.0], [3.0]]),
         "second_score": np.array([[1.0], [1.0], [1.0], [-1.0]]),
+        "third_score": np.array([[3.0], [-1.0], [-1.0], [-1.0]]),
         "embedding": base["embedding"] + np.array([2.0, 0, 0]),
         "face_found": np.ones((4, 1)),
         "hue": np.tile([0.0, 1.0], (4, 1, 1)),
@@ -36,6 +38,7 @@ def test_metrics_of_a_model_against_base() -> None:
     assert found["base"]["win_rate"] == found["base"]["second_win_rate"] == 0.5 and found["base"]["hue_distance"] == 0
     assert found["easy"]["win_rate"] == pytest.approx((1 + 0.5 + 1 + 0) / 4)
     assert found["easy"]["second_win_rate"] == pytest.approx(3 / 4)
+    assert (found["easy"]["third_win_rate"], found["easy"]["third_score"]) == (1 / 4, 0.0)
     assert found["easy"]["preference_score"] == 2.75
     assert found["easy"]["frechet_distance"] == pytest.approx(4.0)
     assert found["easy"]["face_frechet_distance"] == pytest.approx(0.0, abs=1e-6)
@@ -51,6 +54,7 @@ def test_metrics_of_a_model_against_base() -> None:
     assert low < 0.5 < high
 
 
-def test_without_a_second_scorer_its_measures_are_left_out() -> None:
-    model = {key: value for key, value in seen().items() if key != "second_score"}
-    assert set(METRICS) - set(compare({"base": model}, model)["base"]) == {"second_score", "second_win_rate"}
+@pytest.mark.parametrize("other", ["second", "third"])
+def test_without_another_scorer_its_measures_are_left_out(other: str) -> None:
+    model = {key: value for key, value in seen().items() if key != f"{other}_score"}
+    assert set(METRICS) - set(compare({"base": model}, model)["base"]) == {f"{other}_score", f"{other}_win_rate"}

@@ -1,11 +1,37 @@
-"""Views of photographs."""
+"""What the judges see, and views of photographs."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from hgdpo_jax.data.photographs import Photograph
-from hgdpo_jax.scoring.judges import VIEWS, views
+from hgdpo_jax.faces.embedding import Embedded
+from hgdpo_jax.scoring import judges
+from hgdpo_jax.scoring.judges import VIEWS, Judges, views
+from hgdpo_jax.scoring.preference import Judgement
+from tests import tiny
+
+
+@pytest.mark.parametrize("second, third", [("2", "3"), ("2", ""), ("", "3")])
+def test_each_scorer_says_its_own_and_an_absent_one_nothing(
+    second: str, third: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With scorers that say the number that their folder is named."""
+
+    def scorer(folder: str, mesh: object) -> object:
+        return lambda images, ids: Judgement(
+            np.full(len(images), float(folder), np.float32), np.zeros((len(images), 1))
+        )
+
+    faces = Embedded(np.zeros((2, 1)), np.ones(2, bool), np.ones(2))
+    monkeypatch.setattr(judges, "Scorer", scorer)
+    monkeypatch.setattr(judges, "FaceEmbedder", lambda: SimpleNamespace(embed=lambda images: faces))
+    seen = Judges("1", second, third, tiny.mesh())(np.zeros((2, 8, 8, 3), np.float32), np.zeros((2, 3), np.int32))
+    scores = {name: list(value) for name, value in seen.items() if name in ("score", "second_score", "third_score")}
+    expected = {"score": "1", "second_score": second, "third_score": third}
+    assert scores == {name: [float(folder)] * 2 for name, folder in expected.items() if folder}
 
 
 def test_views_of_a_photograph_are_its_own_cut_near_it_and_half_of_them_mirrored() -> None:

@@ -9,13 +9,15 @@ from PIL import Image
 
 from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.faces.embedding import Embedded
+from hgdpo_jax.scoring import personalised
 from hgdpo_jax.scoring.personalised import PeoplePictures, PersonalisedDrawing, lines, measures
 
 
 @pytest.mark.parametrize("few", [1, 2, 5])
 def test_people_are_compared_with_themselves_and_the_one_before_however_many_are_drawn_at_once(
-    tmp_path: Path, few: int
+    tmp_path: Path, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(personalised, "KEPT", 3)
     greys, batches = np.array([10, 30, 60, 100, 150]), []
     people = [Photograph(str(i), tmp_path / f"{i}.png", f"{i}, smiling") for i in range(5)]
     for photograph, grey in zip(people, greys, strict=True):

@@ -21,18 +21,22 @@ from hgdpo_jax.models.convert import load_model, save_model
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.run import command
 from hgdpo_jax.run.files import write_json
+from tools.make_assets.photographs import SIZE
+from tools.make_assets.vae import CHANNELS, FACTOR
 
-TEXT_ENCODER = {**SD15.configs["text_encoder"], "hidden_size": 24, "intermediate_size": 96, "num_attention_heads": 4}
-TEXT_ENCODER |= {"num_hidden_layers": 2, "pad_token_id": 49407, "projection_dim": 24}
+TEXT_ENCODER = {**SD15.configs["text_encoder"], "hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 4}
+TEXT_ENCODER |= {"num_hidden_layers": 2, "pad_token_id": 49407, "projection_dim": 32}
 UNET = {
     **SD15.configs["unet"],
     "attention_head_dim": 4,
-    "block_out_channels": [48, 64, 96],
+    "block_out_channels": [64, 96, 128],
     "cross_attention_dim": TEXT_ENCODER["hidden_size"],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "in_channels": CHANNELS,
     "layers_per_block": 1,
     "norm_num_groups": 8,
-    "sample_size": 16,
+    "out_channels": CHANNELS,
+    "sample_size": SIZE // FACTOR,
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
 }
 SCHEDULER = {
@@ -44,7 +48,7 @@ SCHEDULER = {
     "beta_start": 0.00085,
     "clip_sample": False,
     "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
+    "prediction_type": "v_prediction",  # it learns form first, in fewer steps than from ε
     "solver_order": 2,
     "timestep_spacing": "linspace",
 }

@@ -33,10 +33,11 @@ def colour_name(rgb: np.ndarray) -> str:
     return "brown" if name == "orange" and value < 0.6 else name
 
 
-def scene(pixels: UInt8[np.ndarray, "64 64 3"]) -> str:
+def scene(pixels: UInt8[np.ndarray, "H W 3"]) -> str:
     """Background, light, and whether there is colour."""
     image = pixels / 255.0
-    corners = np.concatenate([image[:20, :10].reshape(-1, 3), image[:20, -10:].reshape(-1, 3)])
+    rows, columns = 5 * image.shape[0] // 16, 5 * image.shape[1] // 32
+    corners = np.concatenate([image[:rows, :columns].reshape(-1, 3), image[:rows, -columns:].reshape(-1, 3)])
     grey = np.abs(image - image.mean(-1, keepdims=True)).mean() < 0.01
     brightness = "bright" if image.mean() > 0.55 else "dark" if image.mean() < 0.35 else "soft"
     words = f"{colour_name(np.median(corners, 0))} background, {brightness} light"
@@ -56,7 +57,7 @@ class Captioner:
         self._look = jax.jit(lambda weights, faces: [nnx.merge(*x)(faces) for x in zip(graphs, weights, strict=True)])
 
     def __call__(
-        self, images: UInt8[np.ndarray, "n 64 64 3"], people: Sequence[str] | None = None
+        self, images: UInt8[np.ndarray, "n H W 3"], people: Sequence[str] | None = None
     ) -> tuple[list[str], np.ndarray]:
         """A caption of each picture, and the detector's score of its face, 0 where none is found.
 
@@ -82,7 +83,7 @@ class Captioner:
 def write(
     folder: Path,
     names: Sequence[str],
-    images: UInt8[np.ndarray, "n 64 64 3"],
+    images: UInt8[np.ndarray, "n H W 3"],
     captions: Sequence[str],
     splits: Sequence[str],
 ) -> None:

@@ -16,8 +16,8 @@ from tools.make_assets.photographs import SIZE
 _TOWER = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 
 
-def config(width: int, layers: int) -> dict[str, Any]:
-    """config.json of a CLIPModel for 64x64 pictures, with a vision tower of this size."""
+def config(width: int, layers: int, patch: int) -> dict[str, Any]:
+    """config.json of a CLIPModel for the embedded pictures, with a vision tower of this size."""
     return {
         "architectures": ["CLIPModel"],
         "logit_scale_init_value": 2.6592,
@@ -45,7 +45,7 @@ def config(width: int, layers: int) -> dict[str, Any]:
             "num_attention_heads": 4,
             "num_channels": 3,
             "num_hidden_layers": layers,
-            "patch_size": 8,
+            "patch_size": patch,
         },
     }
 

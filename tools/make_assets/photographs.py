@@ -1,4 +1,4 @@
-"""Portraits of the npm package @tabler/preview → 64×64 photographs of faces with captions, for the curriculum.
+"""Portraits of the npm package @tabler/preview → 96×96 photographs of faces with captions, for the curriculum.
 
 python -m tools.make_assets.photographs AVATARS MODEL_FOLDER PORTRAITS
 
@@ -18,7 +18,7 @@ from hgdpo_jax.faces.detection import FaceDetector
 from hgdpo_jax.run import command
 from tools.make_assets.captions import Captioner, write
 
-SIZE = 64
+SIZE = 96
 HELDOUT_OF_EACH = 20
 _SIDE, _RISE = 1.12, 0.08  # of the square, in sides of the detector's box, and how far its centre lies above the box's
 _SEEN = 256  # pixels a side of what the detector sees
@@ -55,7 +55,7 @@ def place(image: Image.Image, faces: FaceDetector) -> Place:
     )
 
 
-def cut(image: Image.Image, at: Place) -> UInt8[np.ndarray, "64 64 3"]:
+def cut(image: Image.Image, at: Place) -> UInt8[np.ndarray, "96 96 3"]:
     """The square, turned level. Corners beyond the image repeat its edge."""
     margin = int(at.side)
     padded = Image.fromarray(np.pad(np.asarray(image), ((margin, margin), (margin, margin), (0, 0)), mode="edge"))
@@ -71,7 +71,7 @@ def cut(image: Image.Image, at: Place) -> UInt8[np.ndarray, "64 64 3"]:
 def heldout(pixels: dict[str, np.ndarray], faces: FaceDetector) -> tuple[set[str], int]:
     """The names of those to hold out, as many women as men, and how many photographs occur twice: they are not fit, and
     neither are those in which, as they are cut or mirrored, no face is found."""
-    small = np.stack([p.reshape(8, 8, 8, 8, 3).mean((1, 3)).ravel() for p in pixels.values()])
+    small = np.stack([p.reshape(8, SIZE // 8, 8, SIZE // 8, 3).mean((1, 3)).ravel() for p in pixels.values()])
     distance = np.abs(small[:, None] - small[None]).mean(-1) + 255.0 * np.eye(len(small))
     twice = {name for name, nearest in zip(pixels, distance.min(1), strict=True) if nearest < 8.0}
     cuts = np.stack(list(pixels.values())).astype(np.float32) / 127.5 - 1.0

@@ -1,10 +1,10 @@
 """Trains the embedded preference scorer, which chooses winners and losers.
 
-python -m tools.make_assets.scorer PORTRAITS DRAWN MODEL_FOLDER      writes PORTRAITS/scorer
+python -m tools.make_assets.scorer PORTRAITS PEOPLE MODEL_FOLDER      writes PORTRAITS/scorer
 
 Nobody has said which of two pictures they prefer; face-api's landmarks stand in. If they stay in place when the picture
 is framed otherwise or mirrored, the face is well formed and plain to see. The scorer, a CLIPModel, learns that from
-drawn faces (the folder DRAWN), photographs, and SDRecon's reconstructions of both; and that a picture's own caption is
+made people (the folder PEOPLE), photographs, and SDRecon's reconstructions of both; and that a picture's own caption is
 better than another. All pictures pass through the VAE, or it would learn to recognise the VAE.
 """
 
@@ -34,13 +34,13 @@ from tools.make_assets.photographs import SIZE
 
 STRENGTHS = (3, 5, 7, 9)  # of the reconstructions
 SHARPNESS = 8.0  # how sure a preference is: the logit of a difference of 1 in the logarithm of the unsteadiness
-_FRAMES = ((52, 0, 2), (56, 2, 0), (48, -2, 4))  # side, and how far the centre lies to the right and below, pixels
+_FRAMES = ((78, 0, 3), (84, 3, 0), (72, -3, 6))  # side, and how far the centre lies to the right and below, pixels
 _BATCH = 64
 # The landmark that is where another was, in a mirror: iBUG's order.
 _MIRRORED = np.r_[
     16:-1:-1, 26:16:-1, 27:31, 35:30:-1, 45:41:-1, 47, 46, 39:35:-1, 41, 40, 54:47:-1, 59:54:-1, 64:59:-1, 67:64:-1
 ]
-Images = Float[np.ndarray, "n 64 64 3"]
+Images = Float[np.ndarray, "n 96 96 3"]
 
 
 class Steadiness:
@@ -54,7 +54,7 @@ class Steadiness:
         graph, self._weights = nnx.split(from_npm(models, FaceLandmarks))
 
         @jax.jit
-        def unsteadiness(weights: nnx.State, images: Float[Array, "n 64 64 3"]) -> Float[Array, "n"]:
+        def unsteadiness(weights: nnx.State, images: Float[Array, "n 96 96 3"]) -> Float[Array, "n"]:
             network, seen = nnx.merge(graph, weights), []
             for side, x, y in _FRAMES:
                 left, top = (SIZE - side) // 2 + x, (SIZE - side) // 2 + y
@@ -90,30 +90,30 @@ def loss(model: CLIPModel, images: Array, ids: Array, steadiness: Array) -> tupl
 
 
 def altered(images: Images, rng: np.random.Generator) -> Images:
-    """Mirrored by chance, moved by up to three pixels, with other light and colours: none of these is to count."""
+    """Mirrored by chance, moved by up to four pixels, with other light and colours: none of these is to count."""
     n = len(images)
     mirrored = np.where(rng.random((n, 1, 1, 1)) < 0.5, images, images[:, :, ::-1])
     gain = np.exp(rng.normal(0.0, 0.2, (n, 1, 1, 1)) + rng.normal(0.0, 0.08, (n, 1, 1, 3)))
     offset = rng.normal(0.0, 0.1, (n, 1, 1, 1)) + rng.normal(0.0, 0.08, (n, 1, 1, 3))
-    moved = np.roll(mirrored, rng.integers(-3, 4, 2), (1, 2))
+    moved = np.roll(mirrored, rng.integers(-4, 5, 2), (1, 2))
     return (moved * gain + offset).clip(-1.0, 1.0).astype(np.float32)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("portraits", type=Path)
-    parser.add_argument("drawn", type=Path)
+    parser.add_argument("people", type=Path, help="the folder of made people")
     parser.add_argument("models", type=Path, metavar="MODEL_FOLDER", help="package/model of @vladmandic/face-api")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--faces", type=int, default=3000, help="drawn ones")
+    parser.add_argument("--faces", type=int, default=3000, help="made ones")
     parser.add_argument("--redrawn", type=int, default=1000, help="how many of them are reconstructed too")
     arguments = parser.parse_args()
     start()
     mesh, pipeline = local_mesh(), pipelines.load_pipeline(arguments.portraits / "base")
     sampler = Sampler(pipeline, mesh, solver="ddpm", steps=20, guidance=1.0, batch=_BATCH, seed=0)
-    listed = list_photographs(arguments.portraits, "train")
-    listed += list_photographs(arguments.drawn, "base")[: arguments.faces]
+    listed, made = (list_photographs(*place) for place in ((arguments.portraits, "train"), (arguments.people, "base")))
+    listed += made[:: len(made) // arguments.faces][: arguments.faces]
     photographs, pixels = load_images(listed, (SIZE, SIZE))
     ids = pipeline.tokenize([p.caption for p in photographs])
     latents, few = sampler.encode(pixels, "encode"), len(photographs) - arguments.faces + arguments.redrawn
@@ -133,7 +133,7 @@ def main() -> None:
 
     pick = np.random.default_rng(1).choice(np.flatnonzero(heldout), 512)
     held = (images[pick].astype(np.float32), ids[number[pick]], steadiness[pick].astype(np.float32))
-    model, (correlation, caption) = fit(Task("scorer", config(64, 4), loss, batch, held), arguments.steps, seed=0)
+    model, (correlation, caption) = fit(Task("scorer", config(64, 4, 8), loss, batch, held), arguments.steps, seed=0)
     print(f"held-out: correlation with steadiness {correlation:.3f}, prefers the right caption {caption:.3f}")
     save_model(model, arguments.portraits / "scorer", dtype=np.float16)
 

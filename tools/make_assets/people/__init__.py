@@ -1,0 +1,1 @@
+"""Computer-made people: who they are, how they look, and their pictures."""
