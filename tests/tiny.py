@@ -28,10 +28,12 @@ from hgdpo_jax.run.files import write_json
 from hgdpo_jax.run.settings import validate
 from hgdpo_jax.training.monitor import Monitor
 from hgdpo_jax.training.step import TrainState
-from tools.make_assets.base import INDEX, SCHEDULER, TEXT_ENCODER, UNET
+from tools.make_assets import base as embedded
+from tools.make_assets.base import INDEX, TEXT_ENCODER, UNET
 from tools.make_assets.vae import CONFIG as VAE
 
 LATENT = (4, 4, 8)
+SCHEDULER = embedded.SCHEDULER | {"prediction_type": "epsilon"}  # as SD1.5
 # As few layers as have the structure of SD1.5: compiling them is most of what the tests do.
 TINY_UNET = UNET | {"block_out_channels": [8, 16], "attention_head_dim": 2, "norm_num_groups": 4, "sample_size": 4}
 TINY_UNET |= {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}

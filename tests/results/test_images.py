@@ -41,7 +41,6 @@ from hgdpo_jax.training.finished import with_trained_adapter
 from hgdpo_jax.training.step import split_params
 from tests import tiny
 from tests.rounding import EPS, NETWORK, assert_close
-from tools.make_assets.base import SCHEDULER
 
 PROMPTS = ["a portrait photograph of a woman, blue background", "a man"]
 STEPS, GUIDANCE = 13, 3.0  # of the 13 timesteps one is at least 900
@@ -205,7 +204,7 @@ def test_a_concept_image_gives_the_images_of_diffusers_with_and_without_lora(
 
 
 def test_lan_restores_the_statistics_of_a_policy_that_shifts_channels() -> None:
-    schedule = NoiseSchedule.from_config(SCHEDULER)
+    schedule = NoiseSchedule.from_config(tiny.SCHEDULER)
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(jax.random.key(1), (3, 8, 8, 4))
 

@@ -28,7 +28,6 @@ from hgdpo_jax.training.optimizer import learning_rate, make_optimizer, numbers_
 from hgdpo_jax.training.policy import load_trainable, set_policy
 from tests import tiny
 from tests.rounding import EPS, GRADIENT, MEAN, assert_close
-from tools.make_assets.base import SCHEDULER
 
 # β multiplies the rounding of the errors: a small one leaves the tolerance to the step itself.
 ALL = {"params": "all", "beta": 10.0, "lr": 1e-4, "warmup": 1}
@@ -119,7 +118,7 @@ def test_it_starts_at_ln_2_and_the_reference_stays_bit_for_bit(base: Path, xl: P
     assert tree_hash(state.policy) != before == after
 
 
-SCHEDULE = NoiseSchedule.from_config(SCHEDULER | {"prediction_type": "v_prediction"})
+SCHEDULE = NoiseSchedule.from_config(tiny.SCHEDULER | {"prediction_type": "v_prediction"})
 
 
 class Scaled(steps.Denoiser):
