@@ -3,6 +3,7 @@
 Mesa's software does (Debian: libegl1 libgl1-mesa-dri libegl-mesa0).
 """
 
+import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +17,8 @@ from PIL import Image
 from hgdpo_jax.run.errors import UserError
 from tools.make_assets.people.makehuman import Mesh, Positions
 
-moderngl: Any
 try:
-    import moderngl
+    moderngl: Any = importlib.import_module("moderngl")
 except ImportError:  # said where it is used
     moderngl = None
 
