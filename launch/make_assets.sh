@@ -3,8 +3,9 @@
 # Takes two to four hours on two cores. Run again after a stop: what is finished, as FOLDER/done says, is kept.
 # Needs npm, and Mesa's OpenGL (Debian: libegl1 libgl1-mesa-dri libegl-mesa0).
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
-work=${1:-runs/assets}
-assets=$PWD/hgdpo_jax/assets
+work=$(realpath -m "${1:-$root/runs/assets}")
+cd "$root"
+assets=$root/hgdpo_jax/assets
 portraits=$assets/portraits
 people=$work/people
 avatars=$work/npm/tabler/package/dist/static/avatars

@@ -3,6 +3,7 @@
 # With --full instead: Stable Diffusion 1.5 and XL at full size against diffusers (24 GB of memory, 40 GB of disk).
 flags=${XLA_FLAGS:-}  # the user's: setup.sh would add the number of devices of a run
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-test.txt
+cd "$root"
 export XLA_FLAGS=$flags
 if [ "${1:-}" = --full ]; then
   export MALLOC_MMAP_THRESHOLD_=65536  # what PyTorch frees goes back to the system before JAX needs it

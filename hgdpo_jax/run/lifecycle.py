@@ -2,7 +2,7 @@
 
 Whatever ends one process ends all with one line and one exit code: a mistake of the user within seconds, an unexpected
 error or a death after half a minute or more (`_DEAD`, `_DEAD_FOR_JAX`), a signal during training once the step is saved
-(`_GRACE` at most). A process that is alone listens for signals in the same way.
+(`GRACE` at most). A process that is alone listens for signals in the same way.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ EXIT_CODES = {signal.SIGTERM: START_AGAIN, signal.SIGINT: 130}
 _START = 300  # seconds in which all must have started
 # Seconds between two signs of life, and without one. JAX waits longer: its own line would blame process 0.
 _BEAT, _DEAD, _DEAD_FOR_JAX = 1.0, 30.0, 120
-_GRACE = 300.0  # seconds in which a training that is stopped has to save, or ends as it is
+GRACE = 300.0  # seconds in which a training that is stopped has to save, or ends as it is; launchers give more
 _started = False
 
 
@@ -179,8 +179,8 @@ class Stopping:
             with suppress(RuntimeError):  # another was faster
                 client().key_value_set("hgdpo/stop", str(int(asked)))
             client().key_value_set(f"hgdpo/promise/{jax.process_index()}", str(self._promise))
-        line = f"error: could not save within {_GRACE:.0f} s of the signal; the same command goes on from before"
-        late = threading.Timer(_GRACE, end_all, (line, EXIT_CODES[asked]))
+        line = f"error: could not save within {GRACE:.0f} s of the signal; the same command goes on from before"
+        late = threading.Timer(GRACE, end_all, (line, EXIT_CODES[asked]))
         late.daemon = True
         late.start()
 

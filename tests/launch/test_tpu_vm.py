@@ -17,10 +17,17 @@ COMMAND = ["python", "-m", "hgdpo_jax.main", "--workdir", "/mnt/runs/mine"]
 GCLOUD = """
 cd "$STAND_INS"
 case $4 in
-  describe) cat state ;;
+  describe)
+    if [ -e api_down ]; then echo "ERROR: cannot be reached" >&2; exit 1; fi
+    cat state 2> /dev/null || { echo "ERROR: (gcloud) NOT_FOUND: no such node" >&2; exit 1; } ;;
   create) ! next_line no_room && rm -rf host && mkdir host && echo READY > state ;;
   delete) rm state ;;
-  scp) cp "$5" host ;;
+  scp)
+    if end=$(next_line copies); then
+      if [ "${end#* }" = gone ]; then rm state; else echo "${end#* }" > state; fi
+      exit "${end%% *}"
+    fi
+    cp "$5" host ;;
   ssh) command=${!#} && cd host && bash -c "${command#--command=}" ;;
 esac
 """
@@ -35,7 +42,10 @@ read -r code state <<< "$(next_line ends)"
 if [ "$state" = gone ]; then rm "$STAND_INS/state"; else echo "$state" > "$STAND_INS/state"; fi
 exit "$code"
 """
-SLEEP = """next_line awake > "$STAND_INS/later" && mv "$STAND_INS/later" "$STAND_INS/state" || true"""
+SLEEP = """
+rm -f "$STAND_INS/api_down"
+next_line awake > "$STAND_INS/later" && mv "$STAND_INS/later" "$STAND_INS/state" || true
+"""
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +121,9 @@ def test_what_is_done_or_a_mistake_is_not_started_again(end: str, script: Path, 
         ("255 PREEMPTED", ["delete", "create"]),
         ("75 TERMINATED", ["delete", "create"]),
         ("1 REPAIRING", ["sleep", "sleep"]),
+        ("255 READY", []),  # ssh lost a host of which nothing else is known yet
+        ("137 PREEMPTED", ["delete", "create"]),
+        ("1 gone", ["create"]),
     ],
 )
 def test_what_was_stopped_or_lost_its_slice_is_started_again(
@@ -137,6 +150,53 @@ def test_where_there_is_no_room_a_lost_slice_is_waited_for_and_a_new_one_is_not(
     program.write_text(program.read_text().replace("exit", 'echo full > "$STAND_INS/no_room"\nexit'))
     assert cloud.run(script, *ARGUMENTS, *COMMAND).returncode == 0
     assert events(cloud)[1:] == ["scp", "python", "sleep", "create", "sleep", "create", "scp", "python"]
+
+
+@pytest.mark.parametrize(
+    ("end", "then"), [("1 gone", ["create"]), ("1 PREEMPTED", ["delete", "create"]), ("255 READY", [])]
+)
+def test_a_slice_that_is_lost_before_the_command_begins_is_made_again(
+    end: str, then: list[str], script: Path, cloud: StandIns
+) -> None:
+    cloud.tell("copies", [end])
+    cloud.tell("ends", ["0 READY"])
+    assert cloud.run(script, *ARGUMENTS, *COMMAND).returncode == 0
+    assert events(cloud) == ["create", "scp", "sleep", *then, "scp", "python"]
+
+
+def test_where_gcloud_cannot_be_reached_a_running_slice_is_not_made_again(script: Path, cloud: StandIns) -> None:
+    (cloud.folder / "api_down").touch()
+    ended = cloud.run(script, *ARGUMENTS, *COMMAND)
+    assert ended.returncode == 1 and ended.stderr == "ERROR: cannot be reached\n" and events(cloud) == []
+    (cloud.folder / "api_down").unlink()
+    cloud.tell("ends", ["75 READY", "0 READY"])
+    program = cloud.folder / "on_host" / "python"
+    program.write_text(program.read_text().replace("exit", '[ "$code" = 0 ] || touch "$STAND_INS/api_down"\nexit'))
+    sleep = cloud.folder / "bin" / "sleep"
+    sleep.write_text(sleep.read_text().replace("rm -f", "next_line naps > /dev/null || rm -f"))
+    cloud.tell("naps", ["still"])
+    assert cloud.run(script, *ARGUMENTS, *COMMAND).returncode == 0
+    assert events(cloud) == ["create", "scp", "python", "sleep", "sleep", "scp", "python"]
+
+
+@pytest.mark.parametrize("end", ["75 READY", "255 READY", "1 PREEMPTED"])
+def test_tries_are_bounded(end: str, script: Path, cloud: StandIns) -> None:
+    few = script.with_name("few.sh")
+    few.write_text(script.read_text().replace("tries=100", "tries=3"))
+    cloud.tell("ends", [end] * 5)
+    ended = cloud.run(few, *ARGUMENTS, *COMMAND)
+    assert ended.returncode == int(end.split()[0]) and ended.stderr == "mine: started 3 times without an end\n"
+    assert events(cloud).count("python") == 3
+
+
+@pytest.mark.parametrize("state", ["REPAIRING", "STOPPED", "UNKNOWN"])
+def test_a_slice_that_never_gets_ready_is_not_waited_for_forever(state: str, script: Path, cloud: StandIns) -> None:
+    soon = script.with_name("soon.sh")
+    soon.write_text(script.read_text().replace("looks=1440", "looks=3"))
+    (cloud.folder / "state").write_text(f"{state}\n")
+    ended = cloud.run(soon, *ARGUMENTS, *COMMAND)
+    assert ended.returncode == 1 and ended.stderr.endswith(f"mine is not ready after a day, but {state}\n")
+    assert events(cloud) == ["sleep"] * 2
 
 
 @pytest.mark.parametrize(
