@@ -24,7 +24,7 @@ def main() -> None:
     from hgdpo_jax.devices.start import start
     from hgdpo_jax.results.exported import export
 
-    start(given.workdir, vars(given))
+    start(given.workdir, vars(given), writes=False)
     export(given.workdir, given.out, given.stage, formats, given.base)
 
 

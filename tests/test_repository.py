@@ -1,5 +1,6 @@
 """Promises about the repository itself."""
 
+import ast
 import os
 import re
 import subprocess
@@ -40,6 +41,15 @@ def test_no_module_reads_pickles() -> None:
     """They run what is in them."""
     for path in (ROOT / "hgdpo_jax").rglob("*.py"):
         assert not re.search(r"\b(import|from) pickle\b|allow_pickle=True", path.read_text()), path
+
+
+def test_assertions_tell_types_and_guard_nothing() -> None:
+    """`python -O` leaves them out."""
+    for path in (ROOT / "hgdpo_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Assert):
+                said = re.sub(r"[\w.]+( is not None)?( and (?=\w))?", "", ast.unparse(node.test))
+                assert said == "", f"{path}:{node.lineno}"
 
 
 @pytest.mark.parametrize("pins", ["requirements.txt", "requirements-test.txt"])

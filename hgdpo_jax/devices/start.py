@@ -12,27 +12,43 @@ import jax
 from hgdpo_jax.devices.processor import collect_rarely
 from hgdpo_jax.devices.xla import cpuinfo, use_precision, xla_flags
 from hgdpo_jax.run import lifecycle, processes
+from hgdpo_jax.run.errors import UserError
 
 
-def start(folder: Path | None = None, asked: Mapping[str, Any] | None = None, dtype: str | None = None) -> None:
+def start(
+    folder: Path | None = None, asked: Mapping[str, Any] | None = None, dtype: str | None = None, writes: bool = True
+) -> None:
     """Joins the other processes of a run, see :func:`hgdpo_jax.run.lifecycle.start`, and turns on the persistent
     compilation cache.
 
     Args:
-        folder, asked: see :func:`hgdpo_jax.run.processes.require_same_command`, which is called where they are given.
+        folder, asked, writes: see :func:`hgdpo_jax.run.processes.require_same_command`, which is called where there is
+            a folder; then there has to be a device, too.
         dtype: see :func:`hgdpo_jax.devices.xla.use_precision`, likewise.
 
     Raises:
-        UserError: not all processes came, or one was asked something else.
+        UserError: not all processes came, or one was asked something else; or there is no device.
     """
     collect_rarely()
     os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""), cpuinfo())
     lifecycle.start()
     _use_cache()
     if folder is not None:
-        processes.require_same_command(folder, asked or {})
+        processes.require_same_command(folder, asked or {}, writes)
+        _find_devices()
     if dtype is not None:
         use_precision(dtype)
+
+
+def _find_devices() -> None:
+    try:
+        jax.devices()
+    except Exception as error:  # of JAX and of its plugins, some without a word
+        reason = " ".join(str(error).split()) or type(error).__name__
+        asked = os.environ.get("JAX_PLATFORMS")
+        what = f"JAX_PLATFORMS={asked}: " if asked else ""
+        raise UserError(f"{what}JAX finds no device ({reason}); install jax for it, pip install -e '.[gpu]' or '.[tpu]'"
+                        f"{', or unset the variable' if asked else ''}") from error  # fmt: skip
 
 
 def _use_cache() -> None:

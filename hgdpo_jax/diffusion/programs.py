@@ -4,6 +4,7 @@ Weights are arguments of the programs, so that another policy needs no other pro
 because it acts at early timesteps and the given weights at late ones.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,8 @@ Images = Float[Array, "b H W 3"]  # in [-1, 1]
 # States by name: `unet`, `text`, `vae`, `adapter` where there is one, and `early text` where a text encoder's policy is
 # used at early timesteps.
 Weights = dict[str, PyTree[Array]]
+# Pixels that a device decodes or encodes at once, in float32: one image of 1024x704, four of 512x512, 2.5 GiB.
+_AT_ONCE = 2**20
 
 
 class SamplerInputs(NamedTuple):
@@ -68,7 +71,7 @@ class Programs:
             self._graphs[name], given[name] = nnx.split(network)
         self.shardings = tree_shardings(given, mesh)
         self.given: Weights = place(given, self.shardings)
-        rows = batch_sharding(mesh)
+        rows, self._ways = batch_sharding(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
         self.draw, self.decode, self.encode = (
             jax.jit(program, out_shardings=rows) for program in (self._draw, self._decode, self._encode)
         )
@@ -81,10 +84,14 @@ class Programs:
         return sample(denoise, self._pipeline.schedule, trajectory, inputs.latent, inputs.key, anchor)
 
     def _decode(self, weights: Weights, latents: Latent) -> Images:
-        return nnx.merge(self._graphs["vae"], weights["vae"]).to_images(latents)
+        vae = nnx.merge(self._graphs["vae"], weights["vae"])
+        pixels = latents.shape[1] * latents.shape[2] * vae.pixels_per_latent**2
+        return _in_parts(vae.to_images, latents, _parts(len(latents) // self._ways, pixels))
 
     def _encode(self, weights: Weights, images: Images) -> Latent:
-        return nnx.merge(self._graphs["vae"], weights["vae"]).to_latents(images)
+        vae = nnx.merge(self._graphs["vae"], weights["vae"])
+        pixels = images.shape[1] * images.shape[2]
+        return _in_parts(vae.to_latents, images, _parts(len(images) // self._ways, pixels))
 
     def _denoiser(self, weights: Weights, inputs: SamplerInputs, guidance: Guidance) -> Denoise:
         """The prediction for these captions and concepts; what does not depend on the step is computed here."""
@@ -119,3 +126,18 @@ class Programs:
 
     def _beside_empty(self, empty: PyTree[Array], given: PyTree[Array]) -> Any:
         return jax.tree.map(side_by_side, empty, given) if self._guide else given
+
+
+def _parts(images: int, pixels: int) -> int:
+    """The fewest equal parts of a device's images, of so many pixels each, that have at most :data:`_AT_ONCE` pixels or
+    are one image."""
+    fit = (n for n in range(1, images) if images % n == 0 and images // n * pixels <= _AT_ONCE)
+    return next(fit, images)
+
+
+def _in_parts(function: Callable[[Array], Array], x: Float[Array, "b *n"], parts: int) -> Float[Array, "b *m"]:
+    """`function` of all rows, a part of them at a time. Strided, so that each device keeps the rows that it holds."""
+    if parts == 1:
+        return function(x)
+    found = jax.lax.map(function, x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1))
+    return found.swapaxes(0, 1).reshape(len(x), *found.shape[2:])

@@ -219,7 +219,8 @@ def empty(
     """
     if kind != "ip_adapter_plus":
         return jnp.zeros_like(features)
-    assert encoder is not None, "ip_adapter_plus reads images with an encoder"
+    if encoder is None:
+        raise ValueError("ip_adapter_plus reads images with an encoder")
     size = encoder.config["image_size"]
     return jnp.broadcast_to(image_features(encoder, kind, jnp.zeros((1, size, size, 3))), features.shape)
 

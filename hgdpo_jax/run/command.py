@@ -4,7 +4,6 @@ A mistake is answered at once: nothing here imports JAX, unless other processes 
 """
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hgdpo_jax.run.errors import Stopped, UserError
+from hgdpo_jax.run import environment, streams
+from hgdpo_jax.run.errors import Stopped, UserError, as_line
 from hgdpo_jax.run.folder import local_folder, require_plain
 from hgdpo_jax.run.settings import get_setting, load_config, setting_keys
 
@@ -67,19 +67,22 @@ def as_arguments(config: ConfigDict) -> dict[str, Any]:
 def run(command: Callable[[], None]) -> None:
     """Runs a command, in one process or in several.
 
-    A mistake of the user, and a full disk, become one line on stderr and exit code 1 in all processes, arguments that
-    cannot be read exit code 2, a signal one line and exit code 130 (Ctrl-C) or 75 (SIGTERM).
+    A mistake of the user, a full disk and memory that ran out become one line on stderr and exit code 1 in all
+    processes, arguments that cannot be read exit code 2, a signal one line and exit code 130 (Ctrl-C) or 75 (SIGTERM).
     """
+    streams.prepare()
     several = os.environ.get("HGDPO_DISTRIBUTED") == "1"
-    if several:
-        from hgdpo_jax.run import lifecycle
+    try:
+        environment.require_usual()
+        if several:
+            from hgdpo_jax.run import lifecycle
+    except (UserError, ValueError) as error:  # JAX cannot be imported: this process cannot tell the others
+        sys.exit(as_line(error))
     try:
         command()
         if several:
             lifecycle.leave()
         return
-    except UserError as error:
-        line, code = f"error: {error}", 1
     except Stopped as stopped:
         if several:
             lifecycle.leave()
@@ -90,23 +93,15 @@ def run(command: Callable[[], None]) -> None:
             raise
         line, code = "error: an argument cannot be read, see above", 2
     except Exception as error:
-        reason = _full_disk(error)
-        if reason is None:
+        found = as_line(error)
+        if found is None:
             if several:
                 lifecycle.fail(error)
             raise
-        line, code = f"error: {reason}; free some disk space, the same command then goes on", 1
+        line, code = found, 1
     if several:
         with suppress(UserError):  # not all came: then this line is what there is to say
             lifecycle.start()  # an argument was wrong before they met: the others wait for this process
         lifecycle.end_all(line, code)
     print(line, file=sys.stderr)
     sys.exit(code)
-
-
-def _full_disk(error: BaseException) -> str | None:
-    """What an error says of a full disk, if it is about one. Some libraries raise classes of their own."""
-    text = " ".join([*str(error).split(), *getattr(error, "__notes__", [])[:1]])
-    if any(os.strerror(code) in text for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
-        return text
-    return _full_disk(error.__cause__) if error.__cause__ else None

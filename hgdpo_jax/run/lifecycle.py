@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -57,8 +58,15 @@ def _join() -> None:
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, count, index = (os.environ.get(name) for name in names)
     for name, value in zip(names[1:], (count, index), strict=True):
-        if value is not None and not value.isdecimal():
+        if value is not None and not re.fullmatch(r"[0-9]{1,9}", value):
             raise UserError(f"{name}={value}: expects a number")
+    if count is not None and index is not None and not int(index) < int(count):
+        raise UserError(f"{names[2]}={index}: expects a number below {names[1]}={count}")
+    if address is not None:
+        host, _, port = address.rpartition(":")
+        bare = ":" in host and not re.fullmatch(r"\[.*\]", host)  # an IPv6 address has colons of its own
+        if not host or bare or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+            raise UserError(f"{names[0]}={address}: expects HOST:PORT of process 0, such as 10.0.0.1:1234")
     jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM, which :func:`_listen` does
     _catch_abort()
     try:
@@ -225,7 +233,7 @@ def _listen() -> None:
             heard += 1
             if heard > 1 or not stopping.patient:
                 end_all("stopped; the same command goes on from what is finished", EXIT_CODES[signal.Signals(number)])
-            os.write(2, b"\nstopping once this step is saved; a second signal stops at once\n")
+            _say("stopping once this step is saved; a second signal stops at once")
             stopping.ask(signal.Signals(number))
 
     threading.Thread(target=hear, name="hgdpo signals", daemon=True).start()
@@ -256,10 +264,16 @@ def _exit_in_order(line: str, code: int) -> NoReturn:
 
 
 def _exit(line: str, code: int) -> NoReturn:
-    os.write(2, f"\n{line}\n".encode())
-    with suppress(RuntimeError, ValueError):  # what is just being written cannot be flushed
+    _say(line)
+    with suppress(RuntimeError, ValueError, OSError):  # what is just being written cannot be flushed
         sys.stdout.flush()
     os._exit(code)
+
+
+def _say(line: str) -> None:
+    """A line on stderr, from any thread."""
+    with suppress(OSError):  # nobody reads it
+        os.write(2, f"\n{line}\n".encode(errors="backslashreplace"))
 
 
 def fail(error: BaseException) -> NoReturn:
@@ -282,12 +296,12 @@ def leave() -> None:
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(_: int) -> None:
     if _watch.ident is None:  # they have not met yet
-        os.write(2, f"\nerror: {_not_all()}\n".encode())
+        _say(f"error: {_not_all()}")
         os._exit(1)
     if _watch.end:  # process 0 went before this one had said it
         _exit(**_watch.end)
-    os.write(2, b"\nerror: JAX has ended this process, as it says above; most likely process 0, which the others meet "
-                b"at, is gone. The same command goes on from what is finished\n")  # fmt: skip
+    _say("error: JAX has ended this process, as it says above; most likely process 0, which the others meet at, is "
+         "gone. The same command goes on from what is finished")  # fmt: skip
     os._exit(START_AGAIN)
 
 

@@ -78,12 +78,13 @@ def require_same(what: Mapping[str, str]) -> None:
     barrier()
 
 
-def require_same_command(folder: Path, settings: Mapping[str, Any]) -> None:
+def require_same_command(folder: Path, settings: Mapping[str, Any], writes: bool = True) -> None:
     """Checks that all processes run the same command, with the same versions, on the same folder.
 
     Args:
-        folder: that all processes read and write.
+        folder: of a run, or of what is drawn, that all processes read and write.
         settings: what the command line says.
+        writes: whether the command may write there; otherwise all have to find the same stages there.
 
     Raises:
         UserError: something differs from process 0; the message names the host.
@@ -96,6 +97,10 @@ def require_same_command(folder: Path, settings: Mapping[str, Any]) -> None:
         | {"hgdpo_jax": json_hash(code)[:12]}
         | {name: str(value) for name, value in settings.items()}
     )
+    if not writes:
+        stages = {str(path.relative_to(folder)): file_hash(path) for path in folder.glob("*/config.json")}
+        require_same({f"content of {folder}": json_hash(stages)[:12]})
+        return
     mark = folder / ".hosts"
 
     def write() -> str:

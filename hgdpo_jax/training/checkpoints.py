@@ -81,10 +81,6 @@ def _target(tree: Tree) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in _flat(tree).items()}
 
 
-def _need_space(folder: epath.Path, tree: Tree) -> None:
-    require_space(folder, 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + 1e6, "a checkpoint")
-
-
 @jax.jit
 def _finite(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
@@ -167,7 +163,8 @@ class Checkpoints:
     """The checkpoints of one stage.
 
     Steps are only ever added; the newest two are kept. Files are written, read back and hashed in the background: a
-    training calls `check` after every step, and `wait` at the end, or uses a `with` block, which waits.
+    training calls `check` after every step. A `with` block waits for what is being written, and closes them. Reading
+    writes nothing.
 
     Args:
         folder: W/stageN.
@@ -181,8 +178,6 @@ class Checkpoints:
         require_plain(folder)
         self.folder = bucket(place, "train.checkpoints") / folder.name if place else epath.Path(folder.absolute())
         self._policy = self.folder / "policy"
-        if not place:
-            self._policy.mkdir(parents=True, exist_ok=True)
         options = ocp.options.AsyncOptions(timeout_secs=_FOREVER, create_directories_asynchronously=False)
         items = ocp.CompositeCheckpointHandler(state=_arrays(), meta=ocp.JsonCheckpointHandler())
         self._orbax = ocp.AsyncCheckpointer(items, async_options=options)
@@ -193,7 +188,15 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.wait()
+        try:
+            self.wait()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the threads. A second call does nothing."""
+        self._background.shutdown()
+        self._orbax.close()
 
     def _steps(self) -> list[int]:
         try:
@@ -224,13 +227,18 @@ class Checkpoints:
         """
         self.wait()
         require_finite(step, state)
-        _need_space(self.folder, state)
+        self._make_room(state)
         if processes.is_first():
             hashed = [kept for kept in self._steps() if (self._policy / f"{kept}.sha256.json").exists()]
             self._remove([damaged for damaged in self._steps() if damaged >= step or damaged not in hashed])
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(_flat(state)), meta=ocp.args.JsonSave(meta))
         self._orbax.save(self._folder_of(step), args=items, force=True)
         self._saving = self._background.submit(self._finish, step, _on_host(state))
+
+    def _make_room(self, tree: Tree) -> None:
+        if not in_bucket(self.folder):
+            self._policy.mkdir(parents=True, exist_ok=True)
+        require_space(self.folder, 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + 1e6, "a checkpoint")
 
     def _finish(self, step: int, written: HostParts) -> None:
         """Runs in the background, where no arrays of several processes may be computed with."""
@@ -295,7 +303,7 @@ class Checkpoints:
 
     def save_reference(self, reference: Tree) -> str:
         """Writes the reference once and reads it back; returns its hash."""
-        _need_space(self.folder, reference)
+        self._make_room(reference)
         value = tree_hash(reference)
         path = self.folder / "reference" / "weights"
         with ocp.Checkpointer(_arrays()) as checkpointer:

@@ -58,9 +58,9 @@ def with_trained_adapter(
 
 def made_from(workdir: Path, stage: str) -> dict[str, Any]:
     """What the newest checkpoint of a stage was made from, see :mod:`hgdpo_jax.run.provenance`; empty without one."""
-    checkpoints = Checkpoints(workdir / stage, stage_config(workdir, stage).train.checkpoints)
-    step = checkpoints.latest()
-    return {} if step is None else checkpoints.meta(step)["made_from"]
+    with Checkpoints(workdir / stage, stage_config(workdir, stage).train.checkpoints) as checkpoints:
+        step = checkpoints.latest()
+        return {} if step is None else checkpoints.meta(step)["made_from"]
 
 
 def require_base(workdir: Path, stage: str, base: str) -> None:
@@ -106,14 +106,14 @@ def finished_policy(workdir: Path, stage: str, like: Params, config: ConfigDict)
         UserError: the stage was not trained, or not to its end, or with another kind of policy.
     """
     wanted = stage_config(workdir, stage).train
-    checkpoints = Checkpoints(workdir / stage, wanted.checkpoints)
-    step = checkpoints.latest()
-    if step is None or step < wanted.steps:
-        raise UserError(
-            f"{stage} stands at step {step or 0} of {wanted.steps}; run first: {train_command(stage, workdir)}"
-        )
-    name = "ema" if wanted.ema else "policy"
-    policy: Params = checkpoints.restore(step, {name: like})[name]
+    with Checkpoints(workdir / stage, wanted.checkpoints) as checkpoints:
+        step = checkpoints.latest()
+        if step is None or step < wanted.steps:
+            raise UserError(
+                f"{stage} stands at step {step or 0} of {wanted.steps}; run first: {train_command(stage, workdir)}"
+            )
+        name = "ema" if wanted.ema else "policy"
+        policy: Params = checkpoints.restore(step, {name: like})[name]
     if not wanted.params.endswith("lora"):
         return policy
     own, given = (train.lora_alpha / train.lora_rank for train in (wanted, config.train))

@@ -2,6 +2,7 @@
 
 import json
 from collections import deque
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -57,23 +58,23 @@ def train(config: ConfigDict, workdir: Path, traced: range = range(0)) -> None:
     with lock_for_all(folder):
         inputs = stage_inputs.read(config, workdir, index)
         index.save()
-        checkpoints = Checkpoints(folder, config.train.checkpoints)
-        _require_place(config, folder)
-        start = starts.start(config, workdir, inputs, checkpoints)
-        if processes.is_first():
-            write_json(folder / "config.json", configuration.to_json(config))
-        done = int(start.state.step)
-        if done >= config.train.steps and processes.broadcast(lambda: was_evaluated(folder / "logs", done)):
-            print(f"{folder}: already trained to step {done}")
-            return
-        traced = remaining_steps(traced, done, config.train.steps)
-        if config.train.reference_cache:
-            inputs = reference_cache.attach(config, folder, inputs, start, index)
-            index.save()
-        announce(config, inputs, start.state)
-        with lifecycle.stopping, checkpoints:
-            _run(config, folder, inputs, start, checkpoints, traced)
-        print(f"{folder}: trained to step {config.train.steps}")
+        with closing(Checkpoints(folder, config.train.checkpoints)) as checkpoints:
+            _require_place(config, folder)
+            start = starts.start(config, workdir, inputs, checkpoints)
+            if processes.is_first():
+                write_json(folder / "config.json", configuration.to_json(config))
+            done = int(start.state.step)
+            if done >= config.train.steps and processes.broadcast(lambda: was_evaluated(folder / "logs", done)):
+                print(f"{folder}: already trained to step {done}")
+                return
+            traced = remaining_steps(traced, done, config.train.steps)
+            if config.train.reference_cache:
+                inputs = reference_cache.attach(config, folder, inputs, start, index)
+                index.save()
+            announce(config, inputs, start.state)
+            with lifecycle.stopping, checkpoints:
+                _run(config, folder, inputs, start, checkpoints, traced)
+            print(f"{folder}: trained to step {config.train.steps}")
 
 
 def _require_place(config: ConfigDict, folder: Path) -> None:
@@ -103,7 +104,7 @@ def _run(
     loader = PairLoader(inputs.pairs.sources["train"], settings.batch, config.seed, position, rows)
     batch = to_devices(next(loader), mesh)
     warn_of_hours(config, inputs, settings.steps - done, update, state, reference, inputs.frozen, batch, numbers)
-    monitor = Monitor(config, folder, inputs, reference, numbers)
+    monitor = Monitor(config, folder, inputs, reference, numbers, done)
     evaluated = processes.broadcast(lambda: was_evaluated(folder / "logs", done))
     if not evaluated and (done % settings.eval_every == 0 or done >= settings.steps):
         monitor.evaluate(state, done)  # before the first step, or where a run was killed after its checkpoint
@@ -132,6 +133,8 @@ def _run(
                 values |= speed.lap(settings.steps - step) | {"train/learning_rate": float(numbers.rate)}
                 monitor.report(values, step)
                 bar.set_postfix({word: f"{values[name]:.4g}" for word, name in _SHOWN.items() if name in values})
+            if last and config.objective == "dpo" and tree_hash(reference) != start.reference_hash:
+                raise RuntimeError("the reference changed during training")
             if save:
                 checkpoints.save(step, state, meta | {"position": position})
             if stop:
@@ -140,5 +143,3 @@ def _run(
                 monitor.evaluate(state, step)
             if save or evaluate:
                 speed.restart()
-    if config.objective == "dpo":
-        assert tree_hash(reference) == start.reference_hash, "the reference changed during training"

@@ -2,7 +2,8 @@
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,26 +13,43 @@ from jaxtyping import Array, Float, UInt8
 
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import atomic_path
 from hgdpo_jax.training.step import GRADIENT_NORM, TIMESTEP_BINS
 
 if TYPE_CHECKING:
     import tensorboardX
 
+SAMPLES = "samples"  # TensorBoard's name of what an evaluation draws
 StepMetrics = Mapping[str, Float[Array | np.ndarray | np.float32, "..."]]
 
 
 class MetricLog:
-    """Averages of the steps since they were last asked for, and what is written to TensorBoard and metrics.jsonl."""
+    """Averages of the steps since they were last asked for, and what is written to TensorBoard and metrics.jsonl.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the log.
+        done: the step that the training goes on from. What a run that was killed had logged beyond it comes again, so
+            it is taken away.
+    """
+
+    def __init__(self, folder: Path, done: int) -> None:
         self._folder, self._lines = folder, folder / "metrics.jsonl"
         self._steps: dict[int, StepMetrics] = {}
         if not processes.is_first():
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if self._lines.is_file():  # half a line of a run that was killed
-            with self._lines.open("r+b") as file:
-                file.truncate(file.read().rfind(b"\n") + 1)
+        # An evaluation counts once its line is there, which is written last.
+        evaluated = was_evaluated(folder, done)
+
+        def comes_again(step: int, names: Iterable[str]) -> bool:
+            return step > done or (step == done and not evaluated and any(map(_of_evaluation, names)))
+
+        if self._lines.is_file():
+            kept = [line for line in _whole_lines(self._lines) if not comes_again(line["step"], line)]
+            with atomic_path(self._lines) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        for file in folder.glob("events.out.tfevents.*"):
+            _cut_events(file, comes_again)
 
     @functools.cached_property
     def _writer(self) -> "tensorboardX.SummaryWriter":
@@ -71,30 +89,54 @@ class MetricLog:
         with self._lines.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def image(self, name: str, grid: UInt8[np.ndarray, "H W 3"], step: int) -> None:
-        """A picture. Process 0 writes."""
+    def samples(self, grid: UInt8[np.ndarray, "H W 3"], step: int) -> None:
+        """The pictures of an evaluation. Process 0 writes."""
         if not processes.is_first():
             return
-        self._writer.add_image(name, grid, step, dataformats="HWC")
+        self._writer.add_image(SAMPLES, grid, step, dataformats="HWC")
         self._writer.flush()
 
 
-def read(folder: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl in the order of their steps; where a resumed run wrote a value again, the last.
+def _of_evaluation(name: str) -> bool:
+    return name == SAMPLES or name.startswith("heldout/")
 
-    What follows the last end of a line is half a line of a run that was killed, and not read.
+
+def _whole_lines(path: Path) -> list[dict[str, float]]:
+    """What follows the last end of a line is half a line of a run that was killed, and not read."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def _cut_events(path: Path, comes_again: Callable[[int, Iterable[str]], bool]) -> None:
+    """Ends a file of TensorBoard's before the first event that comes again, or that is not whole.
+
+    An event is a length of eight bytes and a checksum of four, so many bytes, and a checksum of four.
     """
+    from tensorboardX.proto.event_pb2 import Event
+
+    content, end = path.read_bytes(), 0
+    while end + 12 <= len(content):
+        length = int.from_bytes(content[end : end + 8], "little")
+        if end + length + 16 > len(content):
+            break
+        event = Event.FromString(content[end + 12 : end + 12 + length])
+        if comes_again(event.step, [value.tag for value in event.summary.value]):
+            break
+        end += length + 16
+    os.truncate(path, end)
+
+
+def read(folder: Path) -> list[dict[str, float]]:
+    """The values in metrics.jsonl by step, in the order of their steps."""
     path = folder / "metrics.jsonl"
     steps: dict[int, dict[str, float]] = {}
-    for line in path.read_text().split("\n")[:-1] if path.is_file() else []:
-        values = json.loads(line)
-        steps.setdefault(values["step"], {}).update(values)
+    for values in _whole_lines(path) if path.is_file() else []:
+        steps.setdefault(int(values["step"]), {}).update(values)
     return [steps[step] for step in sorted(steps)]
 
 
 def was_evaluated(folder: Path, step: int) -> bool:
     """Whether held-out pairs were measured at a step."""
-    return any(line["step"] == step and any(name.startswith("heldout/") for name in line) for line in read(folder))
+    return any(line["step"] == step and any(map(_of_evaluation, line)) for line in read(folder))
 
 
 def average(steps: Sequence[StepMetrics]) -> dict[str, float]:

@@ -39,15 +39,17 @@ class Monitor:
         config, inputs, reference: of the stage.
         folder: W/stageN.
         numbers: of the stage; the rate does not count.
+        done: the step that the training goes on from.
     """
 
-    def __init__(self, config: ConfigDict, folder: Path, inputs: Inputs, reference: Params, numbers: Numbers) -> None:
-        self.log = MetricLog(folder / "logs")
+    def __init__(
+        self, config: ConfigDict, folder: Path, inputs: Inputs, reference: Params, numbers: Numbers, done: int
+    ) -> None:
+        self.log = MetricLog(folder / "logs", done)
         self._reference, self._frozen, self._numbers = reference, inputs.frozen, numbers
         self._stage, self._dtype = config.stage, config.model.dtype
         self._batch, self._rate = config.train.batch, config.train.lr
-        settings, held = config.evaluate, inputs.pairs.sources["heldout"]
-        self._sampler = Sampler.from_config(inputs.pipeline, inputs.mesh, settings, config.seed)
+        held = inputs.pairs.sources["heldout"]
         self._resolution = next(iter(configuration.resolutions(config).values()))
         mine = local_rows(self._batch, inputs.mesh)
         self._held = [
@@ -58,6 +60,8 @@ class Monitor:
         everywhere = replicated(inputs.mesh)
         self._loss_metrics = jax.jit(lambda *arguments: inputs.loss(*arguments)[1], out_shardings=everywhere)
         rows = [source[i] for source in held for i in range(min(SAMPLES, len(source)))][:SAMPLES]
+        settings = ConfigDict({**config.evaluate, "batch": min(config.evaluate.batch, len(rows))})
+        self._sampler = Sampler.from_config(inputs.pipeline, inputs.mesh, settings, config.seed)
         self._ids = np.stack([row["input_ids"] for row in rows])
         self._concept = np.stack([r["concept"] for r in rows]).astype(np.float32) if "concept" in rows[0] else None
         self._keys = self._sampler.keys("samples", [row["id"].decode() for row in rows], [0] * len(rows))
@@ -86,7 +90,7 @@ class Monitor:
         the stage would hand on."""
         self._sampler.use_policies(state.result)
         latents = self._sampler.generate(self._ids, self._keys, self._resolution, "samples", self._concept)
-        self.log.image("samples", grid(self._sampler.decode(latents, "decode"), 4), step)
+        self.log.samples(grid(self._sampler.decode(latents, "decode"), 4), step)
         if step == 0 and self._reference:
             self._print_noise(state.policy)
         found = [self._measured(state.policy, self._reference, i) for i in range(len(self._held))]

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from hgdpo_jax.training import inputs as stage_inputs
 from hgdpo_jax.training import loop, metrics, monitor, start
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
-from hgdpo_jax.training.finished import finished_policy
+from hgdpo_jax.training.finished import finished_policy, made_from
 from hgdpo_jax.training.inputs import depends_on
 from hgdpo_jax.training.loop import train
 from hgdpo_jax.training.metrics import MetricLog
@@ -352,6 +353,31 @@ def test_what_a_stage_depends_on_is_all_of_its_training_but_what_only_rounds_and
     assert found - {f"train.{name}" for name in config.train} == {"stage", "seed", "objective", "model.dtype"}
     config.train.schedule = "cosine"
     assert set(depends_on(config)) - found == {"train.steps"}
+
+
+def test_a_reference_that_changed_is_no_result(
+    finished: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also under `python -O`, which leaves assertions out."""
+    _copy(finished, tmp_path)
+    monkeypatch.setattr(loop, "tree_hash", lambda _: "another")
+    with pytest.raises(RuntimeError, match="the reference changed during training"):
+        train(tiny.config(base, steps=8), tmp_path)
+    assert Checkpoints(tmp_path / "stage1").latest() == 6
+
+
+def test_reading_a_run_writes_nothing_and_closes_what_it_opened(finished: Path, base: Path, tmp_path: Path) -> None:
+    def files() -> list[tuple[Path, int]]:
+        return sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
+
+    config = tiny.config(base, steps=6)
+    like, before, threads = policy_of(load_trainable(config, tiny.mesh()), config), files(), threading.active_count()
+    finished_policy(finished, "stage1", like, config)
+    made_from(finished, "stage1")
+    with Checkpoints(tmp_path / "nothing" / "stage1") as checkpoints:
+        assert checkpoints.latest() is None
+    checkpoints.close()  # once more
+    assert files() == before and not list(tmp_path.iterdir()) and threading.active_count() <= threads
 
 
 def test_one_command_at_a_time_trains_a_stage(finished: Path, base: Path) -> None:

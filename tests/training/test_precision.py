@@ -55,7 +55,7 @@ def test_margins_in_float16_have_a_fraction_of_the_noise_of_bfloat16(two_levels:
 
 
 def test_float16_stops_where_a_number_is_too_large(two_levels: Path, tmp_path: Path) -> None:
-    config, log = tiny.config(two_levels), MetricLog(tmp_path)
+    config, log = tiny.config(two_levels), MetricLog(tmp_path, 0)
     config.model.dtype = "float16"
     assert numbers_of(config, 0).scale == 2.0**10
     for number, scale in ((1, 2.0**10), (2, 2.0**100)):
