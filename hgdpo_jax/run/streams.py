@@ -34,12 +34,13 @@ def _patient(stream: Any, descriptor: int) -> io.TextIOWrapper:
     if stream is not None:
         stream.flush()
     raw: Any = _Patient(descriptor, "w", closefd=False)
+    at_once = getattr(stream, "write_through", False)  # python -u
     return io.TextIOWrapper(
-        raw if sys.flags.unbuffered else io.BufferedWriter(raw),
+        raw if at_once else io.BufferedWriter(raw),
         encoding=getattr(stream, "encoding", "utf-8"),
         errors="backslashreplace",
         line_buffering=descriptor == 2 or raw.isatty(),
-        write_through=bool(sys.flags.unbuffered),
+        write_through=at_once,
     )
 
 

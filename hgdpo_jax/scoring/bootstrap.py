@@ -4,6 +4,7 @@ A resample takes people with replacement, each with all images of their caption 
 are resampled alike, so that differences between them have intervals too. `n` people, `r` resamples.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +16,12 @@ Weights = Float[np.ndarray, "r n"]
 
 
 class Measure(NamedTuple):
-    """A measure of each resample; the first resample is the people themselves."""
+    """A measure of each resample; the first resample is the people themselves. No value of it is below `least` or above
+    `most`, such as 0 and 1 of a share."""
 
     values: Float[np.ndarray, "r"]
+    least: float = -math.inf
+    most: float = math.inf
 
     @property
     def value(self) -> float:
@@ -27,12 +31,13 @@ class Measure(NamedTuple):
     @property
     def interval(self) -> list[float]:
         """[low, high]: the middle 95 % of the resamples, moved so that their mean is the measure, for some measures are
-        biased by people who occur twice."""
+        biased by people who occur twice; cut where the measure can have no value."""
         deviations = self.values[1:] - self.values[1:].mean()
-        return [float(self.value + x) for x in np.quantile(deviations, (0.025, 0.975))]
+        moved = self.value + np.quantile(deviations, (0.025, 0.975))
+        return [float(x) for x in moved.clip(self.least, self.most)]
 
     def __sub__(self, other: "Measure") -> "Measure":
-        return Measure(self.values - other.values)
+        return Measure(self.values - other.values, self.least - other.most, self.most - other.least)
 
 
 def resamples(people: int) -> Weights:
@@ -41,6 +46,8 @@ def resamples(people: int) -> Weights:
     return np.concatenate([np.ones((1, people)), drawn[drawn.max(1) < people]])
 
 
-def mean(values: Float[np.ndarray, "n k"], weights: Weights) -> Measure:
-    """Mean over people of a quantity that was measured k times for each."""
-    return Measure(weights @ values.mean(1, dtype=np.float64) / weights.sum(1))
+def mean(
+    values: Float[np.ndarray, "n k"], weights: Weights, least: float = -math.inf, most: float = math.inf
+) -> Measure:
+    """Mean over people of a quantity that was measured k times for each, and lies between `least` and `most`."""
+    return Measure(weights @ values.mean(1, dtype=np.float64) / weights.sum(1), least, most)

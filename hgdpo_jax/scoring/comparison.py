@@ -58,15 +58,15 @@ def compare(drawn: Mapping[str, Seen], photographs: Seen) -> dict[str, Measures]
 
 def _measures(seen: Seen, base: Seen, photographs: Seen, frechet: Mapping[str, Measure], weights: Weights) -> Measures:
     found = {
-        "faces_found": mean(seen["face_found"], weights),
-        "face_score": mean(seen["face_score"], weights),
-        "sharpness": mean(seen["sharpness"], weights),
-        "hue_distance": mean(hue_angle(seen["hue"], base["hue"]), weights),
+        "faces_found": mean(seen["face_found"], weights, 0, 1),
+        "face_score": mean(seen["face_score"], weights, 0, 1),
+        "sharpness": mean(seen["sharpness"], weights, 0),
+        "hue_distance": mean(hue_angle(seen["hue"], base["hue"]), weights, 0, 180),
     }
     for score, name, wins in _SCORES:
         if score in seen:
             found[name] = mean(seen[score], weights)
-            found[wins] = mean(0.5 + 0.5 * np.sign(seen[score] - base[score]), weights)
+            found[wins] = mean(0.5 + 0.5 * np.sign(seen[score] - base[score]), weights, 0, 1)
     for embedding, prefix in (("face_embedding", "face_"), ("embedding", "")):
         if embedding in seen:
             a, b = seen[embedding], photographs[embedding]

@@ -12,7 +12,7 @@ import pytest
 
 from hgdpo_jax.devices import start
 from hgdpo_jax.run import command
-from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.errors import _MEMORY, UserError
 from hgdpo_jax.training import metrics
 from hgdpo_jax.training.checkpoints import Checkpoints
 from tests import tiny
@@ -142,6 +142,20 @@ def test_without_a_home_it_runs_without_a_cache(
         (SystemExit(2), 2, "error: an argument cannot be read, see above"),
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device; free some disk space, "
          "the same command then goes on"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 29000000000 bytes."), 1,
+         "error: a device ran out of memory: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 29000000000 "
+         f"bytes.; {_MEMORY}"),
+        (RuntimeError(f"RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\n\n{999 * 'x'}"), 1,
+         "error: a device ran out of memory: RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. "
+         f"{241 * 'x'}…; {_MEMORY}"),
+        (RuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"), 1,
+         f"error: a device ran out of memory: INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory; {_MEMORY}"),
+        (MemoryError(), 1, f"error: the host ran out of memory: MemoryError; {_MEMORY}"),
+        (MemoryError("Unable to allocate 7.28 TiB for an array with shape (1000000, 1000000)"), 1,
+         "error: the host ran out of memory: Unable to allocate 7.28 TiB for an array with shape (1000000, 1000000); "
+         f"{_MEMORY}"),
+        (OSError(12, "Cannot allocate memory"), 1,
+         f"error: the host ran out of memory: [Errno 12] Cannot allocate memory; {_MEMORY}"),
     ],
 )  # fmt: skip
 def test_what_the_user_can_mend_is_one_line(
@@ -156,7 +170,8 @@ def test_what_the_user_can_mend_is_one_line(
 
 
 def test_an_error_of_the_program_keeps_its_traceback_and_help_is_no_error() -> None:
-    for error in (ZeroDivisionError(), SystemExit(0)):
+    grpc = RuntimeError("RESOURCE_EXHAUSTED: Received message larger than max (8 vs. 4)")
+    for error in (ZeroDivisionError(), SystemExit(0), grpc):
 
         def fail(error: BaseException = error) -> None:
             raise error

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from hgdpo_jax.run import processes, provenance
+from hgdpo_jax.run import lifecycle, processes, provenance
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import write_json
 from hgdpo_jax.run.folder import blocks_of, last_stage, stage_config, train_command
@@ -100,3 +100,58 @@ def test_what_a_run_folder_holds(tmp_path: Path) -> None:
         stage_config(tmp_path, "stage3")
     assert "configs/stage0_sft.py[:variant]" in train_command("stage0", tmp_path)
     assert [blocks_of(stage) for stage in ("stage1", "stage2", "stage3", "naive")] == ["all", "all", "up", "up"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        *(({"JAX_COORDINATOR_ADDRESS": address}, f"JAX_COORDINATOR_ADDRESS={address}: expects HOST:PORT of process 0, ")
+          for address in ("host", "10.0.0.1", "host:", ":1234", "host:http", "host:70000", "host:0", "::1",
+                          "fe80::1:80", "http://host", "")),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: expects a number"),
+        ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1: expects a number"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2: expects a number below JAX_NUM_"),
+        ({"JAX_NUM_PROCESSES": "0", "JAX_PROCESS_ID": "0"}, "JAX_PROCESS_ID=0: expects a number below JAX_NUM_"),
+    ],
+)  # fmt: skip
+def test_where_processes_meet_is_checked_before_they_wait(
+    variables: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("would wait"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error:
+        lifecycle._join()
+    assert str(error.value).startswith(line)
+
+
+@pytest.mark.parametrize("address", ["host:1234", "10.0.0.1:1", "[::1]:65535", "a.b-c.example:8476"])
+def test_an_address_with_a_port_is_taken(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def initialize(*given: Any, **_: Any) -> None:
+        asked.extend(given)
+        raise ValueError("nobody there")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(lifecycle, "_catch_abort", lambda: None)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+    with pytest.raises(UserError, match="the other processes are not found"):
+        lifecycle._join()
+    assert asked == [address, None, None]
+    jax.config.update("jax_enable_preemption_service", True)
+
+
+def test_processes_that_only_read_compare_what_they_see_and_write_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(tmp_path / "stage1" / "config.json", {"a": 1})
+    seen: list[dict[str, str]] = []
+    monkeypatch.setattr(processes, "is_alone", lambda: False)
+    monkeypatch.setattr(processes, "require_same", lambda what: seen.append(dict(what)))
+    monkeypatch.setattr(processes, "write_json", lambda *_: pytest.fail("writes"))
+    for text in ('{"a": 1}', '{"a": 2}'):
+        (tmp_path / "stage1" / "config.json").write_text(text)
+        processes.require_same_command(tmp_path, {}, writes=False)
+    first, second = (found[f"content of {tmp_path}"] for found in seen[1::2])
+    assert first != second

@@ -41,3 +41,25 @@ def test_differences_are_of_the_same_resamples() -> None:
 def test_a_bias_of_the_resamples_is_taken_off() -> None:
     values = np.concatenate([[1.0], 5.0 + np.linspace(-1, 1, 101)])
     assert Measure(values).interval == pytest.approx([0.05, 1.95])
+
+
+@pytest.mark.parametrize("people", [2, 3, 7, 40])
+@pytest.mark.parametrize("images", [1, 4])
+@pytest.mark.parametrize("right", [0, 1, -1, None])  # of all, the first of these people; all; or every third
+def test_intervals_of_shares_are_shares_and_those_of_their_differences_too(
+    people: int, images: int, right: int | None
+) -> None:
+    values = np.zeros((people, images))
+    values[slice(None, None, 3) if right is None else slice(right if right >= 0 else people)] = 1.0
+    share, none = mean(values, resamples(people), 0, 1), mean(0 * values, resamples(people), 0, 1)
+    for found, least in ((share, 0), (none, 0), (share - none, -1), (none - share, -1)):
+        low, high = found.interval
+        assert least <= low <= found.value <= high <= 1
+
+
+def test_a_share_near_its_end_is_cut_there() -> None:
+    """Nine of ten: the resamples' mean is below 0.9 by chance, and what it is moved by would lead beyond 1."""
+    values = np.concatenate([[0.9], np.linspace(0.4, 1.0, 400)])
+    assert Measure(values).interval[1] > 1.0
+    assert Measure(values, 0.0, 1.0).interval[1] == 1.0
+    assert (Measure(values, 0.0, 1.0) - Measure(0 * values, 0.0, 1.0)).interval[1] == 1.0
