@@ -24,7 +24,7 @@ from hgdpo_jax.models.weights import write_weights
 from hgdpo_jax.results import model_card
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import atomic_path, write_json
+from hgdpo_jax.run.files import filled, finish_filling, is_empty, write_json
 from hgdpo_jax.run.folder import CURRICULUM, PERSONALISE, TEXT_ENCODER, blocks_of, last_stage, stage_config, was_started
 from hgdpo_jax.run.locks import lock
 from hgdpo_jax.training.checkpoints import tree_hash
@@ -41,6 +41,7 @@ PEFT_NORMAL_FILE = "normal_lora.safetensors"
 KOHYA_RECIPE_FILE = "kohya_recipe_lora.safetensors"
 CHECKPOINT_FILE = "checkpoint.safetensors"
 ADAPTER_FILE = "ip_adapter.safetensors"
+MARK = "hgdpo.json"  # says what the folder holds
 RECIPE, RECIPE_FILE = configuration.ASSETS / "diffusers_recipe.py", "hgdpo_recipe.py"
 
 
@@ -107,18 +108,18 @@ def export(
     }
     if not processes.is_first():  # which has read what process 0 now writes: reading is in step
         return
-    mark = out / "hgdpo.json"
-    if mark.is_file() and json.loads(mark.read_text()) | {"version": __version__} == origin:
-        print(f"{out}: already holds {stage}")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: holds something else; choose another --out")
-    with lock(out), atomic_path(out) as partial:
-        partial.mkdir()
-        written = _write(Contents(pipeline, stage, configs, policies, formats), partial)
-        card = model_card.text(pipeline, config, policy=origin["policies"][stage], pairs=pairs, files=written)
-        (partial / "README.md").write_text(card)
-        write_json(partial / "hgdpo.json", origin)
+    with lock(out):
+        finish_filling(out, MARK)
+        mark = out / MARK
+        if mark.is_file() and json.loads(mark.read_text()) | {"version": __version__} == origin:
+            print(f"{out}: already holds {stage}")
+            return
+        if not is_empty(out):
+            raise UserError(f"{out}: holds something else; choose another --out")
+        with filled(out, MARK, origin) as folder:
+            written = _write(Contents(pipeline, stage, configs, policies, formats), folder)
+            card = model_card.text(pipeline, config, policy=origin["policies"][stage], pairs=pairs, files=written)
+            (folder / "README.md").write_text(card)
     print(f"{out}: {stage} as {', '.join(written)}")
 
 

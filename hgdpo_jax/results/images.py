@@ -30,7 +30,7 @@ from hgdpo_jax.pictures.read import UnreadableImage, read_image
 from hgdpo_jax.pictures.write import contact_sheet, to_uint8, write_png
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import file_hash, write_json
+from hgdpo_jax.run.files import file_hash, is_empty, write_json
 from hgdpo_jax.run.folder import (
     CURRICULUM,
     DRAWN_STAGES,
@@ -170,7 +170,7 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         if other:
             values = f"{other[0]} {found.get(other[0])!r}, now it is {wanted.get(other[0])!r}"
             raise UserError(f"--out {out}: holds images of another run ({values}); choose another folder")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and not (out.is_dir() and is_empty(out)):
         raise UserError(f"--out {out}: holds something else; choose another folder")
     else:
         out.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,9 @@ _REMEDIES = (
      "a device ran out of memory: ", _MEMORY),
     (f"Unable to allocate .* for an array|{os.strerror(errno.ENOMEM)}|std::bad_alloc|^MemoryError",
      "the host ran out of memory: ", _MEMORY),
+    ("|".join(os.strerror(code) for code in (errno.EACCES, errno.EPERM, errno.EROFS)),
+     "", "change the rights of that place, or choose another"),
+    ("|".join(os.strerror(code) for code in (errno.ENAMETOOLONG, errno.ELOOP)), "", "choose another path"),
     ("Invalid value .* for JAX flag|[Ii]nvalid .* for environment", "", "unset that variable, or correct it"),
 )  # fmt: skip
 _LONGEST = 300  # characters of what a library says; a compiler lists all that it could not place
@@ -33,7 +36,7 @@ class Stopped(Exception):
 
 def as_line(error: BaseException) -> str | None:
     """The line that a command ends with, where the user can mend what went wrong: a mistake, a full disk, memory that
-    ran out, a variable that JAX cannot read. None for other errors."""
+    ran out, a place without rights, a variable that JAX cannot read. None for other errors."""
     if isinstance(error, UserError):
         return f"error: {error}"
     text = " ".join([*(str(error) or type(error).__name__).split(), *getattr(error, "__notes__", [])[:1]])

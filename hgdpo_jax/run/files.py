@@ -18,6 +18,7 @@ from hgdpo_jax.run.errors import UserError
 
 AnyPath: TypeAlias = Path | epath.Path  # on a file system, or in a bucket
 PACKAGE = Path(__file__).parent.parent
+LOCK, _PARTIAL = ".lock", ".partial"  # in a folder that a command writes, see run/locks.py and :func:`filled`
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,44 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def filled(folder: Path, mark: str, about: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder in `folder`, in which the block writes. After the block that is on the disk and moves up; after an error
+    nothing is left of it. `folder` itself stays what it is, which may be a mount or the working directory.
+
+    Args:
+        folder: that the command owns, and that is empty.
+        mark, about: name and content of a JSON file that moves up last: where it is, all is.
+    """
+    part = folder / _PARTIAL
+    _remove(part)
+    try:
+        part.mkdir()
+        yield part
+        sync(part)
+        write_json(part / mark, about)
+    except BaseException as error:
+        _remove(part)
+        error.add_note(f"while {folder} was written")
+        raise
+    finish_filling(folder, mark)
+
+
+def finish_filling(folder: Path, mark: str) -> None:
+    """Moves up what :func:`filled` had written whole when it was killed."""
+    part = folder / _PARTIAL
+    if (part / mark).is_file():
+        for entry in sorted(part.iterdir(), key=lambda entry: entry.name == mark):
+            os.replace(entry, folder / entry.name)
+        _sync_entry(folder)
+    _remove(part)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a command has begun there, and what comes with a new file system."""
+    return {entry.name for entry in folder.iterdir()} <= {LOCK, _PARTIAL, "lost+found"}
 
 
 def write_json(path: AnyPath, value: Mapping[str, Any], indent: int | None = 2) -> None:

@@ -105,7 +105,10 @@ def require_same_command(folder: Path, settings: Mapping[str, Any], writes: bool
 
     def write() -> str:
         token = secrets.token_hex(8)
-        write_json(mark, {"token": token})
+        try:
+            write_json(mark, {"token": token})
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
         return token
 
     token, seen = broadcast(write), "nothing"

@@ -31,7 +31,7 @@ from tests.processes.test_processes import RATE, STAGE
 
 STEPS, RESTARTED_BY = 40, (2, 1, 4)
 # What is there once a command is under way.
-BEGUN = {"pairs": "run/stage1/.pairs.lock", "main": "run/.stage1.lock"}
+BEGUN = {"pairs": "run/stage1/pairs/.lock", "main": "run/stage1/.lock"}
 FIRST_LINE = "run/stage1/logs/metrics.jsonl"
 
 

@@ -20,9 +20,9 @@ from hgdpo_jax.data.record import features
 from hgdpo_jax.models.weights import write_weights
 from hgdpo_jax.pictures.read import image_shape
 from hgdpo_jax.pictures.write import write_png
-from hgdpo_jax.run import command
+from hgdpo_jax.run import command, files
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import atomic_path, file_hash, write_json
+from hgdpo_jax.run.files import atomic_path, file_hash, filled, finish_filling, is_empty, write_json
 from hgdpo_jax.run.folder import require_plain
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.locks import lock, lock_owner
@@ -104,6 +104,124 @@ with lock(Path(sys.argv[1])):
 """
 
 
+OUTSIDE = """
+import os, sys
+from pathlib import Path
+from hgdpo_jax.run.files import filled, finish_filling, is_empty
+from hgdpo_jax.run.locks import lock, lock_owner
+out, target = Path(sys.argv[1]), os.path.realpath(sys.argv[1])
+def deny(event, given):
+    # As where the folder is a mount, or the folder around it another user's.
+    if event in ("os.mkdir", "os.rename", "os.rmdir", "os.remove", "os.truncate", "os.symlink", "os.link"):
+        paths = [str(path) for path in given if isinstance(path, (str, os.PathLike))]
+    elif event == "open" and isinstance(given[0], str) and given[2] & (os.O_WRONLY | os.O_RDWR):
+        paths = [given[0]]
+    else:
+        return
+    for path in paths:
+        real = os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(path))), os.path.basename(path))
+        if not real.startswith(target + "/"):
+            raise PermissionError(13, f"{event} {path}")
+sys.addaudithook(deny)
+with lock(out):
+    assert lock_owner(out)
+    assert is_empty(out)
+    with filled(out, "mark.json", {"a": 1}) as folder:
+        (folder / "unet").mkdir()
+        (folder / "unet" / "weights").write_text("w")
+        (folder / "README.md").write_text("r")
+    finish_filling(out, "mark.json")
+assert not lock_owner(out)
+"""
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "link to a link", ".", "x" * 249, "x" * 255, "new file system"])
+def test_a_folder_is_written_from_inside(kind: str, tmp_path: Path) -> None:
+    """What it is, and what is around it, may be anything."""
+    folder = tmp_path / (kind if kind.startswith("x") else "folder")
+    folder.mkdir()
+    given = folder
+    for name in {"link": ["a"], "link to a link": ["b", "c"]}.get(kind, []):
+        (tmp_path / name).symlink_to(given)
+        given = tmp_path / name
+    if kind == "new file system":
+        (folder / "lost+found").mkdir()
+    before = {*tmp_path.iterdir()}
+    env = os.environ | {"PYTHONPATH": os.getcwd(), "PYTHONDONTWRITEBYTECODE": "1"}
+    argument = "." if kind == "." else str(given)
+    done = subprocess.run(
+        [sys.executable, "-c", OUTSIDE, argument], cwd=folder, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in folder.iterdir()} - {"lost+found"} == {"unet", "README.md", "mark.json"}
+    assert (folder / "unet" / "weights").read_text() == "w" and {*tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_what_was_killed_while_it_moved_up_is_finished(
+    moved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`moved` files had the time."""
+
+    def killed(*names: Path) -> None:
+        if len([*tmp_path.iterdir()]) - 1 == moved:  # beside the folder they come from
+            raise KeyboardInterrupt
+        replace(*names)
+
+    finish = files.finish_filling
+    replace = os.replace
+    monkeypatch.setattr(files, "finish_filling", lambda *_: None)
+    with filled(tmp_path, "mark", {"a": 1}) as folder:
+        for name in ("a", "z"):
+            (folder / name).write_text(name)
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finish(tmp_path, "mark")
+    assert not (tmp_path / "mark").exists()
+    monkeypatch.undo()
+    finish_filling(tmp_path, "mark")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "mark", "z"]
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_was_not_written_whole_is_taken_away(killed: bool, tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    if killed:
+        (tmp_path / ".partial" / "unet").mkdir(parents=True)
+        (tmp_path / ".partial" / "a").write_text("half")
+    else:
+        with pytest.raises(ZeroDivisionError), filled(tmp_path, "mark", {}) as folder:
+            (folder / "a").write_text("half")
+            raise ZeroDivisionError
+    assert is_empty(tmp_path)
+    finish_filling(tmp_path, "mark")
+    assert [path.name for path in tmp_path.iterdir()] == ["lost+found"]
+
+
+@pytest.mark.parametrize(
+    "name", ["file/run", "link/run", "link", "x" * 256, "a/" + "x" * 300, "/dev/null/run", "/proc/run"]
+)
+def test_a_place_where_no_folder_can_be_is_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    before = {*tmp_path.iterdir()}
+    with pytest.raises(UserError, match="cannot be written .*; choose another folder") as error, lock(tmp_path / name):
+        pass
+    assert "\n" not in str(error.value) and {*tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_a_command_made_and_did_not_fill_is_taken_away(tmp_path: Path) -> None:
+    with pytest.raises(UserError), lock(tmp_path / "a" / "b" / "c"):
+        raise UserError("refused")
+    assert not list(tmp_path.iterdir())
+    with lock(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "kept").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "kept"]
+    with lock(tmp_path / "a"):  # which was there
+        (tmp_path / "a" / "kept").unlink()
+    assert (tmp_path / "a").is_dir()
+
+
 def test_a_folder_below_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     line = r"file/run/stage1: cannot be written \(Not a directory\); choose another"
@@ -138,7 +256,7 @@ def test_a_folder_has_one_owner_and_a_dead_ones_is_taken_over(tmp_path: Path) ->
     assert lock_owner(folder) is None
     with lock(folder):
         assert f"process {os.getpid()}" in str(lock_owner(folder))
-    assert lock_owner(folder) is None and not list(tmp_path.iterdir())
+    assert lock_owner(folder) is None and not list(folder.iterdir())
 
 
 def test_content_is_read_again_only_when_the_file_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
