@@ -109,8 +109,6 @@ class CLIPTextEmbeddings(nnx.Module):
 class CLIPTextModel(nnx.Module):
     """The text encoder. Arguments as for every model: parsed config.json, rngs, compute dtype."""
 
-    file_prefix = "text_model."  # of its keys in files: transformers 4 reads no others, 5 reads both
-
     def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         check_only(config, _ONLY, "CLIP text")
         self.config, make = ModelConfig(config), Layers(rngs, dtype)

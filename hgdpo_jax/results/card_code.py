@@ -33,9 +33,10 @@ def draw(contents: Contents, loaded: Sequence[str]) -> list[str]:
 def draw_with_recipe(contents: Contents) -> list[str]:
     """The lines that draw an `image` with the recipe's script: on ε_base, or on the models here if they were trained
     whole."""
-    whole = contents.config.train.params == "all"
-    loaded = load_folder() if whole and "diffusers" in contents.formats else load_checkpoint(contents)
-    loaded = loaded if whole else load_base(contents)
+    if contents.config.train.params != "all":
+        loaded = load_base(contents)
+    else:
+        loaded = load_folder() if "diffusers" in contents.formats else load_checkpoint(contents)
     return _with_imports([*loaded, 'load(pipeline, ".")', _call("draw(pipeline, ", contents)])
 
 
@@ -46,10 +47,8 @@ def load_folder() -> list[str]:
 
 def load_checkpoint(contents: Contents) -> list[str]:
     """The lines that load the single file. Configs and scheduler come from the folder here or from that of the base."""
-    base = contents.config.model.base
-    place = _absolute(base) if Path(base).is_dir() else (hub_repository(base) or ("",))[0]
-    place = "." if "diffusers" in contents.formats else place
-    return _load_file(contents, CHECKPOINT_FILE, {"config": _quoted(place)} if place else {})
+    more = {"config": _quoted(".")} if "diffusers" in contents.formats else _config(contents)
+    return _load_file(contents, CHECKPOINT_FILE, more)
 
 
 def load_base(contents: Contents) -> list[str]:
@@ -57,8 +56,10 @@ def load_base(contents: Contents) -> list[str]:
     model = contents.config.model
     lines, more = [], {}
     if model.vae:
-        how = "from_pretrained" if Path(model.vae).is_dir() else "from_single_file"
-        lines.append(f"vae = AutoencoderKL.{how}({_quoted(_absolute(model.vae))})")
+        path, config = _quoted(_absolute(model.vae)), _config(contents)
+        of_file = _named(config | {"subfolder": _quoted("vae")}) if config else ""
+        one = f"from_pretrained({path})" if Path(model.vae).is_dir() else f"from_single_file({path}{of_file})"
+        lines.append(f"vae = AutoencoderKL.{one}")
         more["vae"] = "vae"
     if repository := hub_repository(model.base):
         name, more["revision"] = map(_quoted, repository)
@@ -76,12 +77,17 @@ def load_base(contents: Contents) -> list[str]:
     return lines
 
 
+def _config(contents: Contents) -> dict[str, str]:
+    """Where `from_single_file` finds the configs of ε_base; it knows none where that is a single file too."""
+    base = contents.config.model.base
+    place = _absolute(base) if Path(base).is_dir() else (hub_repository(base) or ("",))[0]
+    return {"config": _quoted(place)} if place else {}
+
+
 def _load_file(contents: Contents, path: str, more: dict[str, str]) -> list[str]:
     kind = "StableDiffusionXLPipeline" if is_xl(contents.pipeline) else "StableDiffusionPipeline"
-    lines, config = (
-        [f"pipeline = {kind}.from_single_file({_quoted(path)}{_named(more)})"],
-        contents.pipeline.schedule.config,
-    )
+    lines = [f"pipeline = {kind}.from_single_file({_quoted(path)}{_named(more)})"]
+    config = contents.pipeline.schedule.config
     other = {key: config[key] for key, usual in _TAKEN_FOR.items() if config.get(key, usual) != usual}
     if other and "config" not in more:
         lines.append(_SCHEDULER.format(_named({key: repr(value) for key, value in other.items()})))

@@ -47,6 +47,8 @@ from hgdpo_jax.training.finished import PAIRS, find_base, finished_policy, made_
 from hgdpo_jax.training.policy import load_trainable, policy_of, set_policy
 
 FORMATS = ("diffusers", "peft", "kohya", "ldm")
+# Of the keys in files: transformers 4 gives a CLIPTextModel no weights without it, and 5 reads both.
+_PREFIXES = {"text_encoder": "text_model."}
 _OF_LORA, _OF_ALL = ("diffusers", "peft", "kohya"), ("diffusers", "ldm")  # unless asked for others
 
 
@@ -284,7 +286,7 @@ def _write_folder(pipeline: pipelines.Pipeline, folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
         tokenizer.backend_tokenizer.model.save(str(folder / name))  # as vocab.json and merges.txt too
     for name, model in pipeline.models.items():
-        save_model(model, folder / name)
+        save_model(model, folder / name, prefix=_PREFIXES.get(name, ""))
 
 
 def write_checkpoint(pipeline: pipelines.Pipeline, path: Path, title: str) -> None:

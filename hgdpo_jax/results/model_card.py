@@ -119,17 +119,15 @@ def _drawing(contents: Contents, files: Sequence[str]) -> list[list[str]]:
         code = card_code.draw(contents, card_code.load_checkpoint(contents))
         ways.append((f"`{CHECKPOINT_FILE}` is {_models(contents)}.", code))
     if RECIPE_FILE in files:
-        about = f"`{RECIPE_FILE}` draws as HG-DPO does: {_recipe(files, contents)}."
-        ways.append((about, card_code.draw_with_recipe(contents)))
-    if not ways:
-        return []
-    first = "Run the code in this folder. Each part draws by itself, with DPM-Solver++ as the paper."
-    code = [[f"    {line}".rstrip() for line in lines] for _, lines in ways]
-    return [
+        code = card_code.draw_with_recipe(contents)
+        ways.append((f"`{RECIPE_FILE}` draws as HG-DPO does: {_recipe(files, contents)}.", code))
+    found = [
         ["## Drawing"],
-        [first],
-        *(part for (said, _), lines in zip(ways, code, strict=True) for part in ([said], lines)),
+        ["Run the code in this folder. Each part draws by itself, with DPM-Solver++ as the paper."],
     ]
+    for said, code in ways:
+        found += [[said], [f"    {line}".rstrip() for line in code]]
+    return found if ways else []
 
 
 def _models(contents: Contents) -> str:
