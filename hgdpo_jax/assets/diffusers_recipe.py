@@ -37,9 +37,9 @@ def load(pipeline, folder, weight=None, blocks=None):
         blocks: where the stage's LoRA acts. `up`: in the up blocks, the others being the base's; `up+normal`: the
             others keep the normal stage's; `all`: everywhere. Unless given, what hgdpo.json says.
     """
-    recipe = json.loads((Path(folder) / "hgdpo.json").read_text())["recipe"]
-    weight = recipe["weight"] if weight is None else weight
-    blocks = recipe["blocks"] if blocks is None else blocks
+    about = json.loads((Path(folder) / "hgdpo.json").read_text())
+    weight = about["weight"] if weight is None else weight
+    blocks = about["blocks"] if blocks is None else blocks
     if blocks not in _BLOCKS:
         raise ValueError(f"blocks {blocks!r}: expects one of {', '.join(_BLOCKS)}")
     if blocks == "up+normal" and not (Path(folder) / _FILES["normal"]).is_file():

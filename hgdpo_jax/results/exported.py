@@ -151,7 +151,8 @@ def _about(contents: Contents, base: str, pairs: str) -> dict[str, Any]:
         "pairs": pairs,
         "formats": list(contents.formats),
         "merge": contents.merge,
-        "recipe": {"blocks": contents.blocks, "weight": recipe.WEIGHT},
+        "blocks": contents.blocks,
+        "weight": recipe.WEIGHT,
     }
 
 
