@@ -1,7 +1,8 @@
-"""A run's last stage → what other programs load: a diffusers folder or one file in LDM's layout, with the LoRA merged;
-LoRA files of PEFT and kohya; the recipe.
+"""A run's last stage → what other programs load: a diffusers folder or one file in LDM's layout, with the LoRA merged
+as the recipe draws with it; LoRA files of PEFT and kohya; the recipe.
 
-python -m hgdpo_jax.export --workdir W --out DIR [--stage stage3] [--format diffusers,peft,kohya,ldm] [--base DIR]
+python -m hgdpo_jax.export --workdir W --out DIR [--stage stage3] [--format diffusers,peft,kohya,ldm]
+    [--merge recipe|whole] [--base DIR]
 """
 
 import argparse
@@ -17,6 +18,8 @@ def main() -> None:
     parser.add_argument("--stage", help="stage to export; the last one that was started unless given")
     parser.add_argument("--format", help="some of diffusers,peft,kohya,ldm, with commas between; all but ldm unless "
                         "given; of a stage that trained all parameters diffusers and ldm")  # fmt: skip
+    parser.add_argument("--merge", choices=("recipe", "whole"), help="how the LoRA is merged into the diffusers folder "
+                        "and into ldm's file: as the recipe draws with it (default), or whole")  # fmt: skip
     parser.add_argument("--base", help="where the run's base model is now, if it was moved")
     given = parser.parse_args()
     formats = given.format.split(",") if given.format else None
@@ -25,7 +28,7 @@ def main() -> None:
     from hgdpo_jax.results.exported import export
 
     start(given.workdir, vars(given), writes=False)
-    export(given.workdir, given.out, given.stage, formats, given.base)
+    export(given.workdir, given.out, given.stage, formats, given.base, given.merge)
 
 
 def cli() -> None:

@@ -16,15 +16,15 @@ from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.results import images
-from hgdpo_jax.results.exported import (
+from hgdpo_jax.results.contents import (
     ADAPTER_FILE,
     KOHYA_FILE,
     KOHYA_TEXT_FILE,
     PEFT_FILE,
     PEFT_TEXT_FILE,
     RECIPE_FILE,
-    export,
 )
+from hgdpo_jax.results.exported import export
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import write_json
 from hgdpo_jax.run.folder import stage_config

@@ -8,16 +8,18 @@
     load(pipeline, "THIS_FOLDER")
     draw(pipeline, "a portrait photograph of a woman").images[0].save("woman.png")
 
-The recipe: DPM-Solver++ with 50 steps and guidance 5; the hard stage's LoRA of the UNet at weight 0.5 in the up blocks
-only; the text encoder's LoRA at weight 0.5 while the timestep is at least 900.
+The recipe: DPM-Solver++ with 50 steps and guidance 5; the UNet's LoRA at the weight and in the blocks that hgdpo.json
+says; the text encoder's LoRA at that weight while the timestep is at least 900.
 """
 
+import json
 from pathlib import Path
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
 TEXT_FROM = 900
+_BLOCKS = ("all", "up", "up+normal")
 _FILES = {
     "policy": "pytorch_lora_weights.safetensors",
     "normal": "normal_lora.safetensors",
@@ -25,19 +27,23 @@ _FILES = {
 }
 
 
-def load(pipeline, folder, weight=0.5, blocks=None):
+def load(pipeline, folder, weight=None, blocks=None):
     """Gives a StableDiffusionPipeline or StableDiffusionXLPipeline of the base model the scheduler and the LoRA.
 
     Args:
         pipeline: of the base model.
         folder: of this file.
-        weight: of all LoRA.
+        weight: of all LoRA; that of hgdpo.json unless given.
         blocks: where the stage's LoRA acts. `up`: in the up blocks, the others being the base's; `up+normal`: the
-            others keep the normal stage's; `all`: everywhere. Unless given, `up` for the hard stage, which is exported
-            with the normal stage's LoRA, and `all` for the stages before it.
+            others keep the normal stage's; `all`: everywhere. Unless given, what hgdpo.json says.
     """
-    if blocks is None:
-        blocks = "up" if (Path(folder) / _FILES["normal"]).is_file() else "all"
+    about = json.loads((Path(folder) / "hgdpo.json").read_text())
+    weight = about["weight"] if weight is None else weight
+    blocks = about["blocks"] if blocks is None else blocks
+    if blocks not in _BLOCKS:
+        raise ValueError(f"blocks {blocks!r}: expects one of {', '.join(_BLOCKS)}")
+    if blocks == "up+normal" and not (Path(folder) / _FILES["normal"]).is_file():
+        raise ValueError(f"blocks {blocks!r}: {folder} has no {_FILES['normal']}; the stage did not start from normal")
     wanted = {"policy": {part: weight if part == "up" or blocks == "all" else 0.0 for part in ("down", "mid", "up")}}
     if blocks == "up+normal":
         wanted["normal"] = {"down": weight, "mid": weight, "up": 0.0}

@@ -87,8 +87,8 @@ def open_source(base: str, vae: str = "", lora: str = "") -> Source:
         source = _single_file(path, with_vae=not vae)
     elif path.is_dir():
         source = _folder(path)
-    elif match := _HUB.fullmatch(base):
-        source = _folder(_download(match[1], match[2]))
+    elif repository := hub_repository(base):
+        source = _folder(_download(*repository))
     else:
         raise UserError(
             f"model {base}: no such folder or file; from the hub write owner/name@revision, with the revision's hash"
@@ -96,6 +96,12 @@ def open_source(base: str, vae: str = "", lora: str = "") -> Source:
     source = _with_vae(source, Path(vae)) if vae else source
     _check_fit(source)
     return _with_lora(source, Path(lora)) if lora else source
+
+
+def hub_repository(base: str) -> tuple[str, str] | None:
+    """(owner/name, revision) of a checkpoint that is on the hub; None of one that is a folder or a file here."""
+    match = None if Path(base).exists() else _HUB.fullmatch(base)
+    return (match[1], match[2]) if match else None
 
 
 def _folder(folder: Path) -> Source:

@@ -222,11 +222,11 @@ def folder_hash(folder: str | Path, index: Index | None = None) -> str:
     return json_hash({"config": read_config(folder), "weights": [*map(index.hash, open_folder(folder).files)]})
 
 
-def save_model(model: nnx.Module, folder: str | Path, dtype: DTypeLike = np.float32) -> None:
-    """Writes config.json and weights in `dtype`."""
+def save_model(model: nnx.Module, folder: str | Path, dtype: DTypeLike = np.float32, prefix: str = "") -> None:
+    """Writes config.json and weights in `dtype`; `prefix` comes before each key."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(model.config)  # type: ignore[attr-defined]  # all models have one
     name = f"{STEMS[0] if '_diffusers_version' in config else STEMS[1]}.safetensors"
-    write_weights(folder / name, to_torch(model), dtype)
+    write_weights(folder / name, {f"{prefix}{key}": value for key, value in to_torch(model).items()}, dtype)
     write_json(folder / "config.json", config)

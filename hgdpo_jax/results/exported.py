@@ -5,13 +5,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from hgdpo_jax import __version__
-from hgdpo_jax import config as configuration
 from hgdpo_jax.devices.mesh import local_mesh
 from hgdpo_jax.devices.xla import use_precision
 from hgdpo_jax.diffusion import pipeline as pipelines
@@ -22,48 +21,44 @@ from hgdpo_jax.models.ldm import unet_name
 from hgdpo_jax.models.lora import merge_lora, to_kohya, to_peft
 from hgdpo_jax.models.weights import write_weights
 from hgdpo_jax.results import model_card
+from hgdpo_jax.results.contents import (
+    ABOUT_FILE,
+    ADAPTER_FILE,
+    CHECKPOINT_FILE,
+    FOLDER,
+    KOHYA_FILE,
+    KOHYA_RECIPE_FILE,
+    KOHYA_TEXT_FILE,
+    PEFT_FILE,
+    PEFT_NORMAL_FILE,
+    PEFT_TEXT_FILE,
+    RECIPE,
+    RECIPE_FILE,
+    Contents,
+    is_xl,
+)
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import filled, finish_filling, is_empty, write_json
-from hgdpo_jax.run.folder import CURRICULUM, PERSONALISE, TEXT_ENCODER, blocks_of, last_stage, stage_config, was_started
+from hgdpo_jax.run.folder import CURRICULUM, PERSONALISE, TEXT_ENCODER, last_stage, stage_config, was_started
 from hgdpo_jax.run.locks import lock
 from hgdpo_jax.training.checkpoints import tree_hash
 from hgdpo_jax.training.finished import PAIRS, find_base, finished_policy, made_from
 from hgdpo_jax.training.policy import load_trainable, policy_of, set_policy
 
 FORMATS = ("diffusers", "peft", "kohya", "ldm")
+# Of the keys in files: transformers 4 gives a CLIPTextModel no weights without it, and 5 reads both.
+_PREFIXES = {"text_encoder": "text_model."}
 _OF_LORA, _OF_ALL = ("diffusers", "peft", "kohya"), ("diffusers", "ldm")  # unless asked for others
-PEFT_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
-# The text encoders' LoRA, and for the recipe that of the stage before the hard one.
-PEFT_TEXT_FILE, KOHYA_TEXT_FILE = "text_encoder_lora.safetensors", "kohya_text_encoder_lora.safetensors"
-PEFT_NORMAL_FILE = "normal_lora.safetensors"
-# The hard stage's LoRA as the recipe draws with it, for programs that know one strength for all blocks.
-KOHYA_RECIPE_FILE = "kohya_recipe_lora.safetensors"
-CHECKPOINT_FILE = "checkpoint.safetensors"
-ADAPTER_FILE = "ip_adapter.safetensors"
-MARK = "hgdpo.json"  # says what the folder holds
-RECIPE, RECIPE_FILE = configuration.ASSETS / "diffusers_recipe.py", "hgdpo_recipe.py"
-
-
-class Contents(NamedTuple):
-    """What is exported.
-
-    Attributes:
-        pipeline: with float32 parameters of all stages in `configs`.
-        stage: whose policy the merged models get.
-        configs, policies: of each stage that is written, `stage` last.
-        formats: some of FORMATS.
-    """
-
-    pipeline: pipelines.Pipeline
-    stage: str
-    configs: Mapping[str, ConfigDict]
-    policies: Mapping[str, Any]
-    formats: Sequence[str]
 
 
 def export(
-    workdir: Path, out: Path, stage: str | None = None, formats: Sequence[str] | None = None, base: str | None = None
+    workdir: Path,
+    out: Path,
+    stage: str | None = None,
+    formats: Sequence[str] | None = None,
+    base: str | None = None,
+    merge: str | None = None,
 ) -> None:
     """Writes `out`, all of it or nothing. A fully fine-tuned policy has no LoRA files.
 
@@ -72,20 +67,16 @@ def export(
         out: folder to write.
         stage: to export; the last that was started unless given.
         formats: some of FORMATS; unless given all but `ldm`, or of a fully fine-tuned policy `diffusers` and `ldm`.
-        base: where the run's base model is, if it was moved.
+        base: where the run's base model is, if it was moved; its weights are read where models are written.
+        merge: how the LoRA is merged into the models: as the `recipe` draws with it, unless given, or `whole`.
 
     Raises:
-        UserError: no finished stage, an unknown format, another base, or `out` holds something else.
+        UserError: no finished stage, an unknown format, nothing to merge, another base, or `out` holds something else.
     """
-    for name in formats or ():
-        if name not in FORMATS:
-            raise UserError(f"--format {name}: unknown; choose from {','.join(FORMATS)}")
     stage = stage or last_stage(workdir)
     config = stage_config(workdir, stage)
-    formats = formats or (_OF_ALL if config.train.params == "all" else _OF_LORA)
-    if config.train.params == "all" and not {*_OF_ALL} & {*formats}:
-        raise UserError(f"--format {','.join(formats)}: {stage} trained all parameters and has no LoRA; add diffusers "
-                        "or ldm")  # fmt: skip
+    formats = _formats(stage, config.train.params, formats)
+    merge = _merge(stage, config.train.params, formats, merge)
     beside = [name for name in (TEXT_ENCODER, PERSONALISE) if was_started(workdir, name)]
     configs = {name: stage_config(workdir, name) for name in beside}
     normal = CURRICULUM["normal"]
@@ -95,36 +86,115 @@ def export(
     configs[stage] = config  # last: its policy is what the folder gets
     config.model.dtype = "float32"  # what is merged into is kept in full precision
     use_precision(config.model.dtype)
-    content = find_base(workdir, config, base)
-    pipeline = load_trainable(config, local_mesh(), *(configs[name] for name in beside if name != stage))
+    # Files of LoRA need the names of its layers, not the base's weights, from which an adapter starts.
+    weights = bool({*_OF_ALL} & {*formats}) or any(c.train.params == "adapter" for c in configs.values())
+    content = find_base(workdir, config, base, weights)
+    others = [configs[name] for name in beside if name != stage]
+    pipeline = load_trainable(config, local_mesh(), *others, weights=weights)
     policies = {name: finished_policy(workdir, name, policy_of(pipeline, c), c) for name, c in configs.items()}
-    pairs = made_from(workdir, stage)[PAIRS]
-    origin: dict[str, Any] = {
-        "version": __version__,
-        "stage": stage,
-        "policies": {name: tree_hash(policy) for name, policy in policies.items()},
-        "base": content,
-        "formats": [name for name in FORMATS if name in formats],
-    }
+    contents = Contents(pipeline, stage, configs, policies, formats, merge)
+    about = _about(contents, content, made_from(workdir, stage)[PAIRS])
     if not processes.is_first():  # which has read what process 0 now writes: reading is in step
         return
     with lock(out):
-        finish_filling(out, MARK)
-        mark = out / MARK
-        if mark.is_file() and json.loads(mark.read_text()) | {"version": __version__} == origin:
+        finish_filling(out, ABOUT_FILE)
+        if _holds(out, about):
             print(f"{out}: already holds {stage}")
             return
         if not is_empty(out):
             raise UserError(f"{out}: holds something else; choose another --out")
-        with filled(out, MARK, origin) as folder:
-            written = _write(Contents(pipeline, stage, configs, policies, formats), folder)
-            card = model_card.text(pipeline, config, policy=origin["policies"][stage], pairs=pairs, files=written)
-            (folder / "README.md").write_text(card)
+        with filled(out, ABOUT_FILE, about) as folder:
+            written = write(contents, about, folder)
     print(f"{out}: {stage} as {', '.join(written)}")
 
 
-def _write(contents: Contents, folder: Path) -> list[str]:
-    """Writes policies, models and the recipe into an empty folder; returns what it wrote."""
+def _formats(stage: str, params: str, given: Sequence[str] | None) -> Sequence[str]:
+    """The formats that are written, in the order of FORMATS.
+
+    Args:
+        stage: that is exported.
+        params: of it, `train.params`.
+        given: by the user, if they were.
+
+    Raises:
+        UserError: an unknown one, or LoRA of a stage without.
+    """
+    for name in given or ():
+        if name not in FORMATS:
+            raise UserError(f"--format {name}: unknown; choose from {','.join(FORMATS)}")
+    formats = given or (_OF_ALL if params == "all" else _OF_LORA)
+    if params == "all" and not {*_OF_ALL} & {*formats}:
+        raise UserError(f"--format {','.join(formats)}: {stage} trained all parameters and has no LoRA; add diffusers "
+                        "or ldm")  # fmt: skip
+    return [name for name in FORMATS if name in formats]
+
+
+def _merge(stage: str, params: str, formats: Sequence[str], given: str | None) -> str | None:
+    """How the LoRA is merged; None where none is. Raises UserError where the user asks for it then."""
+    if params.endswith("lora") and {*_OF_ALL} & {*formats}:
+        return given or "recipe"
+    if given:
+        why = f"{stage} trained no LoRA" if {*_OF_ALL} & {*formats} else "LoRA files are not merged"
+        raise UserError(f"--merge {given}: {why}; leave it out")
+    return None
+
+
+def _about(contents: Contents, base: str, pairs: str) -> dict[str, Any]:
+    """hgdpo.json: where an export comes from, and how `sample` draws with its LoRA.
+
+    Args:
+        contents: of the export.
+        base: content hash of ε_base.
+        pairs: hash of the manifest of the stage's pairs.
+    """
+    return {
+        "version": __version__,
+        "stage": contents.stage,
+        "policies": {name: tree_hash(policy) for name, policy in contents.policies.items()},
+        "base": base,
+        "pairs": pairs,
+        "formats": list(contents.formats),
+        "merge": contents.merge,
+        "blocks": contents.blocks,
+        "weight": recipe.WEIGHT,
+    }
+
+
+def _holds(out: Path, about: Mapping[str, Any]) -> bool:
+    """Whether a folder holds this export, of whatever version."""
+    try:
+        found = json.loads((out / ABOUT_FILE).read_text())
+    except (OSError, ValueError):  # no such file, or not ours
+        return False
+    return isinstance(found, dict) and found | {"version": about["version"]} == about
+
+
+def write(contents: Contents, about: Mapping[str, Any], folder: Path) -> list[str]:
+    """Writes policies, the recipe, models and model card into an empty folder; returns what it wrote.
+
+    Args:
+        contents: to write.
+        about: what hgdpo.json says of them.
+        folder: to write into.
+    """
+    written = _write_policies(contents, folder)
+    if {PEFT_FILE, PEFT_TEXT_FILE} & {*written}:
+        shutil.copyfile(RECIPE, folder / RECIPE_FILE)
+        written.append(RECIPE_FILE)
+    _put_policy(contents)
+    if "diffusers" in contents.formats:
+        _write_folder(contents.pipeline, folder)
+        written.append(FOLDER)
+    if "ldm" in contents.formats:
+        merged = f", {model_card.merged(contents)}" if contents.merge else ""
+        write_checkpoint(contents.pipeline, folder / CHECKPOINT_FILE, f"HG-DPO {contents.stage}{merged}")
+        written.append(CHECKPOINT_FILE)
+    (folder / "README.md").write_text(model_card.text(contents, about, written), encoding="utf-8")
+    return written
+
+
+def _write_policies(contents: Contents, folder: Path) -> list[str]:
+    """Writes the files of LoRA and adapter; returns their names."""
     pipeline, stage, formats = contents.pipeline, contents.stage, contents.formats
     files = {name: {"peft": PEFT_NORMAL_FILE} for name in contents.policies} | {
         stage: {"peft": PEFT_FILE, "kohya": KOHYA_FILE},
@@ -144,32 +214,30 @@ def _write(contents: Contents, folder: Path) -> list[str]:
                 if kind in formats:
                     _write_lora(folder / file, pipeline, lora_weights(pipeline.models, kind, part), train)
                     written.append(file)
-    if KOHYA_FILE in written and blocks_of(stage) == "up":
+    if KOHYA_FILE in written and contents.blocks == "up":
         set_policy(pipeline, recipe.as_drawn(contents.policies[stage], "up"))
         acting = _acting(lora_weights(pipeline.models, "kohya", "unet"))
-        _write_lora(folder / KOHYA_RECIPE_FILE, pipeline, acting, contents.configs[stage].train)
+        _write_lora(folder / KOHYA_RECIPE_FILE, pipeline, acting, contents.config.train)
         written.append(KOHYA_RECIPE_FILE)
-        set_policy(pipeline, contents.policies[stage])
-    if PEFT_FILE in written:
-        shutil.copyfile(RECIPE, folder / RECIPE_FILE)
-        written.append(RECIPE_FILE)
-    for name, model in pipeline.models.items():
-        if name == "unet" or stage == TEXT_ENCODER:
-            merge_lora(model)
-    if "diffusers" in formats:
-        _write_folder(pipeline, folder)
-        written.append("a diffusers folder")
-    if "ldm" in formats:
-        write_checkpoint(pipeline, folder / CHECKPOINT_FILE, f"HG-DPO {stage}")
-        written.append(CHECKPOINT_FILE)
     return written
+
+
+def _put_policy(contents: Contents) -> None:
+    """Puts the stage's policy into the models: all that was trained, or its LoRA merged."""
+    policy = contents.policies[contents.stage]
+    if contents.merge == "recipe":
+        policy = recipe.as_drawn(policy, contents.blocks)
+    set_policy(contents.pipeline, policy)
+    for name, model in contents.pipeline.models.items():
+        if contents.merge and (name == "unet" or contents.stage == TEXT_ENCODER):
+            merge_lora(model)
 
 
 def _write_lora(path: Path, pipeline: pipelines.Pipeline, weights: Mapping[str, np.ndarray], train: ConfigDict) -> None:
     """A file of LoRA weights; of kohya's with the header that programs look for."""
     metadata = {
         "modelspec.architecture": f"{_architecture(pipeline)}/lora",
-        "ss_base_model_version": "sdxl_base_v1-0" if _is_xl(pipeline) else "sd_v1",
+        "ss_base_model_version": "sdxl_base_v1-0" if is_xl(pipeline) else "sd_v1",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(train.lora_rank),
         "ss_network_alpha": str(train.lora_alpha),
@@ -204,12 +272,8 @@ def lora_weights(models: Mapping[str, Any], kind: str, part: str) -> dict[str, n
     return found
 
 
-def _is_xl(pipeline: pipelines.Pipeline) -> bool:
-    return "text_encoder_2" in pipeline.models
-
-
 def _architecture(pipeline: pipelines.Pipeline) -> str:
-    return f"stable-diffusion-{'xl-v1-base' if _is_xl(pipeline) else 'v1'}"
+    return f"stable-diffusion-{'xl-v1-base' if is_xl(pipeline) else 'v1'}"
 
 
 def _acting(kohya: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -232,12 +296,12 @@ def _write_folder(pipeline: pipelines.Pipeline, folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
         tokenizer.backend_tokenizer.model.save(str(folder / name))  # as vocab.json and merges.txt too
     for name, model in pipeline.models.items():
-        save_model(model, folder / name)
+        save_model(model, folder / name, prefix=_PREFIXES.get(name, ""))
 
 
 def write_checkpoint(pipeline: pipelines.Pipeline, path: Path, title: str) -> None:
     """A single file in LDM's layout, with the header that Stability AI's modelspec wants."""
-    xl, v = _is_xl(pipeline), pipeline.schedule.prediction_type == "v_prediction"
+    xl, v = is_xl(pipeline), pipeline.schedule.prediction_type == "v_prediction"
     models = {name: to_torch(model) for name, model in pipeline.models.items()}
     configs = {name: model.config for name, model in pipeline.models.items()}
     tensors = ldm.to_single_file(models, configs, ldm.SDXL_PARTS if xl else ldm.SD1_PARTS)

@@ -180,8 +180,8 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
 class Settings(NamedTuple):
     """How images are drawn."""
 
-    steps: int = 50  # of DPM-Solver++
-    guidance: float = 5.0  # classifier-free; up to 1: none
+    steps: int = recipe.STEPS  # of DPM-Solver++
+    guidance: float = recipe.GUIDANCE  # classifier-free; up to 1: none
     per_device: int = 4  # images that a device draws at once
     normalise: bool = False  # latent adaptive normalisation (LAN)
     negative: str = ""  # replaces the empty prompt in guidance

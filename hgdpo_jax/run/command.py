@@ -71,6 +71,7 @@ def run(command: Callable[[], None]) -> None:
     processes, arguments that cannot be read exit code 2, a signal one line and exit code 130 (Ctrl-C) or 75 (SIGTERM).
     """
     streams.prepare()
+    os.environ.pop("MPLBACKEND", None)  # of a notebook, whose backend Matplotlib may not find here; figures need none
     several = os.environ.get("HGDPO_DISTRIBUTED") == "1"
     try:
         environment.require_usual()

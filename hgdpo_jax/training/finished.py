@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from hgdpo_jax.devices.sharding import parameter_placer
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.recipe import weighted
+from hgdpo_jax.diffusion.source import open_source
 from hgdpo_jax.faces.concepts import ConceptEncoder
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.run.errors import UserError
@@ -74,19 +75,23 @@ def require_base(workdir: Path, stage: str, base: str) -> None:
     require_same({BASE: found}, {BASE: base}, f"{stage} in {workdir}", "use that base")
 
 
-def find_base(workdir: Path, config: ConfigDict, base: str | None) -> str:
+def find_base(workdir: Path, config: ConfigDict, base: str | None, weights: bool = True) -> str:
     """Sets a run's `model.base` to where ε_base is now; returns its content hash.
 
     Args:
         workdir: of the run.
         config: of a stage; changed.
         base: where it was moved, if it was.
+        weights: whether its weights are needed; otherwise they are not read, and taken for those of the training.
 
     Raises:
         UserError: it is not there, or is another than the stage was trained on.
     """
     config.model.base = base or config.model.base
     try:
+        if not weights:
+            open_source(config.model.base, config.model.vae, config.model.lora)
+            return made_from(workdir, config.stage)[BASE]
         found = pipelines.base_hash(config.model.base, config.model.vae, config.model.lora, index_of_run(workdir))
     except UserError as error:
         raise error if base else UserError(f"{error}; if it was moved, say where it is with --base") from error

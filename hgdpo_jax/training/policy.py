@@ -10,6 +10,7 @@ from hgdpo_jax.devices.random import stream_key
 from hgdpo_jax.devices.sharding import heads_sharding, parameter_placer, tree_shardings
 from hgdpo_jax.devices.transfer import place
 from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.source import open_source
 from hgdpo_jax.faces.concepts import ConceptEncoder, encoder_of
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.attention import set_sharding
@@ -18,7 +19,7 @@ from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.training.step import Params, split_params
 
 
-def load_trainable(config: ConfigDict, mesh: Mesh, *others: ConfigDict) -> pipelines.Pipeline:
+def load_trainable(config: ConfigDict, mesh: Mesh, *others: ConfigDict, weights: bool = True) -> pipelines.Pipeline:
     """ε_base on the mesh, with a fresh LoRA or adapter where `train.params` asks for one. A fresh LoRA changes nothing.
 
     Trained parameters are float32, frozen ones have the dtype of the computation.
@@ -27,15 +28,20 @@ def load_trainable(config: ConfigDict, mesh: Mesh, *others: ConfigDict) -> pipel
         config: of a stage.
         mesh: to put the weights on.
         others: configs of further stages, for which fresh LoRA is added too.
+        weights: whether ε_base's are read; otherwise its parameters are shapes, and those of LoRA alone have values.
     """
-    pipeline = pipelines.load_pipeline(
-        config.model.base,
-        config.model.dtype,
-        vae=config.model.vae,
-        lora=config.model.lora,
-        param_dtype=parameter_dtypes(config),
-        place=parameter_placer(mesh),
-    )
+    model, param_dtype = config.model, parameter_dtypes(config)
+    if weights:
+        pipeline = pipelines.load_pipeline(
+            model.base,
+            model.dtype,
+            vae=model.vae,
+            lora=model.lora,
+            param_dtype=param_dtype,
+            place=parameter_placer(mesh),
+        )
+    else:
+        pipeline = pipelines.of_shapes(open_source(model.base, model.vae, model.lora), model.dtype, param_dtype)
     configure_unet(pipeline.unet, config, mesh)
     for stage in (config, *others):
         add_fresh_lora(pipeline, stage, mesh)

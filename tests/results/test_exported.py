@@ -1,6 +1,7 @@
 """What export writes gives, in PyTorch diffusers, our images, and others than the base's."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from diffusers import DiffusionPipeline
 from flax import nnx
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from hgdpo_jax import __version__
 from hgdpo_jax import config as configuration
@@ -22,8 +23,9 @@ from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.models.lora import add_lora
-from hgdpo_jax.results import exported
-from hgdpo_jax.results.exported import CHECKPOINT_FILE, KOHYA_FILE, KOHYA_RECIPE_FILE, PEFT_FILE, export, lora_weights
+from hgdpo_jax.results import card_code, exported
+from hgdpo_jax.results.contents import CHECKPOINT_FILE, KOHYA_FILE, KOHYA_RECIPE_FILE, PEFT_FILE
+from hgdpo_jax.results.exported import FORMATS, export, lora_weights
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import file_hash
 from hgdpo_jax.run.folder import stage_config
@@ -33,10 +35,10 @@ from hgdpo_jax.training.checkpoints import Checkpoints
 from hgdpo_jax.training.finished import finished_policy
 from hgdpo_jax.training.policy import load_trainable, policy_of
 from tests import tiny
+from tests.results.test_model_card import GUIDANCE, STEPS, pictures
 from tests.rounding import NETWORK, assert_close
 
-PROMPTS = ["a portrait photograph of a woman, blue background, soft light", "a portrait photograph of a man"]
-STEPS, GUIDANCE = 6, 2.0
+PROMPTS = [card_code.PROMPT, "a portrait photograph of a man"]
 CHANGES = ["data.resolutions=32x32", "train.batch=8", "train.lora_rank=2", "train.lora_alpha=4"]
 # Each step adds the UNet's rounding, guidance 2 times that of one half of its batch and once that of the other.
 DRAWN = STEPS * (2 * GUIDANCE - 1) * NETWORK
@@ -68,7 +70,7 @@ def at_once(config: ConfigDict, folder: Path, inputs: Any, start: Any, checkpoin
 def workdir(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stage whose steps are left out, exported. test_runs.py exports what was trained."""
     folder = tmp_path_factory.mktemp("run")
-    export(trained_at_once(folder, "configs/naive.py:portraits", base), folder / "export", "naive")
+    export(trained_at_once(folder, "configs/naive.py:portraits", base), folder / "export", "naive", FORMATS)
     return folder
 
 
@@ -88,8 +90,7 @@ def draw(pipeline: pipelines.Pipeline, *trained: Any) -> tuple[np.ndarray, list[
 
 @pytest.fixture(scope="module")
 def ours(workdir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(starting latents, images in [0, 1] of the policy, of the policy in the up blocks at half its weight, of the
-    base)."""
+    """(starting latents, images in [0, 1] of the policy, of the policy as the recipe draws with it, of the base)."""
     config = stage_config(workdir, "naive")
     pipeline = load_trainable(config, tiny.mesh())
     fresh = policy_of(pipeline, config)
@@ -106,10 +107,44 @@ def theirs(pipeline: Any, start: np.ndarray) -> np.ndarray:
 
 
 def test_the_exported_folder_gives_our_images_in_diffusers(workdir: Path, ours: tuple) -> None:
-    start, policy, _, base = ours
+    start, policy, as_drawn, base = ours
     found = theirs(DiffusionPipeline.from_pretrained(workdir / "export", dtype=torch.float32), start)
-    assert_close(policy, found, DRAWN)
-    assert np.abs(found - base).max() > 10 * DRAWN
+    assert_close(as_drawn, found, DRAWN)
+    assert min(np.abs(found - other).max() for other in (base, policy)) > 10 * DRAWN
+
+
+def test_each_way_to_draw_of_the_card_gives_our_image(
+    workdir: Path, ours: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As folder, as one file and with the recipe's script; test_model_card.py tries other stages."""
+    start, policy, as_drawn, base = ours
+    found = pictures(workdir / "export", start[:1], monkeypatch)
+    assert len(found) == 3
+    for image in found:
+        np.testing.assert_allclose(image, as_drawn[0], rtol=0, atol=DRAWN + 0.5 / 255)
+        assert min(np.abs(image - other[0]).max() for other in (base, policy)) > 2 / 255
+
+
+@pytest.mark.parametrize(("name", "kind"), [("text_encoder", CLIPTextModel),
+                                            ("text_encoder_2", CLIPTextModelWithProjection)])  # fmt: skip
+def test_text_encoders_have_the_names_that_transformers_4_and_5_read(workdir: Path, name: str, kind: Any) -> None:
+    """transformers 4 expects these keys, and draws the others at random. Its 4.57.6 has loaded such a folder."""
+    folder = workdir / "export" / name
+    if not folder.is_dir():  # SD 1.5 has no second one
+        assert "text_encoder_2" not in json.loads((workdir / "export" / "model_index.json").read_text())
+        return
+    weights, layers = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    inside = [f"self_attn.{x}_proj" for x in "qkv"] + ["self_attn.out_proj", "mlp.fc1", "mlp.fc2"]
+    modules = [f"encoder.layers.{i}.{module}" for i in range(layers["num_hidden_layers"])
+               for module in (*inside, "layer_norm1", "layer_norm2")]  # fmt: skip
+    expected = {f"text_model.{m}.{leaf}" for m in (*modules, "final_layer_norm") for leaf in ("weight", "bias")}
+    expected |= {f"text_model.embeddings.{x}_embedding.weight" for x in ("token", "position")}
+    assert weights.keys() == expected | ({"text_projection.weight"} if name == "text_encoder_2" else set())
+    found, info = kind.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    theirs = {key.removeprefix("text_model."): value.numpy() for key, value in found.state_dict().items()}
+    for key, value in weights.items():
+        assert np.array_equal(theirs[key.removeprefix("text_model.")], value)
 
 
 def test_the_exported_lora_on_the_base_gives_our_images_in_diffusers(base: Path, workdir: Path, ours: tuple) -> None:
@@ -169,7 +204,8 @@ def test_a_whole_model_is_a_folder_and_a_single_file_and_what_is_not_written_is_
     assert np.array_equal(one, other)
     name = "text_encoder/model.safetensors"  # which is not trained, and kept in full precision
     before, after = load_file(base / name), load_file(out / name)
-    assert all(after[key].dtype == np.float32 and np.array_equal(after[key], before[key]) for key in before)
+    assert all(after[f"text_model.{key}"].dtype == np.float32 for key in before)
+    assert all(np.array_equal(after[f"text_model.{key}"], before[key]) for key in before)
     with pytest.raises(UserError, match="stage1 trained all parameters and has no LoRA; add diffusers or ldm"):
         export(folder, tmp_path / "other", formats=["kohya"])
     found = DiffusionPipeline.from_pretrained(out, dtype=torch.float32)
@@ -208,6 +244,32 @@ def test_only_what_is_asked_for_is_written_and_nothing_overwritten(workdir: Path
     with pytest.raises(UserError, match="holds something else; choose another --out"):
         export(workdir, tmp_path / "lora", "naive", formats=["peft"])
     assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == written
+
+
+@pytest.mark.parametrize("formats", [["peft"], ["kohya"], ["peft", "kohya"]])
+def test_files_of_lora_are_written_without_the_weights_of_the_base(
+    formats: list[str], workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("load_pipeline", "base_hash"):
+        monkeypatch.setattr(pipelines, name, lambda *_, **__: pytest.fail("reads the base"))
+    export(workdir, tmp_path / "lora", "naive", formats=formats)
+    found, whole = tmp_path / "lora", workdir / "export"
+    written = {path.name for path in found.glob("*.safetensors")}
+    assert written == {"peft": {PEFT_FILE}, "kohya": {KOHYA_FILE, KOHYA_RECIPE_FILE}}.get(
+        ",".join(formats), {PEFT_FILE, KOHYA_FILE, KOHYA_RECIPE_FILE}
+    )
+    assert all((found / name).read_bytes() == (whole / name).read_bytes() for name in written)
+    bases = (json.loads((folder / "hgdpo.json").read_text())["base"] for folder in (found, whole))
+    assert len({*bases}) == 1
+
+
+def test_an_export_that_was_killed_while_it_moved_up_is_finished(workdir: Path, tmp_path: Path) -> None:
+    export(workdir, tmp_path / "whole", "naive", formats=["kohya"])
+    shutil.copytree(tmp_path / "whole", tmp_path / "half" / ".partial")
+    (tmp_path / "half" / ".partial" / KOHYA_FILE).rename(tmp_path / "half" / KOHYA_FILE)
+    export(workdir, tmp_path / "half", "naive", formats=["kohya"])
+    whole, half = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "half"))
+    assert whole == half
 
 
 def test_a_workdir_without_a_stage_is_named(tmp_path: Path) -> None:

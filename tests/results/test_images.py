@@ -35,8 +35,10 @@ from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.lora import add_lora
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.results import images
-from hgdpo_jax.results.exported import PEFT_FILE, PEFT_NORMAL_FILE, PEFT_TEXT_FILE, RECIPE, lora_weights
+from hgdpo_jax.results.contents import PEFT_FILE, PEFT_NORMAL_FILE, PEFT_TEXT_FILE, RECIPE
+from hgdpo_jax.results.exported import lora_weights
 from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import write_json
 from hgdpo_jax.training.finished import with_trained_adapter
 from hgdpo_jax.training.step import split_params
 from tests import tiny
@@ -46,6 +48,7 @@ PROMPTS = ["a portrait photograph of a woman, blue background", "a man"]
 STEPS, GUIDANCE = 13, 3.0  # of the 13 timesteps one is at least 900
 # Each step adds the UNet's rounding, guidance 3 times that of one half of its batch and 2 times that of the other.
 DRAWN = STEPS * (2 * GUIDANCE - 1) * NETWORK
+ALL, UP = ({"blocks": blocks, "weight": 0.5} for blocks in ("all", "up"))  # in hgdpo.json
 
 
 class Setup(NamedTuple):
@@ -80,7 +83,7 @@ def setup(kind: str, folder: Path) -> Setup:
             add_lora(model, 2, 2.0, nnx.Rngs(i))
     fresh = {name: split_params(pipeline, params)[1] for name, params in (("unet", "lora"), ("text", "text_lora"))}
     policies = {"hard": shaken(fresh["unet"], 1), "normal": shaken(fresh["unet"], 2), "text": shaken(fresh["text"], 3)}
-    (folder / "export").mkdir()
+    write_json(folder / "export" / "hgdpo.json", UP)
     for name, file in (("hard", PEFT_FILE), ("normal", PEFT_NORMAL_FILE), ("text", PEFT_TEXT_FILE)):
         nnx.update(pipeline.networks, policies[name])
         weights = lora_weights(pipeline.models, "peft", "text" if name == "text" else "unet")
@@ -124,21 +127,21 @@ def theirs(script: ModuleType, pipeline: Any, sampler: Sampler, **more: Any) -> 
     return script.draw(pipeline, PROMPTS, latents=start(sampler), output_type="np", **settings, **more).images
 
 
-def chosen(policies: dict[str, Any], blocks: str, text: bool) -> list[Any]:
+def chosen(policies: dict[str, Any], blocks: str, text: bool, weight: float = 0.5) -> list[Any]:
     hard = policies["hard"]
     if blocks != "all":
         hard = recipe.in_up_blocks(hard, policies["normal"] if blocks == "up+normal" else None)
-    return [recipe.weighted(policy, 0.5) for policy in (hard, *([policies["text"]] if text else []))]
+    return [recipe.weighted(policy, weight) for policy in (hard, *([policies["text"]] if text else []))]
 
 
 @pytest.mark.parametrize(
-    ("kind", "blocks", "given", "text"),  # None is what the stage's files ask for
+    ("kind", "said", "given", "blocks", "files"),  # what hgdpo.json says, unless something else is given
     [
-        ("sd15", "all", None, False),
-        ("sd15", "up", "up", False),
-        ("sd15", "up+normal", "up+normal", False),
-        ("sd15", "up", None, True),
-        ("sdxl", "up", None, True),
+        ("sd15", ALL, {}, "all", [PEFT_FILE, PEFT_NORMAL_FILE]),
+        ("sd15", UP | {"weight": 0.25}, {}, "up", [PEFT_FILE]),  # hard without normal, naive
+        ("sd15", UP, {"blocks": "up+normal"}, "up+normal", [PEFT_FILE, PEFT_NORMAL_FILE]),
+        ("sd15", ALL, {"blocks": "up", "weight": 0.75}, "up", [PEFT_FILE, PEFT_NORMAL_FILE, PEFT_TEXT_FILE]),
+        ("sdxl", UP, {}, "up", [PEFT_FILE, PEFT_NORMAL_FILE, PEFT_TEXT_FILE]),
     ],
 )
 def test_the_recipe_gives_the_images_of_diffusers(
@@ -146,19 +149,21 @@ def test_the_recipe_gives_the_images_of_diffusers(
     script: ModuleType,
     tmp_path: Path,
     kind: str,
+    said: dict[str, Any],
+    given: dict[str, Any],
     blocks: str,
-    given: str | None,
-    text: bool,
+    files: list[str],
 ) -> None:
     base, pipeline, policies, folder, sampler = setups(kind)
-    for file in folder.iterdir():
-        if not (file.name == PEFT_TEXT_FILE and not text or file.name == PEFT_NORMAL_FILE and blocks == "all"):
-            (tmp_path / file.name).symlink_to(file)
+    write_json(tmp_path / "hgdpo.json", said)
+    for file in files:
+        (tmp_path / file).symlink_to(folder / file)
     reference = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
-    script.load(reference, tmp_path, weight=0.5, blocks=given)
-    found = ours(sampler, pipeline, *chosen(policies, blocks, text))
+    script.load(reference, tmp_path, **given)
+    text, weight = PEFT_TEXT_FILE in files, (said | given)["weight"]
+    found = ours(sampler, pipeline, *chosen(policies, blocks, text, weight))
     assert_close(found, theirs(script, reference, sampler), DRAWN)
-    others = [ours(sampler, pipeline), ours(sampler, pipeline, *chosen(policies, blocks, not text))]
+    others = [ours(sampler, pipeline), ours(sampler, pipeline, *chosen(policies, blocks, not text, weight))]
     assert all(np.abs(other - found).max() > 10 * DRAWN for other in others)
     assert sampler._programs.draw._cache_size() == 2  # without and with the text encoder's policy
 
@@ -168,8 +173,18 @@ def test_without_policies_the_images_are_those_of_the_base(
     setups: Callable[[str], Setup], script: ModuleType, tmp_path: Path, kind: str
 ) -> None:
     base, pipeline, *_, sampler = setups(kind)
+    write_json(tmp_path / "hgdpo.json", UP)
     reference = script.load(DiffusionPipeline.from_pretrained(base, dtype=torch.float32), tmp_path)
     assert_close(ours(sampler, pipeline), theirs(script, reference, sampler), DRAWN)
+
+
+def test_a_folder_that_does_not_say_how_to_draw_is_refused(script: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"hgdpo\.json"):
+        script.load(None, tmp_path)
+    write_json(tmp_path / "hgdpo.json", UP)
+    for blocks, line in (("up+normal", "has no normal_lora.safetensors"), ("mid", "'mid': expects one of all, up, up")):
+        with pytest.raises(ValueError, match=line):
+            script.load(None, tmp_path, blocks=blocks)
 
 
 def test_a_concept_image_gives_the_images_of_diffusers_with_and_without_lora(
@@ -189,6 +204,7 @@ def test_a_concept_image_gives_the_images_of_diffusers_with_and_without_lora(
     embeds = torch.tensor(np.concatenate([encoder.nothing, concept]))[:, None]  # diffusers counts images first
     hard = chosen(policies, "up", False)
     without_concept = [ours(sampler, pipeline), ours(sampler, pipeline, *hard)]
+    write_json(tmp_path / "hgdpo.json", UP)
     for number, used in enumerate(([], hard)):
         reference = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
         script.load(reference, folder if used else tmp_path)

@@ -87,3 +87,10 @@ def test_a_command_says_so_in_one_line(name: str, value: str, line: str) -> None
     done = subprocess.run([sys.executable, "-c", COMMAND, "W"], env=env, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith(line)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nbAgg", "nosuch", ""])
+def test_a_backend_of_a_notebook_does_not_matter(backend: str) -> None:
+    code = "from hgdpo_jax.run import command\ndef main():\n    import matplotlib.figure\ncommand.run(main)"
+    env = os.environ | {"PYTHONPATH": os.getcwd(), "MPLBACKEND": backend}
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True).stderr == b""
