@@ -292,7 +292,7 @@ def _check_fit(source: Source) -> None:
         kind = "as inpainting models do; " if channels == 9 else ""
         raise UserError(f"model {source.name}: its UNet takes {channels} channels, {kind}the latents of its VAE have "
                         f"{latent}")  # fmt: skip
-    width, given = unet["cross_attention_dim"], sum(config["hidden_size"] for config in texts)
+    width, given = unet["cross_attention_dim"], sum(config.get("hidden_size", 512) for config in texts)
     if width != given:
         raise UserError(f"model {source.name}: its text encoders give embeddings of width {given}, its UNet reads "
                         f"{width}; they belong to different models")  # fmt: skip

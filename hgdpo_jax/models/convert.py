@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from hgdpo_jax.models.layers import SHAPES
 from hgdpo_jax.models.model_config import read_config
+from hgdpo_jax.models.preprocessing import CLIP, read_preprocessing
 from hgdpo_jax.models.weights import STEMS, open_folder, write_weights
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import json_hash, write_json
@@ -192,14 +193,18 @@ def load_model(
 
 
 def folder_hash(folder: str | Path, index: Index | None = None) -> str:
-    """sha256 over the config and the weights of a model folder, wherever it is.
+    """sha256 over what a CLIP model's folder computes with, wherever it is: config and weights, and the image processor
+    where it is not CLIP's.
 
     Args:
         folder: see :func:`load_model`.
         index: knows the hashes of files that were read before.
     """
     folder, index = Path(folder), index or Index()
-    return json_hash({"config": read_config(folder), "weights": [*map(index.hash, open_folder(folder).files)]})
+    config = read_config(folder)
+    content: dict[str, Any] = {"config": config, "weights": [*map(index.hash, open_folder(folder).files)]}
+    how = read_preprocessing(folder, (config.get("vision_config") or config).get("image_size", 224))
+    return json_hash(content if how == CLIP else content | {"preprocessing": how})
 
 
 def save_model(model: nnx.Module, folder: str | Path, dtype: DTypeLike = np.float32) -> None:

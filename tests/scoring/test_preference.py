@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 from transformers import CLIPModel as TorchCLIP
 
-from hgdpo_jax.models.clip import clip_pixels
+from hgdpo_jax.models.preprocessing import clip_pixels
 from hgdpo_jax.scoring.preference import Scorer
 from tests import tiny
 from tests.rounding import NETWORK, assert_close
