@@ -34,7 +34,7 @@ class _Nothing(dict):
         pass
 
     __setstate__ = append = extend = add = _ignore
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]  # a callback may be a key
 
 
 # What a pickle may call, by the last part of its module's name, since PyTorch and NumPy have moved these.
@@ -96,8 +96,8 @@ def read(path: str) -> dict[str, torch.Tensor]:
     for name, inner in list(found.items()):
         if isinstance(inner, dict):
             found |= {f"{name}.{key}": value for key, value in inner.items()}
-    tensors = {key: _tensor(value) for key, value in found.items() if isinstance(key, str)}
-    tensors = {key: value for key, value in tensors.items() if value is not None}
+    named = {key: _tensor(value) for key, value in found.items() if isinstance(key, str)}
+    tensors = {key: value for key, value in named.items() if value is not None}
     if not tensors:
         raise ValueError("holds no tensors that have names")
     return tensors
@@ -107,7 +107,7 @@ def main(sources: list[str], target: Path) -> None:
     """Writes the tensors of all sources into one file. Exits with a line where that cannot be done."""
     if target.exists():
         sys.exit(f"{target}: is there already; give another name")
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for source in sources:
         try:
             tensors |= read(source)

@@ -173,7 +173,7 @@ class LoRAFile:
         down, up = (np.asarray(self.weights[name], np.float32) for name in (layer.down, layer.up))
         rank = down.shape[0]
         if layer.alpha is None:
-            alpha = float(self._settings.get(f"{part}.lora_alpha", rank))
+            alpha = self._settings.get(f"{part}.lora_alpha", rank)
         elif self.weights[layer.alpha].size == 1:
             alpha = float(self.weights[layer.alpha].item())
         else:

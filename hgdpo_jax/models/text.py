@@ -31,7 +31,7 @@ def both(first: Int[np.ndarray, "b s"], second: Int[np.ndarray, "b s"]) -> Int[n
     return (first.astype(np.uint32) | second.astype(np.uint32) << _BITS).view(np.int32)
 
 
-def of_first(ids: Int[Array | np.ndarray, "b s"]) -> Int[Array | np.ndarray, "b s"]:
+def of_first(ids: Int[Array, "b s"]) -> Int[Array, "b s"]:
     """The ids of the first tokenizer, or of the only one."""
     return ids & (2**_BITS - 1)
 
