@@ -226,16 +226,17 @@ def _download(repository: str, revision: str) -> Path:
 
 def _with_vae(source: Source, path: Path) -> Source:
     """The source with another VAE: a model folder, or a file in either layout, alone or in a whole checkpoint."""
-    refuse_pickle(path)
     config, fit = source.configs["vae"], "its config.json"
-    if path.is_dir():
-        _require_vae(path)
-        config, weights = read_config(path), open_folder(path)
-    elif not path.exists():
-        raise UserError(f"config key model.vae={path}: no such file or folder")
-    else:
-        weights, instead = Weights(path), "give a folder with its config.json"
-        fit = f"the VAE that --config.model.vae={path} replaces; {instead}"
+    try:
+        refuse_pickle(path)
+        if path.is_dir():
+            _require_vae(path)
+            config, weights = read_config(path), open_folder(path)
+        else:
+            weights, instead = Weights(path), "give a folder with its config.json"
+            fit = f"the VAE that --config.model.vae={path} replaces; {instead}"
+    except UserError as error:  # which begins with the path
+        raise UserError(f"config key model.vae={error}") from error
     conv_in = "encoder.conv_in.weight"  # in both layouts
     prefix = next((prefix for prefix in ("", ldm.VAE_PREFIX) if prefix + conv_in in weights), None)
     if prefix is None:
@@ -259,16 +260,15 @@ def _with_vae(source: Source, path: Path) -> Source:
 
 def _require_vae(folder: Path) -> None:
     """Raises UserError for a folder of anything but an AutoencoderKL."""
-    setting = f"config key model.vae={folder}"
     if (folder / "model_index.json").is_file():
-        raise UserError(f"{setting}: is a whole checkpoint; give its VAE, {folder / 'vae'}")
+        raise UserError(f"{folder}: is a whole checkpoint; give its VAE, {folder / 'vae'}")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{setting}: has no config.json; expected the folder of an AutoencoderKL")
+        raise UserError(f"{folder}: has no config.json; expected the folder of an AutoencoderKL")
     config = read_config(folder)
     kind = config.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL" or "block_out_channels" not in config:
         kind = (config.get("architectures") or [kind])[0] if kind == "AutoencoderKL" else kind
-        raise UserError(f"{setting}: is no VAE ({kind}); expected the folder of an AutoencoderKL")
+        raise UserError(f"{folder}: is no VAE ({kind}); expected the folder of an AutoencoderKL")
 
 
 def _with_lora(source: Source, path: Path) -> Source:

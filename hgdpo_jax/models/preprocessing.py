@@ -44,8 +44,6 @@ def read_preprocessing(folder: Path, size: int) -> Preprocessing:
         UserError: it asks for something that is not computed.
     """
     path, given = _read(folder)
-    if given is None:
-        return CLIP
     if not isinstance(given, Mapping):
         raise UserError(f"{path}: has no image processor that can be read")
     short, crop = _side(given.get("size", size), "shortest_edge"), _side(given.get("crop_size", size), "height")
@@ -70,12 +68,12 @@ def read_preprocessing(folder: Path, size: int) -> Preprocessing:
 
 
 def _read(folder: Path) -> tuple[Path, Any]:
-    """The file in which transformers looks for an image processor first, and what it says."""
+    """The file in which transformers looks for an image processor first, and what it says; {} without one."""
     path = folder / "processor_config.json"
     if path.is_file() and "image_processor" in (whole := read_json(path)):
         return path, whole["image_processor"]
     path = folder / "preprocessor_config.json"
-    return path, read_json(path) if path.is_file() else None
+    return path, read_json(path) if path.is_file() else {}
 
 
 def _side(value: Any, name: str) -> int | None:

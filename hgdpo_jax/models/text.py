@@ -23,7 +23,7 @@ from hgdpo_jax.run.errors import UserError
 _BITS = 16  # of a token id
 
 
-def both(first: Int[np.ndarray, "b s"], second: Int[np.ndarray, "b s"]) -> Int[np.ndarray, "b s"]:
+def both(first: Int[np.ndarray, "b s"], second: Int[np.ndarray, "b t"]) -> Int[np.ndarray, "b s"]:
     """Ids of two tokenizers in one int32 array. Raises UserError where they do not fit."""
     if first.shape != second.shape or max(first.max(), second.max()) >= 2**_BITS:
         raise UserError(f"tokenizers: give {first.shape[1]} and {second.shape[1]} ids, the highest is "

@@ -173,7 +173,8 @@ def test_weights_that_do_not_fit_the_config_are_named(copy: Path, change: str, m
     ("file", "change", "message"),
     [
         ("unet/config.json", lambda config: {"in_channels": 8}, "unet/config.json: has no cross_attention_dim"),
-        ("text_encoder/config.json", lambda config: {"hidden_size": 8}, "text_encoder/config.json: has no "),
+        ("text_encoder/config.json", lambda config: {"hidden_size": 8},
+         r"text_encoder: weight encoder\.\S* is missing \(.*\); it does not fit its config\.json"),
         ("vae/config.json", lambda config: {"latent_channels": 8}, "vae/config.json: has no block_out_channels"),
         ("vae/config.json", lambda config: [config], "vae/config.json: not a JSON object"),
         ("scheduler/scheduler_config.json", lambda config: config | {"prediction_type": "sample"},
@@ -253,9 +254,7 @@ def test_a_single_file_of_edm_is_refused(tmp_path: Path, key: str) -> None:
     path = tmp_path / "file.safetensors"
     keys = {**dict.fromkeys(SD15_KEYS, (1,)), CONV_IN: (320, 4, 3, 3), TO_K: (320, 768), key: (4,)}
     save_file({name: np.zeros(shape, np.float32) for name, shape in keys.items()}, path)
-    with pytest.raises(
-        UserError, match=f"{path}: has {key}: trained by EDM, as Playground 2.5 and CosXL"
-    ):
+    with pytest.raises(UserError, match=f"{path}: has {key}: trained by EDM, as Playground 2.5 and CosXL"):
         open_source(str(path))
 
 
@@ -284,7 +283,7 @@ def test_a_folder_with_a_scheduler_of_another_kind_is_refused(copy: Path, file: 
         ("text_encoder", r"is no VAE \(CLIPTextModel\)"),
         (".", "is a whole checkpoint; give its VAE, .*vae"),
         ("tokenizer", r"has no config\.json"),
-        ("nowhere", "no such file or folder"),
+        ("nowhere", "no such file"),
         ("unet/diffusion_pytorch_model.safetensors", r"is no VAE, it has no weight encoder\.conv_in\.weight"),
         ("tiny", r"is no VAE \(AutoencoderTiny\)"),
         ("model_index.json", "not a whole safetensors file"),
