@@ -95,7 +95,7 @@ class LoRAFile:
         if not self.weights:
             raise UserError(f"LoRA {path}: holds no tensors")
         in_file = _layers(self.weights)
-        if any(key.startswith(_PEFT) for key in self.weights):
+        if any(name.startswith(_PEFT) for name in in_file):
             part = self._part(in_file, models)
             models, self._settings = {part: models[part]}, _beside(path, part)
         else:

@@ -4,9 +4,8 @@ Legend: `b` captions, `s` tokens, `d` width of the text embeddings, `p` of the p
 
 XL's two encoders read what two tokenizers make of a caption, as in diffusers. These pad with other tokens, and to the
 second its padding `!` is a special token: `wow!!` is one word and its mark to the first, a word and two paddings to the
-second. (Stability's own code takes OpenCLIP's tokenizer as the second, to which `!` is a mark and `<|endoftext|>` plain
-text. Checkpoints are used, and LoRA trained, with diffusers' tokens far more often.) The ids of both travel in one
-array: the first's in the lower 16 bits, the second's in the upper ones.
+second. (Stability's own code differs: its second tokenizer is OpenCLIP's, to which `!` is a mark and `<|endoftext|>` is
+plain text.) The ids of both travel in one array: the first's in the lower 16 bits, the second's in the upper ones.
 """
 
 from typing import NamedTuple
@@ -86,7 +85,7 @@ class TextConditioner(nnx.Module):
         )
 
     def _of_second(self, ids: Int[Array, "b s"]) -> Int[Array, "b s"]:
-        given = jax.lax.shift_right_logical(ids, _BITS)
+        given = of_first(ids >> _BITS)
         # Not the highest id where words were added to the vocabulary.
         ends = ids == self.empty_ids[1] & (2**_BITS - 1)
         padded = jnp.where(jnp.cumsum(ends, axis=1) - ends > 0, self.pad_2, ids)
