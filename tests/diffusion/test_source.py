@@ -108,6 +108,14 @@ def test_a_file_with_novelais_names_is_read(small: dict[str, np.ndarray], tmp_pa
     assert same(weights_of(a, "text_encoder"), weights_of(b, "text_encoder"))
 
 
+@pytest.mark.parametrize("beside", ["text_projection.weight", "text_model.embeddings.position_ids", "logit_scale"])
+def test_what_clip_has_beside_a_text_encoder_is_passed_over(small: dict, tmp_path: Path, beside: str) -> None:
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(small, a)
+    save_file(small | {f"cond_stage_model.transformer.{beside}": np.ones(3, np.float32)}, b)
+    assert same(weights_of(a, "text_encoder"), weights_of(b, "text_encoder"))
+
+
 def test_a_file_without_a_vae_takes_one_from_another(small: dict, tmp_path: Path) -> None:
     whole, rest, other = (tmp_path / f"{name}.safetensors" for name in ("whole", "rest", "vae"))
     prefix = "first_stage_model."
