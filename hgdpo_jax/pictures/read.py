@@ -23,10 +23,11 @@ _ORIENTATION = 0x0112
 _NAMED_ALONE = ("BUFR", "GRIB", "HDF5", "MPEG", "PDF", "WMF")  # Pillow knows their names, but cannot decode them
 # What Pillow opens, by the end of a name.
 SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind not in _NAMED_ALONE)
-_PLUGIN = "pip install 'hgdpo_jax[pictures]'"
-_OF_OTHERS = dict.fromkeys((".heic", ".heif", ".hif", ".jxl"), _PLUGIN) | dict.fromkeys(
-    (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2"), "develop it into JPEG or PNG"
-)
+_OF_OTHERS = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif"),
+    ".jxl": "pip install pillow-jxl-plugin",
+    **dict.fromkeys((".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2"), "make JPEG or PNG of it"),
+}
 # Photographs that cannot be opened here, by the end of a name, and what helps.
 UNOPENED = {suffix: advice for suffix, advice in _OF_OTHERS.items() if suffix not in SUFFIXES}
 _HEIF, _JXL = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1"), (b"\xff\x0a", b"\0\0\0\x0cJXL ")

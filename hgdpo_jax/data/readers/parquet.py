@@ -79,7 +79,7 @@ def _columns(schema: pa.Schema, path: Path) -> tuple[str, str]:
                         f"{', '.join(CAPTIONS)}")  # fmt: skip
     image = image_among(images)
     if image is None:
-        raise UserError(f"{has}; which holds the photographs? Call it {IMAGE}, and no other")
+        raise UserError(f"{has}; which holds the photographs? Call it {IMAGE}")
     return image, captions[0]
 
 

@@ -31,8 +31,8 @@ def read(name: str) -> Examples:
     image = image_among([key for key, f in features.items() if isinstance(f, tfds.features.Image)])
     texts = {key: inside for key, feature in features.items() if (inside := _texts_in(feature)) is not None}
     if image is None or not texts:
-        raise UserError(f"{PREFIX}{name}: has features {', '.join(features)}; expects an image, called so where there "
-                        "are several, and a text")  # fmt: skip
+        raise UserError(f"{PREFIX}{name}: has features {', '.join(features)}; expects an image and a text, and "
+                        "where there are several images one called image")  # fmt: skip
     text = next((key for key in CAPTIONS if key in texts), next(iter(texts)))
     for split in splits:
         try:
