@@ -115,6 +115,9 @@ SETTINGS = (
     Setting("data.split", "train", one_of("base", "train"), "which photographs to learn from"),
     Setting("data.resolutions", ("512x512",), _RESOLUTION,
             "each photograph is cut to the one nearest to it in shape; pictures in log and report have the first"),
+    Setting("data.smallest", 0.0, Range(0),
+            "a photograph whose height or width is below this many times that of its resolution is left out; 1: none "
+            "is enlarged"),
     Setting("data.mirror", False, _FLAG, "each photograph's mirror image is a further example"),
     Setting("data.caption_dropout", 0.0, _SHARE,
             "sft: share of captions replaced by the empty one, for guidance"),

@@ -8,24 +8,32 @@ beside it.
 
 import functools
 import gc
+import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
+from hgdpo_jax import config as configuration
 from hgdpo_jax.data.readers import captions, imagefolder, kohya, parquet, preferences, sidecars, tar, tfds
+from hgdpo_jax.data.readers.beside import is_passed_over
 from hgdpo_jax.data.readers.example import Example, Examples
 from hgdpo_jax.pictures.read import UnreadableImage, image_shape
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import Member
 from hgdpo_jax.run.index import Index
 
+_Picture = str | Member  # a file's path in its shortest form
 SPLITS = ("base", "train", "heldout")
 HELDOUT, _LEAST = 0.02, 8  # the share, and how many at least, that are held out where nothing is marked
+_THREADS = 8  # that open photographs to see their shapes
 
 
 @dataclass(frozen=True)
@@ -74,20 +82,18 @@ def list_photographs(
         given: whether the place holds preference pairs: the photographs are their winners, which have losers.
 
     Raises:
-        UserError: nothing that can be read, a line that is not as it should be, or none in these splits.
+        UserError: nothing that can be read, a line that is not as it should be, captions of one photograph in several
+            splits, or none in these splits.
     """
+    what = f"{'pairs' if given else 'photographs'} {place}"
     read = preferences.reader(place) if given else _reader(place)
-    examples = list(read())
-    split = {example.name: example.split or "train" for example in examples}
-    # Files of many datasets are named train-…, whose others are not there, or never were.
-    marked = any(example.split == "heldout" for example in examples)
-    if not marked:
-        split |= _by_content([e for e in examples if e.split in (None, "train")], heldout, index or Index())
+    examples = [_as_text(example, what) for example in read()]
+    if not examples:
+        raise UserError(f"{what}: holds no photograph with a caption")
     found: list[Photograph] = []
     seen: Counter[str] = Counter()
-    for example in examples:
+    for example, role in zip(examples, _roles(examples, heldout, index or Index(), what), strict=True):
         seen[example.name] += 1
-        role = (marked and example.split) or split[example.name]
         if role not in splits:
             continue
         name = example.name if seen[example.name] == 1 else f"{example.name}#{seen[example.name]}"
@@ -96,12 +102,26 @@ def list_photographs(
         if mirror:
             found.append(replace(photograph, id=f"{name}#mirrored", mirrored=True))
     if not found:
-        raise UserError(f"photographs {place}: none of the {len(examples)} is of split {' or '.join(splits)}; mark "
-                        f"some as {splits[-1]}")  # fmt: skip
+        raise UserError(f"{what}: none of the {len(examples)} is of split {' or '.join(splits)}; mark some as "
+                        f"{splits[-1]}")  # fmt: skip
     twice = [name for name, count in Counter(p.id for p in found).items() if count > 1]
     if twice:
-        raise UserError(f"photographs {place}: {twice[0]} names two examples; rename the file whose name ends in #")
+        raise UserError(f"{what}: {twice[0]} names two examples; rename the file whose name ends in #")
     return found
+
+
+def _as_text(example: Example, what: str) -> Example:
+    """An example whose name is text, as file names need not be. Raises UserError where its caption is not."""
+    try:
+        example.name.encode()
+    except UnicodeEncodeError:
+        example = example._replace(name=example.name.encode(errors="backslashreplace").decode())
+    try:
+        example.caption.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what}: the caption of {example.name} holds half a character, "
+                        f"{error.object[error.start]!a}; write it whole") from error  # fmt: skip
+    return example
 
 
 def list_examples(config: ConfigDict, *splits: str, index: Index) -> list[list[Photograph]]:
@@ -118,27 +138,78 @@ def list_examples(config: ConfigDict, *splits: str, index: Index) -> list[list[P
     given = config.pairs.winner == "given"
     data, place = config.data, config.data.pairs if given else config.data.photographs
     every = list_photographs(place, *splits, mirror=data.mirror, heldout=data.heldout, index=index, given=given)
-    found = [[photograph for photograph in every if photograph.split == split] for split in splits]
+    large = _large_enough(every, config, index)
+    found = [[photograph for photograph in large if photograph.split == split] for split in splits]
     for split, photographs in zip(splits, found, strict=True):
+        if not photographs and any(photograph.split == split for photograph in every):
+            raise UserError(f"config key data.smallest={data.smallest}: leaves none of split {split}; lower it")
         if not photographs:
             other = ", or set data.split" if split == "base" else ""
-            raise UserError(f"photographs {place}: none of the {len(every)} is of split {split}; mark some as {split}"
-                            f"{other}")  # fmt: skip
+            raise UserError(f"{'pairs' if given else 'photographs'} {place}: none of the {len(every)} is of split "
+                            f"{split}; mark some as {split}{other}")  # fmt: skip
     return found
 
 
-def _by_content(examples: Sequence[Example], heldout: float, index: Index) -> dict[str, str]:
-    """Name → train, or heldout for those with the smallest hashes of their content."""
-    hashes: dict[str, str] = {}
-    for example in examples:
+def _large_enough(photographs: Sequence[Photograph], config: ConfigDict, index: Index) -> list[Photograph]:
+    """Those that are as large as `data.smallest` asks. Warns of them that are smaller than their resolution, and of the
+    others. What cannot be read stays; :func:`load_images` will name it."""
+    resolutions, smallest = configuration.resolutions(config), config.data.smallest
+    pictures = list({photograph.picture: None for photograph in photographs})
+    with ThreadPoolExecutor(_THREADS) as threads:
+        opened = threads.map(functools.partial(_shape_of, index=index), pictures)
+        shapes = dict(zip(pictures, tqdm(opened, "photographs", len(pictures), leave=False, delay=5), strict=True))
+    scales = {}
+    for picture, shape in shapes.items():
+        if shape:
+            height, width = resolutions[_nearest(shape, resolutions)]
+            scales[picture] = min(shape[0] / height, shape[1] / width)
+    enlarged = [picture for picture, scale in scales.items() if smallest <= scale < 1.0]
+    dropped = {picture: None for picture, scale in scales.items() if scale < smallest}
+    if enlarged:
+        most = min(enlarged, key=lambda picture: scales[picture])
+        logging.warning("%d of %d photographs are smaller than their resolution and are enlarged, %s the most, %.2f "
+                        "times; data.smallest=1 leaves them out", len(enlarged), len(pictures), most,
+                        1.0 / scales[most])  # fmt: skip
+    if dropped:
+        logging.warning("%d of %d photographs are smaller than data.smallest=%s times their resolution and are left "
+                        "out, the first is %s", len(dropped), len(pictures), smallest, next(iter(dropped)))  # fmt: skip
+    return [photograph for photograph in photographs if photograph.picture not in dropped]
+
+
+def _roles(examples: Sequence[Example], heldout: float, index: Index, what: str) -> list[str]:
+    """The split of each example. Raises UserError where the captions of a photograph are marked as of several."""
+    pictures = [os.path.normpath(e.picture) if isinstance(e.picture, Path) else e.picture for e in examples]
+    marks: dict[_Picture, str | None] = {}
+    for picture, example in zip(pictures, examples, strict=True):
+        before = marks.get(picture)
+        if before and example.split and before != example.split:
+            raise UserError(f"{what}: {example.name} is marked as {before} and as {example.split}; mark all captions "
+                            "of a photograph alike")  # fmt: skip
+        marks[picture] = before or example.split
+    # Files of many datasets are named train-…, whose others are not there, or never were.
+    if "heldout" not in marks.values():
+        unmarked = {picture: e.picture for picture, e in zip(pictures, examples, strict=True)}
+        unmarked = {picture: place for picture, place in unmarked.items() if marks[picture] in (None, "train")}
+        marks |= dict.fromkeys(_by_content(unmarked, heldout, index), "heldout")
+    return [marks[picture] or "train" for picture in pictures]
+
+
+def _by_content(pictures: Mapping[_Picture, Path | Member], heldout: float, index: Index) -> list[_Picture]:
+    """Those with the smallest hashes of their content, which are held out; copies of a photograph go together."""
+    hashes: dict[str, list[_Picture]] = {}
+    for picture, place in pictures.items():
         try:
-            hashes[example.name] = index.hash(example.picture)
+            hashes.setdefault(index.hash(place), []).append(picture)
         except (OSError, ValueError):
             continue  # it cannot be read, and will be named where it is used
-    share = sum(int(digest[:8], 16) < heldout * 16**8 for digest in hashes.values())
-    count = min(max(share, _LEAST), len(hashes) // 2) if heldout else 0
-    chosen = set(sorted(hashes, key=lambda name: (hashes[name], name))[:count])
-    return {example.name: "heldout" if example.name in chosen else "train" for example in examples}
+    readable = sum(map(len, hashes.values()))
+    share = sum(len(alike) for digest, alike in hashes.items() if int(digest[:8], 16) < heldout * 16**8)
+    count = min(max(share, _LEAST), readable // 2) if heldout else 0
+    chosen: list[_Picture] = []
+    for digest in sorted(hashes):
+        if len(chosen) + len(hashes[digest]) <= count:
+            chosen += hashes[digest]
+    return chosen
 
 
 def _reader(place: str | Path) -> Callable[[], Examples]:
@@ -150,26 +221,37 @@ def _reader(place: str | Path) -> Callable[[], Examples]:
     if str(place).startswith(tfds.PREFIX):
         return lambda: tfds.read(str(place).removeprefix(tfds.PREFIX))
     path = Path(place)
-    if not str(place) or not path.exists():
+    if not str(place):
+        raise UserError("config key data.photographs: is empty; set it to photographs in one of the forms of "
+                        "docs/your-data.md")  # fmt: skip
+    if not os.path.exists(path):
         raise UserError(f"photographs {place}: no such file or folder; set --config.data.photographs")
-    files = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if entry.is_file())
-    files += sorted(path.glob("data/*.parquet"))
-    if path.is_file() and path.suffix == ".json":
+    files = [path] if path.is_file() else _shards_in(path)
+    if path.is_file() and path.suffix.lower() == ".json":
         return lambda: kohya.read(path)
-    if path.is_file() and path.suffix == ".jsonl":
+    if path.is_file() and path.suffix.lower() == ".jsonl":
         return lambda: captions.read(path)
     if (path / captions.NAME).is_file():
         return lambda: captions.read(path / captions.NAME)
     if path.is_dir() and imagefolder.lists_in(path):
         return lambda: imagefolder.read(path)
     for suffix, read in ((".tar", tar.read), (".parquet", parquet.read)):
-        shards = [file for file in files if file.suffix == suffix]
+        shards = [file for file in files if file.suffix.lower() == suffix]
         if shards:
             return functools.partial(read, shards)
-    if path.is_dir() and any(sidecars.text_of(image) for image in sidecars.images_in(path)):
+    if path.is_dir() and sidecars.lie_in(path):
         return lambda: sidecars.read(path)
     raise UserError(f"photographs {place}: expects images with .txt files beside them, {captions.NAME}, "
                     f"{' or '.join(imagefolder.NAMES)}, kohya's .json, .tar or .parquet")  # fmt: skip
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    """The files of a folder, and the parquet of its folder `data`, where Hugging Face's hub has it."""
+    try:
+        found = sorted(entry for entry in folder.iterdir() if entry.is_file()) + sorted(folder.glob("data/*.parquet"))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+    return [file for file in found if not is_passed_over(file.name)]
 
 
 def sort_by_shape(
@@ -181,17 +263,21 @@ def sort_by_shape(
     """
     index = index or Index()
     found: dict[str, list[Photograph]] = {name: [] for name in resolutions}
-    first = next(iter(found))
-    shapes = {name: math.log(height / width) for name, (height, width) in resolutions.items()}
     for photograph in photographs:
-        nearest = first
-        if len(resolutions) > 1:
-            try:
-                height, width = index.shape(photograph.picture, image_shape)
-            except (OSError, ValueError, UnreadableImage):
-                pass
-            else:
-                shape = math.log(height / width)
-                nearest = min(shapes, key=lambda name: abs(shapes[name] - shape))
-        found[nearest].append(photograph)
+        shape = _shape_of(photograph.picture, index) if len(resolutions) > 1 else None
+        found[_nearest(shape, resolutions) if shape else next(iter(found))].append(photograph)
     return found
+
+
+def _shape_of(picture: Path | Member, index: Index) -> tuple[int, int] | None:
+    """(height, width); None where it cannot be read."""
+    try:
+        return index.shape(picture, image_shape)
+    except (OSError, ValueError, UnreadableImage):
+        return None
+
+
+def _nearest(shape: tuple[int, int], resolutions: Mapping[str, tuple[int, int]]) -> str:
+    """The resolution whose height / width is nearest to that of a shape on a logarithmic scale."""
+    wanted = math.log(shape[0] / shape[1])
+    return min(resolutions, key=lambda name: abs(math.log(resolutions[name][0] / resolutions[name][1]) - wanted))

@@ -70,7 +70,7 @@ def photographs_of_shard(photographs: Sequence[Photograph], index: Index | None)
             if index and photograph.loser:
                 return json_hash([index.hash(photograph.picture), index.hash(photograph.loser)])
             return index.hash(photograph.picture) if index else None
-        except OSError:
+        except (OSError, ValueError):  # the latter of a name that no file can have
             return None
 
     return [ShardPhotograph(photograph.id, content(photograph)) for photograph in photographs]

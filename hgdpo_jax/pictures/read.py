@@ -1,21 +1,37 @@
 """Image files as people have them: any kind that Pillow opens becomes upright, sRGB, on white."""
 
+import importlib
 import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from hgdpo_jax.run.files import Member
 
+with suppress(ImportError):  # the extra `pictures` of pyproject.toml
+    importlib.import_module("pillow_heif").register_heif_opener()
+with suppress(ImportError):
+    importlib.import_module("pillow_jxl")  # which registers itself
+
 _ORIENTATION = 0x0112
+_NAMED_ALONE = ("BUFR", "GRIB", "HDF5", "MPEG", "PDF", "WMF")  # Pillow knows their names, but cannot decode them
 # What Pillow opens, by the end of a name.
-SUFFIXES = frozenset(Image.registered_extensions())
+SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind not in _NAMED_ALONE)
+_OF_OTHERS = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif"),
+    ".jxl": "pip install pillow-jxl-plugin",
+    **dict.fromkeys((".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2"), "make JPEG or PNG of it"),
+}
+# Photographs that cannot be opened here, by the end of a name, and what helps.
+UNOPENED = {suffix: advice for suffix, advice in _OF_OTHERS.items() if suffix not in SUFFIXES}
+_HEIF, _JXL = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1"), (b"\xff\x0a", b"\0\0\0\x0cJXL ")
+_OF_PNG = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # parts that may say how it is turned
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # colour space of a profile → Pillow's mode
 _SRGB = ImageCms.createProfile("sRGB")
 _filters = Lock()  # all threads share the filters of warnings
@@ -36,8 +52,23 @@ def _opened(image: Path | Member) -> Iterator[Image.Image]:
             opened = Image.open(content)  # which reads no more than the header
         with opened as file:
             yield file
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(_kind_of(image)) from error
     except Exception as error:  # Pillow's plugins raise whatever they stumble over: SyntaxError, struct.error, …
         raise UnreadableImage(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _kind_of(image: Path | Member) -> str:
+    """Of a file that no plugin takes: what it is, by its first bytes."""
+    begin = _content(image)[:12]
+    kind = ".jxl" if begin.startswith(_JXL) else ".heic" if begin[4:8] == b"ftyp" and begin[8:] in _HEIF else ""
+    if kind in UNOPENED:
+        return f"it is {kind[1:].upper()}; {UNOPENED[kind]}"
+    return "not an image of a known kind" if begin else "an empty file"
+
+
+def _content(image: Path | Member) -> bytes:
+    return image.read_bytes() if isinstance(image, Path) else image.read()
 
 
 def image_shape(image: Path | Member) -> tuple[int, int]:
@@ -48,8 +79,17 @@ def image_shape(image: Path | Member) -> tuple[int, int]:
     """
     with _opened(image) as file:
         width, height = file.size
-        turned = file.getexif().get(_ORIENTATION) in (5, 6, 7, 8)  # some programs write text there
+        turned = _says_orientation(image, file) and file.getexif().get(_ORIENTATION) in (5, 6, 7, 8)  # or some text
     return (width, height) if turned else (height, width)
+
+
+def _says_orientation(image: Path | Member, file: Image.Image) -> bool:
+    """Whether an image may say how it is turned. Of a TIFF Pillow gives the upright size at once; a PNG it decodes to
+    find out, which is spared where no part says anything."""
+    if file.format == "PNG":
+        content = _content(image)
+        return any(part in content for part in _OF_PNG)
+    return file.format != "TIFF"
 
 
 def read_image(path: Path | Member) -> Image.Image:

@@ -3,16 +3,21 @@
 import gc
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
-from hgdpo_jax.config import ASSETS
-from hgdpo_jax.data.photographs import Photograph, list_photographs, sort_by_shape
+from hgdpo_jax.config import ASSETS, default, resolutions
+from hgdpo_jax.data import shards
+from hgdpo_jax.data.photographs import Photograph, list_examples, list_photographs, sort_by_shape
 from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import file_hash
+from hgdpo_jax.run.index import Index
 from tests import tiny
 
 
@@ -50,8 +55,12 @@ def test_an_unreadable_photograph_is_named_and_left_out(tmp_path: Path, caplog: 
 
 
 def test_what_is_wrong_with_the_list_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file or folder; set --config.data.photographs"):
-        list_photographs(tmp_path / "nowhere", "train")
+    for place in (tmp_path / "nowhere", tmp_path / ("x" * 300), tmp_path / "a\0b"):
+        with pytest.raises(UserError, match="no such file or folder; set --config.data.photographs"):
+            list_photographs(place, "train")
+    for given, key in ((False, "data.photographs"), (True, "data.pairs")):
+        with pytest.raises(UserError, match=f"config key {key}: is empty; set it to"):
+            list_photographs("", "train", given=given)
     with pytest.raises(UserError, match=r"expects images with \.txt files beside them, captions\.jsonl"):
         list_photographs(tmp_path, "train")
     (tmp_path / "captions.jsonl").write_text('{"file": "a.jpg", "caption": "x"}\n{"file": "b.jpg"}\n')
@@ -140,3 +149,139 @@ def test_of_photographs_that_are_all_marked_train_some_are_held_out(tmp_path: Pa
     (folder / "captions.jsonl").write_text("\n".join([*lines[:-1], lines[-1].replace('"train"', '"heldout"')]) + "\n")
     found = list_photographs(folder, "train", "heldout", heldout=0.5)
     assert [p.split for p in found] == ["train"] * 5 + ["heldout"]
+
+
+def listed(folder: Path, *lines: tuple[str, str | None]) -> Path:
+    """A list of (file, split), each line with a caption of its own."""
+    folder.mkdir(exist_ok=True)
+    entries = [{"file": file, "caption": f"caption {i}", "split": split} for i, (file, split) in enumerate(lines)]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [("a.png", "train"), ("a.png", "heldout")],
+        [("a.png", "heldout"), ("b.png", "train"), ("a.png", None), ("a.png", "train")],
+        [("a.png", "base"), ("a.png", "train"), ("b.png", "heldout")],
+        [("a.png", "train"), ("./a.png", "heldout")],
+        [("c/../a.png", "heldout"), ("a.png", "base")],
+        [("a.png", "train"), ("b//a.png", "heldout"), ("b/a.png", "train")],
+    ],
+)
+def test_a_photograph_whose_captions_disagree_on_the_split_is_refused(
+    tmp_path: Path, lines: list[tuple[str, str | None]]
+) -> None:
+    with pytest.raises(UserError, match=r"a\.png is marked as \w+ and as \w+; mark all captions of a photograph alike"):
+        list_photographs(listed(tmp_path, *lines), "train", "heldout", "base")
+
+
+def test_of_a_photograph_all_captions_are_in_one_split(tmp_path: Path) -> None:
+    """Those without a mark go with those that have one; where nothing is marked, other names of a file, and copies of
+    it, go together."""
+    place = listed(tmp_path, ("a.png", None), ("b.png", "train"), ("./a.png", "heldout"), ("a.png", None))
+    found = list_photographs(place, "train", "heldout")
+    assert [(p.id, p.split) for p in found] == [
+        ("a.png", "heldout"), ("b.png", "train"), ("./a.png", "heldout"), ("a.png#2", "heldout")]  # fmt: skip
+    for i in range(6):
+        for copy in ("", "copy"):
+            Image.new("RGB", (2, 2), (i, 0, 0)).save(tmp_path / f"{i}{copy}.png")
+    place = listed(tmp_path, *((name, None) for i in range(6) for name in (f"{i}.png", f"{i}copy.png", f"./{i}.png")))
+    found = list_photographs(place, "train", "heldout", heldout=0.4)
+    splits = [{p.split for p in found if str(i) in p.id} for i in range(6)]
+    assert sorted(map(tuple, splits)) == [("heldout",)] * 3 + [("train",)] * 3
+    assert len(found) == 18
+
+
+HALF = "\ud83d"  # of an emoji: a caption that was cut at a number of UTF-16's units
+
+
+@pytest.mark.parametrize("caption", [f"a woman {HALF}", f"{HALF}", "\udfff a man"])
+def test_half_an_emoji_is_refused(tmp_path: Path, caption: str) -> None:
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"file": "a.png", "caption": caption}))
+    (tmp_path / "meta.json").write_text(json.dumps({"b.png": {"tags": caption}}))
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"winner": "c.png", "loser": "d.png", "caption": caption}))
+    for place, given, name in ((tmp_path, False, "a.png"), (tmp_path / "meta.json", False, "b.png"),
+                               (tmp_path / "pairs.jsonl", True, "c.png")):  # fmt: skip
+        with pytest.raises(UserError, match=f"the caption of {name} holds half a character, ") as error:
+            list_photographs(place, "train", given=given)
+        str(error.value).encode()  # can be printed
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"\xff\xfe.png", b"d\xf6rfer/a.png"])
+def test_a_file_whose_name_is_not_utf8_is_read(tmp_path: Path, name: bytes) -> None:
+    path = Path(os.fsdecode(bytes(tmp_path) + b"/" + name))
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (2, 2), "red").save(path)
+    path.with_suffix(".txt").write_text("a woman")
+    (found,) = list_photographs(tmp_path, "train", heldout=0.0)
+    assert found.id == name.decode(errors="surrogateescape").encode(errors="backslashreplace").decode()
+    found.id.encode()
+    assert len(load_images([found], (2, 2))[0]) == 1
+    assert shards.photographs_of_shard([found], Index())[0].content == file_hash(path)
+
+
+def test_a_name_that_no_file_can_have_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["a\0b.png", "x" * 300 + ".png", HALF + ".png", ".", "a.png/b.png"]
+    found = list_photographs(listed(tmp_path, *((name, "train") for name in names)), "train", heldout=0.0)
+    assert [entry.content for entry in shards.photographs_of_shard(found, Index())] == [None] * 5
+    with caplog.at_level(logging.WARNING):
+        assert load_images(found, (2, 2))[0] == []
+    assert caplog.text.count("cannot be read (") == 5
+
+
+def sized(folder: Path, *sizes: tuple[int, int]) -> ConfigDict:
+    """A config of photographs of some sizes (width, height), of which the first two are held out."""
+    folder.mkdir(exist_ok=True)
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, (i, 0, 0)).save(folder / f"{i}.png")
+    listed(folder, *((f"{i}.png", "heldout" if i < 2 else "train") for i in range(len(sizes))))
+    config = default()
+    config.data.photographs, config.data.resolutions = str(folder), ("64x64", "128x64")
+    return config
+
+
+def test_small_photographs_are_counted_and_left_out_on_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """64x64 takes the square ones, 128x64 the tall ones (pictures are given as width x height)."""
+    sizes = [(64, 64), (63, 70), (64, 128), (64, 127), (32, 64), (200, 200), (32, 40), (16, 16)]
+    config = sized(tmp_path, *sizes)
+    (tmp_path / "5.png").write_bytes(b"no image")  # which is named where it is used
+
+    def names(smallest: float, mirror: bool = False) -> list[str]:
+        config.data.smallest, config.data.mirror = smallest, mirror
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            held, train = list_examples(config, "heldout", "train", index=Index())
+        return [p.id.removesuffix(".png") for p in held + train]
+
+    assert names(0.0) == list("01234567")
+    assert "5 of 8 photographs are smaller than their resolution and are enlarged" in caplog.text
+    assert f"{tmp_path}/7.png the most, 4.00 times; data.smallest=1 leaves them out" in caplog.text
+    assert names(0.5) == list("0123456") and "4 of 8 photographs" in caplog.text
+    assert "1 of 8 photographs are smaller than data.smallest=0.5 times their resolution and are left" in caplog.text
+    assert f"the first is {tmp_path}/7.png" in caplog.text
+    assert names(0.6) == list("01235")
+    assert names(1.0) == list("025") and "enlarged" not in caplog.text
+    assert names(1.0, mirror=True)[:2] == ["0", "0.png#mirrored"] and "of 8 photographs" in caplog.text
+    with pytest.raises(UserError, match=r"config key data\.smallest=1\.5: leaves none of split heldout; lower it"):
+        names(1.5)
+    config.data.resolutions = ("16x16",)
+    assert names(0.0) == list("01234567") and not caplog.text
+
+
+def test_photographs_of_other_formats_are_measured_upright(tmp_path: Path) -> None:
+    """A camera's portrait is 128 high and 64 wide: large enough, and of the resolution for tall ones."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("jpg", "png", "tiff", "webp", "avif"):
+        Image.new("RGB", (128, 64)).save(tmp_path / f"a.{kind}", exif=exif)
+    config = sized(tmp_path, (64, 64), (64, 64))
+    kinds = ["jpg", "png", "tiff", "webp", "avif"]
+    listed(tmp_path, ("0.png", "heldout"), *((f"a.{kind}", "train") for kind in kinds))
+    config.data.smallest = 1.0
+    (found,) = list_examples(config, "train", index=Index())
+    assert [p.id for p in found] == [f"a.{kind}" for kind in kinds]
+    assert sort_by_shape(found, resolutions(config)) == {"64x64": [], "128x64": found}

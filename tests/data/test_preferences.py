@@ -122,6 +122,30 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes,
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("label", [2, -1, 0.7, "1", [1], b"0"])
+def test_a_label_that_says_neither_is_refused(tmp_path: Path, label: object) -> None:
+    columns = {"jpg_0": [png("a")] * 2, "jpg_1": [png("b")] * 2, "caption": ["x"] * 2}
+    labels = [label, {str: "0", list: [0], bytes: b"0"}.get(type(label), 0)]
+    pq.write_table(pa.table(columns | {"label_0": labels}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet row 0 of group 0: label_0 is .*; expects 1, 0, or 0\.5 for a tie"):
+        list_photographs(tmp_path / "a.parquet", "train", given=True)
+
+
+def test_labels_that_are_missing_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    columns = {
+        "jpg_0": [png("a")] * 5,
+        "jpg_1": [png("b")] * 5,
+        "caption": ["one", "x", "x", None, "two"],
+        "label_0": [1.0, None, float("nan"), 1.0, 0.0],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    (tmp_path / "._a.parquet").write_bytes(b"x")
+    with caplog.at_level(logging.WARNING):
+        found = list_photographs(tmp_path, "train", heldout=0.0, given=True)
+    assert [p.caption for p in found] == ["one", "two"]
+    assert "pairs: 3 without a label or caption dropped" in caplog.text
+
+
 def test_pairs_are_given_whole() -> None:
     with pytest.raises(UserError, match="pairs are given whole; expects given for both or for neither"):
         load_config("configs/given.py:sd15", ["pairs.loser=pool"])

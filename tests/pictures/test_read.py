@@ -15,6 +15,7 @@ from hgdpo_jax.data.photographs import Photograph, sort_by_shape
 from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.pictures import read
 from hgdpo_jax.pictures.read import UnreadableImage, image_shape, read_image
+from hgdpo_jax.run.files import Member
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -139,6 +140,94 @@ def test_a_picture_is_turned_upright_and_an_orientation_that_is_text_is_none(tmp
     photograph = Photograph("a", path, "")
     found = sort_by_shape([photograph], {"128x64": (128, 64), "64x128": (64, 128)})
     assert found == {"128x64": [photograph], "64x128": []}
+
+
+CORNER = np.kron(np.array([[1, 0, 0], [0, 0, 0]], np.uint8) * 255, np.ones((8, 8), np.uint8))  # white at the top left
+TURNED = {  # EXIF's orientation → the picture upright, by the standard's table of what row and column 0 are
+    1: CORNER, 2: CORNER[:, ::-1], 3: CORNER[::-1, ::-1], 4: CORNER[::-1], 5: CORNER.T, 6: CORNER.T[:, ::-1],
+    7: CORNER.T[::-1, ::-1], 8: CORNER.T[::-1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("jpg", {}), ("png", {}), ("webp", {}), ("avif", {}), ("mpo", {}), ("jxl", {}), ("heic", {}), ("tiff", {}),
+     ("tiff", {"compression": "tiff_lzw"}), ("tiff", {"compression": "jpeg"})],
+)  # fmt: skip
+def test_each_format_is_turned_upright(
+    tmp_path: Path, kind: str, settings: dict[str, object], orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image, expected = Image.fromarray(CORNER).convert("RGB"), TURNED[orientation]
+    if kind == "heic":  # its own boxes say how it is turned, which its plugin writes where the image knows it
+        image.info["exif"] = exif.tobytes()
+        path = written(tmp_path, image, "a.heic")
+    else:
+        path = written(tmp_path, image, f"a.{kind}", exif=exif.tobytes(), **settings)
+    member = Member(path, "inside", path.read_bytes)
+    for found in (path, member):
+        assert image_shape(found) == expected.shape
+        upright = np.asarray(read_image(found))
+        assert upright.shape == (*expected.shape, 3)
+        assert np.abs(upright.mean(-1) - expected).mean() < 20
+
+
+@pytest.mark.parametrize("where", ["before", "after", "xmp"])
+def test_a_png_may_say_anywhere_how_it_is_turned(tmp_path: Path, where: str) -> None:
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 8
+    Image.fromarray(CORNER).save(buffer, "png")
+    content, chunk = buffer.getvalue(), _chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+    if where == "xmp":
+        text = b'<x:xmpmeta><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
+        chunk = _chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + text)
+    at = 33 if where == "before" else len(content) - 12  # after the header, or before the end
+    (tmp_path / "a.png").write_bytes(content[:at] + chunk + content[at:])
+    assert image_shape(tmp_path / "a.png") == TURNED[8].shape
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.png"))[..., 0], TURNED[8])
+
+
+def test_a_png_that_says_nothing_is_not_decoded_for_its_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, Image.fromarray(CORNER), "a.png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda image: pytest.fail("decoded"))
+    assert image_shape(path) == CORNER.shape
+
+
+@pytest.mark.parametrize("kind", ["heic", "jxl"])
+def test_what_the_extra_opens_is_read_by_its_content_too(tmp_path: Path, kind: str) -> None:
+    path = written(tmp_path, Image.fromarray(RAMP).convert("RGB"), f"a.{kind}", quality=95)
+    path.rename(tmp_path / "a.jpg")  # as telephones export them
+    found = read_image(tmp_path / "a.jpg")
+    assert found.mode == "RGB" and np.abs(np.asarray(found)[..., 0].astype(int) - RAMP).max() <= 8
+    assert f".{kind}" in read.SUFFIXES and f".{kind}" not in read.UNOPENED
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is HEIC; pip install pillow-heif"),
+        (b"\xff\x0a\x41\x20", "it is JXL; pip install pillow-jxl-plugin"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "it is JXL; pip install pillow-jxl-plugin"),
+        (b"<svg></svg>", "not an image of a known kind"),
+        (b"", "an empty file"),
+    ],
+)
+def test_what_cannot_be_opened_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+) -> None:
+    """As without the extra, whose plugins would take the first three."""
+    monkeypatch.setattr(read, "UNOPENED", {k: v for k, v in read._OF_OTHERS.items() if k in (".heic", ".jxl")})
+    known = [kind for kind in Image.ID if kind not in ("HEIF", "JXL")]
+    monkeypatch.setattr(Image, "ID", known)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    for image in (path, Member(path, "inside", path.read_bytes)):
+        for look in (image_shape, read_image):
+            with pytest.raises(UnreadableImage) as error:
+                look(image)
+            assert str(error.value) == message
 
 
 def test_a_broken_chunk_is_named_and_the_rest_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,6 @@
 """What every reader of photographs gives."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ SPLITS = {name: "heldout" for name in ("heldout", "validation", "valid", "val", 
     "base": "base",
 }
 CAPTIONS = ("caption", "text", "prompt")  # what the field of a caption is called
+IMAGE = "image"  # what that of the photograph is called where there are several pictures
 
 
 class Example(NamedTuple):
@@ -35,9 +36,19 @@ class Example(NamedTuple):
 Examples = Iterator[Example]
 
 
-def caption_of(fields: Mapping[str, Any]) -> str | None:
-    """The caption among some fields, None where there is none."""
-    return next((fields[name] for name in CAPTIONS if isinstance(fields.get(name), str)), None)
+def captions_of(fields: Mapping[str, Any]) -> list[str]:
+    """The captions among some fields, which are a text or a list of texts; none where there is none."""
+    return next((found for name in CAPTIONS if (found := as_captions(fields.get(name)))), [])
+
+
+def as_captions(value: Any) -> list[str]:
+    """A text, or the texts of a list; none of anything else."""
+    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+
+
+def image_among(names: Sequence[str]) -> str | None:
+    """The field of the photograph among those that hold pictures: the only one, or the one that is called `image`."""
+    return names[0] if len(names) == 1 else IMAGE if IMAGE in names else None
 
 
 def split_of_folder(name: str) -> str | None:

@@ -5,6 +5,7 @@ Each reader takes a place and gives examples with a loser.
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 from hgdpo_jax.data.readers import parquet, table
 from hgdpo_jax.data.readers.example import Example, Examples, split_of_file
+from hgdpo_jax.data.readers.folders import files_below
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import read_lines
 
@@ -30,14 +32,18 @@ def reader(place: str | Path) -> Callable[[], Examples]:
         UserError: nothing does.
     """
     path = Path(place)
-    if not str(place) or not path.exists():
+    if not str(place):
+        raise UserError("config key data.pairs: is empty; set it to pairs in one of the forms of docs/your-data.md")
+    if not os.path.exists(path):
         raise UserError(f"pairs {place}: no such file or folder; set --config.data.pairs")
-    shards = sorted(path.glob("**/*.parquet")) if path.is_dir() else [path] if path.suffix == ".parquet" else []
+    shards = [path / name for name in files_below(path)[0]] if path.is_dir() else [path]
+    shards = [shard for shard in shards if shard.suffix.lower() == ".parquet"]
     if shards:
         return lambda: pick_a_pic(shards)
     readers = {".jsonl": listed, ".json": hpd, ".csv": real_align}
-    if path.is_file() and path.suffix in readers:
-        return lambda: readers[path.suffix](path)
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix in readers:
+        return lambda: readers[suffix](path)
     raise UserError(f"pairs {place}: expects .jsonl, Pick-a-Pic's .parquet, HPDv3's .json or RealAlign's .csv")
 
 
@@ -49,7 +55,7 @@ def listed(path: Path) -> Examples:
             caption, winner, loser, split = *(entry[key] for key in ("caption", "winner", "loser")), entry.get("split")
             if not all(isinstance(value, str) for value in (caption, winner, loser)):
                 raise TypeError
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f'{path} line {number}: expects {{"caption": …, "winner": …, "loser": …}}') from error
         if split is not None and split not in _SPLITS:
             raise UserError(f"{path} line {number}: split {split!r} is not one of {', '.join(_SPLITS)}")
@@ -58,10 +64,7 @@ def listed(path: Path) -> Examples:
 
 def hpd(path: Path) -> Examples:
     """HPDv3: a list of {"prompt", "path1", "path2"}; the first was preferred."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error})") from error
+    entries = table.read_json(path)
     if not isinstance(entries, list):
         raise UserError(f"{path}: expects a list of {{{', '.join(_HPD)}}}")
     for number, entry in enumerate(entries, start=1):
@@ -88,7 +91,10 @@ def real_align(path: Path) -> Examples:
 def pick_a_pic(shards: Sequence[Path]) -> Examples:
     """Pick-a-Pic v2's parquet: jpg_0 and jpg_1, preferred is the first where label_0 is 1 and the second where it is 0.
 
-    Ties and rows without a label are dropped, and how many are is said.
+    Ties, which are 0.5, and rows without a label are dropped, and how many are is said.
+
+    Raises:
+        UserError: a file is broken, or has other columns or labels.
     """
     dropped: Counter[str] = Counter()
     for path in shards:
@@ -99,8 +105,7 @@ def pick_a_pic(shards: Sequence[Path]) -> Examples:
             return ["label_0", "caption", *(["has_label"] if "has_label" in schema.names else [])]
 
         for group, row, entry in parquet.read_rows(path, wanted):
-            fault = _fault(entry)
-            if fault:
+            if fault := _fault(entry, f"{path} row {row} of group {group}"):
                 dropped[fault] += 1
                 continue
             pictures = [parquet.picture(path, column, group, row) for column in ("jpg_0", "jpg_1")]
@@ -110,8 +115,11 @@ def pick_a_pic(shards: Sequence[Path]) -> Examples:
         logging.warning("pairs: %s dropped", " and ".join(f"{count} {fault}" for fault, count in dropped.items()))
 
 
-def _fault(entry: Mapping[str, Any]) -> str | None:
-    """Why a row is no pair."""
-    if not entry.get("has_label", True) or entry["label_0"] is None or not isinstance(entry["caption"], str):
+def _fault(entry: Mapping[str, Any], where: str) -> str | None:
+    """Why a row is no pair. Raises UserError for a label that says neither."""
+    label = entry["label_0"]
+    if not entry.get("has_label", True) or label is None or label != label or not isinstance(entry["caption"], str):
         return "without a label or caption"
-    return None if entry["label_0"] in (0, 1) else "ties"
+    if label not in (0, 0.5, 1):
+        raise UserError(f"{where}: label_0 is {label!r}; expects 1, 0, or 0.5 for a tie")
+    return "ties" if label == 0.5 else None

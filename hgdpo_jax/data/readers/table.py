@@ -1,8 +1,10 @@
-"""CSV files with a header, a row on each line."""
+"""CSV files with a header, a row on each line; and files that are one value of JSON."""
 
 import csv
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import read_lines
@@ -36,3 +38,13 @@ def _values(path: Path, number: int, line: str) -> list[str]:
     except csv.Error as error:
         raise UserError(f"{path} line {number}: is no row of a CSV file ({error}); a row is one line") from error
     return found
+
+
+def read_json(path: Path) -> Any:
+    """What a file says. Raises UserError where it cannot be read, or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({error})") from error
