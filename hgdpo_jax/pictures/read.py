@@ -11,7 +11,7 @@ from threading import Lock
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from hgdpo_jax.run.files import Member
+from hgdpo_jax.run.files import Member, is_passing, retried
 
 _ORIENTATION = 0x0112
 # What Pillow opens, by the end of a name.
@@ -37,6 +37,8 @@ def _opened(image: Path | Member) -> Iterator[Image.Image]:
         with opened as file:
             yield file
     except Exception as error:  # Pillow's plugins raise whatever they stumble over: SyntaxError, struct.error, …
+        if is_passing(error) or isinstance(error, MemoryError):  # of the machine
+            raise
         raise UnreadableImage(" ".join(str(error).split()) or type(error).__name__) from error
 
 
@@ -45,7 +47,12 @@ def image_shape(image: Path | Member) -> tuple[int, int]:
 
     Raises:
         UnreadableImage: it is none.
+        UserError: the disk or the file server does not answer; see :func:`hgdpo_jax.run.files.retried`.
     """
+    return retried(lambda: _shape(image), image)
+
+
+def _shape(image: Path | Member) -> tuple[int, int]:
     with _opened(image) as file:
         width, height = file.size
         turned = file.getexif().get(_ORIENTATION) in (5, 6, 7, 8)  # some programs write text there
@@ -60,7 +67,12 @@ def read_image(path: Path | Member) -> Image.Image:
 
     Raises:
         UnreadableImage: it is none, or broken.
+        UserError: the disk or the file server does not answer; see :func:`hgdpo_jax.run.files.retried`.
     """
+    return retried(lambda: _read(path), path)
+
+
+def _read(path: Path | Member) -> Image.Image:
     with _opened(path) as file:
         image = ImageOps.exif_transpose(file)
         profile, alpha = file.info.get("icc_profile"), None

@@ -1,16 +1,20 @@
 """A folder is written by one command at a time."""
 
 import fcntl
+import itertools
 import json
 import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TextIO
 
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
+
+_ATTEMPTS = 100
 
 
 @contextmanager
@@ -18,25 +22,17 @@ def lock(folder: Path) -> Iterator[None]:
     """Until the block ends no other command may own `folder`, which need not exist.
 
     The lock is the kernel's, which drops it with its process: a dead owner's is taken over by itself. The file beside
-    the folder says whose it is.
+    the folder says whose it is. Of the folders above, those that were made for that file and got nothing else go again.
 
     Raises:
         UserError: another command owns it, or nothing can be written there.
     """
     path = _lock_of(folder)
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
-        if not _lock(file.fileno(), path):
-            file.close()
-            raise UserError(f"{folder}: is being written by {lock_owner(folder) or 'another command'}; wait until that "
-                            "has ended, or choose another folder")  # fmt: skip
-        if path.is_file() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()  # its owner ended between our opening and locking, and took the name away
+    made = [parent for parent in path.parents if not parent.exists()]
+    file = _opened(path, folder, wait=False)
+    if file is None:
+        raise UserError(f"{folder}: is being written by {lock_owner(folder) or 'another command'}; wait until that "
+                        "has ended, or choose another folder")  # fmt: skip
     with file:
         file.truncate(0)
         about = {"host": socket.gethostname(), "pid": os.getpid(), "command": Path(sys.argv[0]).stem}
@@ -46,6 +42,44 @@ def lock(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+            with suppress(OSError):  # something is in it
+                for parent in made:
+                    parent.rmdir()
+
+
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Until the block ends no other process has its turn at `path`, a file that many add to. Waits for its own.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    file = _opened(_lock_of(path), path, wait=True)
+    assert file is not None
+    with file:
+        try:
+            yield
+        finally:
+            _lock_of(path).unlink(missing_ok=True)
+
+
+def _opened(path: Path, what: Path, wait: bool) -> TextIO | None:
+    """The file `path`, locked for `what`; None where another has the lock and this one does not wait."""
+    for attempt in itertools.count():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and attempt < _ATTEMPTS:
+                continue  # another command has just taken away the folder that it had made
+            raise UserError(f"{what}: cannot be written ({error.strerror}); choose another folder") from error
+        if not _lock(file.fileno(), path, wait):
+            file.close()
+            return None
+        if path.is_file() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # its owner ended between our opening and locking, and took the name away
+    return None
 
 
 @contextmanager
@@ -61,10 +95,10 @@ def _lock_of(folder: Path) -> Path:
     return folder.absolute().parent / f".{folder.absolute().name}.lock"
 
 
-def _lock(descriptor: int, path: Path) -> bool:
-    """Whether the lock was free. Raises UserError on a file system without locks."""
+def _lock(descriptor: int, path: Path, wait: bool = False) -> bool:
+    """Whether the lock was free, or is now. Raises UserError on a file system without locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
