@@ -25,7 +25,16 @@ from hgdpo_jax.results import model_card
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import atomic_path, write_json
-from hgdpo_jax.run.folder import CURRICULUM, PERSONALISE, TEXT_ENCODER, blocks_of, last_stage, stage_config, was_started
+from hgdpo_jax.run.folder import (
+    CURRICULUM,
+    PERSONALISE,
+    TEXT_ENCODER,
+    blocks_of,
+    last_stage,
+    stage_config,
+    stage_folder,
+    was_started,
+)
 from hgdpo_jax.run.locks import lock
 from hgdpo_jax.training.checkpoints import tree_hash
 from hgdpo_jax.training.finished import PAIRS, find_base, finished_policy, made_from
@@ -79,7 +88,7 @@ def export(
     for name in formats or ():
         if name not in FORMATS:
             raise UserError(f"--format {name}: unknown; choose from {','.join(FORMATS)}")
-    stage = stage or last_stage(workdir)
+    stage = stage_folder(stage) if stage else last_stage(workdir)
     config = stage_config(workdir, stage)
     formats = formats or (_OF_ALL if config.train.params == "all" else _OF_LORA)
     if config.train.params == "all" and not {*_OF_ALL} & {*formats}:
