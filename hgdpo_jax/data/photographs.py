@@ -129,6 +129,7 @@ def list_examples(config: ConfigDict, *splits: str, index: Index) -> list[list[P
 
 def _by_content(examples: Sequence[Example], heldout: float, index: Index) -> dict[str, str]:
     """Name → train, or heldout for those with the smallest hashes of their content."""
+    index.learn(example.picture for example in examples)
     hashes: dict[str, str] = {}
     for example in examples:
         try:
