@@ -96,21 +96,16 @@ def require_same_command(folder: Path, settings: Mapping[str, Any]) -> None:
         | {"hgdpo_jax": json_hash(code)[:12]}
         | {name: str(value) for name, value in settings.items()}
     )
-    mark = folder / ".hosts"
 
     def write() -> str:
-        token = secrets.token_hex(8)
-        write_json(mark, {"token": token})
-        return token
+        name = f".hosts.{secrets.token_hex(8)}"  # of this command: another may begin on the same folder
+        write_json(folder / name, {})
+        return name
 
-    token, seen = broadcast(write), "nothing"
-    until = time.monotonic() + _VISIBLE
-    while seen != token and time.monotonic() < until:
-        try:
-            seen = json.loads(mark.read_text())["token"]
-        except OSError:
-            time.sleep(1)
-    if seen != token:
+    mark, until = folder / broadcast(write), time.monotonic() + _VISIBLE
+    while not mark.is_file() and time.monotonic() < until:
+        time.sleep(1)
+    if not mark.is_file():
         raise UserError(f"{folder}: {process_name()} does not see the folder that process 0 sees; all hosts need one "
                         "file system that they share, such as NFS, Lustre or Filestore")  # fmt: skip
     barrier()

@@ -1,6 +1,7 @@
 """What several processes agree on, as each of them sees it; tests/processes starts them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,27 @@ def test_process_0_looks_first_and_the_others_read_its_index(tmp_path: Path, mon
     other._path = path
     first_process_first(other, lambda: done.append(dict(other._known)))
     assert done == [True, True, json.loads(path.read_text())]  # written before the others go on, who then know it
+
+
+def test_commands_that_begin_on_one_folder_do_not_take_each_others_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "is_alone", lambda: False)
+    monkeypatch.setattr(processes, "require_same", lambda _: None)
+    monkeypatch.setattr(processes, "_VISIBLE", 0)
+    begun: list[int] = []
+
+    def meanwhile(decide: Callable[[], Any]) -> Any:
+        decided = decide()
+        begun.append(1)
+        if len(begun) == 1:  # another command, from its beginning to its end
+            processes.require_same_command(tmp_path, {})
+        return decided
+
+    monkeypatch.setattr(processes, "broadcast", meanwhile)
+    monkeypatch.setattr(processes, "barrier", lambda: None)
+    processes.require_same_command(tmp_path, {})
+    assert len(begun) == 2 and not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_owned_for_all_by_process_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
