@@ -15,7 +15,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Exports a run to diffusers, PEFT and kohya.")
     parser.add_argument("--workdir", required=True, type=local_folder, help="folder of the run")
     parser.add_argument("--out", required=True, type=local_folder, help="folder to write")
-    parser.add_argument("--stage", help="stage to export; the last one that was started unless given")
+    parser.add_argument("--stage", help="easy, normal, hard, or the stage's folder; the last one that was "
+                        "started unless given")  # fmt: skip
     parser.add_argument("--format", help="some of diffusers,peft,kohya,ldm, with commas between; all but ldm unless "
                         "given; of a stage that trained all parameters diffusers and ldm")  # fmt: skip
     parser.add_argument("--merge", choices=("recipe", "whole"), help="how the LoRA is merged into the diffusers folder "

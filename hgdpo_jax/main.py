@@ -2,13 +2,15 @@
 
 python -m hgdpo_jax.main --config configs/stage1.py[:variant] --workdir W
 
-A run that was stopped goes on from its newest checkpoint.
+A run that was stopped goes on from its newest checkpoint, with the same settings; with another learning rate, β, clip
+norm, schedule or dtype where `--resume-with` names it.
 """
 
 import re
 
 from hgdpo_jax.run import command
 from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.training.changes import FLAG, changeable
 
 
 def steps_to_trace(text: str) -> range:
@@ -28,13 +30,16 @@ def main() -> None:
     parser = command.run_parser("Trains one stage.")
     parser.add_argument("--profile", metavar="FIRST:END", type=steps_to_trace, default=range(0),
                         help="writes a JAX trace of steps FIRST to END - 1 into W/stageN/logs")  # fmt: skip
+    parser.add_argument(FLAG, metavar="KEY,KEY", type=changeable, default=(),
+                        help="goes on from a checkpoint that was made with other values of these settings, such as "
+                        "train.lr,train.beta")  # fmt: skip
     config, given = command.parse(parser)
 
     from hgdpo_jax.devices.start import start
     from hgdpo_jax.training.loop import train
 
-    start(given.workdir, command.as_arguments(config), config.model.dtype)
-    train(config, given.workdir, given.profile)
+    start(given.workdir, command.as_arguments(config) | {FLAG: given.resume_with}, config.model.dtype)
+    train(config, given.workdir, given.profile, given.resume_with)
 
 
 def cli() -> None:

@@ -18,10 +18,22 @@ from hgdpo_jax.config import Range, default
 from hgdpo_jax.run import command
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import read_lines
-from hgdpo_jax.run.folder import BLOCKS, DRAWN_STAGES, last_stage, local_folder, stage_config
+from hgdpo_jax.run.folder import (
+    BASE_STAGE,
+    BLOCKS,
+    PERSONALISE,
+    TEXT_ENCODER,
+    last_stage,
+    local_folder,
+    stage_config,
+    stage_folder,
+)
 
 _RANGES = {"steps": Range(1), "guidance": Range(0), "batch": Range(1)}
 _RANGES |= dict.fromkeys(("lora_weight", "concept_scale"), Range(-math.inf))
+# Options that act beside another one only.
+_OF_RUN = ("stage", "lora_weight", "blocks", "base", "no_text_encoder", "lan")
+_OF_CONCEPT = ("adapter", "image_encoder", "identity", "concept_scale")
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -86,27 +98,54 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free; up to 1: none")
     parser.add_argument("--size", type=_size, help="HEIGHTxWIDTH in pixels; the run's or the checkpoint's unless given")
     parser.add_argument("--batch", type=int, default=4, help="images that a device draws at once")
-    parser.add_argument("--lan", action="store_true", help="latent adaptive normalisation: the base's statistics")
     run = parser.add_argument_group("with --workdir")
-    run.add_argument("--stage", choices=DRAWN_STAGES, help="the last one that was trained unless given")
+    run.add_argument("--stage", type=stage_folder, help="base, easy, normal, hard, or the stage's folder; the last one "
+                     "that was trained unless given")  # fmt: skip
     run.add_argument("--lora-weight", type=float, help="of all LoRA; 0.5 unless given, as the paper")
     run.add_argument("--blocks", choices=BLOCKS, help="where the stage's LoRA acts: up (default for hard; the other "
                      "blocks are the base's), up+normal (they keep the normal stage's), all")  # fmt: skip
     run.add_argument("--base", help="where the run's base model is now, if it was moved")
     run.add_argument("--no-text-encoder", action="store_true", help="leave out the text encoder's LoRA")
+    run.add_argument("--lan", action="store_true", help="latent adaptive normalisation: the base's statistics")
     person = parser.add_argument_group("a person")
     person.add_argument("--concept", type=Path, help="photograph of a person who is to be drawn")
     person.add_argument("--adapter", default="", help="IP-Adapter, .safetensors; that of the run unless given")
     person.add_argument("--image-encoder", default="", help="folder of the CLIP vision tower that --adapter reads with")
     person.add_argument("--identity", default="", help="ArcFace ONNX file that a FaceID --adapter reads with")
-    person.add_argument("--concept-scale", type=float, default=1.0, help="strength of the adapter (%(default)s)")
+    person.add_argument("--concept-scale", type=float, help="strength of the adapter; 1 unless given")
     given = parser.parse_args()
     for name, allowed in _RANGES.items():
         value = getattr(given, name)
         if value is not None and value not in allowed:
             expected = f"{allowed}" if allowed.low == -math.inf else f"a number {allowed}"
-            raise UserError(f"--{name.replace('_', '-')} {value}: expects {expected}")
+            raise UserError(f"{_option(name)} {value}: expects {expected}")
+    _refuse_idle(given)
     return given
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _is_given(given: argparse.Namespace, name: str) -> bool:
+    value = getattr(given, name)
+    return not (value is None or value is False or value == "")
+
+
+def _refuse_idle(given: argparse.Namespace) -> None:
+    """Raises UserError for an option that would do nothing."""
+    for names, other, reason in (
+        (_OF_RUN, "workdir", "a checkpoint is drawn as it is"),
+        (_OF_CONCEPT, "concept", "there is no person to draw"),
+    ):
+        for name in names:
+            if _is_given(given, name) and getattr(given, other) is None:
+                raise UserError(f"{_option(name)}: does nothing without {_option(other)}; {reason}")
+    of_lora = ("lora_weight", "blocks", "no_text_encoder", "lan")
+    idle = {BASE_STAGE: of_lora, PERSONALISE: of_lora, TEXT_ENCODER: of_lora[2:3]}
+    for name in idle.get(given.stage, ()):
+        if _is_given(given, name):
+            raise UserError(f"{_option(name)}: does nothing with --stage {given.stage}; leave it out")
 
 
 def main() -> None:
@@ -120,8 +159,10 @@ def main() -> None:
 
     start(given.out, vars(given))
     if given.workdir:
-        text_encoder = not given.no_text_encoder
-        source = images.from_run(given.workdir, given.stage, given.lora_weight, given.blocks, text_encoder, given.base)
+        stage, text_encoder = given.stage or last_stage(given.workdir), not given.no_text_encoder
+        if stage == PERSONALISE and not given.concept:
+            raise UserError(f"--stage {stage}: draws a person; give a photograph with --concept, or another stage")
+        source = images.from_run(given.workdir, stage, given.lora_weight, given.blocks, text_encoder, given.base)
     else:
         source = images.from_checkpoint(given.model)
     source = source._replace(resolution=given.size or source.resolution)
@@ -129,8 +170,13 @@ def main() -> None:
         config = stage_config(given.workdir, last_stage(given.workdir)) if given.workdir else default()
         chosen = {"weights": given.adapter, "image_encoder": given.image_encoder, "identity": given.identity}
         config.adapter.update({name: value for name, value in chosen.items() if value})
+        if (given.image_encoder or given.identity) and not config.adapter.weights:
+            raise UserError(
+                "--image-encoder, --identity: go with --adapter; the run's own reads with what it learnt with"
+            )
         source = images.with_concept(source, given.concept, config.adapter, given.workdir)
-    settings = images.Settings(given.steps, given.guidance, given.batch, given.lan, given.negative, given.concept_scale)
+    scale = 1.0 if given.concept_scale is None else given.concept_scale
+    settings = images.Settings(given.steps, given.guidance, given.batch, given.lan, given.negative, scale)
     with lock_for_all(given.out):
         images.draw(source, prompts, seeds, given.out, settings)
     print(f"{given.out}: {len(prompts) * len(seeds)} images")

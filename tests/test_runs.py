@@ -15,7 +15,7 @@ from hgdpo_jax.curriculum import build
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.models import ip_adapter
-from hgdpo_jax.results import images
+from hgdpo_jax.results import images, measured
 from hgdpo_jax.results.contents import (
     ADAPTER_FILE,
     KOHYA_FILE,
@@ -30,6 +30,7 @@ from hgdpo_jax.run.files import write_json
 from hgdpo_jax.run.folder import stage_config
 from hgdpo_jax.run.locks import lock_for_all
 from hgdpo_jax.run.settings import validate
+from hgdpo_jax.training.checkpoints import tree_hash
 from hgdpo_jax.training.loop import train
 from hgdpo_jax.training.monitor import Monitor
 from hgdpo_jax.training.policy import load_trainable
@@ -70,11 +71,41 @@ def test_a_run_is_drawn_with_its_text_encoder_and_half_its_lora(workdir: Path) -
     assert len(whole) == 1 and sum(norms(whole[0])) > 0
     np.testing.assert_allclose(norms(unet), [0.5 * x for x in norms(whole[0])], rtol=1e-6)
     assert source.settings["stage"] == "stage1" and source.settings["LoRA blocks"] == "all"
-    assert images.from_run(workdir, "base", 0.5, None, True).policies == []
+    assert images.from_run(workdir, "base", None, None, True).policies == []
+    (alone,) = images.from_run(workdir, "text_encoder", 1.0).policies
+    assert set(alone) == {"text"} and sum(norms(alone)) == pytest.approx(2 * sum(norms(text)))
+    by_folder = images.from_run(workdir, "stage1", 1.0, "all", False)
+    assert by_folder.settings == images.from_run(workdir, "easy", 1.0, "all", False).settings
+    for stage, given, line in (
+        ("base", (0.5, None), "--lora-weight 0.5: does nothing, base has no LoRA for it"),
+        ("base", (None, "up"), "--blocks up: does nothing, base has no LoRA for it"),
+        ("text_encoder", (0.5, "all"), "--blocks all: does nothing, text_encoder has no LoRA for it"),
+    ):
+        with pytest.raises(UserError, match=line):
+            images.from_run(workdir, stage, *given)
+    with pytest.raises(
+        UserError, match="hardest was not trained in .*, stage1, text_encoder was; run first: .*FILE is"
+    ):
+        images.from_run(workdir, "hardest")
     with pytest.raises(UserError, match="stage3 was not trained"):
         images.from_run(workdir, "hard", 0.5, None, True)
     with pytest.raises(UserError, match="stage2 was not trained"):
         images.from_run(workdir, "easy", 0.5, "up+normal", True)
+
+
+def test_the_text_encoder_is_measured_with_what_there_is_of_the_curriculum(workdir: Path, base: Path) -> None:
+    """Whatever rank the command says: that of the run counts."""
+    config = tiny.config(base, "text_encoder", params="text_lora", pairs="stage1", lora_rank=7)
+    models = measured.measured(config, workdir)
+    assert list(models) == ["base", "easy", "easy, whole", "text_encoder"]
+    configs = {stage: stage_config(workdir, stage) for stage in ("stage1", "text_encoder")}
+    (group,) = measured.groups(models, configs)
+    drawing = measured.drawing_of(config, workdir, group, configs)
+    (whole,) = images.from_run(workdir, "easy", 1.0, "all", False).policies
+    (text,) = images.from_run(workdir, "text_encoder", 0.5).policies
+    assert tree_hash(drawing.policies["easy, whole"][0]) == tree_hash(whole)
+    assert tree_hash(drawing.policies["text_encoder"][0]) == tree_hash(text)
+    assert drawing.policies["base"] == [] and drawing.encoder is None
 
 
 def test_only_the_up_blocks_act_for_the_blocks_up(workdir: Path) -> None:
@@ -138,6 +169,7 @@ def adapter_config(base: Path, folder: Path) -> ConfigDict:
     config.data.update(caption_dropout=0.2, concept_dropout=0.2)
     config.pairs.update(winner="photograph", loser="none", batch=8, shard_size=9)
     config.adapter.image_encoder = str(tiny.write_scorer(folder / "clip"))
+    config.train.lambda_stat = 0.0
     validate(config)
     return config
 

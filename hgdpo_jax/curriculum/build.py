@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hgdpo_jax import config as configuration
+from hgdpo_jax.curriculum.missing import require_photographs, why_no_pair
 from hgdpo_jax.curriculum.plan import Photographs, ShardPlan, made_from, plan_shards, require_captions, shards_to_make
 from hgdpo_jax.curriculum.winners import Finish, Group, Images, uses_pixels, winners_of
 from hgdpo_jax.data import shards
@@ -28,9 +30,12 @@ from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.faces.concepts import encoder_of
 from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import write_json
 from hgdpo_jax.run.folder import require_plain
 from hgdpo_jax.run.index import Index, first_process_first, index_of_run
 from hgdpo_jax.run.locks import lock_for_all
+from hgdpo_jax.run.provenance import MadeFrom
+from hgdpo_jax.run.settings import named
 from hgdpo_jax.scoring.preference import Scorer
 
 _COUNTED = 5000  # captions, at least, whose tokens are counted at the start
@@ -45,13 +50,14 @@ def build(config: ConfigDict, workdir: Path) -> None:
     """
     if config.train.pairs:
         raise UserError(f"{config.stage} learns from the pairs of {config.train.pairs}: build those")
+    if config.pairs.loser not in ("none", "given") and not config.pairs.scorer:
+        raise UserError("config key pairs.scorer: is empty; set it to the folder of a CLIPModel such as PickScore v1")
     require_plain(workdir)
     folder, index, loser = workdir / config.stage / "pairs", index_of_run(workdir), config.pairs.loser
     earlier = open_stage(workdir, loser, index) if loser.startswith("stage") else None
     listed = first_process_first(index, lambda: list_examples(config, config.data.split, "heldout", index=index))
     photographs: Photographs = dict(zip(("train", "heldout"), listed, strict=True))
-    if loser not in ("none", "given") and not config.pairs.scorer:
-        raise UserError("config key pairs.scorer: is empty; set it to the folder of a CLIPModel such as PickScore v1")
+    processes.broadcast(lambda: require_photographs(photographs, index))
     inputs = made_from(config, photographs, earlier, index)
     if earlier:
         earlier.require_from({name: inputs[provenance.content_key(name)] for name in ("model.base", "pairs.scorer")})
@@ -63,18 +69,26 @@ def build(config: ConfigDict, workdir: Path) -> None:
             raise UserError(f"photographs {config.data.photographs}: none has a pair in {earlier.folder}, from where "
                             f"{loser} takes the losers; give those that it was built from")  # fmt: skip
         content = index if uses_pixels(config) else None
-        finished = processes.broadcast(lambda: shards.begin(folder, inputs))
+        finished = processes.broadcast(lambda: shards.is_finished(folder, inputs))
         todo = processes.broadcast(lambda: shards_to_make(plan, finished, content))
         if finished and not todo:
             print(f"{folder}: already built")
         else:
-            _Builder(config, plan, earlier, content).make(todo[jax.process_index() :: jax.process_count()], index)
+            _Builder(config, plan, earlier, content, inputs).make(
+                todo[jax.process_index() :: jax.process_count()], index
+            )
         index.save()
-    done = open_stage(workdir, config.stage, index)
-    index.save()
+        done = open_stage(workdir, config.stage, index)
+        index.save()
+        reasons = why_no_pair(config, photographs, plan)
+        if processes.is_first():
+            write_json(folder / "without_pair.json", reasons)
     for role, sources in done.sources.items():
         found = sum(map(len, sources))
         print(f"{folder}: {found} of {len(photographs[role])} {role} photographs have a pair")
+    if reasons:
+        counted = ", ".join(f"{reason} ({n})" for reason, n in Counter(reasons.values()).most_common())
+        print(f"{folder}: {len(reasons)} have none: {counted}; without_pair.json names them")
 
 
 class Pixels(NamedTuple):
@@ -111,14 +125,21 @@ class _Builder:
         plan: all its shards.
         earlier: the pairs whose winners lose here.
         content: the index of the photographs' content, where their pixels are used.
+        inputs: what the pairs are made from.
     """
 
     def __init__(
-        self, config: ConfigDict, plan: Sequence[ShardPlan], earlier: Pairs | None, content: Index | None
+        self,
+        config: ConfigDict,
+        plan: Sequence[ShardPlan],
+        earlier: Pairs | None,
+        content: Index | None,
+        inputs: MadeFrom,
     ) -> None:
         settings, model, mesh = config.pairs, config.model, local_mesh()
         print(f"{config.stage} pairs: {describe_mesh(mesh)}, {settings.batch} images at a time")
-        self.config, self.plan, self.content = config, plan, content
+        self.config, self.plan, self.content, self.inputs = config, plan, content, inputs
+        self.folder = plan[0].path.parent
         self.pipeline = pipelines.load_pipeline(
             model.base,
             model.dtype,
@@ -129,7 +150,8 @@ class _Builder:
         )
         sampler = Sampler.from_config(self.pipeline, mesh, settings, config.seed)
         _warn_of_long(self.pipeline, [photograph for shard in plan for photograph in shard.photographs])
-        scorer = Scorer(settings.scorer, mesh) if settings.loser not in ("none", "given") else None
+        with named("pairs.scorer", settings.scorer):
+            scorer = Scorer(settings.scorer, mesh) if settings.loser not in ("none", "given") else None
         concepts = encoder_of(config) if config.train.params == "adapter" else None
         self.winners = winners_of(config, sampler, scorer, concepts)
         self.resolutions = configuration.resolutions(config)
@@ -165,7 +187,8 @@ class _Builder:
             splits: dict[str, list[Path]] = {}
             for shard in self.plan:
                 splits.setdefault(f"{shard.role}_{shard.resolution}", []).append(shard.path)
-            shards.finish(self.plan[0].path.parent, self.schema, splits, self.latents)
+            shards.begin(self.folder, self.inputs)
+            shards.finish(self.folder, self.schema, splits, self.latents)
 
     def _paths(self, shard: ShardPlan) -> list[Path]:
         return [shards.group_path(shard.path, begin) for begin in range(0, len(shard.photographs), self.size)]
@@ -193,7 +216,9 @@ class _Builder:
         def finish() -> None:
             readable = {photograph.id for photograph in pixels.photographs}
             made_of = [entry._replace(readable=entry.id in readable) for entry in part.made_of]
-            shards.write_shard(part.path, self.schema, records(), made_of)
+            encoded = shards.encode(self.schema, records())
+            shards.begin(self.folder, self.inputs)
+            shards.write_encoded(part.path, encoded, made_of)
 
         return part, finish
 

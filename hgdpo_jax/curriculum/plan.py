@@ -20,6 +20,7 @@ from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import json_hash
 from hgdpo_jax.run.index import Index
+from hgdpo_jax.run.settings import named
 
 Photographs = Mapping[str, Sequence[Photograph]]  # train and heldout
 
@@ -44,7 +45,8 @@ def made_from(config: ConfigDict, photographs: Photographs, earlier: Pairs | Non
         "captions.jsonl": json_hash({role: [[p.id, p.caption] for p in photographs[role]] for role in photographs}),
     }
     if config.pairs.loser not in ("none", "given"):
-        inputs["pairs.scorer"] = processes.broadcast(lambda: folder_hash(config.pairs.scorer, index))
+        with named("pairs.scorer", config.pairs.scorer):
+            inputs["pairs.scorer"] = processes.broadcast(lambda: folder_hash(config.pairs.scorer, index))
     if earlier:
         inputs[f"the pairs of {config.pairs.loser}"] = earlier.hash
     if config.train.params == "adapter":
@@ -102,6 +104,10 @@ def shards_to_make(plan: Sequence[ShardPlan], finished: bool, index: Index | Non
         finished: whether all were there once.
         index: of the photographs' content, where their pixels are used.
     """
+    whole = [part for part in plan if shards.is_whole(part.path)] if index else []
+    if index:
+        pictures = [(p.picture, p.loser) for part in whole for p in part.photographs]
+        index.learn(file for pair in pictures for file in pair if file is not None)
     todo = []
     for number, part in enumerate(plan):
         if not shards.is_whole(part.path):

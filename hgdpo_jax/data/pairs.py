@@ -26,6 +26,7 @@ from hgdpo_jax.data.shards import is_whole, read_note
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import file_hash
+from hgdpo_jax.run.folder import stage_command
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.locks import lock_owner
 from hgdpo_jax.run.provenance import content_key, require_same
@@ -185,8 +186,7 @@ def _verified(folder: Path, build_command: str, index: Index) -> dict[str, Any]:
 
 def build_command(stage: str, workdir: Path) -> str:
     """What to type to build a stage's pairs."""
-    script = "stage0_sft" if stage == "stage0" else stage
-    return f"python -m hgdpo_jax.pairs --config configs/{script}.py[:variant] --workdir {workdir}"
+    return stage_command("pairs", stage, workdir)
 
 
 def open_stage(workdir: Path, stage: str, index: Index | None = None) -> Pairs:

@@ -196,6 +196,7 @@ def _roles(examples: Sequence[Example], heldout: float, index: Index, what: str)
 
 def _by_content(pictures: Mapping[_Picture, Path | Member], heldout: float, index: Index) -> list[_Picture]:
     """Those with the smallest hashes of their content, which are held out; copies of a photograph go together."""
+    index.learn(pictures.values())
     hashes: dict[str, list[_Picture]] = {}
     for picture, place in pictures.items():
         try:

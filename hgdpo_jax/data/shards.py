@@ -4,7 +4,7 @@
     W/stageN/pairs/….array_record-00000-of-00004.json                 its photographs, ids and hash: it is whole
     W/stageN/pairs/.….array_record-00000-of-00004.groups              some prompts each of a shard that is being made
     W/stageN/pairs/dataset_info.json, features.json                   for tfds.builder_from_directory
-    W/stageN/pairs/building.json                                      what the shards are made from, written first
+    W/stageN/pairs/building.json                                      what they are made from, with the first of them
     W/stageN/pairs/manifest.json                                      the same, counts and hashes, written last
 
 There is a split for every resolution: its latents have one shape, and a batch comes from one split.
@@ -35,11 +35,11 @@ def shard_path(folder: Path, split: str, index: int, count: int) -> Path:
     return folder / f"pairs-{split}.array_record-{index:05d}-of-{count:05d}"
 
 
-def begin(folder: Path, made_from: Mapping[str, Any]) -> bool:
-    """Prepares a folder for shards; True when its manifest is written.
+def is_finished(folder: Path, made_from: Mapping[str, Any]) -> bool:
+    """Whether the manifest of a folder of shards is written. Writes nothing.
 
     Args:
-        folder: W/stageN/pairs.
+        folder: W/stageN/pairs, which need not exist.
         made_from: see :mod:`hgdpo_jax.run.provenance`.
 
     Raises:
@@ -48,9 +48,16 @@ def begin(folder: Path, made_from: Mapping[str, Any]) -> bool:
     path = folder / "building.json"
     if path.is_file():
         require_same(json.loads(path.read_text()), made_from, str(folder), "use that, or another --workdir")
-    else:
-        write_json(path, made_from)
     return (folder / "manifest.json").is_file()
+
+
+def begin(folder: Path, made_from: Mapping[str, Any]) -> bool:
+    """As :func:`is_finished`, and notes what the shards are made from. Each process does so once it has something to
+    keep: a command that is refused before leaves the folder to others."""
+    finished = is_finished(folder, made_from)
+    if not (folder / "building.json").is_file():
+        write_json(folder / "building.json", made_from, shared=True)
+    return finished
 
 
 class ShardPhotograph(NamedTuple):
@@ -70,8 +77,8 @@ def photographs_of_shard(photographs: Sequence[Photograph], index: Index | None)
             if index and photograph.loser:
                 return json_hash([index.hash(photograph.picture), index.hash(photograph.loser)])
             return index.hash(photograph.picture) if index else None
-        except (OSError, ValueError):  # the latter of a name that no file can have
-            return None
+        except (OSError, ValueError):
+            return None  # it is not there, or its name is none that a file can have
 
     return [ShardPhotograph(photograph.id, content(photograph)) for photograph in photographs]
 
@@ -108,6 +115,24 @@ def is_made_of(path: Path, examples: Sequence[ShardPhotograph]) -> bool:
     return not changed
 
 
+def encode(schema: tfds.features.FeaturesDict, records: Sequence[Record]) -> dict[str, bytes]:
+    """Id → serialized record.
+
+    Raises:
+        UserError: a latent is not finite; the photograph or caption is named.
+    """
+    encoded, serializer = {}, ExampleSerializer(schema.get_serialized_info())
+    for record in records:
+        for name in ("winner", "loser", "concept"):
+            if name in record and not np.isfinite(record[name]).all():
+                raise UserError(
+                    f"{name} of {record['id']}: NaN or infinite; its photograph or the base model is broken"
+                )
+        example = serializer.get_tf_example(schema.encode_example(record))
+        encoded[record["id"]] = example.SerializeToString(deterministic=True)  # fields in one order in every process
+    return encoded
+
+
 def write_shard(
     path: Path, schema: tfds.features.FeaturesDict, records: Sequence[Record], examples: Sequence[ShardPhotograph] = ()
 ) -> str:
@@ -120,39 +145,30 @@ def write_shard(
         examples: what the shard is made of.
 
     Raises:
-        UserError: a latent is not finite (the photograph or caption is named), or the disk is full.
+        UserError: a latent is not finite, or the disk is full.
     """
-    encoded, serializer = [], ExampleSerializer(schema.get_serialized_info())
-    for record in records:
-        for name in ("winner", "loser", "concept"):
-            if name in record and not np.isfinite(record[name]).all():
-                raise UserError(
-                    f"{name} of {record['id']}: NaN or infinite; its photograph or the base model is broken"
-                )
-        example = serializer.get_tf_example(schema.encode_example(record))
-        encoded.append(example.SerializeToString(deterministic=True))  # fields in one order in every process
-    return _write(path, encoded, [record["id"] for record in records], examples)
+    return write_encoded(path, encode(schema, records), examples)
 
 
-def _write(path: Path, encoded: Sequence[bytes], ids: Sequence[str], examples: Sequence[ShardPhotograph]) -> str:
-    require_space(path.parent, 2 * sum(map(len, encoded)), "a shard")
+def write_encoded(path: Path, encoded: Mapping[str, bytes], examples: Sequence[ShardPhotograph]) -> str:
+    """As :func:`write_shard`, from what :func:`encode` gives."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    require_space(path.parent, 2 * sum(map(len, encoded.values())), "a shard")
     _note_of(path).unlink(missing_ok=True)
     with atomic_path(path) as temporary:
         # Compressed latents are 8 % smaller, and take twice the time to read.
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-        for data in encoded:
+        for data in encoded.values():
             writer.write(data)
         writer.close()
     digest = file_hash(path)
-    write_json(_note_of(path), {"sha256": digest, "records": ids, "examples": examples}, indent=None)
+    write_json(_note_of(path), {"sha256": digest, "records": [*encoded], "examples": examples}, indent=None)
     return digest
 
 
 def group_path(path: Path, begin: int) -> Path:
     """The file of a part of a shard that is not whole yet, from its photograph `begin` on."""
-    folder = path.with_name(f".{path.name}.groups")
-    folder.mkdir(exist_ok=True)
-    return folder / f"{begin:06d}"
+    return path.with_name(f".{path.name}.groups") / f"{begin:06d}"
 
 
 def is_group_of(path: Path, examples: Sequence[ShardPhotograph]) -> bool:
@@ -164,10 +180,11 @@ def is_group_of(path: Path, examples: Sequence[ShardPhotograph]) -> bool:
 
 def join(path: Path, groups: Sequence[Path]) -> str:
     """Makes a shard of its parts, which it takes away; returns its sha256."""
-    encoded = [data for group in groups for data in ArrayRecordReader(str(group)).read_all()]
     notes = [read_note(group) for group in groups]
     ids = [name for note in notes for name in note["records"]]
-    digest = _write(path, encoded, ids, [ShardPhotograph(*entry) for note in notes for entry in note["examples"]])
+    encoded = [data for group in groups for data in ArrayRecordReader(str(group)).read_all()]
+    examples = [ShardPhotograph(*entry) for note in notes for entry in note["examples"]]
+    digest = write_encoded(path, dict(zip(ids, encoded, strict=True)), examples)
     shutil.rmtree(groups[0].parent)
     return digest
 
@@ -187,7 +204,8 @@ def finish(
         latents: resolution → shape of its latents.
 
     Raises:
-        UserError: there is not one record to train on, or not one held out.
+        UserError: there is not one record to train on, or not one held out. Shards without one record are removed, so
+            that others can take their place.
     """
     made_from = json.loads((folder / "building.json").read_text())
     splits: dict[str, Any] = {}
@@ -201,6 +219,9 @@ def finish(
         if records:
             shape = list(latents[split.partition("_")[2]])
             splits[split] = {"records": records, "latent": shape, "shards": entries}
+    if not splits:
+        for path in (folder / "building.json", *(path for paths in shards.values() for path in paths)):
+            path.unlink(missing_ok=True)
     for role in sorted({split.partition("_")[0] for split in shards}):
         if not any(split.startswith(f"{role}_") for split in splits):
             of_role = [note for split, found in notes.items() if split.startswith(f"{role}_") for note in found]

@@ -18,6 +18,7 @@ from hgdpo_jax.models.preprocessing import clip_pixels, read_preprocessing
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.index import Index
+from hgdpo_jax.run.settings import named
 
 
 class Concept(NamedTuple):
@@ -90,6 +91,10 @@ def encoder_hash(config: ConfigDict, index: Index) -> str:
     """sha256 of the network by which :func:`encoder_of` reads concept images."""
     if config.adapter.kind == "face_id":
         identity = config.adapter.identity
-        return processes.broadcast(lambda: index.hash(Path(identity))) if identity else "the embedded network"
+        try:
+            return processes.broadcast(lambda: index.hash(Path(identity))) if identity else "the embedded network"
+        except OSError as error:
+            raise UserError(f"config key adapter.identity={identity}: cannot be read ({error.strerror})") from error
     _require_encoder(config.adapter.kind, config.adapter.image_encoder)
-    return processes.broadcast(lambda: folder_hash(config.adapter.image_encoder, index))
+    with named("adapter.image_encoder", config.adapter.image_encoder):
+        return processes.broadcast(lambda: folder_hash(config.adapter.image_encoder, index))

@@ -12,7 +12,7 @@ from threading import Lock
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from hgdpo_jax.run.files import Member
+from hgdpo_jax.run.files import Member, is_passing, retried
 
 with suppress(ImportError):  # the extra `pictures` of pyproject.toml
     importlib.import_module("pillow_heif").register_heif_opener()
@@ -55,6 +55,8 @@ def _opened(image: Path | Member) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise UnreadableImage(_kind_of(image)) from error
     except Exception as error:  # Pillow's plugins raise whatever they stumble over: SyntaxError, struct.error, …
+        if is_passing(error) or isinstance(error, MemoryError):  # of the machine
+            raise
         raise UnreadableImage(" ".join(str(error).split()) or type(error).__name__) from error
 
 
@@ -76,7 +78,12 @@ def image_shape(image: Path | Member) -> tuple[int, int]:
 
     Raises:
         UnreadableImage: it is none.
+        UserError: the disk or the file server does not answer; see :func:`hgdpo_jax.run.files.retried`.
     """
+    return retried(lambda: _shape(image), image)
+
+
+def _shape(image: Path | Member) -> tuple[int, int]:
     with _opened(image) as file:
         width, height = file.size
         turned = _says_orientation(image, file) and file.getexif().get(_ORIENTATION) in (5, 6, 7, 8)  # or some text
@@ -100,7 +107,12 @@ def read_image(path: Path | Member) -> Image.Image:
 
     Raises:
         UnreadableImage: it is none, or broken.
+        UserError: the disk or the file server does not answer; see :func:`hgdpo_jax.run.files.retried`.
     """
+    return retried(lambda: _read(path), path)
+
+
+def _read(path: Path | Member) -> Image.Image:
     with _opened(path) as file:
         image = ImageOps.exif_transpose(file)
         profile, alpha = file.info.get("icc_profile"), None

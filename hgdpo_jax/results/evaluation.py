@@ -1,6 +1,6 @@
 """The evaluation of a run: every model draws the same prompts from the same seeds and is measured on them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,48 +16,28 @@ from hgdpo_jax.data.photographs import Photograph, list_examples
 from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.devices.mesh import local_mesh
 from hgdpo_jax.diffusion import pipeline as pipelines
-from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.faces.embedding import FaceEmbedder
 from hgdpo_jax.models.convert import folder_hash
 from hgdpo_jax.pictures.write import to_uint8
 from hgdpo_jax.results import portrait, report
+from hgdpo_jax.results.measured import BEST, DIFFERENCES, drawing_of, groups, measured, single
 from hgdpo_jax.results.report import ConceptPerson, Pictures, Report
 from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import atomic_path, json_hash, write_json
-from hgdpo_jax.run.folder import CURRICULUM, GIVEN, NAIVE, TEXT_ENCODER, blocks_of, stage_config, was_started
+from hgdpo_jax.run.folder import stage_config
 from hgdpo_jax.run.index import Index, first_process_first, index_of_run
 from hgdpo_jax.run.locks import lock_for_all
+from hgdpo_jax.run.settings import get_setting, named
 from hgdpo_jax.scoring import personalised
 from hgdpo_jax.scoring.comparison import Seen, compare, differences, to_json
 from hgdpo_jax.scoring.judges import VIEWS, Judges, views
 from hgdpo_jax.scoring.personalised import PeoplePictures, PersonalisedDrawing
 from hgdpo_jax.training.checkpoints import tree_hash
-from hgdpo_jax.training.finished import finished_policy, require_base, with_trained_adapter
-from hgdpo_jax.training.policy import load_trainable, policy_of
+from hgdpo_jax.training.finished import require_base
 
-
-class Model(NamedTuple):
-    """A model to measure: it draws with the policies of these stages together, under the recipe or as trained."""
-
-    stages: tuple[str, ...]
-    recipe: bool = True
-
-
-_BEST = "hard + text encoder"
-_SINGLE = CURRICULUM | {"naive": NAIVE, "given": GIVEN}
-MODELS: dict[str, Model] = {
-    "base": Model(()),
-    **{name: Model((stage,)) for name, stage in CURRICULUM.items()},
-    _BEST: Model((CURRICULUM["hard"], TEXT_ENCODER)),
-    "naive": Model((NAIVE,)),
-    "given": Model((GIVEN,)),
-    **{f"{name}, whole": Model((stage,), recipe=False) for name, stage in _SINGLE.items()},
-}
-# Differences with intervals of their own: what the stages and the curriculum are to bring.
-DIFFERENCES = (("hard", "base"), ("normal", "easy"), ("hard", "easy"), ("hard", "naive"))
 KEPT = 20  # pictures of each model that stay, one of each person
 _READ = 256  # photographs that are in memory at once
 
@@ -78,32 +58,27 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if not config.pairs.scorer and config.pairs.loser != "given":
         raise UserError("config key pairs.scorer: is empty; set it to the folder of a CLIPModel such as PickScore v1")
     stage_config(workdir, config.stage)  # raises where it was not trained
-    settings, mesh, index = config.evaluate, local_mesh(), index_of_run(workdir)
-    models = {name: model for name, model in MODELS.items() if _is_measured(config, workdir, model)}
+    settings, index = config.evaluate, index_of_run(workdir)
+    models = measured(config, workdir)
     configs = {stage: stage_config(workdir, stage) for model in models.values() for stage in model.stages}
     base = pipelines.base_hash(config.model.base, config.model.vae, config.model.lora, index)
     for stage in configs:
         require_base(workdir, stage, base)
-    pipeline = load_trainable(config, mesh, *(c for stage, c in configs.items() if stage == TEXT_ENCODER))
-    pipeline, encoder = with_trained_adapter(pipeline, config.adapter, workdir, mesh)
-    sampler = Sampler.from_config(pipeline, mesh, settings, config.seed)
-    trained = {
-        stage: finished_policy(workdir, stage, policy_of(pipeline, c), c if stage == TEXT_ENCODER else config)
-        for stage, c in configs.items()
-    }
-    policies = {
-        name: [_as_drawn(configs[stage], stage, trained[stage], model) for stage in model.stages]
-        for name, model in models.items()
-    }
     held = first_process_first(index, lambda: _heldout(config, index))
-    judges = Judges(config.pairs.scorer, settings.scorer, settings.other_scorer, mesh)
-    evaluator, inputs = Evaluator(config, pipeline, sampler, judges, held), _inputs(config, base, held, index)
+    inputs, drawn = _inputs(config, base, held, index), {}
+    judges = Judges(config.pairs.scorer, settings.scorer, settings.other_scorer, local_mesh())
     index.save()
-    drawn = {}
-    for name, used in policies.items():
-        mark = json_hash([[tree_hash(policy) for policy in used], inputs])
-        sampler.use_policies(*used)
-        drawn[name] = evaluator.draw(name, workdir / "evaluation" / f"{name}.npz", mark)
+    best = BEST if BEST in models else [name for name, model in models.items() if model.recipe][-1]
+    shown = None
+    for group in groups(models, configs):
+        drawing = drawing_of(config, workdir, group, configs)
+        shown = drawing if best in group else shown
+        evaluator = Evaluator(config, drawing.pipeline, drawing.sampler, judges, held)
+        for name, used in drawing.policies.items():
+            mark = json_hash([[tree_hash(policy) for policy in used], inputs])
+            drawing.sampler.use_policies(*used)
+            drawn[name] = evaluator.draw(name, workdir / "evaluation" / f"{name}.npz", mark)
+    drawn = {name: drawn[name] for name in models}
     compared = compare({name: model.seen for name, model in drawn.items()}, evaluator.measure_photographs())
     results = {
         "models": {name: to_json(measures) for name, measures in compared.items()},
@@ -114,13 +89,16 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "config": configuration.to_json(config)["evaluate"],
     }
     people: dict[str, PeoplePictures] = {}
-    if encoder:
-        identity, last = FaceEmbedder(config.adapter.identity), [name for name in policies if models[name].recipe][-1]
-        chosen = {name: policies[name] for name in ("base", _BEST if _BEST in policies else last)}
-        prompts = settings.concept_prompts
-        people = PersonalisedDrawing(sampler, encoder, identity, held, evaluator.size, prompts).draw(chosen)
+    if shown and shown.encoder:
+        with named("adapter.identity", config.adapter.identity):
+            identity = FaceEmbedder(config.adapter.identity)
+        size, prompts = evaluator.size, settings.concept_prompts
+        chosen = {"base": [], best: shown.policies[best]}
+        people = PersonalisedDrawing(shown.sampler, shown.encoder, identity, held, size, prompts).draw(chosen)
         results["personalised"] = personalised.measures(people)
-    stages = {name: report.read_stage(workdir, s, sampler) for name, s in _SINGLE.items() if s in trained}
+    singles = single(models)
+    learnt = {name: stage for name in singles for stage in models[name].stages if configs[stage].objective == "dpo"}
+    stages = {name: report.read_stage(workdir, stage, evaluator.sampler) for name, stage in learnt.items()}
     if processes.is_first():
         write_json(workdir / "results.json", results)
         first, images = load_images(held[: report.COLUMNS], evaluator.size)
@@ -131,40 +109,17 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             captions=[photograph.caption for photograph in first],
             photographs=images,
             stages=stages,
-            compared=("base", _single(drawn)[-1]),
+            compared=("base", singles[-1]),
             people=_persons(people, first, images, settings.concept_prompts),
             measured=personalised.lines(results.get("personalised", {})),
         )
         with atomic_path(workdir / "report.html") as temporary:
             temporary.write_text(report.page(found))
         portrait.write(
-            workdir, {name: kept[name] for name in _single(drawn)}, [photograph.caption for photograph in held[:KEPT]]
+            workdir, {name: kept[name] for name in singles}, [photograph.caption for photograph in held[:KEPT]]
         )
         portrait.write_people(workdir, people, images, len(settings.concept_prompts))
     return results
-
-
-def _is_measured(config: ConfigDict, workdir: Path, model: Model) -> bool:
-    """Whether a model is to be measured: no stage of the curriculum beyond the config's, the others where they were
-    trained; as trained beside the recipe only where there is one, for LoRA."""
-    for stage in model.stages:
-        in_curriculum = stage in CURRICULUM.values()
-        asked = stage <= config.stage if in_curriculum else was_started(workdir, stage)
-        if not asked or not (model.recipe or stage_config(workdir, stage).train.params == "lora"):
-            return False
-    return True
-
-
-def _as_drawn(config: ConfigDict, stage: str, policy: Any, model: Model) -> Any:
-    """A stage's policy as a model draws with it."""
-    if not model.recipe or config.train.params == "all":
-        return policy
-    return recipe.as_drawn(policy, blocks_of(stage))
-
-
-def _single(names: Iterable[str]) -> list[str]:
-    """Base, and the models among these that draw with one stage under the recipe."""
-    return [name for name in names if name in _SINGLE or name == "base"]
 
 
 def _heldout(config: ConfigDict, index: Index) -> list[Photograph]:
@@ -191,13 +146,15 @@ def _inputs(config: ConfigDict, base: str, held: Sequence[Photograph], index: In
             "evaluate.images_per_prompt"]  # fmt: skip
     keys += ["evaluate.negative_prompt"] if config.evaluate.negative_prompt else []
 
-    def content(folder: str) -> str:
-        return processes.broadcast(lambda: folder_hash(folder, index)) if folder else ""
+    def content(key: str) -> str:
+        folder = get_setting(config, key)
+        with named(key, folder):
+            return processes.broadcast(lambda: folder_hash(folder, index)) if folder else ""
 
     contents = {"model.base": base, "captions.jsonl": [[p.id, p.caption] for p in held]}
-    contents |= {"pairs.scorer": content(config.pairs.scorer), "evaluate.scorer": content(config.evaluate.scorer)}
+    contents |= {"pairs.scorer": content("pairs.scorer"), "evaluate.scorer": content("evaluate.scorer")}
     if config.evaluate.other_scorer:
-        contents["evaluate.other_scorer"] = content(config.evaluate.other_scorer)
+        contents["evaluate.other_scorer"] = content("evaluate.other_scorer")
     return provenance.settings(config, keys) | {provenance.content_key(name): value for name, value in contents.items()}
 
 

@@ -40,7 +40,15 @@ from hgdpo_jax.results.contents import (
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import filled, finish_filling, is_empty, write_json
-from hgdpo_jax.run.folder import CURRICULUM, PERSONALISE, TEXT_ENCODER, last_stage, stage_config, was_started
+from hgdpo_jax.run.folder import (
+    CURRICULUM,
+    PERSONALISE,
+    TEXT_ENCODER,
+    last_stage,
+    stage_config,
+    stage_folder,
+    was_started,
+)
 from hgdpo_jax.run.locks import lock
 from hgdpo_jax.training.checkpoints import tree_hash
 from hgdpo_jax.training.finished import PAIRS, find_base, finished_policy, made_from
@@ -73,7 +81,7 @@ def export(
     Raises:
         UserError: no finished stage, an unknown format, nothing to merge, another base, or `out` holds something else.
     """
-    stage = stage or last_stage(workdir)
+    stage = stage_folder(stage) if stage else last_stage(workdir)
     config = stage_config(workdir, stage)
     formats = _formats(stage, config.train.params, formats)
     merge = _merge(stage, config.train.params, formats, merge)

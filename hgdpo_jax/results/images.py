@@ -32,12 +32,14 @@ from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import file_hash, is_empty, write_json
 from hgdpo_jax.run.folder import (
+    BASE_STAGE,
     CURRICULUM,
-    DRAWN_STAGES,
+    PERSONALISE,
     TEXT_ENCODER,
     blocks_of,
     last_stage,
     stage_config,
+    stage_folder,
     was_started,
 )
 from hgdpo_jax.training.checkpoints import tree_hash
@@ -70,7 +72,7 @@ def from_run(
 
     Args:
         workdir: of the run.
-        stage: base, easy, normal or hard; the last one that was started unless given.
+        stage: base, easy, normal, hard or a stage's folder; the last one that was started unless given.
         weight: of all LoRA; the recipe's unless given.
         blocks: where the stage's LoRA acts: `all`; `up`, the other blocks being the base's; `up+normal`, the others
             keeping the normal stage's. Unless given, `up` for hard and `all` for others.
@@ -78,35 +80,40 @@ def from_run(
         base: where the run's base model is, if it was moved.
 
     Raises:
-        UserError: the stage is not finished, the base is another, or the stage trained all parameters where LoRA is
-            asked for.
+        UserError: the stage is not finished, the base is another, or what is asked of LoRA does nothing, as the stage
+            has none.
     """
-    folder = last_stage(workdir) if stage is None else DRAWN_STAGES[stage]
-    weight = recipe.WEIGHT if weight is None else weight
-    config = stage_config(workdir, folder or last_stage(workdir))
+    stage = last_stage(workdir) if stage is None else stage_folder(stage)
+    drawn = [] if stage in (BASE_STAGE, PERSONALISE) else [stage]  # an adapter acts on the base
+    if drawn and text_encoder and stage != TEXT_ENCODER and was_started(workdir, TEXT_ENCODER):
+        drawn.append(TEXT_ENCODER)
+    configs = {name: stage_config(workdir, name) for name in drawn}
+    config = configs[stage] if drawn else stage_config(workdir, last_stage(workdir) if stage == BASE_STAGE else stage)
     content = find_base(workdir, config, base)
-    settings: dict[str, Any] = {"model": config.model.base, "base": content, "stage": folder or "base"}
-    with_text = text_encoder and folder is not None and was_started(workdir, TEXT_ENCODER)
-    text_config = [stage_config(workdir, TEXT_ENCODER)] if with_text else []
+    settings: dict[str, Any] = {"model": config.model.base, "base": content, "stage": stage}
+    for asked, what in ((weight, "--lora-weight"), (blocks, "--blocks")):
+        kinds = ("lora", "text_lora") if what == "--lora-weight" else ("lora",)
+        if asked is not None and not any(c.train.params in kinds for c in configs.values()):
+            raise UserError(f"{what} {asked}: does nothing, {stage} has no LoRA for it")
+    weight = recipe.WEIGHT if weight is None else weight
+    if not drawn:
+        config.train.params = "lora"  # a fresh one, which changes nothing
     use_precision(config.model.dtype)
-    pipeline = load_trainable(config, local_mesh(), *text_config)
+    pipeline = load_trainable(config, local_mesh(), *(configs[name] for name in drawn[1:]))
     used = []
-    if folder is not None:
-        like = policy_of(pipeline, config)
-        policy = finished_policy(workdir, folder, like, config)
-        if config.train.params == "lora":
-            blocks, normal = blocks or blocks_of(folder), None
+    for name, own in configs.items():
+        like = policy_of(pipeline, own)
+        policy = finished_policy(workdir, name, like, own)
+        if own.train.params == "lora":
+            blocks, normal = blocks or blocks_of(name), None
             if blocks == "up+normal":
-                normal = finished_policy(workdir, CURRICULUM["normal"], like, config)
+                normal = finished_policy(workdir, CURRICULUM["normal"], like, own)
             policy = recipe.as_drawn(policy, blocks, weight, normal)
             settings |= {"LoRA weight": weight, "LoRA blocks": blocks}
-        elif blocks:
-            raise UserError(f"--blocks {blocks}: {folder} trained all parameters, it has no LoRA")
+        elif own.train.params == "text_lora":
+            policy = recipe.weighted(policy, weight)
+            settings["text encoder"] = f"LoRA weight {weight} while t >= {recipe.TEXT_FROM}"
         used.append(policy)
-    for text in text_config:
-        policy = finished_policy(workdir, TEXT_ENCODER, policy_of(pipeline, text), text)
-        used.append(recipe.weighted(policy, weight))
-        settings["text encoder"] = f"LoRA weight {weight} while t >= {recipe.TEXT_FROM}"
     settings["policy"] = [tree_hash(policy) for policy in used]
     return Generator(pipeline, used, next(iter(configuration.resolutions(config).values())), settings)
 
@@ -157,8 +164,8 @@ def read_concept(path: Path, side: int = 1024) -> Float[np.ndarray, "H W 3"]:
     return np.asarray(image, np.float32) / 127.5 - 1.0
 
 
-def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder of a run's images, or finds it again. The model is compared by its content, not by its path.
+def require_own(out: Path, settings: dict[str, Any]) -> None:
+    """Checks the folder of a run's images, which need not exist. The model is compared by its content, not by its path.
 
     Raises:
         UserError: it holds anything else.
@@ -172,9 +179,12 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
             raise UserError(f"--out {out}: holds images of another run ({values}); choose another folder")
     elif out.exists() and not (out.is_dir() and is_empty(out)):
         raise UserError(f"--out {out}: holds something else; choose another folder")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(mark, settings)
+
+
+def claim(out: Path, settings: dict[str, Any]) -> None:
+    """Notes which images are in the folder; with the first of them, so that what is refused before leaves nothing."""
+    if not (out / "settings.json").is_file():
+        write_json(out / "settings.json", settings, shared=True)
 
 
 class Settings(NamedTuple):
@@ -199,8 +209,9 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
         settings["concept scale"] = asked.concept_scale
     if asked.negative:
         settings["negative prompt"] = asked.negative
+    about = {**settings, "prompts": list(prompts), "seeds": list(seeds)}
     if processes.is_first():
-        claim(out, {**settings, "prompts": list(prompts), "seeds": list(seeds)})
+        require_own(out, about)
     processes.barrier()
     for prompt, count in zip(prompts, source.pipeline.count_tokens(prompts), strict=True):
         if count > pipelines.POSITIONS:
@@ -235,6 +246,7 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
         return part, latents, images
 
     def write(images: np.ndarray, part: list[tuple[int, int, Path]]) -> None:
+        claim(out, about)
         for image, (i, seed, path) in zip(to_uint8(images), part, strict=True):
             write_png(path, image, {**settings, "prompt": prompts[i], "seed": seed})
 

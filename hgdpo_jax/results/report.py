@@ -22,6 +22,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from hgdpo_jax.data.pairs import open_stage
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.pictures.write import jpeg, png, to_uint8
+from hgdpo_jax.run.folder import stage_config
 from hgdpo_jax.scoring.bootstrap import Measure
 from hgdpo_jax.scoring.comparison import METRICS, Measures
 from hgdpo_jax.training import metrics
@@ -95,7 +96,7 @@ class Report(NamedTuple):
 
 def read_stage(workdir: Path, name: str, sampler: Sampler) -> Stage:
     """Reads a finished stage."""
-    source = open_stage(workdir, name).sources["heldout"][0]
+    source = open_stage(workdir, stage_config(workdir, name).train.pairs or name).sources["heldout"][0]
     rows = [source[i] for i in range(min(PAIRS, len(source)))]
     latents = {role: np.stack([row[role].astype(np.float32) for row in rows]) for role in ("winner", "loser")}
     return Stage(

@@ -4,21 +4,31 @@ import codecs
 import errno
 import hashlib
 import json
+import logging
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from etils import epath
 
 from hgdpo_jax.run.errors import UserError
 
 AnyPath: TypeAlias = Path | epath.Path  # on a file system, or in a bucket
+Result = TypeVar("Result")
 PACKAGE = Path(__file__).parent.parent
 LOCK, _PARTIAL = ".lock", ".partial"  # in a folder that a command writes, see run/locks.py and :func:`filled`
+# What the machine, its disk or a file server answers while it is in trouble; of the file it says nothing.
+_PASSING = {errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ENOMEM}
+_PASSING |= {errno.ENOBUFS, errno.ENOLCK, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.ECONNRESET}
+_PASSING |= {errno.ECONNABORTED, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN}
+_PASSING |= {errno.ENETRESET, errno.ENETUNREACH, errno.EPIPE, errno.ESHUTDOWN}
+_WAITS = (1, 3, 10, 30)  # seconds between the tries
 
 
 @dataclass(frozen=True)
@@ -65,10 +75,15 @@ def _sync_entry(path: Path) -> None:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, shared: bool = False) -> Iterator[Path]:
     """A name beside `path`, under which the block writes a file or a folder. After the block that is on the disk and
-    takes the name `path`; after an error nothing is left of it."""
-    temporary = path.with_name(f".partial.{path.name}")
+    takes the name `path`; after an error nothing is left of it.
+
+    Args:
+        path: what is written.
+        shared: several processes may write it at once: each under a name of its own, the last one stays.
+    """
+    temporary = path.with_name(f".partial.{path.name}" + (f".{secrets.token_hex(4)}" if shared else ""))
     _remove(temporary)
     try:
         yield temporary
@@ -128,15 +143,46 @@ def is_empty(folder: Path) -> bool:
     return {entry.name for entry in folder.iterdir()} <= {LOCK, _PARTIAL, "lost+found"}
 
 
-def write_json(path: AnyPath, value: Mapping[str, Any], indent: int | None = 2) -> None:
-    """Writes readable JSON, and makes the folder."""
+def write_json(path: AnyPath, value: Mapping[str, Any], indent: int | None = 2, shared: bool = False) -> None:
+    """Writes readable JSON, and makes the folder; `shared` as in :func:`atomic_path`."""
     text = json.dumps(value, indent=indent, sort_keys=True) + "\n"
     if in_bucket(path):
         path.write_text(text)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(Path(path)) as temporary:
+    with atomic_path(Path(path), shared) as temporary:
         temporary.write_text(text)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether an error is of the machine, its disk or a file server, and not of the file that was read."""
+    return isinstance(error, OSError) and error.errno in _PASSING
+
+
+def retried(read: Callable[[], Result], path: object) -> Result:
+    """What `read` returns. It is called again, for three quarters of a minute, after an error that may pass.
+
+    Args:
+        read: reads a file; what else it raises is raised.
+        path: names the file.
+
+    Raises:
+        UserError: the error did not pass.
+    """
+    for wait in (*_WAITS, None):
+        try:
+            return read()
+        except OSError as error:
+            if not is_passing(error):
+                raise
+            if wait is None:
+                line = (
+                    f"{path}: cannot be read ({error.strerror}), nor could it be for {sum(_WAITS)} s; see to the disk"
+                )
+                raise UserError(f"{line} or the file server, the same command then goes on") from error
+            logging.warning("%s: cannot be read (%s); trying again in %d s", path, error.strerror, wait)
+            time.sleep(wait)
+    raise AssertionError
 
 
 def file_hash(path: AnyPath) -> str:

@@ -6,15 +6,21 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.settings import config_from_json
+from hgdpo_jax.run.settings import CONFIGS, CURRICULUM, config_from_json
 
-CURRICULUM = {"easy": "stage1", "normal": "stage2", "hard": "stage3"}  # the paper's name → our folder
-GIVEN = "given"  # one stage of pairs that exist already
-STAGES = ("stage0", GIVEN, *CURRICULUM.values())
-DRAWN_STAGES = {"base": None, GIVEN: GIVEN, **CURRICULUM}  # what `sample --stage` takes → our folder
-BLOCKS = ("all", "up", "up+normal")  # of the UNet, in which a stage's LoRA can draw
+BASE_STAGE = "base"  # what `--stage` calls ε_base
+SFT, GIVEN = "stage0", "given"  # fine-tuning; one stage of pairs that exist already
 # Stages beside the curriculum; `naive` is what it is compared with.
 TEXT_ENCODER, PERSONALISE, NAIVE = "text_encoder", "personalise", "naive"
+STAGES = (
+    PERSONALISE,
+    TEXT_ENCODER,
+    SFT,
+    GIVEN,
+    NAIVE,
+    *CURRICULUM.values(),
+)  # the last one that is there is drawn with
+BLOCKS = ("all", "up", "up+normal")  # of the UNet, in which a stage's LoRA can draw
 
 
 def local_folder(text: str) -> Path:
@@ -43,10 +49,22 @@ def blocks_of(stage: str) -> str:
     return "up" if stage in (CURRICULUM["hard"], NAIVE) else "all"
 
 
+def stage_folder(name: str) -> str:
+    """The folder of a stage that a command line names, by that folder or as the paper does: easy, normal, hard."""
+    return CURRICULUM.get(name, name)
+
+
+def stage_command(command: str, stage: str, workdir: Path) -> str:
+    """The command, `pairs` or `main`, for a stage."""
+    script = "stage0_sft" if stage == SFT else stage
+    if (CONFIGS / f"{script}.py").is_file():
+        return f"python -m hgdpo_jax.{command} --config configs/{script}.py[:variant] --workdir {workdir}"
+    return f"python -m hgdpo_jax.{command} --config FILE --workdir {workdir}, where FILE is the config of {stage}"
+
+
 def train_command(stage: str, workdir: Path) -> str:
     """The command that trains a stage."""
-    script = "stage0_sft" if stage == "stage0" else stage
-    return f"python -m hgdpo_jax.main --config configs/{script}.py[:variant] --workdir {workdir}"
+    return stage_command("main", stage, workdir)
 
 
 def was_started(workdir: Path, stage: str) -> bool:
@@ -56,14 +74,21 @@ def was_started(workdir: Path, stage: str) -> bool:
 
 def stage_config(workdir: Path, stage: str) -> ConfigDict:
     """The config that a stage was trained with. Raises UserError where it was not trained."""
+    if stage == BASE_STAGE:
+        raise UserError("base: is the model that the run began with, nothing was trained; choose a stage")
     if not was_started(workdir, stage):
-        raise UserError(f"{stage} was not trained in {workdir}; run first: {train_command(stage, workdir)}")
+        there = ", ".join(sorted(path.parent.name for path in workdir.glob("*/config.json")))
+        raise UserError(f"{stage} was not trained in {workdir}{f', {there} was' if there else ''}; run first: "
+                        f"{train_command(stage, workdir)}")  # fmt: skip
     return config_from_json(json.loads((workdir / stage / "config.json").read_text()))
 
 
 def last_stage(workdir: Path) -> str:
-    """The highest stage that was started. Raises UserError where there is none."""
+    """The highest stage that was started; one of another name where there is no other. Raises UserError where there is
+    none."""
     for stage in reversed(STAGES):
         if was_started(workdir, stage):
             return stage
+    for config in sorted(workdir.glob("*/config.json")):
+        return config.parent.name
     raise UserError(f"no stage was trained in {workdir}; run first: {train_command('stage1', workdir)}")

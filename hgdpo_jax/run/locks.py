@@ -1,6 +1,7 @@
 """A folder is written by one command at a time."""
 
 import fcntl
+import itertools
 import json
 import os
 import socket
@@ -13,6 +14,8 @@ from typing import TextIO
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import LOCK
+
+_ATTEMPTS = 100
 
 
 @contextmanager
@@ -28,22 +31,14 @@ def lock(folder: Path) -> Iterator[None]:
     """
     path = folder.absolute() / LOCK
     made = [place for place in (path.parent, *path.parent.parents) if not os.path.lexists(place)]
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = _open(path)
-        except OSError as error:
-            _remove_empty(made)
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
-        if file is None:  # its owner ended, and took the folder away
-            continue
-        if not _lock(file.fileno(), path):
-            file.close()
-            raise UserError(f"{folder}: is being written by {lock_owner(folder) or 'another command'}; wait until that "
-                            "has ended, or choose another folder")  # fmt: skip
-        if path.is_file() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()  # its owner ended between our opening and locking, and took the name away
+    try:
+        file = _locked(path, folder, wait=False)
+    except UserError:
+        _remove_empty(made)
+        raise
+    if file is None:
+        raise UserError(f"{folder}: is being written by {lock_owner(folder) or 'another command'}; wait until that "
+                        "has ended, or choose another folder")  # fmt: skip
     try:
         with file:
             file.truncate(0)
@@ -56,12 +51,44 @@ def lock(folder: Path) -> Iterator[None]:
         _remove_empty(made)
 
 
-def _open(path: Path) -> TextIO | None:
-    """None where there is no such folder."""
-    try:
-        return path.open("a+")
-    except FileNotFoundError:
-        return None
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Until the block ends no other process has its turn at `path`, a file that many add to. Waits for its own.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    beside = path.with_name(f".{path.name}.lock")
+    file = _locked(beside, path, wait=True)
+    assert file is not None
+    with file:
+        try:
+            yield
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _locked(path: Path, what: Path, wait: bool) -> TextIO | None:
+    """The file `path`, which is the lock of `what`; None where another has it and this one does not wait.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    for attempt in itertools.count():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and attempt < _ATTEMPTS:
+                continue  # its owner ended, and took the folder away
+            raise UserError(f"{what}: cannot be written ({error.strerror}); choose another folder") from error
+        if not _lock(file.fileno(), path, wait):
+            file.close()
+            return None
+        if path.is_file() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # its owner ended between our opening and locking, and took the name away
+    return None
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
@@ -80,10 +107,10 @@ def lock_for_all(folder: Path) -> Iterator[None]:
         processes.barrier()
 
 
-def _lock(descriptor: int, path: Path) -> bool:
-    """Whether the lock was free. Raises UserError on a file system without locks."""
+def _lock(descriptor: int, path: Path, wait: bool = False) -> bool:
+    """Whether the lock was free, or is now. Raises UserError on a file system without locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

@@ -101,24 +101,19 @@ def require_same_command(folder: Path, settings: Mapping[str, Any], writes: bool
         stages = {str(path.relative_to(folder)): file_hash(path) for path in folder.glob("*/config.json")}
         require_same({f"content of {folder}": json_hash(stages)[:12]})
         return
-    mark = folder / ".hosts"
 
     def write() -> str:
-        token = secrets.token_hex(8)
+        name = f".hosts.{secrets.token_hex(8)}"  # of this command: another may begin on the same folder
         try:
-            write_json(mark, {"token": token})
+            write_json(folder / name, {})
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
-        return token
+        return name
 
-    token, seen = broadcast(write), "nothing"
-    until = time.monotonic() + _VISIBLE
-    while seen != token and time.monotonic() < until:
-        try:
-            seen = json.loads(mark.read_text())["token"]
-        except OSError:
-            time.sleep(1)
-    if seen != token:
+    mark, until = folder / broadcast(write), time.monotonic() + _VISIBLE
+    while not mark.is_file() and time.monotonic() < until:
+        time.sleep(1)
+    if not mark.is_file():
         raise UserError(f"{folder}: {process_name()} does not see the folder that process 0 sees; all hosts need one "
                         "file system that they share, such as NFS, Lustre or Filestore")  # fmt: skip
     barrier()

@@ -4,14 +4,16 @@ Paths do not count: a checkout, a base or a folder of photographs may move.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from hgdpo_jax.config import SETTINGS
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.settings import get_setting, setting_keys
 
 MadeFrom = Mapping[str, Any]
+_DEFAULTS = {s.key: list(s.default) if isinstance(s.default, tuple) else s.default for s in SETTINGS}
 
 
 def settings(config: ConfigDict, keys: Sequence[str]) -> dict[str, Any]:
@@ -30,6 +32,28 @@ def content_key(name: str) -> str:
     return f"content of {name}"
 
 
+class Difference(NamedTuple):
+    """A setting or an input, with the value that a result was made with and the one of now."""
+
+    key: str
+    was: Any
+    now: Any
+
+    def line(self, what: str, remedy: str) -> str:
+        """What a command says of it: `what` names the result, `remedy` what to do."""
+        if self.key.startswith(content_key("")):
+            return f"{self.key}=sha256 {self.now[:12]}…: {what} was made with sha256 {self.was[:12]}…; {remedy}"
+        return f"config key {self.key}={self.now!r}: {what} was made with {self.was!r}; {remedy}"
+
+
+def differences(found: MadeFrom, wanted: MadeFrom) -> list[Difference]:
+    """Where what a result was made from is not what it would be made from now. A setting that one of them does not
+    name, such as one that there was not yet, has its default there."""
+    keys = {**found, **wanted}
+    both = [(key, *(side.get(key, _DEFAULTS.get(key, "nothing")) for side in (found, wanted))) for key in keys]
+    return [Difference(*each) for each in both if each[1] != each[2]]
+
+
 def require_same(found: MadeFrom, wanted: MadeFrom, what: str, remedy: str) -> None:
     """Raises UserError that names the first difference, with both values.
 
@@ -39,9 +63,5 @@ def require_same(found: MadeFrom, wanted: MadeFrom, what: str, remedy: str) -> N
         what: names the result.
         remedy: what to do.
     """
-    for key in {**found, **wanted}:
-        was, now = (side.get(key, "nothing") for side in (found, wanted))
-        if was != now:
-            name = key if key.startswith(content_key("")) else f"config key {key}"
-            was, now = (f"sha256 {x[:12]}…" if name == key else repr(x) for x in (was, now))
-            raise UserError(f"{name}={now}: {what} was made with {was}; {remedy}")
+    for difference in differences(found, wanted):
+        raise UserError(difference.line(what, remedy))

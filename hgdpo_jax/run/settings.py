@@ -7,7 +7,8 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,8 @@ from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import shipped
 
 CONFIGS = shipped("configs")
+CURRICULUM = {"easy": "stage1", "normal": "stage2", "hard": "stage3"}  # the paper's name → our folder
+_RESERVED = {"base", "evaluation", *CURRICULUM}  # names that a run has for something else
 
 
 def config_from_json(values: Mapping[str, Any]) -> ConfigDict:
@@ -138,6 +141,17 @@ def get_setting(config: ConfigDict, key: str) -> Any:
     return value
 
 
+@contextmanager
+def named(key: str, value: object) -> Iterator[None]:
+    """A mistake that is found in the block is said to be of this setting."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith("config key "):
+            raise
+        raise UserError(f"config key {key}={value}: {error}") from error
+
+
 def setting_keys(config: ConfigDict, prefix: str = "") -> list[str]:
     """All dotted keys of a config, leaves only."""
     found: list[str] = []
@@ -179,12 +193,42 @@ def validate(config: ConfigDict) -> None:
         (train.blocks == "up" and train.weight_decay,
          f" train.weight_decay={train.weight_decay}: with train.blocks=up the blocks below would decay, which do not "
          "learn; expects 0"),
-        (train.reference_cache and objective != "dpo",
-         " train.reference_cache: goes with objective=dpo; sft has no reference"),
         (train.params == "adapter" and objective != "sft", " train.params=adapter: goes with objective=sft"),
+        (config.stage in _RESERVED, f" stage={config.stage}: has another meaning in a run; choose another name"),
     ):  # fmt: skip
         if wrong:
             raise UserError(f"config key{message}")
+    for key in ("train.start", "train.pairs"):
+        stage = get_setting(config, key)
+        if stage in CURRICULUM:
+            raise UserError(f"config key {key}={stage}: the {stage} stage is called {CURRICULUM[stage]} in settings")
+        if stage == config.stage:
+            raise UserError(f"config key {key}={stage}: is this stage itself; expects another one")
+    _refuse_idle(config)
+
+
+def _refuse_idle(config: ConfigDict) -> None:
+    """Raises UserError for a setting that has another value than its default and does nothing beside the others. Not
+    for those that all commands of a run are given alike, such as the size of pools and the rank of LoRA."""
+    train, pairs, dpo = config.train, config.pairs, config.objective == "dpo"
+    scored = pairs.loser not in ("none", "given") and not pairs.winner == pairs.loser == "pool"
+    acts = {
+        "data.pairs": (pairs.winner == "given", "pairs.winner=given"),
+        "data.caption_dropout": (not dpo, "objective=sft"),
+        "data.concept_dropout": (train.params == "adapter", "train.params=adapter"),
+        "pairs.strengths": (pairs.winner == "sdrecon", "pairs.winner=sdrecon"),
+        "pairs.keep_if_winner_scores_higher": (scored, "a winner that is chosen beside its loser"),
+        "train.reference": (dpo, "objective=dpo"),
+        "train.reference_cache": (dpo, "objective=dpo; sft has no reference"),
+        "train.beta": (dpo, "objective=dpo"),
+        "train.lambda_stat": (dpo, "objective=dpo"),
+        "train.adam": (train.optimizer == "adamw", "train.optimizer=adamw"),
+    }
+    usual = default()
+    for key, (active, other) in acts.items():
+        value = get_setting(config, key)
+        if not active and value != get_setting(usual, key):
+            raise UserError(f"config key {key}={value}: does nothing here, it goes with {other}")
 
 
 def _check(setting: Setting, value: Any) -> None:
@@ -194,6 +238,9 @@ def _check(setting: Setting, value: Any) -> None:
         raise UserError(f"config key {setting.key}={value!r}: expects a list, like {setting.default!r}")
     if listed and not value:
         raise UserError(f"config key {setting.key}: is empty; expects {setting.allowed}, once or more")
+    if listed and setting.key != "train.adam" and len(set(value)) < len(value):
+        twice = next(part for i, part in enumerate(value) if part in value[:i])
+        raise UserError(f"config key {setting.key}: {twice} stands there twice; expects each once")
     for part in value if listed else (value,):
         whole = isinstance(setting.default[0] if listed else setting.default, int)
         if part not in setting.allowed or (whole and isinstance(part, float)):

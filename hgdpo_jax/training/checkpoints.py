@@ -37,6 +37,7 @@ from hgdpo_jax.run.buckets import bucket
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import file_hash, in_bucket, require_space, sync, write_json
 from hgdpo_jax.run.folder import require_plain
+from hgdpo_jax.training.changes import GO_ON
 
 Tree = PyTree  # of arrays, or of shapes with shardings to restore to
 HostParts = list[tuple[str, tuple[slice, ...], np.ndarray]]  # name of an array, place in it, values
@@ -91,7 +92,7 @@ def require_finite(step: int, tree: Tree) -> None:
     for path, finite in jax.tree.leaves_with_path(_finite(tree)):
         if not finite:
             raise UserError(f"{path_name(path)} is NaN or infinite after step {step}: training stopped, the last good "
-                            "checkpoint is kept; lower config.train.lr and run again")  # fmt: skip
+                            f"checkpoint is kept; {GO_ON}")  # fmt: skip
 
 
 def _on_host(tree: Tree) -> HostParts:

@@ -2,8 +2,10 @@
 
 import json
 from collections import deque
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,13 +42,15 @@ _SHOWN = {"loss": "loss/total", "pairs/s": "speed/pairs_per_second", "accuracy":
 _AHEAD = 2  # at most so many steps are queued behind the one being computed, so that a signal is answered soon
 
 
-def train(config: ConfigDict, workdir: Path, traced: range = range(0)) -> None:
+def train(config: ConfigDict, workdir: Path, traced: range = range(0), may_change: Sequence[str] = ()) -> None:
     """Trains `config.stage` in `workdir`, or goes on from its newest undamaged checkpoint.
 
     Args:
         config: of the stage.
         workdir: of the run.
         traced: steps of which a JAX trace is written into the stage's logs.
+        may_change: settings that may have changed since the checkpoint was written, see
+            :mod:`hgdpo_jax.training.changes`.
 
     Raises:
         UserError: an input is missing or is not what it claims to be; a checkpoint was made from something else; a
@@ -60,21 +64,29 @@ def train(config: ConfigDict, workdir: Path, traced: range = range(0)) -> None:
         index.save()
         with closing(Checkpoints(folder, config.train.checkpoints)) as checkpoints:
             _require_place(config, folder)
-            start = starts.start(config, workdir, inputs, checkpoints)
-            if processes.is_first():
-                write_json(folder / "config.json", configuration.to_json(config))
+            if traced and checkpoints.latest() is None:
+                remaining_steps(traced, 0, config.train.steps)  # refused before the reference is written
+            start = starts.start(config, workdir, inputs, checkpoints, may_change)
             done = int(start.state.step)
             if done >= config.train.steps and processes.broadcast(lambda: was_evaluated(folder / "logs", done)):
+                _keep(config, folder)
                 print(f"{folder}: already trained to step {done}")
                 return
             traced = remaining_steps(traced, done, config.train.steps)
             if config.train.reference_cache:
                 inputs = reference_cache.attach(config, folder, inputs, start, index)
                 index.save()
+            _keep(config, folder)
             announce(config, inputs, start.state)
             with lifecycle.stopping, checkpoints:
                 _run(config, folder, inputs, start, checkpoints, traced)
             print(f"{folder}: trained to step {config.train.steps}")
+
+
+def _keep(config: ConfigDict, folder: Path) -> None:
+    """Notes with which settings a stage is trained, once nothing of them can be refused."""
+    if processes.is_first():
+        write_json(folder / "config.json", configuration.to_json(config))
 
 
 def _require_place(config: ConfigDict, folder: Path) -> None:
@@ -108,8 +120,8 @@ def _run(
     evaluated = processes.broadcast(lambda: was_evaluated(folder / "logs", done))
     if not evaluated and (done % settings.eval_every == 0 or done >= settings.steps):
         monitor.evaluate(state, done)  # before the first step, or where a run was killed after its checkpoint
-    meta = {"config": configuration.to_json(config), "reference": start.reference_hash, "version": __version__}
-    meta |= {"made_from": inputs.made_from}
+    meta: dict[str, Any] = {"config": configuration.to_json(config), "version": __version__}
+    meta |= {"reference": start.reference_hash, "made_from": inputs.made_from, "changes": list(start.changes)}
     in_flight: deque[jax.Array] = deque()
     bar = tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step", disable=not processes.is_first())
     peak = mesh_peak(mesh, config.model.dtype)

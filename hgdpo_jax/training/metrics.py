@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, UInt8
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import atomic_path
+from hgdpo_jax.training.changes import GO_ON
 from hgdpo_jax.training.step import GRADIENT_NORM, TIMESTEP_BINS
 
 if TYPE_CHECKING:
@@ -75,8 +76,7 @@ class MetricLog:
             for name in [*(name for name in metrics if name.startswith("loss/")), GRADIENT_NORM]:
                 if not np.isfinite(value := metrics[name]):
                     raise UserError(f"{name} is {value} at step {number}: training stopped, the last good checkpoint "
-                                    "is kept; lower config.train.lr or config.train.beta, or take bfloat16 where "
-                                    "config.model.dtype is float16, and run again")  # fmt: skip
+                                    f"is kept; {GO_ON}")  # fmt: skip
         return average(list(steps.values()))
 
     def write(self, values: Mapping[str, float], step: int) -> None:

@@ -19,6 +19,7 @@ from hgdpo_jax.devices.sharding import batch_sharding, path_name, replicated
 from hgdpo_jax.devices.transfer import local_rows, place, to_devices
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.pictures.write import grid
+from hgdpo_jax.training.changes import CALMER
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.metrics import MetricLog, average
@@ -81,9 +82,8 @@ class Monitor:
         if ratio > self._worst:
             self._worst = 1.25 * ratio  # the next warning is of something new
             logging.warning("step %d: the winner's error is %.2f times the reference's: the policy unlearns the "
-                            "winners and pictures will turn to noise; train again in another workdir with a lower "
-                            "config.train.lr, a larger config.train.beta or fewer config.train.steps",
-                            step, ratio)  # fmt: skip
+                            "winners and pictures will turn to noise; train again in another workdir with %s",
+                            step, ratio, CALMER)  # fmt: skip
 
     def evaluate(self, state: TrainState, step: int) -> None:
         """Measures held-out pairs at fixed noise and timesteps, and draws held-out captions from fixed seeds with what

@@ -1,6 +1,6 @@
 """The reference's predictions, computed once: for `train.reference_cache` draws of noise of each pair, K below.
 
-    W/stageN/reference_cache/made_from.json   what the predictions depend on, written first
+    W/stageN/reference_cache/made_from.json   what the predictions depend on, with the first of them
     W/stageN/reference_cache/SHARD.npy        those for a shard's winners and losers: [pairs, K, 2, h, w, c] float32
     W/stageN/reference_cache/SHARD.npy.json   its hash, written once the file is complete
 
@@ -114,15 +114,16 @@ def attach(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, index
             is full.
     """
     cache, draws, train = folder / "reference_cache", config.train.reference_cache, inputs.pairs.sources["train"]
-    processes.broadcast(lambda: _require_same(cache, _made_from(config, inputs, start)))
+    made_from = _made_from(config, inputs, start)
+    processes.broadcast(lambda: _require_same(cache, made_from))
     shards = _shards(cache, inputs.pairs.manifest)
     todo = [shards[i] for i in processes.broadcast(lambda: [i for i, s in enumerate(shards) if not s.note.is_file()])]
     size = sum(shard.size(draws) for shard in shards)
     print(f"{config.stage}: keeps the reference's predictions for {draws} draws of noise of {sum(map(len, train)):,} "
           f"pairs, {size / 1e9:,.2f} GB; {config.train.steps * config.train.batch:,} examples use them")  # fmt: skip
     needed = sum(shard.size(draws) for shard in todo) + 1e6
-    processes.broadcast(lambda: require_space(cache, needed, "what the reference predicts"))
-    _make(config, todo, inputs, start.reference)
+    processes.broadcast(lambda: require_space(folder, needed, "what the reference predicts"))
+    _make(config, todo, inputs, start.reference, made_from)
     processes.broadcast(lambda: _require_undamaged(shards, index))
     parts: list[list[np.ndarray]] = [[] for _ in train]
     for shard in shards:
@@ -141,17 +142,17 @@ def _made_from(config: ConfigDict, inputs: Inputs, start: Start) -> dict[str, An
 
 
 def _require_same(cache: Path, made_from: Mapping[str, Any]) -> None:
-    """Raises UserError where the folder holds predictions of something else; a new folder says what it is for."""
+    """Raises UserError where the folder holds predictions of something else."""
     path = cache / "made_from.json"
     if path.is_file():
         provenance.require_same(
             json.loads(path.read_text()), made_from, str(cache), "use that, or remove the folder to compute it again"
         )
-    else:
-        write_json(path, made_from)
 
 
-def _make(config: ConfigDict, todo: Sequence[Shard], inputs: Inputs, reference: steps.Params) -> None:
+def _make(
+    config: ConfigDict, todo: Sequence[Shard], inputs: Inputs, reference: steps.Params, made_from: Mapping[str, Any]
+) -> None:
     """Computes and writes some shards, as many examples at a time as a microbatch has."""
     draws, size = config.train.reference_cache, config.train.batch // config.train.accumulate
     denoiser = steps.split_params(inputs.pipeline, config.train.params)[0]
@@ -175,7 +176,7 @@ def _make(config: ConfigDict, todo: Sequence[Shard], inputs: Inputs, reference: 
                 batch = stack_records(source, [min(number + row, end - 1) for row in rows_here])
                 return number, predicted(reference, inputs.frozen, to_devices(batch, inputs.mesh), numbers)
 
-            with _written(shard, draws) if processes.is_first() else nullcontext() as values:
+            with _written(shard, draws, made_from) if processes.is_first() else nullcontext() as values:
                 for number, found in one_ahead(start, range(begin, end, size)):
                     rows = to_host(found)[: end - number]
                     if not np.isfinite(rows).all():
@@ -188,13 +189,16 @@ def _make(config: ConfigDict, todo: Sequence[Shard], inputs: Inputs, reference: 
 
 
 @contextmanager
-def _written(shard: Shard, draws: int) -> Iterator[Float[np.ndarray, "n 2 h w c"]]:
-    """Yields the rows of a shard's file. The file and its note are there once the block ends without an error."""
+def _written(shard: Shard, draws: int, made_from: Mapping[str, Any]) -> Iterator[Float[np.ndarray, "n 2 h w c"]]:
+    """Yields the rows of a shard's file. The file and its note are there once the block ends without an error, and the
+    folder then says what it was made from."""
+    shard.path.parent.mkdir(exist_ok=True)
     with atomic_path(shard.path) as temporary:
         shape = (shard.pairs, draws, 2, *shard.latent)
         values = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
         yield values.reshape(-1, *shape[2:])
         values.flush()
+    write_json(shard.path.with_name("made_from.json"), made_from)
     write_json(shard.note, {"sha256": file_hash(shard.path)}, indent=None)
 
 

@@ -190,6 +190,7 @@ class Blank:
 
     def __init__(self) -> None:
         self.said: list[str] = []
+        self.dropped: set[str] = set()  # photographs
 
     def begin(self, group: Group) -> Callable[[], list]:
         height, width = (side // 8 for side in group.resolution)
@@ -198,7 +199,8 @@ class Blank:
 
         def finish() -> list:
             self.said.append(f"finish {name}")
-            return [group.record(i, blank, loser=blank, loser_score=0.0) for i in range(len(group.photographs))]
+            kept = [i for i, photograph in enumerate(group.photographs) if photograph.id not in self.dropped]
+            return [group.record(i, blank, loser=blank, loser_score=0.0) for i in kept]
 
         return finish
 
@@ -282,6 +284,88 @@ def test_losers_come_from_pairs_of_the_same_base_and_scorer(
     with pytest.raises(UserError, match="content of model.base=sha256 .*stage1/pairs was made with .*; use that"):
         train(tiny.config(tmp_path / "base"), tmp_path)
     assert not (tmp_path / "stage2" / "pairs" / "building.json").exists()
+
+
+@pytest.mark.parametrize("group, key, wrong", [
+    ("data", "resolutions", ("500x500",)),
+    ("model", "vae", "/no/such/folder"),
+    ("model", "vae", "scorer"),
+    ("pairs", "scorer", ""),
+    ("pairs", "scorer", "photographs"),
+    ("model", "lora", "/no/such/file"),
+])  # fmt: skip
+@pytest.mark.usefixtures("blank")
+def test_what_is_refused_leaves_nothing(
+    make: Make, inputs: Path, tmp_path: Path, group: str, key: str, wrong: Any
+) -> None:
+    config = make("stage1")
+    config[group][key] = str(inputs / wrong) if isinstance(wrong, str) and wrong else wrong
+    with pytest.raises(UserError) as error:
+        build.build(config, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert key != "scorer" or "config key pairs.scorer" in str(error.value)
+    left = [path.name for path in (tmp_path / "run").rglob("*")] if (tmp_path / "run").exists() else []
+    assert set(left) <= {"content.json"}
+
+
+def test_a_mistake_that_shows_with_the_first_pairs_leaves_nothing(
+    make: Make, inputs: Path, tmp_path: Path, blank: Blank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise UserError("its score is NaN")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blank, "begin", broken)
+        with pytest.raises(UserError, match="its score is NaN"):
+            build.build(make("stage1", guidance=1.0), tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["content.json"]
+    build.build(make("stage1", guidance=2.0), tmp_path)
+    folder = tmp_path / "stage1" / "pairs"
+    assert json.loads((folder / "building.json").read_text())["pairs.guidance"] == 2.0
+    assert json.loads((folder / "without_pair.json").read_text()) == {}
+
+
+def test_missing_photographs_are_counted_before_the_easy_stage_is_paid_for(
+    make: Make, tmp_path: Path, blank: Blank, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tiny.write_photographs(tmp_path / "photographs", train=6, heldout=2)
+    gone, empty, text, dark, *_ = list_photographs(folder, "train")
+    config = make("stage1")
+    config.data.photographs = str(folder)
+    gone.picture.unlink()
+    empty.picture.write_bytes(b"")
+    text.picture.write_text("no picture")
+    build.build(config, tmp_path)
+    (line,) = [message for message in caplog.messages if "cannot be opened" in message]
+    assert line.startswith(
+        f"3 of 8 photographs cannot be opened, 1 of them are missing; the first is {gone.picture} (No "
+    )
+    config = make("stage2", winner="sdrecon", strengths=(5,), loser="stage1", keep_if_winner_scores_higher=True)
+    config.data.photographs = str(folder)
+    blank.dropped = {dark.id}
+    capsys.readouterr()
+    build.build(config, tmp_path)
+    reasons = {gone.id: "its file is missing", dark.id: "its winner scores lower than its loser"}
+    reasons |= dict.fromkeys((empty.id, text.id), "it is no picture that can be read")
+    assert json.loads((tmp_path / "stage2" / "pairs" / "without_pair.json").read_text()) == reasons
+    printed = capsys.readouterr().out
+    assert "stage2/pairs: 2 of 6 train photographs have a pair" in printed
+    assert "pairs: 4 have none: it is no picture that can be read (2), " in printed
+    config = make("stage3", winner="sdrecon", strengths=(1,), loser="stage2")
+    config.data.photographs = str(folder)
+    build.build(config, tmp_path)
+    third = json.loads((tmp_path / "stage3" / "pairs" / "without_pair.json").read_text())
+    assert third == dict.fromkeys(reasons, "it has none in stage2")
+
+
+@pytest.mark.usefixtures("blank")
+def test_photographs_that_are_all_missing_are_refused(make: Make, tmp_path: Path) -> None:
+    folder = tiny.write_photographs(tmp_path / "photographs", train=3, heldout=2)
+    shutil.rmtree(folder / "photographs")
+    config = make("stage1")
+    config.data.photographs = str(folder)
+    with pytest.raises(UserError, match=r"5 of 5 photographs cannot be opened, 5 of them .*; is their folder mounted"):
+        build.build(config, tmp_path / "run")
 
 
 def test_photographs_of_which_none_has_a_pair_are_one_line(workdir: Path, make: Make, tmp_path: Path) -> None:

@@ -78,7 +78,9 @@ def test_a_split_may_have_empty_shards_but_not_only_empty_ones(tmp_path: Path) -
     shards.write_shard(paths[name][1], schema, [])
     with pytest.raises(UserError, match="split train has no pair"):
         shards.finish(folder, schema, paths, latents)
-    paths[name][1].unlink()
+    assert not list(folder.glob("pairs-*-of-00002")) and not (folder / "building.json").exists()  # for others
+    shards.begin(folder, {})
+    shards.write_shard(paths[name][0], schema, [])
     shards.write_shard(paths[name][1], schema, [tiny.record("a", np.random.default_rng(0))])
     shards.finish(folder, schema, paths, latents)
     (source,) = open_stage(tmp_path, "stage2").sources["train"]

@@ -1,7 +1,9 @@
 """Image files as people have them."""
 
+import errno
 import io
 import logging
+import os
 import struct
 import warnings
 import zlib
@@ -15,6 +17,7 @@ from hgdpo_jax.data.photographs import Photograph, sort_by_shape
 from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.pictures import read
 from hgdpo_jax.pictures.read import UnreadableImage, image_shape, read_image
+from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import Member
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -262,3 +265,39 @@ def test_text_that_inflates_without_end_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(content[:33] + bomb + content[33:])
     with pytest.raises(UnreadableImage, match="[Dd]ecompressed"):
         read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EMFILE])
+def test_a_photograph_that_the_disk_does_not_give_is_not_left_out(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where it is opened, nor where it is decoded; nor in an archive."""
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "a.png")
+    content, waited = (tmp_path / "a.png").read_bytes(), []
+    monkeypatch.setattr("time.sleep", waited.append)
+    faults = [OSError(code, os.strerror(code))]
+
+    def bytes_of() -> bytes:
+        if faults:
+            raise faults.pop()
+        return content
+
+    member = Member(tmp_path / "a.tar", "a.png", bytes_of)
+    assert image_shape(member) == (4, 8) and waited == [1]
+    (image,) = load_images([Photograph("a", tmp_path / "a.png", "a")], (4, 8))[1]
+    for owner, name, function in ((Image, "open", Image.open), (Image.Image, "convert", Image.Image.convert)):
+        faults.append(OSError(code, os.strerror(code)))
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *given, f=function, **more: bytes_of() and f(*given, **more))
+            assert np.array_equal(load_images([Photograph("a", tmp_path / "a.png", "a")], (4, 8))[1][0], image)
+            faults[:] = [OSError(code, os.strerror(code))] * 9
+            with pytest.raises(UserError, match=r"a.png: cannot be read .*, the same command then goes on"):
+                load_images([Photograph("a", tmp_path / "a.png", "a")], (4, 8))
+            faults.clear()
+
+
+def test_memory_that_ran_out_drops_no_photograph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        load_images([Photograph("a", tmp_path / "a.png", "a")], (4, 8))

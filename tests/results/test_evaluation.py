@@ -18,8 +18,9 @@ from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.evaluate import print_table
 from hgdpo_jax.pictures.read import read_image
-from hgdpo_jax.results import evaluation, portrait
-from hgdpo_jax.results.evaluation import Evaluator, _heldout, _inputs, _persons, _single, evaluate
+from hgdpo_jax.results import evaluation, measured, portrait
+from hgdpo_jax.results.evaluation import Evaluator, _heldout, _inputs, _persons, evaluate
+from hgdpo_jax.results.measured import MODELS, Model, groups, single
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import json_hash, write_json
 from hgdpo_jax.run.index import Index
@@ -37,7 +38,8 @@ def test_the_command_writes_results_and_a_report_that_stands_alone(
     monkeypatch.setattr(judges, "VIEWS", 1)
     monkeypatch.setattr(evaluation, "Judges", functools.cache(judges.Judges))
     monkeypatch.setattr(judges, "Scorer", functools.cache(judges.Scorer))
-    monkeypatch.setattr(evaluation, "local_mesh", functools.cache(tiny.mesh))
+    for module in (evaluation, measured):
+        monkeypatch.setattr(module, "local_mesh", functools.cache(tiny.mesh))
     monkeypatch.setattr(loop, "_run", at_once)
     config, workdir = tiny.config(base, steps=1), tmp_path / "run"
     config.data.photographs = str(tiny.write_photographs(tmp_path / "photographs", train=1, heldout=3))
@@ -45,8 +47,10 @@ def test_the_command_writes_results_and_a_report_that_stands_alone(
     config.pairs.scorer = config.evaluate.scorer = config.evaluate.other_scorer = scorer
     with pytest.raises(UserError, match="stage1 was not trained"):
         evaluate(config, workdir)
+    assert not workdir.exists()
     tiny.write_pairs(workdir / "stage1" / "pairs", heldout=4)
     loop.train(config, workdir)
+    config.train.update(lora_rank=5, lora_alpha=3.0)  # the run's own rank counts
     log = workdir / "stage1" / "logs" / "metrics.jsonl"
     log.parent.mkdir()
     log.write_text('{"step": 0, "heldout/loss/dpo": 0.7}\n{"step": 1, "a')  # half a line of a run that was killed
@@ -81,7 +85,7 @@ def test_the_command_writes_results_and_a_report_that_stands_alone(
 def test_models_are_measured_up_to_the_configs_stage_and_beside_the_recipe_for_lora(tmp_path: Path) -> None:
     def names(stage: str) -> list[str]:
         config.stage = stage
-        return [name for name, model in evaluation.MODELS.items() if evaluation._is_measured(config, tmp_path, model)]
+        return list(measured.measured(config, tmp_path))
 
     config = tiny.config(tmp_path)
     for stage in ("stage1", "stage2", "stage3", "naive"):
@@ -92,6 +96,36 @@ def test_models_are_measured_up_to_the_configs_stage_and_beside_the_recipe_for_l
                                ("easy", "normal", "hard"))]  # fmt: skip
     write_json(tmp_path / "text_encoder" / "config.json", to_json(config))
     assert "hard + text encoder" in names("stage3") and "hard + text encoder" not in names("stage2")
+    curriculum = ["base", "easy", "normal", "hard"]
+    whole = [f"{x}, whole" for x in ("easy", "normal", "hard")]
+    config.train.params = "text_lora"
+    write_json(tmp_path / "text_encoder" / "config.json", to_json(config))
+    assert names("text_encoder") == [*curriculum, "hard + text encoder", "naive", *whole, "text_encoder"]
+    config.train.params = "all"
+    for stage in ("stage0", "mine"):
+        write_json(tmp_path / stage / "config.json", to_json(config))
+    assert names("stage0") == ["base", "stage0"]  # the others have another base
+    assert names("mine") == ["base", "naive", "mine"]
+    assert names("personalise") == ["base", "naive"] == names("naive")
+
+
+def test_models_whose_unets_have_the_same_parameters_are_drawn_together(tmp_path: Path) -> None:
+    def trained(params: str, rank: int) -> Any:
+        return tiny.config(tmp_path, params=params, lora_rank=rank) if "lora" in params else whole
+
+    whole = tiny.config(tmp_path)
+    whole.train.params = "all"
+    configs = {"stage1": trained("lora", 2), "stage3": trained("lora", 2), "naive": trained("lora", 16),
+               "mine": trained("all", 8), "text_encoder": trained("text_lora", 64)}  # fmt: skip
+    models = {name: MODELS[name] for name in ("base", "easy", "hard", "hard + text encoder", "naive")}
+    models |= {"mine": Model(("mine",)), "text_encoder": Model(("text_encoder",))}
+    found = groups(models, configs)
+    assert [list(group) for group in found] == [["base", "text_encoder", "easy", "hard", "hard + text encoder"],
+                                                ["naive"], ["mine"]]  # fmt: skip
+    assert [list(group) for group in groups({"base": MODELS["base"]}, {})] == [["base"]]
+    assert [list(group) for group in groups({name: models[name] for name in ("base", "text_encoder")}, configs)] == [
+        ["base", "text_encoder"]
+    ]
 
 
 class FakeSampler(Sampler):
@@ -185,7 +219,8 @@ def test_what_a_picture_is_made_from_is_drawn_again_where_it_changes(tmp_path: P
 def test_base_and_the_stages_under_the_recipe_are_shown() -> None:
     """Whatever was trained: `naive` alone, or nothing that draws otherwise."""
     for names in (["base"], ["base", "naive"], ["base", "easy", "normal"], ["base", "given"]):
-        assert _single([*names, *(f"{name}, whole" for name in names[1:])]) == names
+        assert single({name: MODELS[name] for name in (*names, *(f"{name}, whole" for name in names[1:]))}) == names
+    assert single({name: MODELS[name] for name in ("base", "hard", "hard + text encoder")}) == ["base", "hard"]
 
 
 def test_of_people_that_process_0_did_not_draw_nothing_is_shown() -> None:

@@ -39,6 +39,7 @@ from hgdpo_jax.results.contents import PEFT_FILE, PEFT_NORMAL_FILE, PEFT_TEXT_FI
 from hgdpo_jax.results.exported import lora_weights
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import write_json
+from hgdpo_jax.run.folder import stage_folder
 from hgdpo_jax.training.finished import with_trained_adapter
 from hgdpo_jax.training.step import split_params
 from tests import tiny
@@ -357,6 +358,47 @@ def test_numbers_out_of_range_are_named(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        ("--model m --stage hard", "--stage: does nothing without --workdir"),
+        ("--model m --lora-weight 0.5", "--lora-weight: does nothing without --workdir"),
+        ("--model m --lora-weight 0", "--lora-weight: does nothing without --workdir"),
+        ("--model m --blocks up", "--blocks: does nothing without --workdir"),
+        ("--model m --base m", "--base: does nothing without --workdir"),
+        ("--model m --no-text-encoder", "--no-text-encoder: does nothing without --workdir"),
+        ("--model m --lan", "--lan: does nothing without --workdir"),
+        ("--workdir w --adapter a.safetensors", "--adapter: does nothing without --concept"),
+        ("--model m --concept-scale 0", "--concept-scale: does nothing without --concept"),
+        ("--workdir w --identity a.onnx", "--identity: does nothing without --concept"),
+        ("--workdir w --stage base --blocks up", "--blocks: does nothing with --stage base"),
+        ("--workdir w --stage base --lan", "--lan: does nothing with --stage base"),
+        ("--workdir w --stage personalise --concept a.png --lora-weight 1", "--lora-weight: does nothing with --stage"),
+        ("--workdir w --stage text_encoder --no-text-encoder", "--no-text-encoder: does nothing with --stage text_enc"),
+    ],
+)
+def test_an_option_that_does_nothing_is_refused(
+    given: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sample", "--prompt", "p", "--out", "out", *given.split()])
+    with pytest.raises(UserError, match=option):
+        sample.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_stages_have_one_name_in_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, folder in (
+        ("hard", "stage3"),
+        ("stage3", "stage3"),
+        ("naive", "naive"),
+        ("stage0", "stage0"),
+        ("my", "my"),
+    ):
+        monkeypatch.setattr("sys.argv", ["sample", "--workdir", "w", "--prompt", "p", "--out", "o", "--stage", name])
+        assert sample.parse().stage == stage_folder(name) == folder
+
+
 def test_what_is_there_is_kept_and_another_runs_folder_is_refused(source: images.Generator, tmp_path: Path) -> None:
     seeds = list(range(3))  # more than there are devices
     whole = draw(source, ["a man"], seeds, tmp_path / "out")
@@ -377,9 +419,17 @@ def test_what_is_there_is_kept_and_another_runs_folder_is_refused(source: images
 
 def test_a_model_that_moved_is_the_same(tmp_path: Path) -> None:
     images.claim(tmp_path / "out", {"model": "here", "base": "1"})
-    images.claim(tmp_path / "out", {"model": "there", "base": "1"})
+    images.require_own(tmp_path / "out", {"model": "there", "base": "1"})
     with pytest.raises(UserError, match="holds images of another run"):
-        images.claim(tmp_path / "out", {"model": "here", "base": "2"})
+        images.require_own(tmp_path / "out", {"model": "here", "base": "2"})
+
+
+def test_what_is_refused_before_the_first_image_leaves_no_settings(source: images.Generator, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="65x65: this model needs"):
+        draw(source._replace(resolution=(65, 65)), ["a man"], [0], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    draw(source, ["a man"], [0, 1, 2], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["size"] == "32x32"
 
 
 def test_long_prompts_are_said_and_cut_as_diffusers_does(

@@ -1,5 +1,6 @@
 """Files are whole or absent, a folder has one owner, and content is read once."""
 
+import errno
 import fcntl
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from hgdpo_jax.pictures.read import image_shape
 from hgdpo_jax.pictures.write import write_png
 from hgdpo_jax.run import command, files
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import atomic_path, file_hash, filled, finish_filling, is_empty, write_json
+from hgdpo_jax.run.files import atomic_path, file_hash, filled, finish_filling, is_empty, retried, write_json
 from hgdpo_jax.run.folder import require_plain
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.locks import lock, lock_owner
@@ -281,6 +283,106 @@ def test_content_is_read_again_only_when_the_file_changed(tmp_path: Path, monkey
     monkeypatch.setattr("hgdpo_jax.run.index.file_hash", lambda path: read.append(path) or real(path))
     os.utime(picture, ns=(0, 1))  # of the same size
     assert again.hash(picture) and read == [picture]
+
+
+LEARN = """
+import sys
+from pathlib import Path
+from hgdpo_jax.run.index import Index
+path, own = Path(sys.argv[1]), map(Path, sys.argv[2:])
+for file in own:
+    index = Index(path)
+    index.hash(file)
+    index.save()
+print("done")
+"""
+
+
+def test_commands_that_learn_at_once_lose_nothing_of_each_other(tmp_path: Path) -> None:
+    files = [[tmp_path / f"{process}-{i}" for i in range(12)] for process in range(3)]
+    for file in (file for own in files for file in own):
+        file.write_text(file.name)
+    path = tmp_path / "run" / "content.json"
+    path.parent.mkdir()
+    commands = [[sys.executable, "-c", LEARN, str(path), *map(str, own)] for own in files]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    assert [process.communicate()[0] for process in running] == ["done\n"] * 3
+    assert set(json.loads(path.read_text())) == {str(file) for own in files for file in own}
+    assert [entry.name for entry in path.parent.iterdir()] == ["content.json"]
+
+
+def test_what_another_learnt_meanwhile_is_kept_and_what_changed_is_the_newest(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "b").write_text("b")
+    path = tmp_path / "content.json"
+    one, two = Index(path), Index(path)
+    one.learn([tmp_path / "a", tmp_path / "none", tmp_path])
+    two.learn([tmp_path / "a", tmp_path / "b"])
+    one.save()
+    (tmp_path / "a").write_text("changed")
+    changed = two.hash(tmp_path / "a")
+    two.save()
+    one.save()  # nothing new
+    kept = json.loads(path.read_text())
+    assert {name for name, entry in kept.items() if entry[2]} == {str(tmp_path / name) for name in "ab"}
+    assert kept[str(tmp_path / "a")][2] == changed != file_hash(tmp_path / "b")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3", '{"a": 1}', '{"a": [1, 2]}', '{"a": null}', "\xff"])
+def test_an_index_that_is_none_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "content.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"content.json: not JSON \(.*\); remove it, it will be made again"):
+        Index(tmp_path / "content.json")
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EMFILE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENFILE])
+def test_an_error_that_may_pass_is_waited_for_and_then_ends_the_command(
+    code: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    answers = [OSError(code, os.strerror(code))] * 2 + ["content"]
+
+    def read() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    assert retried(read, "a.jpg") == "content" and slept == [1, 3] and "trying again in 3 s" in caplog.text
+    answers = [OSError(code, os.strerror(code))] * 9
+    with pytest.raises(UserError, match=rf"a.jpg: cannot be read \({os.strerror(code)}\), nor could it be for 44 s"):
+        retried(read, "a.jpg")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "No"), PermissionError(errno.EACCES, "No"),
+                                   OSError("image file is truncated"), ValueError("no number")])  # fmt: skip
+def test_what_is_wrong_with_the_file_is_not_waited_for(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited"))
+    with pytest.raises(type(error)):
+        retried(Mock(side_effect=error), "a.jpg")
+
+
+def test_a_lock_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
+    with lock(tmp_path / "run" / "stage1" / "pairs"):
+        assert (tmp_path / "run" / "stage1").is_dir()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "run").mkdir()
+    with lock(tmp_path / "run" / "stage1" / "pairs"):
+        (tmp_path / "run" / "stage1" / "pairs").mkdir()
+    assert (tmp_path / "run" / "stage1" / "pairs").is_dir()
+    with pytest.raises(ZeroDivisionError), lock(tmp_path / "other" / "out"):
+        raise ZeroDivisionError
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_several_processes_write_at_once_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "building.json"
+    with atomic_path(path, shared=True) as first:
+        first.write_text("1")
+        write_json(path, {"seed": 2}, shared=True)
+        assert json.loads(path.read_text()) == {"seed": 2}
+    assert path.read_text() == "1" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("name", ["a[1]", "[abc]", "a*", "a?"])

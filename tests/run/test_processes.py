@@ -1,6 +1,7 @@
 """What several processes agree on, as each of them sees it; tests/processes starts them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +47,38 @@ def test_who_was_started_with_something_else_is_named(monkeypatch: pytest.Monkey
         processes.require_same({"seed": "2"})
 
 
-def test_process_0_alone_writes_the_index_and_the_others_read_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_process_0_looks_first_and_the_others_read_its_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, file = tmp_path / "content.json", tmp_path / "a"
     file.write_text("a")
     done: list[Any] = []
     monkeypatch.setattr(processes, "barrier", lambda: done.append(path.is_file()))
-    other = Index(path, keep=False)
-    other.hash(file)
-    other.save()
-    assert not path.exists()
     first_process_first(index := Index(path), lambda: index.hash(file))
     monkeypatch.setattr(processes, "is_first", lambda: False)
-    other = Index(tmp_path / "none", keep=False)
+    other = Index(tmp_path / "none")
     other._path = path
     first_process_first(other, lambda: done.append(dict(other._known)))
     assert done == [True, True, json.loads(path.read_text())]  # written before the others go on, who then know it
+
+
+def test_commands_that_begin_on_one_folder_do_not_take_each_others_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "is_alone", lambda: False)
+    monkeypatch.setattr(processes, "require_same", lambda _: None)
+    monkeypatch.setattr(processes, "_VISIBLE", 0)
+    begun: list[int] = []
+
+    def meanwhile(decide: Callable[[], Any]) -> Any:
+        decided = decide()
+        begun.append(1)
+        if len(begun) == 1:  # another command, from its beginning to its end
+            processes.require_same_command(tmp_path, {})
+        return decided
+
+    monkeypatch.setattr(processes, "broadcast", meanwhile)
+    monkeypatch.setattr(processes, "barrier", lambda: None)
+    processes.require_same_command(tmp_path, {})
+    assert len(begun) == 2 and not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_owned_for_all_by_process_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +93,8 @@ def test_a_folder_is_owned_for_all_by_process_0(tmp_path: Path, monkeypatch: pyt
     ("found", "wanted", "message"),
     [
         ({"a": 1, "b": 2}, {"a": 1}, "config key b='nothing': the pairs was made with 2; build"),
+        ({"train.lr": 1e-5}, {"train.lr": 1e-5, "train.ema": 0.9},
+         "config key train.ema=0.9: the pairs was made with 0.0; build"),
         ({"a": 1}, {"a": 1, "b": 2}, "config key b=2: the pairs was made with 'nothing'; build"),
         ({"content of x": "0" * 64}, {"content of x": "1" * 64},
          f"content of x=sha256 {'1' * 12}…: the pairs was made with sha256 {'0' * 12}…; build"),
@@ -96,7 +114,7 @@ def test_what_a_run_folder_holds(tmp_path: Path) -> None:
         groups = ("model", "data", "pairs", "adapter", "train", "evaluate", "mesh")
         write_json(tmp_path / stage / "config.json", {group: {} for group in groups})  # of before there were settings
     assert last_stage(tmp_path) == "stage2" and stage_config(tmp_path, "stage2").train.steps == 20_000
-    with pytest.raises(UserError, match="stage3 was not trained in"):
+    with pytest.raises(UserError, match="stage3 was not trained in .*, stage0, stage2, text_encoder was; run first"):
         stage_config(tmp_path, "stage3")
     assert "configs/stage0_sft.py[:variant]" in train_command("stage0", tmp_path)
     assert [blocks_of(stage) for stage in ("stage1", "stage2", "stage3", "naive")] == ["all", "all", "up", "up"]

@@ -1,5 +1,6 @@
 """The config is checked once, and every complaint names the key."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.settings import CONFIGS, load_config
+from hgdpo_jax.run.settings import CONFIGS, load_config, named
 
 ROOT = Path(__file__).parent.parent.parent
 STAGES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "common"))
@@ -25,16 +26,17 @@ def load(*overrides: str) -> ConfigDict:
 
 
 def test_overrides_keep_the_type_of_the_setting() -> None:
-    loaded = load("train.lr=1e-4", "train.steps=7", "pairs.strengths=1,2", "mesh.fsdp=2")
+    loaded = load("train.lr=1e-4", "train.steps=7", "train.adam=0,0.5", "mesh.fsdp=2")
     assert loaded.is_locked
-    assert (loaded.train.lr, loaded.train.steps, loaded.pairs.strengths, loaded.mesh.fsdp) == (1e-4, 7, (1, 2), 2)
+    assert (loaded.train.lr, loaded.train.steps, loaded.train.adam, loaded.mesh.fsdp) == (1e-4, 7, (0.0, 0.5), 2)
 
 
 def test_a_list_may_hold_commas() -> None:
     loaded = load('evaluate.concept_prompts=["{subject}, in a park", "a bust of {subject}"]', "train.adam=[0.8, 0.99]")
     assert loaded.evaluate.concept_prompts == ("{subject}, in a park", "a bust of {subject}")
     assert loaded.train.adam == (0.8, 0.99)
-    assert load("pairs.strengths=[3]", "data.resolutions=64x64,128x64").data.resolutions == ("64x64", "128x64")
+    assert load("data.resolutions=[64x64]").data.resolutions == ("64x64",)
+    assert load("data.resolutions=64x64,128x64").data.resolutions == ("64x64", "128x64")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,63 @@ def test_a_bad_override_is_one_line_that_names_it(override: str, message: str) -
     with pytest.raises(UserError) as error:
         load(override)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "message"),
+    [
+        (
+            "stage1",
+            "data.caption_dropout=0.1",
+            "data.caption_dropout=0.1: does nothing here, it goes with objective=sft",
+        ),
+        (
+            "stage2",
+            "data.concept_dropout=0.1",
+            "data.concept_dropout=0.1: does nothing here, it goes with train.params=",
+        ),
+        ("stage0_sft", "train.lambda_stat=1", "train.lambda_stat=1.0: does nothing here, it goes with objective=dpo"),
+        ("stage0_sft", "train.beta=10", "train.beta=10.0: does nothing here"),
+        ("personalise", "train.reference=base", "train.reference=base: does nothing here"),
+        (
+            "stage1",
+            "pairs.strengths=1,2",
+            "pairs.strengths=(1, 2): does nothing here, it goes with pairs.winner=sdrecon",
+        ),
+        ("naive", "pairs.strengths=1", "pairs.strengths=(1,): does nothing here"),
+        (
+            "stage1",
+            "pairs.keep_if_winner_scores_higher=true",
+            "does nothing here, it goes with a winner that is chosen",
+        ),
+        ("given", "pairs.keep_if_winner_scores_higher=true", "does nothing here"),
+        (
+            "stage3",
+            "data.pairs=pairs.jsonl",
+            "data.pairs=pairs.jsonl: does nothing here, it goes with pairs.winner=given",
+        ),
+        ("stage1", "train.optimizer=adafactor train.adam=0.5,0.9", "train.adam=(0.5, 0.9): does nothing here"),
+        ("stage2", "pairs.strengths=5,5,7", "pairs.strengths: 5 stands there twice; expects each once"),
+        ("stage1", "data.resolutions=64x64,96x64,64x64", "data.resolutions: 64x64 stands there twice"),
+        ("stage1", 'evaluate.concept_prompts=["a","b","b"]', "evaluate.concept_prompts: b stands there twice"),
+        ("stage2", "train.start=easy", "train.start=easy: the easy stage is called stage1 in settings"),
+        ("text_encoder", "train.pairs=hard", "train.pairs=hard: the hard stage is called stage3 in settings"),
+        ("stage2", "train.start=stage2", "train.start=stage2: is this stage itself; expects another one"),
+        ("stage1", "train.pairs=stage1", "train.pairs=stage1: is this stage itself"),
+        ("stage1", "stage=evaluation", "stage=evaluation: has another meaning in a run; choose another name"),
+        ("stage1", "stage=hard", "stage=hard: has another meaning"),
+    ],
+)
+def test_what_does_nothing_or_means_something_else_is_refused(config: str, overrides: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(f"{CONFIGS}/{config}.py", overrides.split(" "))
+
+
+def test_a_mistake_in_what_a_setting_names_is_said_of_the_setting() -> None:
+    with pytest.raises(UserError, match=r"config key pairs\.scorer=X: X: no weights"), named("pairs.scorer", "X"):
+        raise UserError("X: no weights")
+    with pytest.raises(UserError, match="^config key seed: wrong"), named("pairs.scorer", "X"):
+        raise UserError("config key seed: wrong")
 
 
 def test_blocks_that_do_not_learn_do_not_decay() -> None:

@@ -22,12 +22,13 @@ import optax
 import pytest
 
 from hgdpo_jax.data.loader import PairLoader
+from hgdpo_jax.main import main
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import file_hash
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.locks import lock
+from hgdpo_jax.training import changes, loop, metrics, monitor, start
 from hgdpo_jax.training import inputs as stage_inputs
-from hgdpo_jax.training import loop, metrics, monitor, start
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
 from hgdpo_jax.training.finished import finished_policy, made_from
@@ -35,7 +36,7 @@ from hgdpo_jax.training.inputs import depends_on
 from hgdpo_jax.training.loop import train
 from hgdpo_jax.training.metrics import MetricLog
 from hgdpo_jax.training.monitor import UNLEARNING, Monitor
-from hgdpo_jax.training.optimizer import make_optimizer
+from hgdpo_jax.training.optimizer import learning_rate, make_optimizer
 from hgdpo_jax.training.policy import load_trainable, policy_of
 from hgdpo_jax.training.speed import Speed
 from tests import tiny
@@ -196,7 +197,9 @@ def test_a_stage_before_its_predecessor_is_refused(base: Path, finished: Path, t
 
 def test_another_config_does_not_go_on(finished: Path, base: Path) -> None:
     before = file_hash(finished / "stage1" / "config.json")
-    line = "config key train.lr=0.5: the checkpoint in .* was made with 0.01; use that, or another --workdir"
+    line = (
+        "config key train.lr=0.5: the checkpoint in .*stage1 was made with 0.01; use that, .* by --resume-with train.lr"
+    )
     with pytest.raises(UserError, match=line):
         train(tiny.config(base, steps=8, lr=0.5), finished)
     assert file_hash(finished / "stage1" / "config.json") == before
@@ -214,6 +217,70 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(
         train(config, tmp_path)
     assert Checkpoints(tmp_path / "stage1").latest() == 6
     assert everything(tmp_path, base, 6) == everything(finished, base, 6)
+
+
+def test_the_advice_after_nan_can_be_followed_and_is_recorded(
+    finished: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    _copy(finished, tmp_path)
+    calmer = {"lr": 1e-3, "beta": 9000.0, "clip_norm": 0.0, "schedule": "cosine"}
+    before = (tmp_path / "stage1" / "config.json").read_bytes()
+    with pytest.raises(UserError, match="config key train.schedule='cosine': .* or go on with it by --resume-with"):
+        train(tiny.config(base, steps=8, **calmer), tmp_path, may_change=["train.lr", "train.beta"])
+    assert (tmp_path / "stage1" / "config.json").read_bytes() == before
+    named = changes.changeable("train.lr,train.beta,train.clip_norm,train.schedule")
+    train(tiny.config(base, steps=8, **calmer), tmp_path, may_change=named)
+    assert "stage1: goes on after step 6 with train.lr=0.001, which was 0.01" in capsys.readouterr().out
+    meta = Checkpoints(tmp_path / "stage1").meta(8)
+    (change,) = meta["changes"]
+    assert change["step"] == 6 and change["train.beta"] == [5000.0, 9000.0] and change["train.lr"] == [0.01, 0.001]
+    rates = [line["train/learning_rate"] for line in metrics.read(tmp_path / "stage1" / "logs") if line["step"] > 6]
+    assert rates == [pytest.approx(learning_rate(tiny.config(base, steps=8, **calmer).train, step)) for step in (6, 7)]
+    train(tiny.config(base, steps=8, **calmer), tmp_path, may_change=named)  # the same command again
+    with pytest.raises(UserError, match="--resume-with train.lr: stage1 stands at step 8 of 8, there is none to go on"):
+        train(tiny.config(base, steps=8, **calmer | {"lr": 1e-4}), tmp_path, may_change=["train.lr"])
+
+
+def test_the_command_hands_on_what_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[Any] = []
+    monkeypatch.setattr(loop, "train", lambda *given: handed.extend(given))
+    monkeypatch.setattr("hgdpo_jax.devices.start.start", lambda *given: handed.append(given[1]["--resume-with"]))
+    command = ["main", "--config", "configs/stage1.py:portraits", "--workdir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*command, "--resume-with", "train.lr,--config.train.beta"])
+    main()
+    assert handed[0] == handed[-1] == ("train.lr", "train.beta")
+
+
+@pytest.mark.parametrize("text", ["train.ema", "train.lr,seed", "", "train.lr,", "train.batch", "lr"])
+def test_what_would_be_another_training_does_not_change_on_the_way(text: str) -> None:
+    with pytest.raises(UserError, match=f"argument --resume-with {text}: expects some of model.dtype,train.beta,"):
+        changes.changeable(text)
+
+
+def test_settings_that_may_change_are_those_that_are_named_and_what_comes_with_them() -> None:
+    found = {"train.lr": 1.0, "train.schedule": "constant", "model.dtype": "float16", "content of x": "a"}
+    wanted = found | {"train.schedule": "cosine", "train.steps": 9}
+    assert changes.changes(found, wanted, ["train.schedule"], "x") == {
+        "train.schedule": ["constant", "cosine"],
+        "train.steps": [20_000, 9],
+    }
+    assert changes.changes(found, found | {"train.adam": [0.9, 0.999]}, [], "x") == {}  # a setting that is new
+    for other in ({"content of x": "b"}, {"train.ema": 0.5}, {"model.dtype": "bfloat16"}, {"train.steps": 9}):
+        with pytest.raises(UserError, match=next(iter(other))):
+            changes.changes(found, found | other, ["train.lr", "train.schedule"], "x")
+
+
+def test_what_is_refused_leaves_no_reference_and_no_config(base: Path, tmp_path: Path) -> None:
+    tiny.write_pairs(tmp_path / "stage1" / "pairs")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="argument --profile 9:12: the steps to go are 1 to 4"):
+        train(tiny.config(base), tmp_path, range(9, 12))
+    wrong = tiny.config(base)
+    wrong.data.resolutions = ("64x64",)
+    with pytest.raises(UserError, match="were built for 32x32"):
+        train(wrong, tmp_path)
+    left = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} - {p.relative_to(tmp_path) for p in before}
+    assert left <= {Path("content.json"), Path("stage1/policy")}
 
 
 @pytest.mark.parametrize("part", ["policy", "ema", "optimizer"])
@@ -311,7 +378,7 @@ def test_a_policy_that_unlearns_the_winners_is_warned_of(caplog: pytest.LogCaptu
     for step, error in ((1, 0.105), (2, 0.13), (3, 0.131), (4, 0.4)):
         monitor.report({"error/winner": error, "error/winner_reference": 0.1}, step)
     assert [record.getMessage()[:6] for record in caplog.records] == ["step 2", "step 4"]
-    assert "a lower config.train.lr, a larger config.train.beta" in caplog.text
+    assert f"train again in another workdir with {changes.CALMER}" in caplog.text
 
 
 def test_steps_that_were_raised_and_lowered_again_leave_the_stage_finished(
