@@ -42,7 +42,7 @@ class MetricLog:
         # An evaluation counts once its line is there, which is written last.
         evaluated = was_evaluated(folder, done)
 
-        def comes_again(step: int, names: Iterable[str]) -> bool:
+        def comes_again(step: float, names: Iterable[str]) -> bool:
             return step > done or (step == done and not evaluated and any(map(_of_evaluation, names)))
 
         if self._lines.is_file():
@@ -106,7 +106,7 @@ def _whole_lines(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def _cut_events(path: Path, comes_again: Callable[[int, Iterable[str]], bool]) -> None:
+def _cut_events(path: Path, comes_again: Callable[[float, Iterable[str]], bool]) -> None:
     """Ends a file of TensorBoard's before the first event that comes again, or that is not whole.
 
     An event is a length of eight bytes and a checksum of four, so many bytes, and a checksum of four.

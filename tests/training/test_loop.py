@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -433,18 +432,25 @@ def test_a_reference_that_changed_is_no_result(
     assert Checkpoints(tmp_path / "stage1").latest() == 6
 
 
-def test_reading_a_run_writes_nothing_and_closes_what_it_opened(finished: Path, base: Path, tmp_path: Path) -> None:
+def test_reading_a_run_writes_nothing_and_closes_what_it_opened(
+    finished: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def files() -> list[tuple[Path, int]]:
         return sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
 
+    begun, ended = [], []
+    begin, end = Checkpoints.__init__, Checkpoints.close
+    monkeypatch.setattr(Checkpoints, "__init__", lambda found, *given: begun.append(found) or begin(found, *given))
+    monkeypatch.setattr(Checkpoints, "close", lambda found: ended.append(found) or end(found))
     config = tiny.config(base, steps=6)
-    like, before, threads = policy_of(load_trainable(config, tiny.mesh()), config), files(), threading.active_count()
+    like, before = policy_of(load_trainable(config, tiny.mesh()), config), files()
     finished_policy(finished, "stage1", like, config)
     made_from(finished, "stage1")
     with Checkpoints(tmp_path / "nothing" / "stage1") as checkpoints:
         assert checkpoints.latest() is None
+    assert files() == before and not list(tmp_path.iterdir())
+    assert len(begun) == 3 and begun == ended
     checkpoints.close()  # once more
-    assert files() == before and not list(tmp_path.iterdir()) and threading.active_count() <= threads
 
 
 def test_one_command_at_a_time_trains_a_stage(finished: Path, base: Path) -> None:
