@@ -30,6 +30,7 @@ from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.models import architectures
 from hgdpo_jax.models.architectures import SD15
 from hgdpo_jax.models.convert import abstract, from_torch, keys, load_model, to_torch
+from hgdpo_jax.models.text import of_first
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
 from hgdpo_jax.models.weights import Weights
@@ -205,7 +206,7 @@ def test_words_that_were_added_to_a_tokenizer_do_not_end_the_text(tmp_path: Path
         tokenizer.save_pretrained(folder / name)
     taught = pipelines.load_pipeline(folder)
     old, new = pipeline.tokenize(["a photo of a cat"]), taught.tokenize(["<person> photo of a cat"])
-    assert new[0, 1] == 49408 and np.array_equal(np.delete(new, 1), np.delete(old, 1))
+    assert of_first(jnp.asarray(new))[0, 1] == 49408 and np.array_equal(np.delete(new, 1), np.delete(old, 1))
     embed = nnx.jit(lambda text, ids: text(ids, (64, 64)))
     expected, found = (embed(p.text, jnp.asarray(ids)) for p, ids in ((pipeline, old), (taught, new)))
     assert np.array_equal(found.encoder_hidden_states, expected.encoder_hidden_states)

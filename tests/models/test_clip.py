@@ -92,9 +92,13 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(cls: type, name: st
 
 
 def test_a_config_that_has_a_tower_twice_is_read_as_transformers_reads_it() -> None:
-    older = {"text_config": TEXT, "text_config_dict": {"hidden_act": "gelu", "hidden_size": 64}, "projection_dim": 6}
-    theirs = transformers.CLIPConfig(**older).text_config.to_dict()
+    older = {
+        "text_config": dict(TEXT),
+        "text_config_dict": {"hidden_act": "gelu", "hidden_size": 64},
+        "projection_dim": 6,
+    }
     found = clip._tower(older, "text", clip._TEXT)
+    theirs = transformers.CLIPConfig(**older).text_config.to_dict()
     assert found == {key: theirs[key] for key in found}
 
 
