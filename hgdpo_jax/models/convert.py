@@ -208,10 +208,11 @@ def folder_hash(folder: str | Path, index: Index | None = None) -> str:
 
 
 def save_model(model: nnx.Module, folder: str | Path, dtype: DTypeLike = np.float32, prefix: str = "") -> None:
-    """Writes config.json and weights in `dtype`; `prefix` comes before each key."""
+    """Writes config.json, which tells the dtype if it did, and weights in `dtype`; `prefix` comes before each key."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(model.config)  # type: ignore[attr-defined]  # all models have one
+    config |= {key: np.dtype(dtype).name for key in ("dtype", "torch_dtype") if key in config}
     name = f"{STEMS[0] if '_diffusers_version' in config else STEMS[1]}.safetensors"
     write_weights(folder / name, {f"{prefix}{key}": value for key, value in to_torch(model).items()}, dtype)
     write_json(folder / "config.json", config)

@@ -15,6 +15,7 @@ PROMPT = "a portrait photograph of a woman"
 _DIFFUSERS = ("AutoencoderKL", "DiffusionPipeline", "DPMSolverMultistepScheduler", "StableDiffusionPipeline",
               "StableDiffusionXLPipeline")  # fmt: skip
 _RECIPE = ("draw", "load")
+_DTYPE = {"dtype": "torch.float32"}  # else transformers takes that of config.json, whatever the weights have
 _SCHEDULER = "pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config{})"
 # What diffusers takes a single file for that has no config beside it.
 _TAKEN_FOR = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
@@ -42,7 +43,7 @@ def draw_with_recipe(contents: Contents) -> list[str]:
 
 def load_folder() -> list[str]:
     """The lines that load the diffusers folder."""
-    return ['pipeline = DiffusionPipeline.from_pretrained(".")']
+    return [f'pipeline = DiffusionPipeline.from_pretrained("."{_named(_DTYPE)})']
 
 
 def load_checkpoint(contents: Contents) -> list[str]:
@@ -56,18 +57,19 @@ def load_base(contents: Contents) -> list[str]:
     model = contents.config.model
     lines, more = [], {}
     if model.vae:
-        path, config = _quoted(_absolute(model.vae)), _config(contents)
-        of_file = _named(config | {"subfolder": _quoted("vae")}) if config else ""
-        one = f"from_pretrained({path})" if Path(model.vae).is_dir() else f"from_single_file({path}{of_file})"
-        lines.append(f"vae = AutoencoderKL.{one}")
+        folder, config = Path(model.vae).is_dir(), _config(contents)
+        told = config | {"subfolder": _quoted("vae")} if config and not folder else {}
+        how = "from_pretrained" if folder else "from_single_file"
+        lines.append(f"vae = AutoencoderKL.{how}({_quoted(_absolute(model.vae))}{_named(told | _DTYPE)})")
         more["vae"] = "vae"
     if repository := hub_repository(model.base):
         name, more["revision"] = map(_quoted, repository)
-        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({name}{_named(more)})")
+        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({name}{_named(more | _DTYPE)})")
     elif Path(model.base).is_dir():
         if ".fp16." in (chosen({path.name for path in Path(model.base, "unet").glob("*")}) or ""):
             more["variant"] = _quoted("fp16")
-        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({_quoted(_absolute(model.base))}{_named(more)})")
+        path = _quoted(_absolute(model.base))
+        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({path}{_named(more | _DTYPE)})")
     else:
         lines += _load_file(contents, _absolute(model.base), more)
     if model.lora:
@@ -86,7 +88,7 @@ def _config(contents: Contents) -> dict[str, str]:
 
 def _load_file(contents: Contents, path: str, more: dict[str, str]) -> list[str]:
     kind = "StableDiffusionXLPipeline" if is_xl(contents.pipeline) else "StableDiffusionPipeline"
-    lines = [f"pipeline = {kind}.from_single_file({_quoted(path)}{_named(more)})"]
+    lines = [f"pipeline = {kind}.from_single_file({_quoted(path)}{_named(more | _DTYPE)})"]
     config = contents.pipeline.schedule.config
     other = {key: config[key] for key, usual in _TAKEN_FOR.items() if config.get(key, usual) != usual}
     if other and "config" not in more:
@@ -104,7 +106,7 @@ def _with_imports(lines: Sequence[str]) -> list[str]:
     def used(names: Sequence[str]) -> str:
         return ", ".join(name for name in names if any(re.search(rf"\b{name}[.(]", line) for line in lines))
 
-    imports = [f"from diffusers import {used(_DIFFUSERS)}"]
+    imports = ["import torch", f"from diffusers import {used(_DIFFUSERS)}"]
     imports += [f"from {RECIPE_FILE.removesuffix('.py')} import {used(_RECIPE)}"] if used(_RECIPE) else []
     return [*imports, "", *lines]
 

@@ -84,7 +84,11 @@ def pictures(folder: Path, start: np.ndarray, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_base(tmp_path_factory.mktemp("base"))
+    """Its text encoder's config says float16, as SDXL's."""
+    folder = tiny.write_base(tmp_path_factory.mktemp("base"))
+    path = folder / "text_encoder" / "config.json"
+    write_json(path, json.loads(path.read_text()) | {"torch_dtype": "float16"})
+    return folder
 
 
 def moved(policy: Any) -> Any:
@@ -203,6 +207,8 @@ def test_the_text_encoders_lora_is_merged_at_half_its_weight_or_whole(base: Path
     for merge in (None, "whole"):
         exported.export(tmp_path, tmp_path / f"{merge}", "text_encoder", ["diffusers"], None, merge)
         after = load_file(tmp_path / f"{merge}" / "text_encoder" / "model.safetensors")
+        told = json.loads((tmp_path / f"{merge}" / "text_encoder" / "config.json").read_text())
+        assert told["torch_dtype"] == "float32"
         assert {name.partition(".")[0] for name in after} == {"text_model"}
         changes.append(after[f"text_model.{key}"] - before)
     np.testing.assert_allclose(2 * changes[0], changes[1], atol=1e-6)
@@ -258,7 +264,7 @@ def test_the_front_matter_names_a_base_on_the_hub_or_none(
     assert re.findall(r"^base_model: (.*)$", front, re.MULTILINE) == (['"owner/name"'] if form == "hub" else [])
     assert hub_repository(str(name)) == (("owner/name", "0" * 40) if form == "hub" else None)
     if form == "hub":
-        line = f'pipeline = DiffusionPipeline.from_pretrained("owner/name", revision="{"0" * 40}")'
+        line = f'pipeline = DiffusionPipeline.from_pretrained("owner/name", revision="{"0" * 40}", dtype=torch.float32)'
         assert line in code_of(card).splitlines() and card.splitlines()[8].startswith("# name, stage1 of")
 
 
@@ -305,8 +311,8 @@ def test_the_code_that_loads_the_base_names_all_of_its_path_and_finds_half_preci
     monkeypatch.chdir(tmp_path)
     given = contents("base", drawn.pipeline)
     code = card_code.load_base(given)
-    assert code == [f'pipeline = DiffusionPipeline.from_pretrained("{tmp_path}/base", variant="fp16")']
-    assert loaded(given).unet.dtype == torch.float32
+    line = f'pipeline = DiffusionPipeline.from_pretrained("{tmp_path}/base", variant="fp16", dtype=torch.float32)'
+    assert code == [line] and loaded(given).text_encoder.dtype == torch.float32
 
 
 def test_the_code_that_loads_a_single_file_says_that_it_predicts_v(
