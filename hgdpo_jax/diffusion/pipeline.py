@@ -16,7 +16,7 @@ from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.diffusion.source import MODELS, Source, open_source
 from hgdpo_jax.models.convert import Place, abstract, from_torch, keys
 from hgdpo_jax.models.ip_adapter import IPAdapter
-from hgdpo_jax.models.text import TextConditioner
+from hgdpo_jax.models.text import TextConditioner, both
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
 from hgdpo_jax.run import processes
@@ -78,16 +78,24 @@ class Pipeline:
         return height // factor, width // factor, int(self.unet.config["in_channels"])
 
     def tokenize(self, captions: Sequence[str]) -> Int[np.ndarray, "b s"]:
-        """Token ids, padded and cut to CLIP's 77 positions, as diffusers does."""
-        return tokenize(self.tokenizers["tokenizer"], captions)
+        """Token ids, padded and cut to CLIP's 77 positions, as diffusers does. XL's are of both tokenizers, see
+        :mod:`hgdpo_jax.models.text`."""
+        return _ids(self.tokenizers, captions)
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         """The number of tokens of each caption, with begin and end, before it is cut."""
-        return [len(ids) for ids in self.tokenizers["tokenizer"](list(captions), verbose=False).input_ids]
+        counts = [
+            [len(ids) for ids in tokenizer(list(captions), verbose=False).input_ids]
+            for tokenizer in self.tokenizers.values()
+        ]
+        return [max(of_each) for of_each in zip(*counts, strict=True)]
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Int[np.ndarray, "b s"]:
-    """Token ids int32 [b, 77]: begin, words, end, padding."""
+    """Token ids int32 [b, 77] of one tokenizer: begin, words, end, padding.
+
+    `<|endoftext|>` in a caption is a token of its own, not the end, as in diffusers.
+    """
     ids = tokenizer(
         list(captions),
         padding="max_length",
@@ -96,6 +104,12 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Int[np.ndarra
         return_tensors="np",
     ).input_ids
     return ids.astype(np.int32)
+
+
+def _ids(tokenizers: Mapping[str, CLIPTokenizer], captions: Sequence[str]) -> Int[np.ndarray, "b s"]:
+    """See :meth:`Pipeline.tokenize`."""
+    first = tokenize(tokenizers["tokenizer"], captions)
+    return both(first, tokenize(tokenizers["tokenizer_2"], captions)) if "tokenizer_2" in tokenizers else first
 
 
 def load_pipeline(
@@ -162,7 +176,7 @@ def _assemble(
         text=TextConditioner(
             model("text_encoder"),
             model("text_encoder_2"),
-            empty_ids=tuple(tokenize(source.tokenizers["tokenizer"], [""])[0].tolist()),
+            empty_ids=tuple(_ids(source.tokenizers, [""])[0].tolist()),
             pad_2=_second_padding(source),
             zero_empty=bool(source.index.get("force_zeros_for_empty_prompt", False)),
         ),
@@ -178,7 +192,7 @@ def _stored(dtype: str) -> jnp.dtype:
 
 
 def _second_padding(source: Source) -> int:
-    """The padding of the second tokenizer, once it is sure that nothing else differs."""
+    """The padding of the second tokenizer, once it is sure that words are the same to both."""
     if "tokenizer_2" not in source.tokenizers:
         return 0
     first, second = (source.tokenizers[name] for name in ("tokenizer", "tokenizer_2"))

@@ -25,6 +25,7 @@ from hgdpo_jax.diffusion.pipeline import POSITIONS, Pipeline
 from hgdpo_jax.diffusion.programs import Guidance, Programs, SamplerInputs
 from hgdpo_jax.diffusion.sdrecon import sdrecon
 from hgdpo_jax.diffusion.trajectory import Trajectory, from_noise
+from hgdpo_jax.pictures.write import require_finite
 from hgdpo_jax.run import processes
 
 # Images in [-1, 1] and token ids → a pytree of arrays of b rows.
@@ -168,8 +169,16 @@ class Sampler:
         return self._run(lambda part: self._draw(trajectory, part), SamplerInputs(None, ids, keys, latents), note)
 
     def decode(self, latents: Latents, note: str) -> Images:
-        """Images in [-1, 1]."""
-        return self._run(self._decode, latents, note)
+        """Images in [-1, 1].
+
+        Raises:
+            UserError: one holds NaN or infinity.
+        """
+        images = self._run(self._decode, latents, note)
+        names = [f"{note}, picture {number}" for number in range(len(latents))]
+        require_finite(latents, names)
+        require_finite(images, names)
+        return images
 
     def encode(self, images: Images, note: str) -> Latents:
         """Scaled latent means of images in [-1, 1]."""

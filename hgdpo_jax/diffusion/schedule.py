@@ -18,6 +18,27 @@ Latent = Float[Array, "b h w c"]
 Timesteps = Int[Array, "b"]
 Scale = Float[Array, ""] | Float[Array, "b 1 1 1"]  # multiplies latents
 
+# diffusers' classes for networks that were trained on steps of β, and what each takes for keys that the file leaves
+# out: beta_start, beta_end, beta_schedule.
+_LINEAR = """DDIMInverse DDIMParallel DDIM DDPMParallel DDPM DEISMultistep DPMSolverMultistepInverse DPMSolverMultistep
+DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete LMSDiscrete PNDM SASolver UniPCMultistep"""
+_LINEAR_LATER = "DPMSolverSDE HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete"
+_BETAS: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(_LINEAR.split(), (1e-4, 0.02, "linear")),
+    **dict.fromkeys(_LINEAR_LATER.split(), (0.00085, 0.012, "linear")),
+    **dict.fromkeys(("LCM", "TCD"), (0.00085, 0.012, "scaled_linear")),
+}
+# The first value is what an absent key means. The last three are of EDM (Karras et al. 2022) and of flow matching.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "prediction_type": ("epsilon", "v_prediction"),
+    "rescale_betas_zero_snr": (False, True),
+    "trained_betas": (None,),
+    "timestep_type": ("discrete",),
+    "use_flow_sigmas": (False,),
+    "sigma_data": (None,),
+    "shift": (None,),
+}
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
@@ -40,9 +61,20 @@ class NoiseSchedule:
         Raises:
             UserError: a setting that is not computed; the line begins with `source`.
         """
+        scheduler = str(config.get("_class_name", "DDPMScheduler")).removesuffix("Scheduler")
+        if scheduler not in _BETAS:
+            raise UserError(f"{source}{scheduler}Scheduler: not supported, only those whose networks were trained on "
+                            "steps of beta, as DDIMScheduler; EDM and flow matching are not")  # fmt: skip
+        for key, values in _ONLY.items():
+            if config.get(key, values[0]) not in values:
+                raise UserError(f"{source}scheduler config {key}={config[key]!r}: expects one of {values}")
+        names = ("beta_start", "beta_end", "beta_schedule")
+        start, end, shape = (config.get(name, default) for name, default in zip(names, _BETAS[scheduler], strict=True))
         count = config.get("num_train_timesteps", 1000)
-        start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-        shape = config.get("beta_schedule", "linear")
+        if not (isinstance(count, int) and isinstance(start, float) and isinstance(end, float)
+                and count > 0 and 0 < start < end < 1):  # fmt: skip
+            raise UserError(f"{source}scheduler config num_train_timesteps={count!r}, beta_start={start!r}, "
+                            f"beta_end={end!r}: expects a count, and numbers that rise between 0 and 1")  # fmt: skip
         # float32 as in diffusers: the tables agree to the last bits.
         if shape == "scaled_linear":
             betas = np.linspace(start**0.5, end**0.5, count, dtype=np.float64).astype(np.float32) ** 2
@@ -50,13 +82,6 @@ class NoiseSchedule:
             betas = np.linspace(start, end, count, dtype=np.float64).astype(np.float32)
         else:
             raise UserError(f"{source}scheduler config beta_schedule={shape!r}: expects scaled_linear or linear")
-        for key, values in {
-            "prediction_type": ("epsilon", "v_prediction"),
-            "rescale_betas_zero_snr": (False, True),
-            "trained_betas": (None,),
-        }.items():
-            if config.get(key, values[0]) not in values:
-                raise UserError(f"{source}scheduler config {key}={config[key]!r}: expects one of {values}")
         alphas, prediction = np.cumprod(1.0 - betas, dtype=np.float32), config.get("prediction_type", "epsilon")
         if config.get("rescale_betas_zero_snr"):
             if prediction == "epsilon":

@@ -18,11 +18,13 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import CLIPTokenizer
 
 from hgdpo_jax.config import ASSETS
+from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.models import ldm
 from hgdpo_jax.models.architectures import Architecture, recognise
 from hgdpo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
-from hgdpo_jax.models.convert import abstract, keys, read_config, read_json
+from hgdpo_jax.models.convert import abstract, shapes
 from hgdpo_jax.models.merged import LoRAFile
+from hgdpo_jax.models.model_config import read_config, read_json
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
 from hgdpo_jax.models.weights import Weights, chosen, open_folder, refuse_pickle, shards
@@ -95,6 +97,7 @@ def open_source(base: str, vae: str = "", lora: str = "") -> Source:
         )
     source = _with_vae(source, Path(vae)) if vae else source
     _check_fit(source)
+    NoiseSchedule.from_config(source.scheduler, f"model {source.name}: ")  # raises for one that is not computed
     return _with_lora(source, Path(lora)) if lora else source
 
 
@@ -103,10 +106,10 @@ def _folder(folder: Path) -> Source:
     if not index_path.is_file():
         raise UserError(f"model {folder}: has no model_index.json; give a folder as diffusers writes it")
     index = read_json(index_path)
-    for part, kind in index.items():
-        if part in (*MODELS, *_TOKENIZERS, "scheduler") and kind[0] and not (folder / part).is_dir():
+    for part in (*MODELS, *_TOKENIZERS, "scheduler"):
+        if _class_of(index, part) and not (folder / part).is_dir():
             raise UserError(f"model {folder}: has no folder {part}; its model_index.json names one")
-    parts = [part for part in MODELS if (index.get(part) or [None])[0]]
+    parts = [part for part in MODELS if _class_of(index, part)]
     for part in ("unet", "vae", "text_encoder"):
         if part not in parts:
             raise UserError(f"model {folder}: {index.get('_class_name')} has no {part}; expected Stable Diffusion")
@@ -117,10 +120,22 @@ def _folder(folder: Path) -> Source:
         open=lambda part, keys: weights[part],
         files=[file for part in parts for file in weights[part].files],
         tokenizers={name: _tokenizer(folder / name) for name in _TOKENIZERS if (folder / name).is_dir()},
-        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
+        scheduler=_scheduler(folder, index),
         index=index,
         licence=_licence(folder / "README.md"),
     )
+
+
+def _class_of(index: Mapping[str, Any], part: str) -> str | None:
+    """The class that model_index.json names for a part, if it names one."""
+    kind = index.get(part)
+    return kind[1] if isinstance(kind, list) and len(kind) == 2 else None
+
+
+def _scheduler(folder: Path, index: Mapping[str, Any]) -> Mapping[str, Any]:
+    """scheduler_config.json, for the class that model_index.json names, as diffusers reads it."""
+    config, name = read_json(folder / "scheduler" / "scheduler_config.json"), _class_of(index, "scheduler")
+    return {**config, "_class_name": name} if name else config
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:
@@ -211,14 +226,21 @@ def _download(repository: str, revision: str) -> Path:
 
 def _with_vae(source: Source, path: Path) -> Source:
     """The source with another VAE: a model folder, or a file in either layout, alone or in a whole checkpoint."""
-    refuse_pickle(path)
     config, fit = source.configs["vae"], "its config.json"
-    if path.is_dir():
-        config, weights = read_config(path), open_folder(path)
-    else:
-        weights, instead = Weights(path), "give a folder with its config.json"
-        fit = f"the VAE that --config.model.vae={path} replaces; {instead}"
-    prefix = next((prefix for prefix in ("", ldm.VAE_PREFIX) if f"{prefix}{ldm.VAE_CONV}" in weights), "")
+    try:
+        refuse_pickle(path)
+        if path.is_dir():
+            _require_vae(path)
+            config, weights = read_config(path), open_folder(path)
+        else:
+            weights, instead = Weights(path), "give a folder with its config.json"
+            fit = f"the VAE that --config.model.vae={path} replaces; {instead}"
+    except UserError as error:  # which begins with the path
+        raise UserError(f"config key model.vae={error}") from error
+    conv_in = "encoder.conv_in.weight"  # in both layouts
+    prefix = next((prefix for prefix in ("", ldm.VAE_PREFIX) if prefix + conv_in in weights), None)
+    if prefix is None:
+        raise UserError(f"config key model.vae={path}: is no VAE, it has no weight {conv_in}")
 
     def part(name: str, keys: Sequence[str]) -> Mapping[str, np.ndarray]:
         if name != "vae":
@@ -236,10 +258,23 @@ def _with_vae(source: Source, path: Path) -> Source:
     )
 
 
+def _require_vae(folder: Path) -> None:
+    """Raises UserError for a folder of anything but an AutoencoderKL."""
+    if (folder / "model_index.json").is_file():
+        raise UserError(f"{folder}: is a whole checkpoint; give its VAE, {folder / 'vae'}")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: has no config.json; expected the folder of an AutoencoderKL")
+    config = read_config(folder)
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL" or "block_out_channels" not in config:
+        kind = (config.get("architectures") or [kind])[0] if kind == "AutoencoderKL" else kind
+        raise UserError(f"{folder}: is no VAE ({kind}); expected the folder of an AutoencoderKL")
+
+
 def _with_lora(source: Source, path: Path) -> Source:
     """The source with a LoRA merged into its UNet and text encoders."""
-    models = {part: keys(abstract(MODELS[part], config)) for part, config in source.configs.items() if part != "vae"}
-    lora = LoRAFile(path, {part: (source.configs[part], names) for part, names in models.items()})
+    configs = {part: config for part, config in source.configs.items() if part != "vae"}
+    lora = LoRAFile(path, {part: (config, shapes(abstract(MODELS[part], config))) for part, config in configs.items()})
 
     def part(name: str, keys: Sequence[str]) -> Mapping[str, np.ndarray]:
         weights = source.open(name, keys)
@@ -257,7 +292,7 @@ def _check_fit(source: Source) -> None:
         kind = "as inpainting models do; " if channels == 9 else ""
         raise UserError(f"model {source.name}: its UNet takes {channels} channels, {kind}the latents of its VAE have "
                         f"{latent}")  # fmt: skip
-    width, given = unet["cross_attention_dim"], sum(config["hidden_size"] for config in texts)
+    width, given = unet["cross_attention_dim"], sum(config.get("hidden_size", 512) for config in texts)
     if width != given:
         raise UserError(f"model {source.name}: its text encoders give embeddings of width {given}, its UNet reads "
                         f"{width}; they belong to different models")  # fmt: skip

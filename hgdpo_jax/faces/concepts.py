@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from hgdpo_jax.faces.detection import FaceDetector, Images, crop
 from hgdpo_jax.faces.embedding import FaceEmbedder
 from hgdpo_jax.models import ip_adapter
-from hgdpo_jax.models.clip import clip_normalised
 from hgdpo_jax.models.convert import folder_hash
+from hgdpo_jax.models.preprocessing import clip_pixels, read_preprocessing
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.index import Index
@@ -52,12 +52,14 @@ class ConceptEncoder:
             return
         _require_encoder(kind, image_encoder)
         encoder = ip_adapter.load_image_encoder(image_encoder)
-        self._faces, self._size = FaceDetector(), encoder.config["image_size"]
+        size = encoder.config["image_size"]
+        how = read_preprocessing(Path(image_encoder), size)
+        self._faces, self._size = FaceDetector(), how.short or size
         graph, self._weights = nnx.split(encoder)
 
         @jax.jit
         def features(weights: nnx.State, faces: Float[Array, "n s s 3"]) -> Float[Array, "n m f"]:
-            return ip_adapter.image_features(nnx.merge(graph, weights), kind, clip_normalised(faces))
+            return ip_adapter.image_features(nnx.merge(graph, weights), kind, clip_pixels(faces, size, how))
 
         self._features = features
         one = jnp.zeros((1, self._size, self._size, 3))

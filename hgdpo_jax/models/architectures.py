@@ -47,6 +47,9 @@ def recognise(weights: Weights, source: str, with_vae: bool = True) -> Architect
         raise UserError(f"{source}: is a LoRA, not a checkpoint; give the checkpoint it belongs to")
     if _CONV_IN not in weights:
         raise UserError(f"{source}: has no weight {_CONV_IN}; expected a Stable Diffusion 1.x or XL checkpoint")
+    edm = sorted(key for key in weights if key.startswith("edm_"))
+    if edm:
+        raise UserError(f"{source}: has {edm[0]}: trained by EDM, as Playground 2.5 and CosXL; not supported")
     channels = weights.shape(_CONV_IN)[1]
     if channels != 4:
         raise UserError(f"{source}: its UNet takes {channels} channels, as inpainting models do; expected 4")

@@ -16,6 +16,13 @@ from hgdpo_jax.models.model_config import ModelConfig, check_only
 from hgdpo_jax.run.errors import UserError
 
 _ONLY: dict[str, tuple[Any, ...]] = {"attention_dropout": (0.0, 0), "dropout": (0.0, 0), "num_channels": (3,)}
+# What transformers takes for keys that config.json leaves out: those of a model's towers are written where they differ.
+_TOWER: dict[str, Any] = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
+_TEXT = _TOWER | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+_TEXT |= {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407}
+_VISION = _TOWER | {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+_VISION |= {"image_size": 224, "patch_size": 32}
+_PROJECTION = 512
 _ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -52,7 +59,7 @@ class CLIPMLP(nnx.Module):
 
     def __init__(self, config: Mapping[str, Any], make: Layers) -> None:
         width, hidden = config["hidden_size"], config["intermediate_size"]
-        self.activation = config.get("hidden_act", "quick_gelu")
+        self.activation = config["hidden_act"]
         if self.activation not in _ACTIVATIONS:
             raise UserError(f"CLIP config hidden_act={self.activation!r}: expects one of {', '.join(_ACTIVATIONS)}")
         self.fc1 = make.linear(width, hidden)
@@ -63,7 +70,7 @@ class CLIPMLP(nnx.Module):
 
 
 def _norm(config: Mapping[str, Any], make: Layers) -> nnx.LayerNorm:
-    return make.layer_norm(config["hidden_size"], config.get("layer_norm_eps", 1e-5))
+    return make.layer_norm(config["hidden_size"], config["layer_norm_eps"])
 
 
 class CLIPEncoderLayer(nnx.Module):
@@ -110,10 +117,11 @@ class CLIPTextModel(nnx.Module):
     """The text encoder. Arguments as for every model: parsed config.json, rngs, compute dtype."""
 
     def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
-        check_only(config, _ONLY, "CLIP text")
+        check_only(config, _ONLY | {"model_type": ("clip_text_model",)}, "CLIP text")
         self.config, make = ModelConfig(config), Layers(rngs, dtype)
+        config = _TEXT | dict(config)
         # Configs from before transformers 4.31 say 2; there the highest id ends the text, as in OpenAI's code.
-        self.eos = config.get("eos_token_id", 49407)
+        self.eos = config["eos_token_id"]
         self.embeddings = CLIPTextEmbeddings(config, make)
         self.encoder = CLIPEncoder(config, make)
         self.final_layer_norm = _norm(config, make)
@@ -133,13 +141,20 @@ class CLIPTextModelWithProjection(nnx.Module):
     def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         self.config = ModelConfig(config)
         self.text_model = CLIPTextModel(config, rngs=rngs, dtype=dtype)
-        width, out = config["hidden_size"], config["projection_dim"]
+        width, out = config.get("hidden_size", _TEXT["hidden_size"]), config.get("projection_dim", _PROJECTION)
         self.text_projection = Layers(rngs, dtype).linear(width, out, bias=False)
 
     def __call__(self, input_ids: Int[Array, "b s"]) -> CLIPOutput:
         """As CLIPTextModel, with `pooled` projected to [b, projection_dim]."""
         output = self.text_model(input_ids)
         return output._replace(pooled=self.text_projection(output.pooled))
+
+
+def _tower(config: Mapping[str, Any], name: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a tower in a CLIPModel's. Older files may have a second one, which then counts."""
+    older = config.get(f"{name}_config_dict")
+    given = config[f"{name}_config"] if older is None else config.get(f"{name}_config")
+    return {**known, **(given or {})} if older is None else {**(given or {}), **known, **older}
 
 
 class CLIPVisionEmbeddings(nnx.Module):
@@ -165,7 +180,8 @@ class CLIPVisionModel(nnx.Module):
     """The image encoder; its pooled output is the normalised class token."""
 
     def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
-        check_only(config, _ONLY, "CLIP vision")
+        check_only(config, _ONLY | {"model_type": ("clip_vision_model",)}, "CLIP vision")
+        config = _VISION | dict(config)
         self.config, make = ModelConfig(config), Layers(rngs, dtype)
         self.embeddings = CLIPVisionEmbeddings(config, make)
         self.pre_layrnorm = _norm(config, make)  # upstream's spelling
@@ -182,9 +198,9 @@ class CLIPVisionModelWithProjection(nnx.Module):
     """The image encoder with a projection of the pooled state: what IP-Adapters read images with."""
 
     def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
-        self.config = ModelConfig(config)
         self.vision_model = CLIPVisionModel(config, rngs=rngs, dtype=dtype)
-        width, out = config["hidden_size"], config["projection_dim"]
+        self.config = self.vision_model.config
+        width, out = self.config["hidden_size"], config.get("projection_dim", _PROJECTION)
         self.visual_projection = Layers(rngs, dtype).linear(width, out, bias=False)
 
     def __call__(self, pixels: Float[Array, "b H W 3"]) -> CLIPOutput:
@@ -197,8 +213,10 @@ class CLIPModel(nnx.Module):
     """Both towers and their projections: the shape of PickScore, HPS v2 and the embedded scorer."""
 
     def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
-        self.config = ModelConfig(config)
-        text, vision, out = config["text_config"], config["vision_config"], config["projection_dim"]
+        check_only(config, {"model_type": ("clip",)}, "CLIP")
+        text, vision = (_tower(config, name, known) for name, known in (("text", _TEXT), ("vision", _VISION)))
+        self.config = ModelConfig({**config, "text_config": text, "vision_config": vision})
+        out = config.get("projection_dim", _PROJECTION)
         self.text_model = CLIPTextModel(text, rngs=rngs, dtype=dtype)
         self.vision_model = CLIPVisionModel(vision, rngs=rngs, dtype=dtype)
         self.visual_projection = Layers(rngs, dtype).linear(vision["hidden_size"], out, bias=False)
@@ -212,23 +230,3 @@ class CLIPModel(nnx.Module):
     def text_embeds(self, input_ids: Int[Array, "b s"]) -> Float[Array, "b p"]:
         """Projected text embeddings, not normalised, float32."""
         return self.text_projection(self.text_model(input_ids).pooled).astype(jnp.float32)
-
-
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def clip_pixels(images: Float[Array, "b H W 3"], size: int) -> Float[Array, "b size size 3"]:
-    """CLIP's preprocessing of images in [-1, 1]: bicubic to the short side, centre cut, normalised."""
-    b, height, width, _ = images.shape
-    short = min(height, width)
-    new = (int(height * size / short), int(width * size / short))  # rounded down, as the image processor does
-    if new != (height, width):
-        images = jnp.clip(jax.image.resize(images, (b, *new, 3), "cubic"), -1.0, 1.0)
-    top, left = (new[0] - size) // 2, (new[1] - size) // 2
-    return clip_normalised(images[:, top : top + size, left : left + size])
-
-
-def clip_normalised(images: Float[Array, "*b 3"]) -> Float[Array, "*b 3"]:
-    """Images in [-1, 1] in the units that CLIP's vision towers were trained on."""
-    return (0.5 * (images + 1.0) - jnp.asarray(_MEAN)) / jnp.asarray(_STD)

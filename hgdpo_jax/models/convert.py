@@ -4,8 +4,6 @@ Modules carry upstream's names, so a state path *is* the torch key; only the lea
 is total (every key is used once, every parameter is found) and bijective, bit for bit.
 """
 
-import functools
-import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hgdpo_jax.models.layers import SHAPES
+from hgdpo_jax.models.model_config import read_config
+from hgdpo_jax.models.preprocessing import CLIP, read_preprocessing
 from hgdpo_jax.models.weights import STEMS, open_folder, write_weights
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import json_hash, write_json
@@ -30,6 +30,8 @@ Place = Callable[[str, np.ndarray], jax.Array]
 on_default_device: Place = lambda name, value: jax.device_put(value)  # noqa: E731
 # Buffers that older transformers releases saved and newer ones compute.
 _BUFFERS = ("position_ids",)
+# What a file of a whole CLIPModel has beside one of its towers.
+_OF_CLIP = {"text_model", "vision_model", "text_projection", "visual_projection", "logit_scale"}
 
 
 # The attention of VAEs that diffusers wrote before 2023, among them the official SD 1.x and sd-vae-ft-mse.
@@ -82,6 +84,11 @@ def keys(model: nnx.Module) -> list[str]:
     return [torch_key(path) for path in parameters(model)]
 
 
+def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Torch key → torch's shape of a model's parameters."""
+    return {torch_key(path): _torch_shape(str(path[-1]), leaf.shape) for path, leaf in parameters(model).items()}
+
+
 def from_torch(
     weights: Mapping[str, np.ndarray],
     model: nnx.Module,
@@ -111,6 +118,9 @@ def from_torch(
         if not expected.keys() & stored.keys() and expected.keys() & renamed.keys():
             stored = renamed
     missing, superfluous = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if any(key.endswith("embeddings.position_embedding.weight") for key in expected):  # a tower of CLIP
+        beside = _OF_CLIP - {key.partition(".")[0] for key in expected}
+        superfluous = [key for key in superfluous if key.partition(".")[0] not in beside]
     if missing and any("lora" in key for key in stored):
         raise UserError(f"{source}: holds a LoRA, not a model; give the model that it was trained on")
     for names, fault in ((missing, "missing"), (superfluous, "superfluous")):
@@ -132,7 +142,11 @@ def from_torch(
             )
         # The device's client copies transposed arrays. It might take over the others as they are, and the model would
         # then change with the file.
-        value = value.astype(dtype, copy=value.flags.c_contiguous)
+        narrower = jnp.dtype(dtype).itemsize < value.dtype.itemsize
+        with np.errstate(over="ignore"):
+            value = value.astype(dtype, copy=value.flags.c_contiguous)
+        if narrower and not np.isfinite(value).all():
+            raise UserError(f"{source}: weight {key} is too large for {jnp.dtype(dtype)}; take bfloat16")
         return path, leaf.replace(place(".".join(map(str, path)), value))
 
     # Reading and transposing release the GIL.
@@ -146,39 +160,6 @@ def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
         torch_key(path): to_torch_layout(str(path[-1]), np.asarray(leaf[...]))
         for path, leaf in parameters(model).items()
     }
-
-
-class _Json(dict[str, Any]):
-    """An object of a JSON file, whose missing keys are errors that name the file."""
-
-    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
-        super().__init__(values)
-        self._path = path
-
-    def __missing__(self, key: str) -> Any:
-        raise UserError(f"{self._path}: has no {key}; copy the file again")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a model folder; a later look-up of a missing key raises UserError too.
-
-    Raises:
-        UserError: there is no file, or it is not a JSON object.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=functools.partial(_Json, path))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; expected a model folder as diffusers writes it") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object; expected what diffusers or transformers writes")
-    return found
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder; see :func:`read_json`."""
-    return read_json(folder / "config.json")
 
 
 def abstract(cls: Callable[..., Model], config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> Model:
@@ -212,14 +193,18 @@ def load_model(
 
 
 def folder_hash(folder: str | Path, index: Index | None = None) -> str:
-    """sha256 over the config and the weights of a model folder, wherever it is.
+    """sha256 over what a CLIP model's folder computes with, wherever it is: config and weights, and the image processor
+    where it is not CLIP's.
 
     Args:
         folder: see :func:`load_model`.
         index: knows the hashes of files that were read before.
     """
     folder, index = Path(folder), index or Index()
-    return json_hash({"config": read_config(folder), "weights": [*map(index.hash, open_folder(folder).files)]})
+    config = read_config(folder)
+    content: dict[str, Any] = {"config": config, "weights": [*map(index.hash, open_folder(folder).files)]}
+    how = read_preprocessing(folder, (config.get("vision_config") or config).get("image_size", 224))
+    return json_hash(content if how == CLIP else content | {"preprocessing": how})
 
 
 def save_model(model: nnx.Module, folder: str | Path, dtype: DTypeLike = np.float32) -> None:

@@ -19,9 +19,9 @@ from jaxtyping import Array, Float
 from hgdpo_jax.models.attend import xla
 from hgdpo_jax.models.attention import Memory, Pair, Passthrough, as_pair
 from hgdpo_jax.models.clip import CLIPVisionModelWithProjection
-from hgdpo_jax.models.convert import Place, abstract, from_torch, on_default_device, read_config, to_torch
+from hgdpo_jax.models.convert import Place, abstract, from_torch, on_default_device, to_torch
 from hgdpo_jax.models.layers import Layers
-from hgdpo_jax.models.model_config import ModelConfig
+from hgdpo_jax.models.model_config import ModelConfig, read_config
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.weights import Weights, open_folder, write_weights
 from hgdpo_jax.run.errors import UserError
@@ -181,11 +181,8 @@ def load_image_encoder(folder: str | Path) -> CLIPVisionModelWithProjection:
         UserError: it is neither, a file is missing or damaged, or the weights do not fit the config.
     """
     folder = Path(folder)
-    weights: Mapping[str, np.ndarray] = open_folder(folder)
-    if "vision_config" in read_config(folder):
-        weights = {key: weights[key] for key in weights if key.startswith(("vision_model.", "visual_projection."))}
     model = abstract(CLIPVisionModelWithProjection, image_encoder_config(folder), jnp.float32)
-    from_torch(weights, model, str(folder))
+    from_torch(open_folder(folder), model, str(folder))
     return model
 
 

@@ -163,8 +163,12 @@ SDXL_PARTS: dict[str, tuple[str, Translate]] = {
     "text_encoder": ("conditioner.embedders.0.transformer.", _clip),
     "text_encoder_2": ("conditioner.embedders.1.model.", _open_clip),
 }
-# Nobody needs these: buffers, the training loss of a VAE, and the running mean of its weights.
-_IGNORED = re.compile(r"(^loss\.|^model_ema\.|(^|\.)position_ids$|^logit_scale$|^attn_mask$)")
+# Nobody needs these: buffers, the training loss of a VAE, the running mean of its weights, and what CLIP has beside a
+# text encoder.
+_IGNORED = re.compile(
+    r"^(loss|model_ema|vision_model|visual|visual_projection)\.|(^|\.)(position_ids|text_projection(\.weight)?)$"
+    r"|^(logit_scale|attn_mask)$"
+)
 
 
 class TranslatedWeights(LazyWeights):

@@ -5,7 +5,9 @@ diffusers', of any year, or kohya's: its keys tell which.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,24 +15,45 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hgdpo_jax.models.ldm import unet_name
+from hgdpo_jax.models.model_config import read_json
 from hgdpo_jax.models.weights import LazyWeights, Weights, refuse_pickle
 from hgdpo_jax.run.errors import UserError
 
-_SUFFIXES = (  # of A and B
-    (".lora_A.weight", ".lora_B.weight"),
-    (".lora.down.weight", ".lora.up.weight"),
-    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
-    (".lora_down.weight", ".lora_up.weight"),
-    ("_lora.down.weight", "_lora.up.weight"),
+# What follows the name of a layer: PEFT's A and B, perhaps with the name of an adapter; diffusers' and kohya's.
+_FACTOR = re.compile(
+    r"(?P<layer>.+?)(\.lora_(?P<peft>[AB])(\.\w+)?|(\.lora\.|\.lora_linear_layer\.|\.lora_|_lora\.)(?P<side>down|up))\.weight"
 )
+_ALPHA = re.compile(r"(?P<layer>.+?)(\.lora|\.lora_linear_layer|_lora)?\.alpha")
+_PEFT = "base_model.model."  # how keys of PEFT's own files begin, each of which is of one model
+_BEFORE_0_19 = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}  # of diffusers
+_FILES = ("adapter_model", "pytorch_lora_weights")  # in folders of PEFT and of diffusers
+# PEFT's settings under which W + (alpha / rank) · B A is not what it computes.
+_UNLIKE = ("alpha_pattern", "use_dora", "use_rslora", "fan_in_fan_out")
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")  # so do these kinds of init_lora_weights
+# Part → its config, and torch key → shape of its parameters.
+Models = Mapping[str, tuple[Mapping[str, Any], Mapping[str, tuple[int, ...]]]]
 
 
 class _Layer(NamedTuple):
-    """Keys of a layer's A, B and alpha in the file; where it has no alpha, the metadata tell the scale, or it is 1."""
+    """Keys of a layer's A, B and alpha in the file; where it has no alpha, the settings tell the scale, or it is 1."""
 
     down: str
     up: str
-    alpha: str
+    alpha: str | None
+
+
+def _layers(weights: Weights) -> dict[str, _Layer]:
+    """The layers of a file by the names that it gives them."""
+    downs: dict[str, str] = {}
+    ups: dict[str, str] = {}
+    alphas: dict[str, str] = {}
+    for key in weights:
+        if match := _FACTOR.fullmatch(key):
+            is_down = match["peft"] == "A" or match["side"] == "down"
+            (downs if is_down else ups).setdefault(match["layer"], key)
+        elif match := _ALPHA.fullmatch(key):
+            alphas.setdefault(match["layer"], key)
+    return {name: _Layer(downs[name], ups[name], alphas.get(name)) for name in downs if name in ups}
 
 
 def _bare(key: str) -> str:
@@ -44,89 +67,174 @@ def _names(part: str, module: str, config: Mapping[str, Any]) -> list[str]:
         # kohya's scripts train XL under the names of the original code.
         kohya = [f"lora_unet_{name}".replace(".", "_") for name in (module, unet_name(module, config))]
         attention, _, leaf = module.removesuffix(".0").rpartition(".")
-        # PEFT's own files hold one model, and diffusers' first files of a UNet had no prefix.
-        return [f"unet.{module}", f"base_model.model.{module}", module, f"unet.{attention}.processor.{leaf}",
+        # diffusers' first files of a UNet had no prefix.
+        return [f"unet.{module}", _PEFT + module, module, f"unet.{attention}.processor.{leaf}",
                 f"{attention}.processor.{leaf}", *kohya]  # fmt: skip
     inside = f"text_model.{module}"
+    attention, _, leaf = inside.rpartition(".")
+    old = f"{part}.{attention}.{_BEFORE_0_19.get(leaf, leaf)}"
     prefixes = ("lora_te", "lora_te1") if part == "text_encoder" else ("lora_te2",)
-    return [f"{part}.{inside}", f"{part}.{module}", *(f"{prefix}_{inside}".replace(".", "_") for prefix in prefixes)]
-
-
-def _layer(names: Sequence[str], weights: Weights) -> _Layer | None:
-    for name in names:
-        for down, up in _SUFFIXES:
-            if name + down in weights and name + up in weights:
-                return _Layer(name + down, name + up, f"{name}.alpha")
-    return None
+    kohya = [f"{prefix}_{name}".replace(".", "_") for prefix in prefixes for name in (inside, module)]
+    return [f"{part}.{inside}", f"{part}.{module}", old, _PEFT + inside, _PEFT + module, *kohya]
 
 
 class LoRAFile:
     """A LoRA of a pipeline's models.
 
     Args:
-        path: a .safetensors file.
-        models: part → its config and the keys of its parameters.
+        path: a .safetensors file, or a folder that holds one.
+        models: those of the pipeline.
 
     Raises:
         UserError: not a LoRA that can be read, or one for another model.
     """
 
-    def __init__(self, path: Path, models: Mapping[str, tuple[Mapping[str, Any], Sequence[str]]]) -> None:
-        refuse_pickle(path)
-        self.weights, self._path = Weights(path), path
-        self._layers: dict[tuple[str, str], _Layer] = {}
-        for part, (config, keys) in models.items():
-            for key in keys:
-                module, _, leaf = _bare(key).rpartition(".")
-                found = _layer(_names(part, module, config), self.weights) if leaf == "weight" else None
-                if found:
-                    self._layers[part, _bare(key)] = found
+    def __init__(self, path: Path, models: Models) -> None:
+        self._path = path = _file(path)
+        self.weights = Weights(path)
+        if not self.weights:
+            raise UserError(f"LoRA {path}: holds no tensors")
+        in_file = _layers(self.weights)
+        if any(name.startswith(_PEFT) for name in in_file):
+            part = self._part(in_file, models)
+            models, self._settings = {part: models[part]}, _beside(path, part)
+        else:
+            self._settings = _in_header(path, self.weights.metadata)
+        self._layers = self._found(in_file, models)
         used = {key for layer in self._layers.values() for key in layer}
         rest = sorted(self.weights.keys() - used)
         if rest:
-            kind = "is not a LoRA" if not self._layers else f"has {rest[0]} ({len(rest)} in all)"
+            kind = "is not a LoRA" if not in_file else f"has {rest[0]} ({len(rest)} in all)"
             raise UserError(f"LoRA {path}: {kind}; expected a LoRA of this model's linear layers and convolutions, as "
                             "PEFT, diffusers or kohya's scripts write it")  # fmt: skip
-        self._alphas = _stated_alphas(path, self.weights.metadata)
+        _require_plain(path, self._settings)
+
+    def _part(self, in_file: Mapping[str, _Layer], models: Models) -> str:
+        """The part that a file of PEFT's own is for. Names do not tell two text encoders apart, sizes do.
+
+        Raises:
+            UserError: none, or more than one.
+        """
+        fitting = []
+        for part in models:
+            layers = self._matched(in_file, {part: models[part]})
+            if len(layers) == len(in_file) and all(_fits(self.weights, layer, shape) for _, layer, shape in layers):
+                fitting.append(part)
+        if len(fitting) != 1:
+            which = " and ".join(fitting) or "none of " + ", ".join(models)
+            raise UserError(f"LoRA {self._path}: fits {which}; expected PEFT's file of one of this model's networks")
+        return fitting[0]
+
+    def _found(self, in_file: Mapping[str, _Layer], models: Models) -> dict[tuple[str, str], _Layer]:
+        """(part, bare key of a weight) → its layer. Raises UserError for one of another size."""
+        found = {}
+        for at, layer, shape in self._matched(in_file, models):
+            if not _fits(self.weights, layer, shape):
+                down, up = (self.weights.shape(key) for key in (layer.down, layer.up))
+                raise UserError(f"LoRA {self._path}: {layer.down} is {down} and {layer.up} {up}, {at[1]} is {shape}; "
+                                "it is of another model")  # fmt: skip
+            found[at] = layer
+        return found
+
+    @staticmethod
+    def _matched(
+        in_file: Mapping[str, _Layer], models: Models
+    ) -> list[tuple[tuple[str, str], _Layer, tuple[int, ...]]]:
+        """((part, bare key of a weight), its layer, its shape) of each weight that the file has a LoRA for."""
+        found = []
+        for part, (config, shapes) in models.items():
+            for key, shape in shapes.items():
+                module, _, leaf = _bare(key).rpartition(".")
+                names = _names(part, module, config) if leaf == "weight" else []
+                found += [((part, _bare(key)), in_file[name], shape) for name in names if name in in_file][:1]
+        return found
 
     def into(self, part: str, weights: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """The weights of a part with the LoRA merged, read tensor by tensor."""
         layers = {key: layer for (name, key), layer in self._layers.items() if name == part}
+        absent = sorted(layers.keys() - {_bare(key) for key in weights})
+        if absent:
+            raise UserError(f"LoRA {self._path}: is for {absent[0]}, which the model's files do not have")
 
         def merged(key: str) -> np.ndarray:
             value, layer = weights[key], layers.get(_bare(key))
             if layer is None:
                 return value
-            return np.asarray(value, np.float32) + self._change(part, layer, value.shape, key)
+            return np.asarray(value, np.float32) + self._change(part, layer).reshape(value.shape)
 
         return LazyWeights({key: partial(merged, key) for key in weights})
 
-    def _change(self, part: str, layer: _Layer, shape: tuple[int, ...], key: str) -> np.ndarray:
-        """(alpha / rank) · B A in the shape of the layer's weight, float32.
+    def _change(self, part: str, layer: _Layer) -> np.ndarray:
+        """(alpha / rank) · B A, float32 [out, in].
 
         Raises:
-            UserError: it has another shape.
+            UserError: alpha is no number.
         """
         down, up = (np.asarray(self.weights[name], np.float32) for name in (layer.down, layer.up))
         rank = down.shape[0]
-        alpha = float(self.weights[layer.alpha]) if layer.alpha in self.weights else self._alphas.get(part, rank)
-        product = up.reshape(up.shape[0], -1) @ down.reshape(rank, -1)
-        if product.size != np.prod(shape) or up.shape[0] != shape[0]:
-            raise UserError(f"LoRA {self._path}: {layer.down} and {layer.up} make {product.shape}, {key} is {shape}; "
-                            "it is of another model")  # fmt: skip
-        return alpha / rank * product.reshape(shape)
+        if layer.alpha is None:
+            alpha = self._settings.get(f"{part}.lora_alpha", rank)
+        elif self.weights[layer.alpha].size == 1:
+            alpha = float(self.weights[layer.alpha].item())
+        else:
+            shape = self.weights.shape(layer.alpha)
+            raise UserError(f"LoRA {self._path}: {layer.alpha} is {shape}; expected one number")
+        return alpha / rank * (up.reshape(up.shape[0], -1) @ down.reshape(rank, -1))
 
 
-def _stated_alphas(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
-    """Part → alpha as PEFT's adapter_config.json or diffusers' metadata state it.
+def _fits(weights: Weights, layer: _Layer, shape: tuple[int, ...]) -> bool:
+    """Whether B A has as many numbers as a weight of this shape, in as many rows."""
+    down, up = weights.shape(layer.down), weights.shape(layer.up)
+    if len(down) < 2 or len(up) < 2 or not down[0]:
+        return False
+    return math.prod(up[1:]) == down[0] and up[0] == shape[0] and up[0] * math.prod(down[1:]) == math.prod(shape)
+
+
+def _file(path: Path) -> Path:
+    """The LoRA in a folder, or the file itself.
 
     Raises:
-        UserError: alphas that differ from layer to layer, which can be read from kohya's files only.
+        UserError: there is none, or more than one.
     """
-    beside = path.with_name("adapter_config.json")
-    stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    if path.name == "adapter_model.safetensors" and beside.is_file():
-        stated = {f"unet.{key}": value for key, value in json.loads(beside.read_text()).items()}
-    if any(value for key, value in stated.items() if key.endswith((".alpha_pattern", ".use_dora", ".use_rslora"))):
-        raise UserError(f"LoRA {path}: its layers have alphas of their own; expected one for all")
-    return {key.removesuffix(".lora_alpha"): float(v) for key, v in stated.items() if key.endswith(".lora_alpha")}
+    if not path.is_dir():
+        refuse_pickle(path)
+        return path
+    files = sorted(path.glob("*.safetensors"))
+    named = [file for file in files if file.stem in _FILES] or files
+    if len(named) == 1:
+        return named[0]
+    if not named:
+        refuse_pickle(*(file for file in sorted(path.glob("*.bin")) if file.stem in _FILES))
+    found = ", ".join(file.name for file in named) or "no .safetensors file"
+    raise UserError(f"LoRA {path}: is a folder with {found}; give the file")
+
+
+def _beside(path: Path, part: str) -> dict[str, Any]:
+    """The settings in PEFT's adapter_config.json, which alone tells the scale; keys as :func:`_in_header` has them."""
+    settings = path.with_name("adapter_config.json")
+    if not settings.is_file():
+        raise UserError(f"LoRA {path}: is PEFT's, and its scale stands in adapter_config.json; put that file beside it")
+    return {f"{part}.{key}": value for key, value in read_json(settings).items()}
+
+
+def _in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """`PART.KEY` → PEFT's settings, where diffusers wrote them into the file."""
+    try:
+        found = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"LoRA {path}: its lora_adapter_metadata is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"LoRA {path}: its lora_adapter_metadata is no JSON object")
+    return found
+
+
+def _require_plain(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raises UserError for settings under which a LoRA does not act as :class:`LoRAFile` says."""
+    for name, value in settings.items():
+        key = name.rpartition(".")[2]
+        unlike = key == "init_lora_weights" and str(value).startswith(_CHANGES_THE_BASE)
+        if (key in _UNLIKE and value) or unlike:
+            raise UserError(f"LoRA {path}: was trained with {key}={value!r}, which is not supported")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if key == "lora_alpha" and not number:
+            raise UserError(f"LoRA {path}: its lora_alpha is {value!r}; expected a number")

@@ -1,16 +1,38 @@
 """What the UNet is conditioned on: one CLIP text encoder (Stable Diffusion 1.x, 2.x), or two and the size (XL).
 
 Legend: `b` captions, `s` tokens, `d` width of the text embeddings, `p` of the pooled one.
+
+XL's two encoders read what two tokenizers make of a caption, as in diffusers. These pad with other tokens, and to the
+second its padding `!` is a special token: `wow!!` is one word and its mark to the first, a word and two paddings to the
+second. (Stability's own code differs: its second tokenizer is OpenCLIP's, to which `!` is a mark and `<|endoftext|>` is
+plain text.) The ids of both travel in one array: the first's in the lower 16 bits, the second's in the upper ones.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from hgdpo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from hgdpo_jax.run.errors import UserError
+
+_BITS = 16  # of a token id
+
+
+def both(first: Int[np.ndarray, "b s"], second: Int[np.ndarray, "b t"]) -> Int[np.ndarray, "b s"]:
+    """Ids of two tokenizers in one int32 array. Raises UserError where they do not fit."""
+    if first.shape != second.shape or max(first.max(), second.max()) >= 2**_BITS:
+        raise UserError(f"tokenizers: give {first.shape[1]} and {second.shape[1]} ids, the highest is "
+                        f"{max(first.max(), second.max())}; expected as many, below {2**_BITS}")  # fmt: skip
+    return (first.astype(np.uint32) | second.astype(np.uint32) << _BITS).view(np.int32)
+
+
+def of_first(ids: Int[Array, "b s"]) -> Int[Array, "b s"]:
+    """The ids of the first tokenizer, or of the only one."""
+    return ids & (2**_BITS - 1)
 
 
 class Conditioning(NamedTuple):
@@ -26,8 +48,9 @@ class TextConditioner(nnx.Module):
     Args:
         text_encoder: the only encoder, or XL's first.
         text_encoder_2: XL's second.
-        empty_ids: token ids of the empty caption, [s]: begin, end, padding.
-        pad_2: token id with which the second tokenizer pads; the two differ in nothing else.
+        empty_ids: token ids of the empty caption, [s]: begin, end, padding; of :func:`both` tokenizers for XL.
+        pad_2: token id with which the second tokenizer pads, where ids are of the first alone, as in pairs that
+            were built by version 0.1.
         zero_empty: the conditioning of the empty caption is zero, as XL was trained (`force_zeros_for_empty_prompt`).
     """
 
@@ -46,22 +69,27 @@ class TextConditioner(nnx.Module):
         self.empty_ids, self.pad_2, self.zero_empty = empty_ids, pad_2, zero_empty
 
     def __call__(self, input_ids: Int[Array, "b s"], size: tuple[int, int]) -> Conditioning:
-        """Conditioning of captions for images of `size`, height and width in pixels.
+        """Conditioning of captions for images of `size`, height and width in pixels; ids as in `empty_ids`.
 
         XL's six numbers are the original size, the top left corner of the crop and the size: here always an uncropped
         image of this size, in training as in sampling (Podell et al. 2023, section 2.2).
         """
-        first = self.text_encoder(input_ids)
         if not hasattr(self, "text_encoder_2"):
-            return Conditioning(first.last_hidden_state)
-        ends = input_ids == self.empty_ids[1]  # not the highest id where words were added to the vocabulary
-        after_end = jnp.cumsum(ends, axis=1) - ends > 0
-        second = self.text_encoder_2(jnp.where(after_end, self.pad_2, input_ids))
+            return Conditioning(self.text_encoder(input_ids).last_hidden_state)
+        first = self.text_encoder(of_first(input_ids))
+        second = self.text_encoder_2(self._of_second(input_ids))
         numbers = jnp.asarray([*size, 0, 0, *size], jnp.int32)
         return Conditioning(
             jnp.concatenate([first.hidden_states[-2], second.hidden_states[-2]], axis=-1),
             {"text_embeds": second.pooled, "time_ids": jnp.tile(numbers, (input_ids.shape[0], 1))},
         )
+
+    def _of_second(self, ids: Int[Array, "b s"]) -> Int[Array, "b s"]:
+        given = of_first(ids >> _BITS)
+        # Not the highest id where words were added to the vocabulary.
+        ends = ids == self.empty_ids[1] & (2**_BITS - 1)
+        padded = jnp.where(jnp.cumsum(ends, axis=1) - ends > 0, self.pad_2, ids)
+        return jnp.where(given[:, :1] > 0, given, padded)  # a text begins with the highest id but one
 
     def empty(self, count: int, size: tuple[int, int], negative_ids: Int[Array, "1 s"] | None = None) -> Conditioning:
         """The conditioning of the empty caption, or of a negative prompt in its place, `count` times."""

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import atomic_path, shipped
 
 STEMS = ("diffusion_pytorch_model", "model")
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+_PICKLED = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))  # how their files begin
 CONVERTER = shipped("tools") / "from_pickle.py"  # for where PyTorch is installed
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 
@@ -32,13 +33,14 @@ class _Place(NamedTuple):
 
 
 class Weights(Mapping[str, np.ndarray]):
-    """Key → array of some safetensors files. A look-up maps one tensor into memory, read-only.
+    """Key → array of some safetensors files. A look-up maps one tensor into memory, read-only, and checks its numbers.
 
     Args:
         files: whole files, or the shards of one.
 
     Raises:
-        UserError: a file is missing, a pickle, or not a whole safetensors file.
+        UserError: a file is missing, a pickle, or not a whole safetensors file; at a look-up, the tensor holds NaN or
+            infinity, or its dtype is not read.
     """
 
     def __init__(self, *files: Path) -> None:
@@ -48,11 +50,13 @@ class Weights(Mapping[str, np.ndarray]):
         for path in files:
             refuse_pickle(path)
             if not path.is_file():
-                raise UserError(f"{path}: no such file")
+                raise UserError(f"{path}: is a folder; expected a file" if path.is_dir() else f"{path}: no such file")
             try:
                 with safe_open(path, "numpy"):
                     pass  # it has checked that the header is sound and the file as long as it says
             except (SafetensorError, OSError) as error:
+                if _begins_as_a_pickle(path):
+                    raise UserError(_how_to_convert([path])) from error
                 raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
@@ -70,9 +74,13 @@ class Weights(Mapping[str, np.ndarray]):
         path, begin, shape, dtype = self._places[key]
         if dtype not in _DTYPES:
             raise UserError(f"{path}: weight {key} has dtype {dtype}; expected one of {', '.join(_DTYPES)}")
+        if not math.prod(shape):  # nothing can be mapped
+            return np.empty(shape, jnp.dtype(_DTYPES[dtype]))
         # One mapping a tensor: the pages of a mapped whole file would count as ours until its last tensor is read.
-        values = np.memmap(path, jnp.dtype(_DTYPES[dtype]), "r", begin, (math.prod(shape),))
-        return np.asarray(values).reshape(shape)
+        values = np.asarray(np.memmap(path, jnp.dtype(_DTYPES[dtype]), "r", begin, (math.prod(shape),)))
+        if not np.isfinite(values).all():
+            raise UserError(f"{path}: weight {key} has NaN or infinity; the file is broken, take another")
+        return values.reshape(shape)
 
     def __contains__(self, key: object) -> bool:
         return key in self._places
@@ -120,7 +128,7 @@ def shards(index: Path) -> list[str]:
         UserError: it is not an index.
     """
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not an index of weights ({error}); copy it again") from error
 
@@ -174,10 +182,21 @@ def refuse_pickle(*paths: Path) -> None:
     Args:
         paths: one file, or all shards of one.
     """
-    pickles = [path for path in paths if path.suffix in PICKLES]
+    pickles = [path for path in paths if path.suffix.lower() in PICKLES]
     if pickles:
-        first = pickles[0]
-        # transformers' file has a name of its own as a pickle; shards become one file.
-        stem = re.sub(r"^pytorch_model", "model", re.sub(r"-\d+-of-\d+$", "", first.stem))
-        command = [str(path) for path in (CONVERTER, *pickles, first.with_name(f"{stem}.safetensors"))]
-        raise UserError(f"{first}: is a pickle; convert it where PyTorch is installed: python {shlex.join(command)}")
+        raise UserError(_how_to_convert(pickles))
+
+
+def _begins_as_a_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4).startswith(_PICKLED)
+
+
+def _how_to_convert(pickles: Sequence[Path]) -> str:
+    first = pickles[0]
+    # transformers' file has a name of its own as a pickle; shards become one file.
+    stem = re.sub(r"^pytorch_model", "model", re.sub(r"-\d+-of-\d+$", "", first.stem))
+    target = first.with_name(f"{stem}.safetensors")
+    target = first.with_name(f"{stem}_converted.safetensors") if target == first else target
+    command = shlex.join([str(path) for path in (CONVERTER, *pickles, target)])
+    return f"{first}: is a pickle; convert it where PyTorch is installed: python {command}"

@@ -11,7 +11,21 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import atomic_path
+
+
+def require_finite(values: Float[np.ndarray, "n ..."], names: Sequence[str]) -> None:
+    """Raises UserError that names the first of n pictures, or latents, which holds NaN or infinity: it would be black.
+
+    Args:
+        values: of all.
+        names: of each.
+    """
+    broken = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
+    if broken.size:
+        raise UserError(f"{names[broken[0]]}: NaN or infinity was drawn ({broken.size} of {len(values)}); with float16 "
+                        "take bfloat16, else lower guidance and LoRA weight, or take another checkpoint")  # fmt: skip
 
 
 def to_uint8(images: Float[np.ndarray, "*n H W 3"]) -> UInt8[np.ndarray, "*n H W 3"]:

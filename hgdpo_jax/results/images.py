@@ -27,7 +27,7 @@ from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.pictures.read import UnreadableImage, read_image
-from hgdpo_jax.pictures.write import contact_sheet, to_uint8, write_png
+from hgdpo_jax.pictures.write import contact_sheet, require_finite, to_uint8, write_png
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import file_hash, write_json
@@ -225,14 +225,14 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
     mine = [item for item in mine if not item[2].is_file()]
     parts = [mine[begin : begin + sampler.batch] for begin in range(0, len(mine), sampler.batch)]
 
-    def begun(part: list[tuple[int, int, Path]]) -> tuple[list[tuple[int, int, Path]], jax.Array | np.ndarray]:
-        """A part and its images, which the devices may still be drawing."""
+    def begun(part: list[tuple[int, int, Path]]) -> tuple[list[tuple[int, int, Path]], Any, Any]:
+        """A part, its latents and its images, which the devices may still be drawing."""
         rows, keys = ids[[i for i, _, _ in part]], [stream_key(seed, "sample") for _, seed, _ in part]
         concept = None if source.concept is None else np.repeat(source.concept, len(part), axis=0)
-        _, images = sampler.candidates(
+        latents, images = sampler.candidates(
             rows, jnp.stack(keys), source.resolution, lambda images, _: images, "draw", concept
         )
-        return part, images
+        return part, latents, images
 
     def write(images: np.ndarray, part: list[tuple[int, int, Path]]) -> None:
         for image, (i, seed, path) in zip(to_uint8(images), part, strict=True):
@@ -241,8 +241,10 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
     silent = not processes.is_first()
     with ThreadPoolExecutor(1) as writer, tqdm(total=len(mine), desc="images", unit="image", disable=silent) as bar:
         written = writer.submit(lambda: None)
-        for part, drawn in one_ahead(begun, parts):
-            images = np.asarray(drawn)
+        for part, latents, drawn in one_ahead(begun, parts):
+            images, names = np.asarray(drawn), [f"prompt {prompts[i]!r}, seed {seed}" for i, seed, _ in part]
+            require_finite(np.asarray(latents), names)
+            require_finite(images, names)
             written.result()  # raises what went wrong there
             written = writer.submit(write, images, part)
             bar.update(len(part))

@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from hgdpo_jax.devices.sharding import replicated
-from hgdpo_jax.models.clip import CLIPModel, clip_pixels
+from hgdpo_jax.models.clip import CLIPModel
 from hgdpo_jax.models.convert import load_model
+from hgdpo_jax.models.preprocessing import CLIP, Preprocessing, clip_pixels, read_preprocessing
+from hgdpo_jax.models.text import of_first
 
 Images, TokenIds = Float[Array | np.ndarray, "b H W 3"], Int[Array | np.ndarray, "b s"]
 
@@ -24,10 +26,12 @@ class Judgement(NamedTuple):
     embedding: Float[Array, "b p"]
 
 
-def judge(model: CLIPModel, images: Float[Array, "b H W 3"], input_ids: Int[Array, "b s"]) -> Judgement:
+def judge(
+    model: CLIPModel, images: Float[Array, "b H W 3"], input_ids: Int[Array, "b s"], how: Preprocessing = CLIP
+) -> Judgement:
     """f = exp(logit_scale) · cos(image embedding, text embedding); images in [-1, 1]."""
-    image = model.image_embeds(clip_pixels(images, model.config["vision_config"]["image_size"]))
-    text = model.text_embeds(input_ids)
+    image = model.image_embeds(clip_pixels(images, model.config["vision_config"]["image_size"], how))
+    text = model.text_embeds(of_first(input_ids))
     cosine = jnp.sum(image * text, -1) / (jnp.linalg.norm(image, axis=-1) * jnp.linalg.norm(text, axis=-1))
     return Judgement(jnp.exp(model.logit_scale[...]) * cosine, image)
 
@@ -35,17 +39,19 @@ def judge(model: CLIPModel, images: Float[Array, "b H W 3"], input_ids: Int[Arra
 class Scorer:
     """A compiled preference estimator from a folder that transformers wrote.
 
-    Token ids are those of the pipeline's tokenizer: every CLIP text tower shares its vocabulary, and tokens after the
-    first end of text do not count.
+    Images are cut and normalised as its preprocessor_config.json says. Token ids are those of the pipeline's (first)
+    tokenizer: every CLIP text tower shares its vocabulary, and tokens after the first end of text do not count.
 
     Raises:
-        UserError: no such folder, or weights that do not fit its config.json.
+        UserError: no such folder, weights that do not fit its config.json, or a preprocessing that is not computed.
     """
 
     def __init__(self, folder: str | Path, mesh: Mesh) -> None:
-        graph, weights = nnx.split(load_model(CLIPModel, folder))
+        model = load_model(CLIPModel, folder)
+        how = read_preprocessing(Path(folder), model.config["vision_config"]["image_size"])
+        graph, weights = nnx.split(model)
         self._weights = jax.device_put(weights, replicated(mesh))
-        self._judge = jax.jit(lambda weights, images, ids: judge(nnx.merge(graph, weights), images, ids))
+        self._judge = jax.jit(lambda weights, images, ids: judge(nnx.merge(graph, weights), images, ids, how))
 
     def __call__(self, images: Images, input_ids: TokenIds) -> Judgement:
         """Scores and embeddings of images in [-1, 1]."""

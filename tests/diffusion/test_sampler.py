@@ -114,3 +114,11 @@ def test_guidance_of_1_is_none_and_a_negative_prompt_says_so(make: Any, caplog: 
     assert "negative prompt 'ugly': has no effect, guidance 1 means none" in caplog.text
     with pytest.raises(UserError, match="sampler 'euler': expects ddpm, ddim, dpmpp_2m"):
         make(solver="euler")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_picture_of_nan_or_infinity_is_named(make: Any, value: float) -> None:
+    latents = np.zeros((3, *SIZE, 3), np.float32)
+    latents[1, 0, 0, 0] = value
+    with pytest.raises(UserError, match=r"^looks, picture 1: NaN or infinity was drawn \(1 of 3\)"):
+        make().decode(latents, "looks")

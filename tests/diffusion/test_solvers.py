@@ -1,5 +1,6 @@
 """Schedule and samplers against diffusers' schedulers, step by step on the same predictions."""
 
+import inspect
 import re
 
 import jax
@@ -7,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, schedulers
 
 from hgdpo_jax.diffusion.guidance import guided, side_by_side
-from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.diffusion.schedule import _BETAS, NoiseSchedule
 from hgdpo_jax.diffusion.sdrecon import sdrecon
 from hgdpo_jax.diffusion.solvers import make_steps
 from hgdpo_jax.diffusion.trajectory import from_noise, sample
@@ -125,11 +126,34 @@ def test_what_is_not_computed_is_refused(sampler: str, key: str, value: object) 
 @pytest.mark.parametrize(
     "wrong",
     [{"beta_schedule": "squaredcos_cap_v2"}, {"trained_betas": [0.1]}, {"prediction_type": "sample"},
-     {"rescale_betas_zero_snr": True}],
+     {"rescale_betas_zero_snr": True}, {"sigma_data": 0.5}, {"shift": 3.0}, {"use_flow_sigmas": True},
+     {"timestep_type": "continuous"}, {"prediction_type": "flow_prediction"}],
 )  # fmt: skip
 def test_another_schedule_is_refused(wrong: dict) -> None:
     with pytest.raises(UserError, match=f"model M: scheduler config {next(iter(wrong))}="):
         NoiseSchedule.from_config(PNDM | wrong, "model M: ")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"beta_start": "0.1"}, {"beta_end": 2.0}, {"num_train_timesteps": 0}, {"num_train_timesteps": None}]
+)
+def test_numbers_that_are_none_are_refused(wrong: dict) -> None:
+    with pytest.raises(UserError, match="expects a count, and numbers that rise between 0 and 1"):
+        NoiseSchedule.from_config(PNDM | wrong)
+
+
+def test_every_class_of_diffusers_is_computed_with_its_own_defaults_or_refused_by_name() -> None:
+    names = {name for name in dir(schedulers) if name.endswith("Scheduler")}
+    computed = {f"{name}Scheduler" for name in _BETAS}
+    for name in computed:
+        if "beta_start" in inspect.signature(getattr(schedulers, name).__init__).parameters:  # else torchsde is missing
+            expected = getattr(schedulers, name)().alphas_cumprod
+            assert_close(NoiseSchedule.from_config({"_class_name": name}).alphas_cumprod, expected, 1000 * EPS)
+    refused = names - computed
+    assert {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"} <= refused
+    for name in refused:
+        with pytest.raises(UserError, match=f"^model M: {name}: not supported"):
+            NoiseSchedule.from_config(PNDM | {"_class_name": name}, "model M: ")
 
 
 def test_more_steps_than_there_are_timesteps_are_refused() -> None:

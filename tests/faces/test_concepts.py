@@ -10,7 +10,8 @@ from hgdpo_jax.faces.concepts import ConceptEncoder
 from hgdpo_jax.faces.detection import FaceDetector, crop
 from hgdpo_jax.faces.embedding import FaceEmbedder
 from hgdpo_jax.models import ip_adapter
-from hgdpo_jax.models.clip import CLIPModel, clip_normalised
+from hgdpo_jax.models.clip import CLIPModel
+from hgdpo_jax.models.preprocessing import clip_normalised
 from hgdpo_jax.run.errors import UserError
 from tests import tiny
 from tests.faces.test_embedding import NOISE, PORTRAITS

@@ -6,8 +6,10 @@ import torch
 import transformers
 from flax import nnx
 
+from hgdpo_jax.models import clip
 from hgdpo_jax.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
-from hgdpo_jax.models.convert import from_torch, to_torch
+from hgdpo_jax.models.convert import abstract, from_torch, to_torch
+from hgdpo_jax.run.errors import UserError
 from tests.models.parity import numpy_weights, ported, randomise, relative_error
 from tests.rounding import NETWORK
 
@@ -79,6 +81,46 @@ def test_both_towers_are_transformers() -> None:
     assert relative_error(unit(text), result.text_embeds) <= NETWORK
     logits = np.exp(ours.logit_scale[...]) * unit(image) @ unit(text).T
     assert relative_error(logits, result.logits_per_image) <= NETWORK
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"), [(transformers.CLIPTextConfig, "text"), (transformers.CLIPVisionConfig, "vision")]
+)
+def test_what_a_config_leaves_out_is_what_transformers_takes(cls: type, name: str) -> None:
+    known = clip._tower({f"{name}_config": {}}, name, {"text": clip._TEXT, "vision": clip._VISION}[name])
+    assert known.items() <= cls().to_dict().items()
+
+
+def test_a_config_that_has_a_tower_twice_is_read_as_transformers_reads_it() -> None:
+    older = {
+        "text_config": dict(TEXT),
+        "text_config_dict": {"hidden_act": "gelu", "hidden_size": 64},
+        "projection_dim": 6,
+    }
+    found = clip._tower(older, "text", clip._TEXT)
+    theirs = transformers.CLIPConfig(**older).text_config.to_dict()
+    assert {key: found[key] for key in clip._TEXT} == {key: theirs[key] for key in clip._TEXT}
+
+
+@pytest.mark.parametrize("kind", ["siglip", "blip", "chinese_clip"])
+def test_models_of_other_kinds_are_refused(kind: str) -> None:
+    config = {"model_type": kind, "text_config": TEXT, "vision_config": VISION, "projection_dim": 6}
+    with pytest.raises(UserError, match=f"CLIP config model_type='{kind}': not supported, only 'clip' is"):
+        abstract(CLIPModel, config)
+    with pytest.raises(UserError, match="CLIP text config model_type"):
+        abstract(CLIPTextModel, TEXT | {"model_type": f"{kind}_text_model"})
+
+
+@pytest.mark.parametrize(
+    "beside", ["text_projection.weight", "logit_scale", "visual_projection.weight", "vision_model.x"]
+)
+def test_what_clip_has_beside_a_tower_is_passed_over_and_nothing_else(beside: str) -> None:
+    config = transformers.CLIPTextConfig(**TEXT)
+    weights = numpy_weights(transformers.CLIPTextModel(config))
+    from_torch(weights | {beside: np.zeros(3, np.float32)}, abstract(CLIPTextModel, config.to_dict()))
+    for key in ("encoder.layers.7.layer_norm1.weight", "extra.weight"):
+        with pytest.raises(UserError, match=f"weight {key} is superfluous"):
+            from_torch(weights | {key: np.zeros(3, np.float32)}, abstract(CLIPTextModel, config.to_dict()))
 
 
 @pytest.mark.parametrize("prefix", ["", "text_model."])

@@ -18,6 +18,7 @@ from safetensors.torch import load_file as load_torch
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.source import open_source
 from hgdpo_jax.models.architectures import SD15
+from hgdpo_jax.models.convert import abstract, from_torch, shapes
 from hgdpo_jax.models.weights import Weights, chosen, open_folder, write_weights
 from hgdpo_jax.run.errors import UserError
 from tests import tiny
@@ -172,7 +173,8 @@ def test_weights_that_do_not_fit_the_config_are_named(copy: Path, change: str, m
     ("file", "change", "message"),
     [
         ("unet/config.json", lambda config: {"in_channels": 8}, "unet/config.json: has no cross_attention_dim"),
-        ("text_encoder/config.json", lambda config: {"hidden_size": 8}, "text_encoder/config.json: has no "),
+        ("text_encoder/config.json", lambda config: {"hidden_size": 8},
+         r"text_encoder: weight encoder\.\S* is missing \(.*\); it does not fit its config\.json"),
         ("vae/config.json", lambda config: {"latent_channels": 8}, "vae/config.json: has no block_out_channels"),
         ("vae/config.json", lambda config: [config], "vae/config.json: not a JSON object"),
         ("scheduler/scheduler_config.json", lambda config: config | {"prediction_type": "sample"},
@@ -198,3 +200,99 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     for key, value in tensors.items():
         assert found[key].shape == value.shape and np.array_equal(found[key], value.astype(found[key].dtype))
         assert np.array_equal(theirs[key].float().numpy(), found[key].astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_weight_with_nan_or_infinity_is_named(dtype: str, value: float, tmp_path: Path) -> None:
+    tensors = {"whole": np.arange(3.0), "empty": np.zeros((0, 3)), "broken": np.array([[0.0, 1.0], [value, 0.0]])}
+    write_weights(tmp_path / "x.safetensors", tensors, dtype)
+    found = Weights(tmp_path / "x.safetensors")
+    assert found["whole"].tolist() == [0, 1, 2] and found["empty"].shape == (0, 3)
+    with pytest.raises(UserError, match=r"x\.safetensors: weight broken has NaN or infinity; the file is broken"):
+        found["broken"]
+
+
+@pytest.mark.parametrize(
+    ("part", "file"),
+    [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")],
+)
+def test_a_checkpoint_with_nan_is_refused(copy: Path, part: str, file: str) -> None:
+    path = copy / part / f"{file}.safetensors"
+    weights = {key: np.array(value) for key, value in Weights(path).items()}
+    key = sorted(weights)[-1]
+    weights[key].flat[-1] = np.nan
+    save_file(weights, path)
+    with pytest.raises(UserError, match=f"{path}: weight {key} has NaN"):
+        pipelines.load_pipeline(copy)
+
+
+def test_a_weight_that_float16_cannot_hold_is_named() -> None:
+    config = tiny.TINY_VAE
+    weights = {key: np.zeros(shape, np.float32) for key, shape in shapes(abstract(tiny.AutoencoderKL, config)).items()}
+    weights["decoder.conv_in.bias"] += 1e6
+    with pytest.raises(UserError, match=r"weight decoder\.conv_in\.bias is too large for float16; take bfloat16"):
+        from_torch(weights, abstract(tiny.AutoencoderKL, config), dtype="float16")
+    from_torch(weights, abstract(tiny.AutoencoderKL, config), dtype="bfloat16")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.CKPT", "weights.pkl", "model"])
+def test_a_pickle_is_known_whatever_its_name(tmp_path: Path, name: str, zipped: bool) -> None:
+    path = tmp_path / name
+    torch.save({"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="is a pickle; convert it where PyTorch is installed") as error:
+        open_source(str(path))
+    assert shlex.split(str(error.value))[-1] not in ("", str(path))
+
+
+EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+
+
+@pytest.mark.parametrize("key", EDM)
+def test_a_single_file_of_edm_is_refused(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "file.safetensors"
+    keys = {**dict.fromkeys(SD15_KEYS, (1,)), CONV_IN: (320, 4, 3, 3), TO_K: (320, 768), key: (4,)}
+    save_file({name: np.zeros(shape, np.float32) for name, shape in keys.items()}, path)
+    with pytest.raises(UserError, match=f"{path}: has {key}: trained by EDM, as Playground 2.5 and CosXL"):
+        open_source(str(path))
+
+
+@pytest.mark.parametrize(
+    "name", ["EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "ScoreSdeVeScheduler", "MadeUp"]
+)
+@pytest.mark.parametrize("file", ["model_index.json", "scheduler/scheduler_config.json"])
+def test_a_folder_with_a_scheduler_of_another_kind_is_refused(copy: Path, file: str, name: str) -> None:
+    path = copy / file
+    config = json.loads(path.read_text())
+    if file == "model_index.json":  # whose class is the one that diffusers makes
+        config["scheduler"] = ["diffusers", name]
+    else:
+        config["_class_name"] = name
+        index = json.loads((copy / "model_index.json").read_text())
+        (copy / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"model {copy}: {name}"):
+        open_source(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("unet", r"is no VAE \(UNet2DConditionModel\); expected the folder of an AutoencoderKL"),
+        ("text_encoder", r"is no VAE \(CLIPTextModel\)"),
+        (".", "is a whole checkpoint; give its VAE, .*vae"),
+        ("tokenizer", r"has no config\.json"),
+        ("nowhere", "no such file"),
+        ("unet/diffusion_pytorch_model.safetensors", r"is no VAE, it has no weight encoder\.conv_in\.weight"),
+        ("tiny", r"is no VAE \(AutoencoderTiny\)"),
+        ("model_index.json", "not a whole safetensors file"),
+    ],
+)
+def test_what_is_no_vae_is_named_with_its_setting(copy: Path, place: str, message: str) -> None:
+    (copy / "tiny").mkdir()
+    config = {"_class_name": "AutoencoderTiny", "block_out_channels": [64]}
+    (copy / "tiny" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message) as error:
+        open_source(str(copy), vae=str(copy / place))
+    assert str(error.value).startswith(f"config key model.vae={copy / place}: ") and "\n" not in str(error.value)

@@ -42,7 +42,7 @@ from hgdpo_jax.training.step import split_params
 from tests import tiny
 from tests.rounding import EPS, NETWORK, assert_close
 
-PROMPTS = ["a portrait photograph of a woman, blue background", "a man"]
+PROMPTS = ["a portrait photograph of a woman, blue background!", "a <|endoftext|> man"]
 STEPS, GUIDANCE = 13, 3.0  # of the 13 timesteps one is at least 900
 # Each step adds the UNet's rounding, guidance 3 times that of one half of its batch and 2 times that of the other.
 DRAWN = STEPS * (2 * GUIDANCE - 1) * NETWORK
@@ -376,6 +376,19 @@ def test_long_prompts_are_said_and_cut_as_diffusers_does(
     ]
     ids = source.pipeline.tokenize([long, " ".join(["portrait"] * 75)])
     np.testing.assert_array_equal(ids[0], ids[1])
+
+
+@pytest.mark.parametrize(("latent", "pixel"), [(np.nan, 0.0), (0.0, np.nan), (-np.inf, 1.0)])
+def test_a_picture_of_nan_or_infinity_is_named_and_not_written(
+    source: images.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, latent: float, pixel: float
+) -> None:
+    def candidates(sampler: Sampler, ids: np.ndarray, *_: Any) -> tuple[np.ndarray, np.ndarray]:
+        return np.full((len(ids), 4, 4, 4), latent, np.float32), np.full((len(ids), 32, 32, 3), pixel, np.float32)
+
+    monkeypatch.setattr(Sampler, "candidates", candidates)
+    with pytest.raises(UserError, match=r"prompt 'a man', seed 3: NaN or infinity was drawn"):
+        draw(source, ["a man"], [3, 4], tmp_path / "out")
+    assert not [*(tmp_path / "out").glob("*.png")]
 
 
 def test_seeds_that_overlap_and_prompts_that_repeat_are_named(tmp_path: Path) -> None:
