@@ -57,9 +57,9 @@ def load_base(contents: Contents) -> list[str]:
     model = contents.config.model
     lines, more = [], {}
     if model.vae:
-        folder, config = Path(model.vae).is_dir(), _config(contents)
-        told = config | {"subfolder": _quoted("vae")} if config and not folder else {}
-        how = "from_pretrained" if folder else "from_single_file"
+        how = "from_pretrained" if Path(model.vae).is_dir() else "from_single_file"
+        config = _config(contents) if how == "from_single_file" else {}
+        told = config | ({"subfolder": _quoted("vae")} if config else {})
         lines.append(f"vae = AutoencoderKL.{how}({_quoted(_absolute(model.vae))}{_named(told | _DTYPE)})")
         more["vae"] = "vae"
     if repository := hub_repository(model.base):
