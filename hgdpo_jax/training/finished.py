@@ -91,7 +91,7 @@ def find_base(workdir: Path, config: ConfigDict, base: str | None, weights: bool
     try:
         if not weights:
             open_source(config.model.base, config.model.vae, config.model.lora)
-            return made_from(workdir, config.stage)[BASE]
+            return made_from(workdir, config.stage).get(BASE, "")  # without a checkpoint: the caller refuses that
         found = pipelines.base_hash(config.model.base, config.model.vae, config.model.lora, index_of_run(workdir))
     except UserError as error:
         raise error if base else UserError(f"{error}; if it was moved, say where it is with --base") from error

@@ -369,8 +369,8 @@ def test_a_lock_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     (tmp_path / "run").mkdir()
     with lock(tmp_path / "run" / "stage1" / "pairs"):
-        (tmp_path / "run" / "stage1" / "pairs").mkdir()
-    assert (tmp_path / "run" / "stage1" / "pairs").is_dir()
+        (tmp_path / "run" / "stage1" / "pairs" / "manifest.json").touch()
+    assert [entry.name for entry in (tmp_path / "run" / "stage1" / "pairs").iterdir()] == ["manifest.json"]
     with pytest.raises(ZeroDivisionError), lock(tmp_path / "other" / "out"):
         raise ZeroDivisionError
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
