@@ -17,28 +17,30 @@ def base(variant: str) -> ConfigDict:
         config.model.base = str(ASSETS / "portraits" / "base")
         config.model.dtype = "float32"
         config.data.photographs = str(ASSETS / "portraits")
-        config.data.resolutions = ("64x64",)
+        config.data.resolutions = ("96x96",)
+        config.data.mirror = True  # 108 photographs are few
         config.pairs.scorer = str(ASSETS / "portraits" / "scorer")
         config.pairs.pool_size = 4
         # In few steps the ancestral sampler draws smooth pictures, the smoother the more of the steps are its own: a
         # reconstruction, which takes only the last ones, is sharper than a picture drawn from nothing.
         config.pairs.sampler = "ddpm"
         config.pairs.steps = 16
-        config.pairs.guidance = 1.0  # captions say little about a face; guidance burns colours and doubles the time
+        config.pairs.guidance = 2.0  # without it every third background has another colour than the caption says
         config.pairs.batch = 32
         config.pairs.shard_size = 32
-        config.adapter.image_encoder = str(ASSETS / "portraits" / "scorer")
+        config.adapter.kind = "face_id"
         config.adapter.weights = str(ASSETS / "portraits" / "ip_adapter.safetensors")
         config.train.batch = 8
         config.train.lr = 3e-4
         config.train.warmup = 10
         config.train.checkpoint_every = 100
         config.train.log_every = 5
-        config.train.eval_every = 100
+        config.train.eval_every = 250
         config.evaluate.scorer = str(ASSETS / "portraits" / "judge")
+        config.evaluate.other_scorer = str(ASSETS / "portraits" / "second_judge")
         config.evaluate.images_per_prompt = 4
-        config.evaluate.steps = 12
-        config.evaluate.guidance = 1.0
+        config.evaluate.steps = 16
+        config.evaluate.guidance = 2.0
         config.evaluate.batch = 32
         scenes = ("blue background, soft light", "brown background, dark light", "white background, bright light")
         config.evaluate.concept_prompts = tuple(f"{{subject}}, {scene}" for scene in scenes)

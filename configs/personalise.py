@@ -31,10 +31,11 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.weight_decay = 0.01
     config.train.steps = 100_000
     if variant == "portraits":
-        # On the drawn faces that the base learnt from: thousands of people, where the curriculum has a hundred.
+        # On what the base learnt from: thousands of people, where the curriculum has a hundred.
         config.data.split = "base"
+        config.data.mirror = False
         config.pairs.shard_size = 1024
-        config.train.steps = 600
+        config.train.steps = 1500
         config.train.batch = 32
         config.train.lr = 2e-3
         config.train.warmup = 100

@@ -7,7 +7,7 @@ Hardware, memory of one device, time of training:
 
     :sd15       GPU of 40 GB            24 GiB    H100 2.3 h, A100 7.2 h
     :sdxl       GPU of 80 GB            49 GiB    H100 3.7 h, A100 12 h
-    :portraits  two processor cores     2.1 GiB   25 to 60 minutes
+    :portraits  two processor cores     2.1 GiB   90 minutes
 
 sd15 and sdxl are planned (`hgdpo_jax.plan`), not run: 16 photographs of 1024x704 a step are 161 and 264 TFLOP; 20,000
 steps at 40 % of a device's bfloat16 peak. Memory is the UNet in float32 four times (13 and 38 GiB: the base, what is
@@ -31,13 +31,16 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     if variant == "portraits":
         # From nothing: the folder holds the VAE, the text encoder and a randomly initialised UNet.
         config.data.split = "base"
+        config.data.mirror = False
         config.pairs.shard_size = 1024
-        config.train.steps = 4_500
+        config.train.steps = 30_000
         config.train.batch = 32
         config.train.lr = 1e-3
         config.train.schedule = "cosine"
+        config.train.warmup = 200
+        config.train.adam = (0.9, 0.99)
         config.train.ema = 0.999
-        config.train.checkpoint_every = 500
+        config.train.checkpoint_every = 1000
         config.train.log_every = 50
-        config.train.eval_every = 1000
+        config.train.eval_every = 4000
     return config

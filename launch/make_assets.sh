@@ -40,6 +40,7 @@ once face python -m tools.make_assets.face "$networks" "$assets/face"
 once photographs python -m tools.make_assets.photographs "$avatars" "$networks" "$portraits"
 once mixture python -m tools.make_assets.mixture "$avatars" "$portraits" "$people"
 once layout python -m tools.make_assets.base "$portraits" --vocabulary "$work/wheel/bpe_simple_vocab_16e6.txt.gz"
+once text python -m tools.make_assets.text "$portraits" "$people"
 once vae python -m tools.make_assets.vae "$portraits" "$people"
 once base train stage0_sft
 once export python -m hgdpo_jax.export --workdir "$work/run" --out "$work/export"

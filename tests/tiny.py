@@ -142,6 +142,7 @@ def settings(folder: Path, train: int, heldout: int, **own: Any) -> list[str]:
         "adapter.weights": "",
         "data.photographs": write_photographs(folder / "photographs", train, heldout),
         "data.resolutions": "32x32",
+        "data.mirror": False,
         "pairs.pool_size": 2,
         "pairs.steps": 2,
         "pairs.batch": 4,

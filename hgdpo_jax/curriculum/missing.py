@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from hgdpo_jax.curriculum.plan import Photographs, ShardPlan
 from hgdpo_jax.data import shards
-from hgdpo_jax.data.shards import ShardPhotograph
 from hgdpo_jax.pictures.read import UnreadableImage, image_shape
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import Member
@@ -78,8 +77,8 @@ def why_no_pair(config: ConfigDict, photographs: Photographs, plan: Sequence[Sha
     planned = {photograph.id for part in plan for photograph in part.photographs}
     for part in plan:
         note = shards.read_note(part.path)
-        kept = set(note["records"])
-        for example in (ShardPhotograph(*entry) for entry in note["examples"]):
+        kept = set(note.records)
+        for example in note.examples:
             if example.id in kept:
                 continue
             reasons[example.id] = dropped if example.readable else unread if example.content else GONE

@@ -22,10 +22,10 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from hgdpo_jax.data.record import Record, RecordSource
-from hgdpo_jax.data.shards import is_whole, read_note
+from hgdpo_jax.data.shards import described, is_whole, read_note
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import file_hash
+from hgdpo_jax.run.files import as_written, file_hash, is_passing
 from hgdpo_jax.run.folder import stage_command
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.locks import lock_owner
@@ -79,8 +79,17 @@ class Pairs:
     def by_id(self, role: str) -> "RecordsById":
         """The records of all resolutions by their photograph's id, read when asked for."""
         splits = [split for name, split in self.manifest["splits"].items() if name.startswith(f"{role}_")]
-        ids = [[i for e in split["shards"] for i in read_note(self.folder / e["file"])["records"]] for split in splits]
+        ids = [[i for e in split["shards"] for i in self._ids_in(e)] for split in splits]
         return RecordsById(self.sources[role], ids)
+
+    def _ids_in(self, entry: Mapping[str, Any]) -> list[str]:
+        """The ids of a shard's records. Raises UserError where its note and the manifest disagree."""
+        path = self.folder / entry["file"]
+        ids = read_note(path).records
+        if len(set(ids)) != entry["records"]:
+            raise UserError(f"pair shard {path}: its note names {len(set(ids))} records, the manifest "
+                            f"{entry['records']}; remove it, its note and the manifest, and build again")  # fmt: skip
+        return ids
 
 
 class Records:
@@ -157,11 +166,22 @@ def open_pairs(folder: Path, build_command: str, index: Index | None = None) -> 
         UserError: not built or not finished; a shard missing, truncated or altered.
     """
     manifest = processes.broadcast(lambda: _verified(folder, build_command, index or Index()))
-    builder, raw = tfds.builder_from_directory(str(folder)), tfds.decode.DeserializeMethod.RAW_BYTES
     sources: dict[str, list[Records]] = {}
-    for name in manifest["splits"]:
-        records = Records(builder.as_data_source(name, deserialize_method=raw), builder.info.features)
-        sources.setdefault(name.partition("_")[0], []).append(records)
+    try:
+        builder, raw = tfds.builder_from_directory(str(folder)), tfds.decode.DeserializeMethod.RAW_BYTES
+        if described(builder.info.features) != manifest["schema"]:
+            raise ValueError("features.json has other fields than the manifest")
+        for name, split in manifest["splits"].items():
+            records = Records(builder.as_data_source(name, deserialize_method=raw), builder.info.features)
+            if len(records) != split["records"]:
+                raise ValueError(f"dataset_info.json has {len(records)} records of {name}")
+            sources.setdefault(name.partition("_")[0], []).append(records)
+    except Exception as error:  # of TFDS, of protocol buffers and of ArrayRecord, which share no class
+        if is_passing(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"pairs {folder}: TFDS cannot open them ({reason}); remove manifest.json there and run: "
+                        f"{build_command}") from error  # fmt: skip
     return Pairs(folder, manifest, sources)
 
 
@@ -172,15 +192,25 @@ def _verified(folder: Path, build_command: str, index: Index) -> dict[str, Any]:
         if (folder / "building.json").is_file():
             state = "are not finished" + (f", {builder} builds them" if builder else "")
         raise UserError(f"pairs {folder}: {state}; build them with: {build_command}")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for split in manifest["splits"].values():
-        for entry in split["shards"]:
-            path = folder / entry["file"]
-            if not is_whole(path):
-                raise UserError(f"pair shard {path}: is missing; make it again with: {build_command}")
-            if index.hash(path) != entry["sha256"]:
-                raise UserError(f"pair shard {path}: truncated or altered (its hash is not the manifest's); "
-                                f"remove it and run: {build_command}")  # fmt: skip
+    with as_written(folder / "manifest.json", f"remove it and run: {build_command}"):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        entries = [
+            (folder / entry["file"], entry["sha256"])
+            for split in manifest["splits"].values()
+            for entry in split["shards"]
+        ]
+        for value in (manifest["schema"], manifest["made_from"], *manifest["splits"].values()):
+            dict(value)  # raises where it is none
+        for name, split in manifest["splits"].items():
+            tuple(split["latent"])
+            if sum(entry["records"] for entry in split["shards"]) != split["records"]:
+                raise ValueError(f"its shards of {name} have not its {split['records']} records")
+    for path, digest in entries:
+        if not is_whole(path):
+            raise UserError(f"pair shard {path}: is missing; make it again with: {build_command}")
+        if index.hash(path) != digest:
+            raise UserError(f"pair shard {path}: truncated or altered (its hash is not the manifest's); "
+                            f"remove it and run: {build_command}")  # fmt: skip
     return manifest
 
 

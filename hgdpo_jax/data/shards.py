@@ -25,7 +25,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.data.record import Record
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import atomic_path, file_hash, json_hash, require_space, write_json
+from hgdpo_jax.run.files import as_written, atomic_path, file_hash, json_hash, require_space, write_json
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.provenance import require_same
 
@@ -47,8 +47,15 @@ def is_finished(folder: Path, made_from: Mapping[str, Any]) -> bool:
     """
     path = folder / "building.json"
     if path.is_file():
-        require_same(json.loads(path.read_text()), made_from, str(folder), "use that, or another --workdir")
+        require_same(_made_from(folder), made_from, str(folder), "use that, or another --workdir")
     return (folder / "manifest.json").is_file()
+
+
+def _made_from(folder: Path) -> dict[str, Any]:
+    """What the shards of a folder are made from."""
+    path = folder / "building.json"
+    with as_written(path, "remove the folder, and its shards are made again"):
+        return {**json.loads(path.read_text())}
 
 
 def begin(folder: Path, made_from: Mapping[str, Any]) -> bool:
@@ -87,8 +94,21 @@ def _note_of(shard: Path) -> Path:
     return shard.with_name(f"{shard.name}.json")
 
 
-def read_note(shard: Path) -> dict[str, Any]:
-    return json.loads(_note_of(shard).read_text())
+class Note(NamedTuple):
+    """What is known of a shard: sha256 of its file, the ids of its records, and the examples that it is made of."""
+
+    sha256: str
+    records: list[str]
+    examples: list[ShardPhotograph]
+
+
+def read_note(shard: Path) -> Note:
+    """The note of a shard. Raises UserError where it is damaged."""
+    path = _note_of(shard)
+    with as_written(path, "remove it, and its shard is made again"):
+        found = json.loads(path.read_text())
+        records = [str(name) for name in found["records"]]
+        return Note(str(found["sha256"]), records, [ShardPhotograph(*entry) for entry in found["examples"]])
 
 
 def is_whole(path: Path) -> bool:
@@ -102,7 +122,7 @@ def is_made_of(path: Path, examples: Sequence[ShardPhotograph]) -> bool:
     Raises:
         UserError: it was made from other photographs.
     """
-    found = [ShardPhotograph(*entry) for entry in read_note(path)["examples"]]
+    found = read_note(path).examples
     if [example.id for example in found] != [example.id for example in examples]:
         raise UserError(f"pair shard {path}: is of other photographs than belong there now, whose shapes have changed; "
                         "use the former, or another --workdir")  # fmt: skip
@@ -173,20 +193,25 @@ def group_path(path: Path, begin: int) -> Path:
 
 def is_group_of(path: Path, examples: Sequence[ShardPhotograph]) -> bool:
     """Whether a part of a shard is there, and made of these examples."""
-    if not is_whole(path) or file_hash(path) != read_note(path)["sha256"]:
+    if not is_whole(path) or file_hash(path) != read_note(path).sha256:
         return False
-    return [ShardPhotograph(*entry)._replace(readable=True) for entry in read_note(path)["examples"]] == list(examples)
+    return [example._replace(readable=True) for example in read_note(path).examples] == list(examples)
 
 
 def join(path: Path, groups: Sequence[Path]) -> str:
     """Makes a shard of its parts, which it takes away; returns its sha256."""
     notes = [read_note(group) for group in groups]
-    ids = [name for note in notes for name in note["records"]]
+    ids = [name for note in notes for name in note.records]
     encoded = [data for group in groups for data in ArrayRecordReader(str(group)).read_all()]
-    examples = [ShardPhotograph(*entry) for note in notes for entry in note["examples"]]
+    examples = [example for note in notes for example in note.examples]
     digest = write_encoded(path, dict(zip(ids, encoded, strict=True)), examples)
     shutil.rmtree(groups[0].parent)
     return digest
+
+
+def described(schema: tfds.features.FeaturesDict) -> dict[str, Any]:
+    """Field → shape and dtype, as the manifest says them."""
+    return {name: {"shape": list(f.shape), "dtype": np.dtype(f.np_dtype).name} for name, f in schema.items()}
 
 
 def finish(
@@ -207,15 +232,15 @@ def finish(
         UserError: there is not one record to train on, or not one held out. Shards without one record are removed, so
             that others can take their place.
     """
-    made_from = json.loads((folder / "building.json").read_text())
+    made_from = _made_from(folder)
     splits: dict[str, Any] = {}
     notes = {split: [read_note(path) for path in paths] for split, paths in shards.items()}
     for split, paths in shards.items():
         entries = [
-            {"file": path.name, "records": len(note["records"]), "sha256": note["sha256"]}
+            {"file": path.name, "records": len(note.records), "sha256": note.sha256}
             for path, note in zip(paths, notes[split], strict=True)
         ]
-        records = sum(e["records"] for e in entries)
+        records = sum(len(note.records) for note in notes[split])
         if records:
             shape = list(latents[split.partition("_")[2]])
             splits[split] = {"records": records, "latent": shape, "shards": entries}
@@ -225,7 +250,7 @@ def finish(
     for role in sorted({split.partition("_")[0] for split in shards}):
         if not any(split.startswith(f"{role}_") for split in splits):
             of_role = [note for split, found in notes.items() if split.startswith(f"{role}_") for note in found]
-            made_of = [ShardPhotograph(*entry) for note in of_role for entry in note["examples"]]
+            made_of = [example for note in of_role for example in note.examples]
             if made_of and not any(example.readable for example in made_of):
                 raise UserError(f"pairs {folder}: none of the {len(made_of)} photographs of split {role} can be read; "
                                 "repair them and run again")  # fmt: skip
@@ -248,5 +273,4 @@ def finish(
         check_data=False,
         description="HG-DPO preference pairs: latents and token ids.",
     )
-    fields = {name: {"shape": list(f.shape), "dtype": np.dtype(f.np_dtype).name} for name, f in schema.items()}
-    write_json(folder / "manifest.json", {"schema": fields, "splits": splits, "made_from": made_from})
+    write_json(folder / "manifest.json", {"schema": described(schema), "splits": splits, "made_from": made_from})

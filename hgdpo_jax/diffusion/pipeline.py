@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from transformers import CLIPTokenizer
 
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
-from hgdpo_jax.diffusion.source import MODELS, Source, open_source
+from hgdpo_jax.diffusion.source import MODELS, POSITIONS, Source, open_source
 from hgdpo_jax.models.convert import Place, abstract, from_torch, keys
 from hgdpo_jax.models.ip_adapter import IPAdapter
 from hgdpo_jax.models.text import TextConditioner, both
@@ -23,8 +23,6 @@ from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import fingerprint, json_hash
 from hgdpo_jax.run.index import Index
-
-POSITIONS = 77  # of CLIP's text encoders
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Pipeline:
             raise UserError(
                 f"resolution {height}x{width}: this model needs height and width in multiples of {multiple} pixels"
             )
-        return height // factor, width // factor, int(self.unet.config["in_channels"])
+        return height // factor, width // factor, int(self.unet.config.get("in_channels", 4))
 
     def tokenize(self, captions: Sequence[str]) -> Int[np.ndarray, "b s"]:
         """Token ids, padded and cut to CLIP's 77 positions, as diffusers does. XL's are of both tokenizers, see

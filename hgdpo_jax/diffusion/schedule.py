@@ -40,6 +40,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
+_MOST = 100_000  # timesteps; every Stable Diffusion has 1000
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
     """ᾱ_t for the training timesteps, and what the network predicts.
@@ -72,7 +75,7 @@ class NoiseSchedule:
         start, end, shape = (config.get(name, default) for name, default in zip(names, _BETAS[scheduler], strict=True))
         count = config.get("num_train_timesteps", 1000)
         if not (isinstance(count, int) and isinstance(start, float) and isinstance(end, float)
-                and count > 0 and 0 < start < end < 1):  # fmt: skip
+                and 0 < count <= _MOST and 0 < start < end < 1):  # fmt: skip
             raise UserError(f"{source}scheduler config num_train_timesteps={count!r}, beta_start={start!r}, "
                             f"beta_end={end!r}: expects a count, and numbers that rise between 0 and 1")  # fmt: skip
         # float32 as in diffusers: the tables agree to the last bits.

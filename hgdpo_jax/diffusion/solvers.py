@@ -99,6 +99,13 @@ def _settings(schedule: NoiseSchedule, solver: str) -> dict[str, Any]:
         if found[key] not in values:
             expected = " or ".join(map(repr, values))
             raise UserError(f"scheduler_config.json {key}={found[key]!r}: {solver} expects {expected}")
+    offset = schedule.config.get("steps_offset", 0)
+    if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset <= schedule.num_train_timesteps:
+        raise UserError(f"scheduler_config.json steps_offset={offset!r}: expects a whole number from 0")
+    for key in ("sigma_min", "sigma_max") if found.get("use_karras_sigmas") else ():
+        sigma = schedule.config.get(key)
+        if sigma is not None and (not isinstance(sigma, int | float) or not 0 <= sigma < float("inf")):
+            raise UserError(f"scheduler_config.json {key}={sigma!r}: expects a number above 0, or null")
     return found
 
 

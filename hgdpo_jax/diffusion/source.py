@@ -37,6 +37,7 @@ MODELS: dict[str, type[nnx.Module]] = {
     "text_encoder_2": CLIPTextModelWithProjection,
 }
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
+POSITIONS = 77  # of CLIP's text encoders
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)@(\w+)")
 _TOP = ("model_index.json", "README.md")
 _LFS_POINTER = b"version https://git-lfs"
@@ -153,7 +154,12 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise UserError(f"{folder / name}: is a pointer of Git LFS, not the file; run git lfs pull where it is")
     try:
-        return CLIPTokenizer.from_pretrained(folder)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        length = min(tokenizer.model_max_length, POSITIONS)
+        (ids,) = tokenizer(["a photo"], padding="max_length", max_length=length, truncation=True).input_ids
+        if not 2 < len(ids) == length or not {tokenizer.bos_token_id, tokenizer.eos_token_id} <= {*ids}:
+            raise ValueError(f"of a text it makes {len(ids)} ids, not {length} with begin and end")
+        return tokenizer
     except Exception as error:  # transformers' and tokenizers' errors have no class in common
         reason = " ".join(str(error).split())
         raise UserError(f"{folder}: not a tokenizer that can be read ({reason}); copy the folder again") from error
@@ -298,6 +304,12 @@ def _check_fit(source: Source) -> None:
         kind = "as inpainting models do; " if channels == 9 else ""
         raise UserError(f"model {source.name}: its UNet takes {channels} channels, {kind}the latents of its VAE have "
                         f"{latent}")  # fmt: skip
+    for name, tokenizer in source.tokenizers.items():
+        config = source.configs.get(name.replace("tokenizer", "text_encoder"), {})
+        last, words = max(tokenizer.get_vocab().values()), config.get("vocab_size", 49408)
+        if last >= words:
+            raise UserError(f"model {source.name}: its {name} gives ids up to {last}, the text encoder has {words} "
+                            "words; they belong to different models")  # fmt: skip
     width, given = unet["cross_attention_dim"], sum(config.get("hidden_size", 512) for config in texts)
     if width != given:
         raise UserError(f"model {source.name}: its text encoders give embeddings of width {given}, its UNet reads "

@@ -60,7 +60,8 @@ class _ArcFace:
         import onnxruntime  # only who brings a network of that kind needs it
 
         try:
-            self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            # Without a second try on the same processor, of which it would print five lines.
+            self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"], enable_fallback=0)
         except Exception as error:  # onnxruntime's errors have no class in common
             reason = " ".join(str(error).split())
             raise UserError(f"face network {path}: not an ONNX file that can be read ({reason})") from error

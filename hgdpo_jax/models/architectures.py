@@ -50,7 +50,7 @@ def recognise(weights: Weights, source: str, with_vae: bool = True) -> Architect
     edm = sorted(key for key in weights if key.startswith("edm_"))
     if edm:
         raise UserError(f"{source}: has {edm[0]}: trained by EDM, as Playground 2.5 and CosXL; not supported")
-    channels = weights.shape(_CONV_IN)[1]
+    channels = weights.size(_CONV_IN, 1)
     if channels != 4:
         raise UserError(f"{source}: its UNet takes {channels} channels, as inpainting models do; expected 4")
     sdxl = any(key.startswith(SDXL_PARTS["text_encoder_2"][0]) for key in weights)
@@ -67,7 +67,7 @@ def recognise(weights: Weights, source: str, with_vae: bool = True) -> Architect
     context = _CONTEXT.format(where)
     if context not in weights:
         raise UserError(f"{source}: is incomplete, it has no weight {context}")
-    width = weights.shape(context)[1]
+    width = weights.size(context, 1)
     expected = architecture.configs["unet"]["cross_attention_dim"]
     if width != expected:
         raise UserError(f"{source}: its UNet reads text of width {width}, that of {architecture.name} is {expected}")

@@ -13,6 +13,7 @@ from hgdpo_jax.models.attend import attend
 from hgdpo_jax.models.layers import Layers, in_rows, platform
 from hgdpo_jax.models.lora import fused_linear
 from hgdpo_jax.models.resnet import checkpointed
+from hgdpo_jax.run.errors import UserError
 
 # Keys and values as products read them: a processor would otherwise transpose them in each step of a sampler.
 Pair = tuple[Float[Array, "_ heads d_head _"], Float[Array, "_ heads _ d_head"]]
@@ -39,6 +40,8 @@ class Attention(nnx.Module):
     """Multi-head attention over the tokens themselves, or over the keys and values of a context."""
 
     def __init__(self, width: int, context_width: int, heads: int, make: Layers, bias: bool = False) -> None:
+        if width % heads:
+            raise UserError(f"UNet config attention_head_dim={heads}: does not divide the width {width}")
         self.heads = heads
         self.sharding: NamedSharding | None = None
         self.to_q = make.linear(width, width, bias)

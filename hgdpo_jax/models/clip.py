@@ -41,6 +41,8 @@ class CLIPAttention(nnx.Module):
     """Multi-head self-attention with biases."""
 
     def __init__(self, width: int, heads: int, make: Layers) -> None:
+        if width % heads:
+            raise UserError(f"CLIP config num_attention_heads={heads}: does not divide hidden_size={width}")
         self.heads = heads
         self.k_proj = make.linear(width, width)
         self.v_proj = make.linear(width, width)

@@ -132,14 +132,12 @@ def from_torch(
     def read(key: str) -> tuple[tuple[Any, ...], nnx.Variable]:
         path, leaf = expected[key]
         kind = str(path[-1])
-        value = from_torch_layout(kind, np.asarray(weights[stored[key]]))
-        if value.shape == (1, 1, *leaf.shape):  # a linear layer that was written as a convolution of one pixel
-            value = value[0, 0]
-        if value.shape != leaf.shape:
-            raise UserError(
-                f"{source}: weight {key} is {to_torch_layout(kind, value).shape}, not "
-                f"{_torch_shape(kind, leaf.shape)}; does not fit {expected_by}"
-            )
+        value, shape = np.asarray(weights[stored[key]]), _torch_shape(kind, leaf.shape)
+        if value.shape == (*shape, 1, 1):  # a linear layer that was written as a convolution of one pixel
+            value = value[..., 0, 0]
+        if value.shape != shape:
+            raise UserError(f"{source}: weight {key} is {value.shape}, not {shape}; does not fit {expected_by}")
+        value = from_torch_layout(kind, value)
         # The device's client copies transposed arrays. It might take over the others as they are, and the model would
         # then change with the file.
         narrower = jnp.dtype(dtype).itemsize < value.dtype.itemsize
@@ -163,8 +161,17 @@ def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def abstract(cls: Callable[..., Model], config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> Model:
-    """A model without weights: shapes only, to be filled by :func:`from_torch`."""
-    return cls(config, rngs=SHAPES, dtype=jnp.dtype(dtype))
+    """A model without weights: shapes only, to be filled by :func:`from_torch`.
+
+    Raises:
+        UserError: the config's values are not those of such a model.
+    """
+    try:
+        return cls(config, rngs=SHAPES, dtype=jnp.dtype(dtype))
+    except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:  # Flax's, of sizes that do not go together
+        reason = " ".join(str(error).split())[:200]
+        name = getattr(cls, "__name__", "model")
+        raise UserError(f"{name} config: its values make no model ({reason}); copy the config again") from error
 
 
 def load_model(

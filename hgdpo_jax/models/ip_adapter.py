@@ -311,7 +311,9 @@ def _recognise(weights: Weights, source: str, unet: UNet2DConditionModel) -> dic
     def size(key: str, axis: int = 0) -> int:
         if key not in weights:
             raise UserError(f"{source}: weight {key} is missing; the file is not whole")
-        return weights.shape(key)[axis]
+        if not (found := weights.size(key, axis)):
+            raise UserError(f"{source}: weight {key} is empty; the file is broken")
+        return found
 
     loras = sorted(key for key in weights if "_lora." in key)
     if loras:
@@ -340,7 +342,7 @@ def _recognise(weights: Weights, source: str, unet: UNet2DConditionModel) -> dic
     numbers = sorted(
         int(key.split(".")[1]) for key in weights if re.fullmatch(r"ip_adapter\.\d+\.to_k_ip\.weight", key)
     )
-    widths = [weights.shape(f"ip_adapter.{i}.to_k_ip.weight")[0] for i in numbers]
+    widths = [weights.size(f"ip_adapter.{i}.to_k_ip.weight") for i in numbers]
     expected = [width for _, width, _ in attentions]
     if (widths, config["cross_attention_dim"]) != (expected, context_width):
         theirs, ours = (

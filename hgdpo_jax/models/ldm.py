@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hgdpo_jax.models.weights import LazyWeights, Weights
+from hgdpo_jax.run.errors import UserError
 
 Rules = Sequence[tuple[str, str]]
 
@@ -196,7 +197,14 @@ class TranslatedWeights(LazyWeights):
 
 
 def _read(weights: Weights, prefix: str, place: Stored) -> np.ndarray:
-    return place.read(weights[prefix + place.key])
+    """A tensor of diffusers. Raises UserError where the file's has a shape that it cannot be made of."""
+    value = weights[prefix + place.key]
+    try:
+        return place.read(value)
+    except ValueError as error:
+        raise UserError(
+            f"weight {prefix}{place.key} is {value.shape}; does not fit the model that it was taken for"
+        ) from error
 
 
 def to_single_file(

@@ -221,7 +221,7 @@ def _in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """`PART.KEY` → PEFT's settings, where diffusers wrote them into the file."""
     try:
         found = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"LoRA {path}: its lora_adapter_metadata is not JSON ({error})") from error
     if not isinstance(found, dict):
         raise UserError(f"LoRA {path}: its lora_adapter_metadata is no JSON object")

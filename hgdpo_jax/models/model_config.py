@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,66 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _is_count(value: Any, most: int = 10**6) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def _is_depth(value: Any) -> bool:
+    return _is_count(value, 1000)
+
+
+def _each(allowed: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether a value is a list of what is allowed."""
+    return lambda value: isinstance(value, list) and 0 < len(value) <= 100 and all(map(allowed, value))
+
+
+_COUNTS = """addition_time_embed_dim hidden_size image_size in_channels intermediate_size latent_channels
+max_position_embeddings norm_num_groups num_attention_heads out_channels patch_size
+projection_class_embeddings_input_dim projection_dim vocab_size"""
+_COUNT, _DEPTH = "a whole number from 1", "a whole number from 1 to 1000"
+# Keys, what their values have to be, and that in words; null stands for a key that is left out.
+_KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (_COUNTS, _is_count, _COUNT),
+    ("num_hidden_layers", _is_depth, _DEPTH),
+    ("block_out_channels", _each(_is_count), f"a list, each {_COUNT}"),
+    (
+        "attention_head_dim cross_attention_dim sample_size",
+        lambda x: _is_count(x) or _each(_is_count)(x),
+        f"{_COUNT}, or a list",
+    ),
+    ("layers_per_block", lambda x: _is_depth(x) or _each(_is_depth)(x), f"{_DEPTH}, or a list"),
+    ("transformer_layers_per_block", lambda x: _is_depth(x) or _each(_is_depth)(x), f"{_DEPTH}, or a list"),
+    ("architectures down_block_types up_block_types", _each(lambda x: isinstance(x, str)), "a list of names"),
+    ("eos_token_id layer_norm_eps logit_scale_init_value norm_eps scaling_factor", _is_number, "a number"),
+    ("use_linear_projection use_post_quant_conv use_quant_conv", lambda x: isinstance(x, bool), "true or false"),
+    ("_class_name hidden_act", lambda x: isinstance(x, str), "a name"),
+)
+_VALUES = {key: (allowed, words) for keys, allowed, words in _KINDS for key in keys.split()}
+_TOWERS = ("text_config", "vision_config", "text_config_dict", "vision_config_dict")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder; see :func:`read_json`."""
-    return read_json(folder / "config.json")
+    """config.json of a model folder; see :func:`read_json`.
+
+    Raises:
+        UserError: also where a value that a model is made of is none that it can have.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    _require_values(path, config)
+    for tower in _TOWERS:
+        if not isinstance(config.get(tower), dict | None):
+            raise UserError(f"{path}: {tower}={config[tower]!r}; expected an object")
+        _require_values(path, config.get(tower) or {})
+    return config
+
+
+def _require_values(path: Path, config: Mapping[str, Any]) -> None:
+    for key, value in config.items():
+        allowed, words = _VALUES.get(key, (None, ""))
+        if allowed and value is not None and not allowed(value):
+            raise UserError(f"{path}: {key}={value!r}; expected {words}")

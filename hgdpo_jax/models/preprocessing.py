@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from hgdpo_jax.models.model_config import read_json
 from hgdpo_jax.run.errors import UserError
 
+_LARGEST = 16  # times the side of what is cut out; people have a fourth more at most
 _METHODS = {1: "lanczos3", 2: "linear", 3: "cubic"}  # Pillow's numbers
 
 
@@ -52,7 +53,7 @@ def read_preprocessing(folder: Path, size: int) -> Preprocessing:
     computed |= {
         "rescale_factor": isinstance(factor, float) and math.isclose(factor, 1 / 255, rel_tol=1e-3),
         "resample": method in tuple(_METHODS),
-        "size": short is not None and short >= size,
+        "size": short is not None and size <= short <= _LARGEST * size,
         "crop_size": crop == size,
     }
     wrong = [key for key, fine in computed.items() if not fine]
@@ -62,7 +63,7 @@ def read_preprocessing(folder: Path, size: int) -> Preprocessing:
     mean, std = (given.get(f"image_{name}", known) for name, known in (("mean", CLIP.mean), ("std", CLIP.std)))
     if given.get("do_normalize") is False:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    if not (_three(mean) and _three(std) and all(std)):
+    if not (_three(mean) and _three(std) and min(std) > 0):
         raise UserError(f"{path}: has image_mean={mean!r} and image_std={std!r}; expected three numbers each")
     return Preprocessing(tuple(mean), tuple(std), None if short == size else short, _METHODS[method])
 
@@ -84,7 +85,11 @@ def _side(value: Any, name: str) -> int | None:
 
 
 def _three(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
+    return isinstance(value, list | tuple) and len(value) == 3 and all(_is_number(x) for x in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def clip_pixels(

@@ -70,6 +70,13 @@ class Weights(Mapping[str, np.ndarray]):
         """The shape of a tensor, without reading it."""
         return self._places[key].shape
 
+    def size(self, key: str, axis: int = 0) -> int:
+        """One of a tensor's sizes, without reading it. Raises UserError where it has not so many."""
+        path, _, shape, _ = self._places[key]
+        if axis >= len(shape):
+            raise UserError(f"{path}: weight {key} is {shape}; it is of another model, or broken")
+        return shape[axis]
+
     def __getitem__(self, key: str) -> np.ndarray:
         path, begin, shape, dtype = self._places[key]
         if dtype not in _DTYPES:

@@ -1,5 +1,7 @@
 """The evaluation of a run: every model draws the same prompts from the same seeds and is measured on them."""
 
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from hgdpo_jax.results.measured import BEST, DIFFERENCES, drawing_of, groups, me
 from hgdpo_jax.results.report import ConceptPerson, Pictures, Report
 from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import atomic_path, json_hash, write_json
+from hgdpo_jax.run.files import atomic_path, json_hash, retried, write_json
 from hgdpo_jax.run.folder import stage_config
 from hgdpo_jax.run.index import Index, first_process_first, index_of_run
 from hgdpo_jax.run.locks import lock_for_all
@@ -166,6 +168,19 @@ class ModelPictures(NamedTuple):
     pictures: UInt8[np.ndarray, "s H W 3"]
 
 
+def drawn_before(path: Path, mark: str) -> ModelPictures | None:
+    """What is kept in a file; None where there is none, it has another mark or is damaged: then it is drawn again.
+
+    Raises:
+        UserError: the disk or the file server does not answer.
+    """
+    try:
+        found = retried(lambda: dict(np.load(path)), path)
+        return ModelPictures(found, found.pop("pictures")) if str(found.pop("mark")) == mark else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Draws for the held-out captions, with the policies that the sampler uses, and measures what was drawn.
@@ -194,11 +209,12 @@ class Evaluator:
         Raises:
             UserError: a score is not finite.
         """
-        if not processes.broadcast(lambda: path.is_file() and str(np.load(path)["mark"]) == mark):
+        if not processes.broadcast(lambda: drawn_before(path, mark) is not None):
             self._draw(name, path, mark)
-        found = dict(np.load(path))
-        del found["mark"]
-        return ModelPictures(found, found.pop("pictures"))
+        found = drawn_before(path, mark)
+        if found is None:
+            raise UserError(f"{path}: was written, but cannot be read; see to the disk or the file server")
+        return found
 
     def _draw(self, name: str, path: Path, mark: str) -> None:
         config, k = self.config, self.config.evaluate.images_per_prompt

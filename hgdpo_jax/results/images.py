@@ -30,7 +30,7 @@ from hgdpo_jax.pictures.read import UnreadableImage, read_image
 from hgdpo_jax.pictures.write import contact_sheet, require_finite, to_uint8, write_png
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import file_hash, is_empty, write_json
+from hgdpo_jax.run.files import as_written, file_hash, is_empty, write_json
 from hgdpo_jax.run.folder import (
     BASE_STAGE,
     CURRICULUM,
@@ -172,7 +172,8 @@ def require_own(out: Path, settings: dict[str, Any]) -> None:
     """
     mark = out / "settings.json"
     if mark.is_file():
-        found, wanted = json.loads(mark.read_text()), json.loads(json.dumps(settings))
+        with as_written(mark, "choose another folder"):
+            found, wanted = {**json.loads(mark.read_text())}, json.loads(json.dumps(settings))
         other = [key for key in {**found, **wanted} if key != "model" and found.get(key) != wanted.get(key)]
         if other:
             values = f"{other[0]} {found.get(other[0])!r}, now it is {wanted.get(other[0])!r}"

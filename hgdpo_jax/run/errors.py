@@ -23,6 +23,7 @@ _REMEDIES = (
     ("|".join(os.strerror(code) for code in (errno.ENAMETOOLONG, errno.ELOOP)), "", "choose another path"),
     ("Invalid value .* for JAX flag|[Ii]nvalid .* for environment", "", "unset that variable, or correct it"),
 )  # fmt: skip
+_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # of lines
 _LONGEST = 300  # characters of what a library says; a compiler lists all that it could not place
 
 
@@ -37,8 +38,8 @@ class Stopped(Exception):
 def as_line(error: BaseException) -> str | None:
     """The line that a command ends with, where the user can mend what went wrong: a mistake, a full disk, memory that
     ran out, a place without rights, a variable that JAX cannot read. None for other errors."""
-    if isinstance(error, UserError):
-        return f"error: {error}"
+    if isinstance(error, UserError):  # a name of a file may hold the end of a line
+        return f"error: {str(error).translate({ord(end): ascii(end)[1:-1] for end in _ENDS})}"
     text = " ".join([*(str(error) or type(error).__name__).split(), *getattr(error, "__notes__", [])[:1]])
     for pattern, what, remedy in _REMEDIES:
         if re.search(pattern, text):

@@ -154,6 +154,20 @@ def write_json(path: AnyPath, value: Mapping[str, Any], indent: int | None = 2, 
         temporary.write_text(text)
 
 
+@contextmanager
+def as_written(what: object, remedy: str) -> Iterator[None]:
+    """The block reads what a command wrote as JSON, and takes from it what has to be there.
+
+    Raises:
+        UserError: `what`, such as a file, is not what a command writes; `remedy` says what to do.
+    """
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{what}: is not as it was written ({reason}); {remedy}") from error
+
+
 def is_passing(error: BaseException) -> bool:
     """Whether an error is of the machine, its disk or a file server, and not of the file that was read."""
     return isinstance(error, OSError) and error.errno in _PASSING

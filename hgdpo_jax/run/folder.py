@@ -1,12 +1,11 @@
 """What a run folder is: where it can lie, its stages by name, their configs, and the commands that make them."""
 
-import json
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.settings import CONFIGS, CURRICULUM, config_from_json
+from hgdpo_jax.run.settings import CONFIGS, CURRICULUM, read_config
 
 BASE_STAGE = "base"  # what `--stage` calls ε_base
 SFT, GIVEN = "stage0", "given"  # fine-tuning; one stage of pairs that exist already
@@ -80,7 +79,7 @@ def stage_config(workdir: Path, stage: str) -> ConfigDict:
         there = ", ".join(sorted(path.parent.name for path in workdir.glob("*/config.json")))
         raise UserError(f"{stage} was not trained in {workdir}{f', {there} was' if there else ''}; run first: "
                         f"{train_command(stage, workdir)}")  # fmt: skip
-    return config_from_json(json.loads((workdir / stage / "config.json").read_text()))
+    return read_config(workdir / stage / "config.json")
 
 
 def last_stage(workdir: Path) -> str:

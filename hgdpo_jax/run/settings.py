@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from hgdpo_jax.config import SETTINGS, Range, Setting, default
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import shipped
+from hgdpo_jax.run.files import as_written, shipped
 
 CONFIGS = shipped("configs")
 CURRICULUM = {"easy": "stage1", "normal": "stage2", "hard": "stage3"}  # the paper's name → our folder
@@ -25,14 +25,29 @@ _RESERVED = {"base", "evaluation", *CURRICULUM}  # names that a run has for some
 
 
 def config_from_json(values: Mapping[str, Any]) -> ConfigDict:
-    """The config that :func:`to_json` wrote; settings that there were not yet have their defaults."""
+    """The config that :func:`to_json` wrote; settings that there were not yet have their defaults.
+
+    Raises:
+        UserError: a setting has a value that it cannot have.
+    """
     found = ConfigDict(values)
     for setting in SETTINGS:
         group, _, leaf = setting.key.rpartition(".")
         place = found[group] if group else found
         if leaf not in place:
             place[leaf] = setting.default
+        _check(setting, place[leaf])
     return found
+
+
+def read_config(path: Path) -> ConfigDict:
+    """The config that a training kept in its folder; see :func:`config_from_json`. Raises UserError where it is
+    damaged."""
+    with as_written(path, "put back what the training wrote, or choose another --workdir"):
+        try:
+            return config_from_json(json.loads(path.read_text()))
+        except UserError as error:  # which knows the setting, and not the file
+            raise ValueError(error) from error
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:

@@ -215,7 +215,7 @@ class Checkpoints:
                 # `exists` is not asked: where a bucket cannot be reached, it says no.
                 if json.loads((self._policy / f"{step}.sha256.json").read_text()) == _hashes(self._folder_of(step)):
                     return step
-            except FileNotFoundError:
+            except (FileNotFoundError, ValueError, RecursionError):  # there is none, or it is damaged
                 pass
             logging.warning("checkpoint %s: incomplete or altered; going back to the one before", self._folder_of(step))
         return None

@@ -1,6 +1,5 @@
 """Training of one stage, from its shards and its predecessor to its last checkpoint."""
 
-import json
 from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
@@ -25,7 +24,7 @@ from hgdpo_jax.run.files import write_json
 from hgdpo_jax.run.folder import require_plain
 from hgdpo_jax.run.index import index_of_run
 from hgdpo_jax.run.locks import lock_for_all
-from hgdpo_jax.run.settings import config_from_json
+from hgdpo_jax.run.settings import read_config
 from hgdpo_jax.training import inputs as stage_inputs
 from hgdpo_jax.training import reference_cache
 from hgdpo_jax.training import start as starts
@@ -94,7 +93,7 @@ def _require_place(config: ConfigDict, folder: Path) -> None:
     begin anew, or where nothing can be written there."""
     place, key = config.train.checkpoints, "train.checkpoints"
     if (folder / "config.json").is_file():
-        before = config_from_json(json.loads((folder / "config.json").read_text())).train.checkpoints
+        before = read_config(folder / "config.json").train.checkpoints
         if before != place:
             raise UserError(f"config key {key}={place}: the checkpoints of {folder} are in {before or folder}; use "
                             "that, or another --workdir")  # fmt: skip

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, UInt8
 
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import atomic_path
+from hgdpo_jax.run.files import as_written, atomic_path
 from hgdpo_jax.training.changes import GO_ON
 from hgdpo_jax.training.step import GRADIENT_NORM, TIMESTEP_BINS
 
@@ -103,7 +104,12 @@ def _of_evaluation(name: str) -> bool:
 
 def _whole_lines(path: Path) -> list[dict[str, float]]:
     """What follows the last end of a line is half a line of a run that was killed, and not read."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        with as_written(f"{path} line {number}", "take that line out"):
+            values = {name: value + 0 for name, value in json.loads(line).items()}  # raises where it is no number
+            found.append(values | {"step": operator.index(values["step"])})
+    return found
 
 
 def _cut_events(path: Path, comes_again: Callable[[float, Iterable[str]], bool]) -> None:

@@ -28,7 +28,7 @@ from hgdpo_jax.devices.sharding import replicated
 from hgdpo_jax.devices.transfer import local_rows, one_ahead, to_devices, to_host
 from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import atomic_path, file_hash, require_space, write_json
+from hgdpo_jax.run.files import as_written, atomic_path, file_hash, require_space, write_json
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.inputs import Inputs
@@ -145,9 +145,9 @@ def _require_same(cache: Path, made_from: Mapping[str, Any]) -> None:
     """Raises UserError where the folder holds predictions of something else."""
     path = cache / "made_from.json"
     if path.is_file():
-        provenance.require_same(
-            json.loads(path.read_text()), made_from, str(cache), "use that, or remove the folder to compute it again"
-        )
+        with as_written(path, "remove its folder, and it is computed again"):
+            found = {**json.loads(path.read_text())}
+        provenance.require_same(found, made_from, str(cache), "use that, or remove the folder to compute it again")
 
 
 def _make(
@@ -204,7 +204,8 @@ def _written(shard: Shard, draws: int, made_from: Mapping[str, Any]) -> Iterator
 
 def _require_undamaged(shards: Sequence[Shard], index: Index) -> None:
     for shard in shards:
-        known = json.loads(shard.note.read_text())["sha256"]
+        with as_written(shard.note, "remove it, and its shard is computed again"):
+            known = json.loads(shard.note.read_text())["sha256"]
         if not shard.path.is_file() or index.hash(shard.path) != known:
             raise UserError(f"{shard.path}: missing or altered (its hash is not that of its note); remove it and its "
                             "note, and it is computed again")  # fmt: skip

@@ -110,6 +110,28 @@ def test_a_damaged_shard_is_named(workdir: Path, damage: str) -> None:
         open_stage(workdir, "stage1")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("manifest.json", "{", "manifest.json: is not as it was written"),
+        ("manifest.json", '{"schema": {}, "made_from": {}, "splits": {"train_32x32": 3}}', "manifest.json: is not as"),
+        ("manifest.json", '{"schema": {}, "made_from": {}, "splits": {"train_32x32": {"latent": [4, 4, 8], '
+         '"records": 6, "shards": []}}}', "its shards of train_32x32 have not its 6 records"),
+        ("manifest.json", "\\xff", "manifest.json: is not as it was written"),
+        ("features.json", "{}", "TFDS cannot open them"),
+        ("dataset_info.json", "", "TFDS cannot open them"),
+        ("pairs-train_32x32.array_record-00000-of-00002.json", "[]", "00002.json: is not as it was written"),
+        ("pairs-train_32x32.array_record-00000-of-00002.json", '{"sha256": "", "records": ["a"], "examples": []}',
+         "its note names 1 records, the manifest 3"),
+    ],
+)  # fmt: skip
+def test_what_is_damaged_beside_the_shards_is_named(workdir: Path, name: str, content: str, message: str) -> None:
+    (workdir / "stage1" / "pairs" / name).write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        open_stage(workdir, "stage1").by_id("train")
+    assert "\n" not in str(error.value)
+
+
 def test_another_latent_shape_is_refused(workdir: Path) -> None:
     found = open_stage(workdir, "stage1")
     found.require({"32x32": tiny.LATENT, "64x32": (8, 4, 8)})

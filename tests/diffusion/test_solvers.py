@@ -156,6 +156,18 @@ def test_every_class_of_diffusers_is_computed_with_its_own_defaults_or_refused_b
             NoiseSchedule.from_config(PNDM | {"_class_name": name}, "model M: ")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("steps_offset", "1"), ("steps_offset", -1), ("steps_offset", None), ("steps_offset", True),
+     ("steps_offset", 10**30), ("sigma_min", "x"), ("sigma_max", float("inf")), ("sigma_min", -1.0),
+     ("num_train_timesteps", 10**30)],
+)  # fmt: skip
+def test_a_number_that_no_scheduler_has_is_named(key: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"{key}={re.escape(repr(value))}"):
+        schedule = NoiseSchedule.from_config(PNDM | {"use_karras_sigmas": True, key: value})
+        make_steps(schedule, "dpmpp_2m", 4)
+
+
 def test_more_steps_than_there_are_timesteps_are_refused() -> None:
     schedule = NoiseSchedule.from_config(PNDM)
     for steps, reason in ((1000, "with steps_offset=1 they begin beyond the 1000"), (1001, "expects 1 to 1000")):

@@ -236,6 +236,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         ("vocab.json", POINTER, r"vocab\.json: is a pointer of Git LFS, not the file; run git lfs pull"),
         ("vocab.json", "{", r"tokenizer: not a tokenizer that can be read \(.*\); copy the folder again"),
         ("tokenizer_config.json", "[]", r"tokenizer: not a tokenizer that can be read"),
+        ("tokenizer_config.json", '{"model_max_length": "x"}', r"tokenizer: not a tokenizer that can be read"),
+        ("tokenizer_config.json", '{"model_max_length": 1}', r"tokenizer: not a tokenizer that can be read"),
     ],
 )
 def test_a_broken_tokenizer_is_named(changing: Path, name: str, content: str | None, message: str) -> None:
@@ -244,6 +246,14 @@ def test_a_broken_tokenizer_is_named(changing: Path, name: str, content: str | N
     with pytest.raises(UserError, match=message) as error:
         sources.open_source(str(changing))
     assert str(changing) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tokenizer_with_more_words_than_its_text_encoder_is_refused(changing: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(changing / "tokenizer")
+    tokenizer.add_tokens("<person>")
+    tokenizer.save_pretrained(changing / "tokenizer")
+    with pytest.raises(UserError, match="its tokenizer gives ids up to 49408, the text encoder has 49408 words; they"):
+        sources.open_source(str(changing))
 
 
 def test_a_card_in_another_encoding_is_read(changing: Path) -> None:

@@ -81,7 +81,9 @@ def test_a_picture_that_is_not_square_is_filled_up() -> None:
         assert_close(ours, expected, NETWORK)
     boxes, scores = map(np.asarray, found)
     left, top, right, bottom = boxes[np.arange(3), scores.argmax(1)].T
-    assert ((left > 40) & (right < 264) & (top > 0) & (bottom < 224)).all() and scores.max(1).min() > 0.5
+    around = 11  # pixels, a twentieth: so far a box may reach out of the photograph
+    assert ((left > 40 - around) & (right < 264 + around) & (top > -around) & (bottom < 224 + around)).all()
+    assert scores.max(1).min() > 0.5
 
 
 def test_8_bit_weights_are_multiplied_out(tmp_path: Path) -> None:

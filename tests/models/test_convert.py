@@ -59,7 +59,7 @@ def test_a_model_does_not_change_with_what_it_was_read_from() -> None:
     assert all(np.array_equal(value, before[key]) for key, value in to_torch(model).items())
 
 
-@pytest.mark.parametrize("damage", ["missing", "superfluous", "shape"])
+@pytest.mark.parametrize("damage", ["missing", "superfluous", "shape", "flat", "number"])
 def test_a_weight_that_does_not_fit_is_named(damage: str) -> None:
     weights = numpy_weights(TorchUNet.from_config(SD15))
     key = "mid_block.resnets.0.conv1.weight"
@@ -69,7 +69,8 @@ def test_a_weight_that_does_not_fit_is_named(damage: str) -> None:
         key = "mid_block.extra.weight"
         weights[key] = np.zeros(1, np.float32)
     else:
-        weights[key] = weights[key][:3]
+        x = weights[key]
+        weights[key] = {"shape": x[:3], "flat": x.ravel(), "number": x[0, 0, 0, 0]}[damage]
     with pytest.raises(UserError, match=rf"folder: weight {key} is") as error:
         from_torch(weights, abstract(UNet2DConditionModel, SD15), "folder")
     assert "\n" not in str(error.value)

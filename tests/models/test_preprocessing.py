@@ -77,6 +77,10 @@ def test_it_is_read_where_transformers_reads_it(tmp_path: Path) -> None:
         ("resample", [3]),
         ("image_mean", 0.5),
         ("image_std", [0.5, 0.5, 0.0]),
+        ("image_std", [0.5, 0.5, -0.5]),
+        ("image_std", [0.5, 0.5, float("nan")]),
+        ("image_mean", [0.5, True, 0.5]),
+        ("size", 10**9),
     ],
 )
 def test_what_is_not_computed_is_refused(key: str, value: Any, tmp_path: Path) -> None:

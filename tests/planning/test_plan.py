@@ -72,6 +72,7 @@ def test_a_step_agrees_with_formulas_and_is_compiled_once(
     run: Callable[..., str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ("--topology", "cpu:8", f"--config.model.base={base}", "--config.data.resolutions=32x32")
+    asked += ("--config.train.steps=20",)
     (found,) = json.loads(run(*asked, "--json", "--share", "0.5"))
     assert not [*tmp_path.glob("compiled/jit_step*")]  # the figures are kept, not the program
 

@@ -88,16 +88,17 @@ def at(workdir: Path) -> list[str]:
 
 
 def in_tensorboard(logs: Path) -> list[tuple[str, int]]:
-    """(name, step) of each value in the one file of events, all of whose records are whole."""
-    (path,) = logs.glob("events.out.tfevents.*")
-    content, found = path.read_bytes(), []
-    while content:
-        end = 12 + int.from_bytes(content[:8], "little")
-        for checked, crc in ((content[:8], content[8:12]), (content[12:end], content[end : end + 4])):
-            assert masked_crc32c(checked) == int.from_bytes(crc, "little")
-        event = Event.FromString(content[12:end])
-        found += [(value.tag, event.step) for value in event.summary.value]
-        content = content[end + 4 :]
+    """(name, step) of each value in the files of events, all of whose records are whole."""
+    found = []
+    for path in sorted(logs.glob("events.out.tfevents.*")):
+        content = path.read_bytes()
+        while content:
+            end = 12 + int.from_bytes(content[:8], "little")
+            for checked, crc in ((content[:8], content[8:12]), (content[12:end], content[end : end + 4])):
+                assert masked_crc32c(checked) == int.from_bytes(crc, "little")
+            event = Event.FromString(content[12:end])
+            found += [(value.tag, event.step) for value in event.summary.value]
+            content = content[end + 4 :]
     return found
 
 

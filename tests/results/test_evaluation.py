@@ -19,7 +19,7 @@ from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.evaluate import print_table
 from hgdpo_jax.pictures.read import read_image
 from hgdpo_jax.results import evaluation, measured, portrait
-from hgdpo_jax.results.evaluation import Evaluator, _heldout, _inputs, _persons, evaluate
+from hgdpo_jax.results.evaluation import Evaluator, _heldout, _inputs, _persons, drawn_before, evaluate
 from hgdpo_jax.results.measured import MODELS, Model, groups, single
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import json_hash, write_json
@@ -184,6 +184,13 @@ def test_what_was_drawn_is_kept_for_the_same_mark(tmp_path: Path) -> None:
     assert sampler.drawn == 6
     found.draw("easy", path, "2")
     assert sampler.drawn == 12
+    whole = path.read_bytes()
+    for damaged in (b"", b"PK", whole[:-9], whole[: len(whole) // 2], whole[:200] + b"x" + whole[201:]):
+        path.write_bytes(damaged)
+        assert drawn_before(path, "2") is None
+    np.savez(path, mark=np.array("2"))  # without pictures
+    found.draw("easy", path, "2")
+    assert sampler.drawn == 18
 
 
 @pytest.mark.parametrize("score, key", [("score", "pairs.scorer"), ("second_score", "evaluate.scorer"),

@@ -139,6 +139,7 @@ def test_without_a_home_it_runs_without_a_cache(
     ("error", "code", "line"),
     [
         (UserError("config key x: is wrong"), 1, "error: config key x: is wrong"),
+        (UserError("a\nb\u2028c.png: no such file"), 1, r"error: a\nb\u2028c.png: no such file"),  # names of files
         (SystemExit(2), 2, "error: an argument cannot be read, see above"),
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device; free some disk space, "
          "the same command then goes on"),

@@ -112,7 +112,8 @@ def test_what_a_run_folder_holds(tmp_path: Path) -> None:
         last_stage(tmp_path)
     for stage in ("stage0", "stage2", "text_encoder"):
         groups = ("model", "data", "pairs", "adapter", "train", "evaluate", "mesh")
-        write_json(tmp_path / stage / "config.json", {group: {} for group in groups})  # of before there were settings
+        config = {"stage": stage} | {group: {} for group in groups}  # of before there were settings
+        write_json(tmp_path / stage / "config.json", config)
     assert last_stage(tmp_path) == "stage2" and stage_config(tmp_path, "stage2").train.steps == 20_000
     with pytest.raises(UserError, match="stage3 was not trained in .*, stage0, stage2, text_encoder was; run first"):
         stage_config(tmp_path, "stage3")

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.settings import CONFIGS, load_config, named
+from hgdpo_jax.run.settings import CONFIGS, load_config, named, read_config
 
 ROOT = Path(__file__).parent.parent.parent
 STAGES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "common"))
@@ -214,6 +214,27 @@ def test_a_missing_or_misspelt_key_in_a_config_file_is_named(tmp_path: Path) -> 
         path.write_text(body.format(line))
         with pytest.raises(UserError, match=message.replace("?", r"\?")):
             load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        '{"train": 3}',
+        '{"train": {"lr": "x"}}',
+        '{"data": {"resolutions": [[1]]}}',
+        '{"seed": null}',
+    ],
+)
+def test_a_config_that_a_run_kept_and_that_was_damaged_is_named(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf"{path}: is not as it was written \(.*\); put back") as error:
+        read_config(path)
+    assert "\n" not in str(error.value)
 
 
 def test_the_hash_is_of_the_content() -> None:

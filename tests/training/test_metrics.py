@@ -20,6 +20,13 @@ def test_no_event_file_is_opened_before_the_first_value(tmp_path: Path) -> None:
     assert read(tmp_path) == [{"step": 3, "loss": 0.5}]
 
 
+@pytest.mark.parametrize("line", ["{", "[]", "null", '{"a": 1.0}', '{"step": "2"}', '{"step": 2, "a": "x"}', "\xff"])
+def test_a_line_of_the_log_that_is_none_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line.encode("latin-1") + b'\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl line 2: is not as it was written \(.*\); take that line out"):
+        read(tmp_path)
+
+
 def test_half_a_line_of_the_log_is_forgotten(tmp_path: Path) -> None:
     log = MetricLog(tmp_path, 0)
     log.write({"a": 1.0}, 1)

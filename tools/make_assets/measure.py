@@ -30,7 +30,7 @@ from tools.make_assets.captions import scene
 from tools.make_assets.clip import Task, config, fit
 from tools.make_assets.photographs import SIZE
 
-_SHOWN = 4000  # made people that the small CLIPModel learns from
+_SHOWN = 8000  # made people that the small CLIPModel learns from
 
 
 def swapped(caption: str) -> str:
@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("portraits", type=Path)
     parser.add_argument("people", type=Path, help="the folder of made people")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--count", type=int, default=400, help="drawings")
     arguments = parser.parse_args()
     start()

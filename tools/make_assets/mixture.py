@@ -26,14 +26,14 @@ NAME, FRAMINGS = "base.jsonl", "framings"
 
 def framed(at: Place, image: Image.Image, random: np.random.Generator) -> Place:
     """Another square around the same face: nearer or farther, beside it, and turned a little."""
-    side = min(at.side * random.uniform(0.88, 1.12), *image.size)
-    x, y = np.array([at.x, at.y]) + random.uniform(-0.05, 0.05, 2) * side
+    side = min(at.side * random.uniform(0.95, 1.05), *image.size)
+    x, y = np.array([at.x, at.y]) + random.uniform(-0.015, 0.015, 2) * side
     half = side / 2
     return Place(
         float(np.clip(x, half, image.width - half)),
         float(np.clip(y, half, image.height - half)),
         side,
-        at.tilt + random.normal(0.0, 0.05),
+        at.tilt + random.normal(0.0, 0.02),
     )
 
 

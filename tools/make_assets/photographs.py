@@ -2,7 +2,7 @@
 
 python -m tools.make_assets.photographs AVATARS MODEL_FOLDER PORTRAITS
 
-Each is turned so that the eyes are level, and cut around the face as the drawn faces lie, from which the base learns.
+Each is turned and cut so that the eyes lie where those of the made people do, from whom the base learns.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from tools.make_assets.captions import Captioner, write
 
 SIZE = 96
 HELDOUT_OF_EACH = 20
-_SIDE, _RISE = 1.12, 0.08  # of the square, in sides of the detector's box, and how far its centre lies above the box's
+_EYES = 0.37  # of the square's height, their middle lies below its upper edge; from left to right it is in the middle
+_APART, _TO_MOUTH = 0.305, 0.325  # of the square's side at most: from eye to eye, and from their middle to the mouth
 _SEEN = 256  # pixels a side of what the detector sees
 _FINE = 4  # times as large is cut first, so that it is scaled down with all its pixels
 
@@ -40,13 +41,13 @@ def place(image: Image.Image, faces: FaceDetector) -> Place:
     seen = Image.new("RGB", (_SEEN, _SEEN))
     seen.paste(image.resize((round(image.width / scale), round(image.height / scale)), Image.Resampling.LANCZOS))
     pixels = np.asarray(seen, np.float32)[None] / 127.5 - 1.0
-    boxes = faces.detect(pixels).boxes
-    left, top, right, bottom = (float(x) * scale for x in boxes[0])
-    (x_1, y_1), (x_2, y_2) = np.asarray(faces.points(pixels, boxes)[0, :2])
-    tilt = float(np.arctan2(y_2 - y_1, x_2 - x_1))
-    side = _SIDE * max(right - left, bottom - top)
-    x, y = 0.5 * (left + right) + np.sin(tilt) * _RISE * side, 0.5 * (top + bottom) - np.cos(tilt) * _RISE * side
+    points = np.asarray(faces.points(pixels, faces.detect(pixels).boxes)[0]) * scale
+    left, right, mouth = points[0], points[1], points[3:].mean(0)
+    middle, (across, down) = 0.5 * (left + right), right - left
+    tilt = float(np.arctan2(down, across))
+    side = max(float(np.hypot(across, down)) / _APART, float(np.linalg.norm(mouth - middle)) / _TO_MOUTH)
     side = min(side, *image.size)  # moved inside, and made smaller if it has to be
+    x, y = middle + (0.5 - _EYES) * side * np.array([-np.sin(tilt), np.cos(tilt)])
     return Place(
         float(np.clip(x, side / 2, image.width - side / 2)),
         float(np.clip(y, side / 2, image.height - side / 2)),

@@ -4,8 +4,9 @@ python -m tools.make_assets.scorer PORTRAITS PEOPLE MODEL_FOLDER      writes POR
 
 Nobody has said which of two pictures they prefer; face-api's landmarks stand in. If they stay in place when the picture
 is framed otherwise or mirrored, the face is well formed and plain to see. The scorer, a CLIPModel, learns that from
-made people (the folder PEOPLE), photographs, and SDRecon's reconstructions of both; and that a picture's own caption is
-better than another. All pictures pass through the VAE, or it would learn to recognise the VAE.
+made people (the folder PEOPLE), photographs, and SDRecon's reconstructions of both; that a picture is better than a
+blurred copy, as people prefer detail; and that its own caption is better than another. All pictures pass through the
+VAE, or it would learn to recognise the VAE.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
+from scipy.ndimage import gaussian_filter
 
 from hgdpo_jax.data.photographs import list_photographs
 from hgdpo_jax.data.pixels import load_images
@@ -35,6 +37,7 @@ from tools.make_assets.photographs import SIZE
 STRENGTHS = (3, 5, 7, 9)  # of the reconstructions
 SHARPNESS = 8.0  # how sure a preference is: the logit of a difference of 1 in the logarithm of the unsteadiness
 _FRAMES = ((78, 0, 3), (84, 3, 0), (72, -3, 6))  # side, and how far the centre lies to the right and below, pixels
+_BLUR = 0.3, 1.5  # standard deviation, pixels
 _BATCH = 64
 # The landmark that is where another was, in a mirror: iBUG's order.
 _MIRRORED = np.r_[
@@ -75,18 +78,26 @@ class Steadiness:
         return -np.log(np.concatenate(found)[: len(images)])
 
 
-def loss(model: CLIPModel, images: Array, ids: Array, steadiness: Array) -> tuple[Array, Array]:
+def loss(model: CLIPModel, images: Array, blurred: Array, ids: Array, steadiness: Array) -> tuple[Array, Array]:
     """Cross-entropy of every pair's preference (Bradley and Terry 1952), the softer the smaller the difference, and
-    −log σ of a caption against another. The correlation of scores with steadiness, and how often the right caption is
-    preferred."""
+    −log σ of a picture against its blurred copy and of a caption against another. The correlation of scores with
+    steadiness, and how often the sharper picture and the right caption are preferred."""
     score, other = judge(model, images, ids).score, jnp.roll(ids, 1, 0)
     difference, pairs = score[:, None] - score, 1.0 - jnp.eye(len(score))
     wanted = jax.nn.sigmoid(SHARPNESS * (steadiness[:, None] - steadiness))
     preference = wanted * jax.nn.log_sigmoid(difference) + (1.0 - wanted) * jax.nn.log_sigmoid(-difference)
+    detail = score - judge(model, blurred, ids).score
     text, differ = score - judge(model, images, other).score, (ids != other).any(-1)
     right = ((text > 0) * differ).sum() / jnp.maximum(differ.sum(), 1)
-    total = -(preference * pairs).sum() / pairs.sum() - 0.25 * (differ * jax.nn.log_sigmoid(text)).mean()
-    return total, jnp.array([jnp.corrcoef(score, steadiness)[0, 1], right])
+    total = -(preference * pairs).sum() / pairs.sum() - 0.5 * jax.nn.log_sigmoid(detail).mean()
+    total -= 0.25 * (differ * jax.nn.log_sigmoid(text)).mean()
+    return total, jnp.array([jnp.corrcoef(score, steadiness)[0, 1], (detail > 0).mean(), right])
+
+
+def blurred(images: Images, rng: np.random.Generator) -> Images:
+    """Copies without fine detail."""
+    widths = rng.uniform(*_BLUR, len(images))
+    return np.stack([gaussian_filter(x, (width, width, 0)) for x, width in zip(images, widths, strict=True)])
 
 
 def altered(images: Images, rng: np.random.Generator) -> Images:
@@ -129,12 +140,16 @@ def main() -> None:
 
     def batch(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         pick = rng.choice(np.flatnonzero(~heldout), arguments.batch)
-        return altered(images[pick], rng), ids[number[pick]], steadiness[pick].astype(np.float32)
+        pictures = altered(images[pick], rng)
+        return pictures, blurred(pictures, rng), ids[number[pick]], steadiness[pick].astype(np.float32)
 
     pick = np.random.default_rng(1).choice(np.flatnonzero(heldout), 512)
-    held = (images[pick].astype(np.float32), ids[number[pick]], steadiness[pick].astype(np.float32))
-    model, (correlation, caption) = fit(Task("scorer", config(64, 4, 8), loss, batch, held), arguments.steps, seed=0)
-    print(f"held-out: correlation with steadiness {correlation:.3f}, prefers the right caption {caption:.3f}")
+    seen = images[pick].astype(np.float32)
+    held = (seen, blurred(seen, np.random.default_rng(2)), ids[number[pick]], steadiness[pick].astype(np.float32))
+    task = Task("scorer", config(64, 4, 8), loss, batch, held)
+    model, (correlation, detail, caption) = fit(task, arguments.steps, seed=0)
+    print(f"held-out: correlation with steadiness {correlation:.3f}, prefers the sharper picture in {detail:.1%}, the "
+          f"right caption in {caption:.1%}")  # fmt: skip
     save_model(model, arguments.portraits / "scorer", dtype=np.float16)
 
 

@@ -35,7 +35,6 @@ from tools.make_assets.photographs import SIZE
 
 _FINE = 3  # times as large is drawn, and then scaled down
 _EYES_TO_MOUTH, _PART = 0.65, 0.311  # of the base mesh, in decimetres; and which part of a photograph's height it is
-_BEHIND = 0.48  # the eyes, in decimetres, lies the axis about which a head turns
 _HELDOUT = 25  # of so many people, one is
 _OLD = {"young": "a young", "middleage": "a", "old": "an older"}
 _WHO = {"female": "woman", "male": "man"}
@@ -101,7 +100,7 @@ class Studio:
         scale = self._data.head_scale(positions)
         height = float(_EYES_TO_MOUTH * scale[1] / _PART / now.zoom)
         at = ((2 * now.at[0] - 1) * (-1 if who.mirrored else 1), 1 - 2 * now.at[1])
-        camera = Camera(turn, eyes - np.array([0, 0, _BEHIND]), at, height, now.distance * height)
+        camera = Camera(turn, eyes, at, height, now.distance * height)
         drawn = self._renderer.draw(self._parts(who, now, positions, scale), camera, now.light)
         drawn = drawn[:, ::-1] if who.mirrored else drawn
         large = Image.frombytes("RGBX", drawn.shape[:2], drawn.tobytes())  # colours are times opacity already

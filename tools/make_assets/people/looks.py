@@ -175,15 +175,15 @@ def view(number: int, which: int, who: Person) -> View:
         hat = "cap"
     wear = _CLOTHES[who.gender]
     clothes = wear[random.integers(len(wear))]
-    yaw = float(np.clip(random.normal(0, 0.2), -0.56, 0.56))
+    yaw = float(np.clip(random.normal(0, 0.18), -0.5, 0.5))
     brightness = float(np.clip(random.normal(0.485, 0.145), 0.18, 0.78))
     return View(
         expression, _expression(random, expression, who.race), clothes, _cloth(random),
         bool(random.random() < 0.7), hat, (_cloth(random), _cloth(random)),
         float(random.choice([0.0, 0.0, 9.0, 14.0])), bool(random.random() < 0.95), yaw,
         float(np.clip(random.normal(0.02, 0.06), -0.16, 0.18)), float(np.clip(random.normal(0, 0.012), -0.04, 0.04)),
-        float(random.uniform(0.4, 1.0)), float(np.exp(np.clip(random.normal(0.01, 0.06), -0.14, 0.15))),
-        (float(0.508 + random.normal(0, 0.012)), float(0.37 + np.clip(random.normal(0, 0.02), -0.05, 0.05))),
+        float(random.uniform(0.4, 1.0)), float(np.exp(np.clip(random.normal(0.0, 0.02), -0.05, 0.05))),
+        (float(0.5 + random.normal(0, 0.005)), float(0.37 + random.normal(0, 0.005))),
         float(random.uniform(3.5, 8)), _light(random, brightness * _NEEDED[who.race]),
         float(random.uniform(0.03, 0.12)), brightness, bool(random.random() < BLACK_AND_WHITE),
         int(random.integers(2**31)),

@@ -1,0 +1,59 @@
+"""The values of a config.json are checked as they are read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hgdpo_jax.models.architectures import SD15, SDXL
+from hgdpo_jax.models.clip import CLIPTextModel
+from hgdpo_jax.models.convert import abstract
+from hgdpo_jax.models.model_config import read_config
+from hgdpo_jax.models.unet import UNet2DConditionModel
+from hgdpo_jax.run.errors import UserError
+from tests import tiny
+
+
+def write(folder: Path, config: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("config", [*SD15.configs.values(), *SDXL.configs.values()])
+def test_published_configs_are_read_as_they_are(config: dict[str, Any], tmp_path: Path) -> None:
+    nothing = {"addition_time_embed_dim": None, "num_class_embeds": None, "text_config_dict": None}
+    assert read_config(write(tmp_path, config | nothing)) == config | nothing
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("in_channels", "4"), ("in_channels", 0), ("hidden_size", 8.5), ("hidden_size", True), ("vocab_size", 10**30),
+        ("num_hidden_layers", 10**6), ("layers_per_block", -1), ("layers_per_block", [2, "2"]),
+        ("layers_per_block", []), ("block_out_channels", 320), ("block_out_channels", [320, None]),
+        ("down_block_types", "DownBlock2D"),
+        ("up_block_types", [3]), ("scaling_factor", "0.18"), ("layer_norm_eps", float("nan")), ("hidden_act", ["gelu"]),
+        ("use_linear_projection", "false"), ("architectures", 3), ("vision_config", [1]), ("text_config", "x"),
+    ],
+)  # fmt: skip
+def test_a_value_that_no_model_has_is_named(key: str, value: Any, tmp_path: Path) -> None:
+    for config in ({key: value}, {"text_config": {key: value}}):
+        with pytest.raises(UserError, match=rf"config\.json: {key}=.*; expected") as error:
+            read_config(write(tmp_path, config if "_config" not in key else {key: value}))
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "message"),
+    [
+        (UNet2DConditionModel, tiny.ONE_LEVEL | {"norm_num_groups": 3}, "its values make no model"),
+        (UNet2DConditionModel, tiny.ONE_LEVEL | {"down_block_types": []}, "its values make no model"),
+        (UNet2DConditionModel, tiny.ONE_LEVEL | {"attention_head_dim": 3}, "attention_head_dim=3: does not divide"),
+        (CLIPTextModel, tiny.TINY_TEXT | {"num_attention_heads": 3}, "num_attention_heads=3: does not divide"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(cls: Any, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        abstract(cls, config)
+    assert "\n" not in str(error.value)
