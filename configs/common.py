@@ -30,6 +30,10 @@ def base(variant: str) -> ConfigDict:
         config.pairs.shard_size = 32
         config.adapter.kind = "face_id"
         config.adapter.weights = str(ASSETS / "portraits" / "ip_adapter.safetensors")
+        # All layers of so small a network learn, and it draws with the whole LoRA: its stages take a minute.
+        config.recipe.weight = 1.0
+        config.recipe.blocks = "all"
+        config.train.lora_modules = ("attention", "feed_forward", "convolutions")
         config.train.batch = 8
         config.train.lr = 3e-4
         config.train.warmup = 10

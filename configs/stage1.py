@@ -10,7 +10,7 @@ Hardware, memory of one device in a step, time of training, time of pairs:
 
     :sd15       GPU of 24 GB*           17 GiB    H100 74 h, A100 233 h     H100 14 s a prompt
     :sdxl       GPU of 24 GB*           18 GiB    H100 112 h, A100 356 h    H100 23 s a prompt
-    :portraits  two processor cores     1.7 GiB   1 minute, measured        1 minute
+    :portraits  two processor cores     1.7 GiB   half a minute, measured   1 minute
 
 * with `XLA_CLIENT_MEM_FRACTION=0.9` in the environment: of a GPU's memory JAX takes three quarters unless told.
 
@@ -34,8 +34,8 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.lambda_stat = 10_000.0
     config.train.steps = 300_000
     if variant == "portraits":
-        config.train.steps = 60
-        config.train.lr = 3e-3
+        config.train.steps = 30
+        config.train.lr = 1e-3
         config.train.beta = 3000.0
-        config.train.lambda_stat = 100_000.0
+        config.train.lambda_stat = 1_000_000.0
     return config

@@ -27,8 +27,8 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.steps = 20_000
     if variant == "portraits":
         config.train.steps = 150
-        config.train.lr = 2e-3
+        config.train.lr = 1e-3
         config.train.schedule = "cosine"
         config.train.beta = 500.0
-        config.train.lambda_stat = 100_000.0
+        config.train.lambda_stat = 1_000_000.0
     return config

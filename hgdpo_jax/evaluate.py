@@ -8,6 +8,7 @@ Every model draws the same prompts from the same seeds. What a model drew is kep
 from typing import Any
 
 from hgdpo_jax.run import command
+from hgdpo_jax.run.remembered import remembering
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -33,14 +34,17 @@ def print_table(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = command.run_parser("Measures base and every stage, writes results.json, report.html and portrait.png.")
+    command.add_step(parser)
     config, given = command.parse(parser)
 
     from hgdpo_jax.devices.start import start
     from hgdpo_jax.results import portrait
     from hgdpo_jax.results.evaluation import evaluate
+    from hgdpo_jax.run.processes import is_first
 
-    start(given.workdir, command.as_arguments(config), config.model.dtype)
-    results = evaluate(config, given.workdir)
+    start(given.workdir, command.as_arguments(config) | {"--step": given.step}, config.model.dtype)
+    with remembering(given.workdir, config, given.given, is_first()):
+        results = evaluate(config, given.workdir, given.step)
     print_table(results)
     files = ["results.json", "report.html", portrait.PORTRAIT]
     files += [portrait.PERSONS] if "personalised" in results else []

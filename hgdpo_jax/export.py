@@ -1,7 +1,7 @@
 """A run's last stage → what other programs load: a diffusers folder or one file in LDM's layout, with the LoRA merged
 as the recipe draws with it; LoRA files of PEFT and kohya; the recipe.
 
-python -m hgdpo_jax.export --workdir W --out DIR [--stage stage3] [--format diffusers,peft,kohya,ldm]
+python -m hgdpo_jax.export --workdir W --out DIR [--stage stage3] [--step STEP] [--format diffusers,peft,kohya,ldm]
     [--merge recipe|whole] [--base DIR]
 """
 
@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=local_folder, help="folder to write")
     parser.add_argument("--stage", help="easy, normal, hard, or the stage's folder; the last one that was "
                         "started unless given")  # fmt: skip
+    command.add_step(parser)
     parser.add_argument("--format", help="some of diffusers,peft,kohya,ldm, with commas between; all but ldm unless "
                         "given; of a stage that trained all parameters diffusers and ldm")  # fmt: skip
     parser.add_argument("--merge", choices=("recipe", "whole"), help="how the LoRA is merged into the diffusers folder "
@@ -29,7 +30,7 @@ def main() -> None:
     from hgdpo_jax.results.exported import export
 
     start(given.workdir, vars(given), writes=False)
-    export(given.workdir, given.out, given.stage, formats, given.base, given.merge)
+    export(given.workdir, given.out, given.stage, formats, given.base, given.merge, given.step)
 
 
 def cli() -> None:

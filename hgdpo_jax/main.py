@@ -10,6 +10,7 @@ import re
 
 from hgdpo_jax.run import command
 from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.remembered import remembering
 from hgdpo_jax.training.changes import FLAG, changeable
 
 
@@ -36,10 +37,12 @@ def main() -> None:
     config, given = command.parse(parser)
 
     from hgdpo_jax.devices.start import start
+    from hgdpo_jax.run.processes import is_first
     from hgdpo_jax.training.loop import train
 
     start(given.workdir, command.as_arguments(config) | {FLAG: given.resume_with}, config.model.dtype)
-    train(config, given.workdir, given.profile, given.resume_with)
+    with remembering(given.workdir, config, given.given, is_first()):
+        train(config, given.workdir, given.profile, given.resume_with)
 
 
 def cli() -> None:

@@ -7,6 +7,7 @@ next group. Several processes make different shards.
 """
 
 from hgdpo_jax.run import command
+from hgdpo_jax.run.remembered import remembering
 
 
 def main() -> None:
@@ -14,9 +15,11 @@ def main() -> None:
 
     from hgdpo_jax.curriculum.build import build
     from hgdpo_jax.devices.start import start
+    from hgdpo_jax.run.processes import is_first
 
     start(given.workdir, command.as_arguments(config), config.model.dtype)
-    build(config, given.workdir)
+    with remembering(given.workdir, config, given.given, is_first()):
+        build(config, given.workdir)
 
 
 def cli() -> None:

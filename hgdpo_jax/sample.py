@@ -17,7 +17,6 @@ from pathlib import Path
 from hgdpo_jax.config import Range, default
 from hgdpo_jax.run import command
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import read_lines
 from hgdpo_jax.run.folder import (
     BASE_STAGE,
     BLOCKS,
@@ -28,32 +27,13 @@ from hgdpo_jax.run.folder import (
     stage_config,
     stage_folder,
 )
+from hgdpo_jax.run.prompts import read_prompts
 
 _RANGES = {"steps": Range(1), "guidance": Range(0), "batch": Range(1)}
 _RANGES |= dict.fromkeys(("lora_weight", "concept_scale"), Range(-math.inf))
 # Options that act beside another one only.
-_OF_RUN = ("stage", "lora_weight", "blocks", "base", "no_text_encoder", "lan")
+_OF_RUN = ("stage", "step", "lora_weight", "blocks", "base", "no_text_encoder", "lan")
 _OF_CONCEPT = ("adapter", "image_encoder", "identity", "concept_scale")
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; empty lines are passed over.
-
-    Raises:
-        UserError: no such file, not UTF-8, no prompt in it, or one that stands there twice: the same seeds would draw
-            it twice.
-    """
-    if not path.is_file():
-        raise UserError(f"--prompts {path}: no such file")
-    seen: dict[str, int] = {}
-    for number, prompt in read_lines(path):
-        if prompt in seen:
-            raise UserError(f"{path} line {number}: repeats line {seen[prompt]}, the same seeds would draw it twice; "
-                            "remove it, or draw more with --samples")  # fmt: skip
-        seen[prompt] = number
-    if not seen:
-        raise UserError(f"--prompts {path}: is empty; expects one prompt a line")
-    return list(seen)
 
 
 def all_seeds(first: Sequence[int], samples: int) -> list[int]:
@@ -101,6 +81,7 @@ def parse() -> argparse.Namespace:
     run = parser.add_argument_group("with --workdir")
     run.add_argument("--stage", type=stage_folder, help="base, easy, normal, hard, or the stage's folder; the last one "
                      "that was trained unless given")  # fmt: skip
+    command.add_step(run)
     run.add_argument("--lora-weight", type=float, help="of all LoRA; 0.5 unless given, as the paper")
     run.add_argument("--blocks", choices=BLOCKS, help="where the stage's LoRA acts: up (default for hard; the other "
                      "blocks are the base's), up+normal (they keep the normal stage's), all")  # fmt: skip
@@ -142,7 +123,7 @@ def _refuse_idle(given: argparse.Namespace) -> None:
             if _is_given(given, name) and getattr(given, other) is None:
                 raise UserError(f"{_option(name)}: does nothing without {_option(other)}; {reason}")
     of_lora = ("lora_weight", "blocks", "no_text_encoder", "lan")
-    idle = {BASE_STAGE: of_lora, PERSONALISE: of_lora, TEXT_ENCODER: of_lora[2:3]}
+    idle = {BASE_STAGE: ("step", *of_lora), PERSONALISE: of_lora, TEXT_ENCODER: of_lora[2:3]}
     for name in idle.get(given.stage, ()):
         if _is_given(given, name):
             raise UserError(f"{_option(name)}: does nothing with --stage {given.stage}; leave it out")
@@ -150,7 +131,7 @@ def _refuse_idle(given: argparse.Namespace) -> None:
 
 def main() -> None:
     given = parse()
-    prompts = [given.prompt] if given.prompt is not None else read_prompts(given.prompts)
+    prompts = [given.prompt] if given.prompt is not None else read_prompts(given.prompts, "--prompts ")
     seeds = all_seeds(given.seed, given.samples)
 
     from hgdpo_jax.devices.start import start
@@ -162,7 +143,9 @@ def main() -> None:
         stage, text_encoder = given.stage or last_stage(given.workdir), not given.no_text_encoder
         if stage == PERSONALISE and not given.concept:
             raise UserError(f"--stage {stage}: draws a person; give a photograph with --concept, or another stage")
-        source = images.from_run(given.workdir, stage, given.lora_weight, given.blocks, text_encoder, given.base)
+        source = images.from_run(
+            given.workdir, stage, given.lora_weight, given.blocks, text_encoder, given.base, given.step
+        )
     else:
         source = images.from_checkpoint(given.model)
     source = source._replace(resolution=given.size or source.resolution)

@@ -126,6 +126,10 @@ def write_photographs(folder: Path, train: int = 5, heldout: int = 2) -> Path:
     return folder
 
 
+# What the embedded default does otherwise.
+AS_THE_PAPER = ("recipe.weight=0.5", "recipe.blocks=paper", "train.lora_modules=attention")
+
+
 def settings(folder: Path, train: int, heldout: int, **own: Any) -> list[str]:
     """Writes the inputs of a tiny run of commands; returns its settings, as a user types them.
 
@@ -143,6 +147,7 @@ def settings(folder: Path, train: int, heldout: int, **own: Any) -> list[str]:
         "data.photographs": write_photographs(folder / "photographs", train, heldout),
         "data.resolutions": "32x32",
         "data.mirror": False,
+        **dict(setting.split("=") for setting in AS_THE_PAPER),
         "pairs.pool_size": 2,
         "pairs.steps": 2,
         "pairs.batch": 4,

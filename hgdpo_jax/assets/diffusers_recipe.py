@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 TEXT_FROM = 900
 _BLOCKS = ("all", "up", "up+normal")
@@ -47,22 +48,31 @@ def load(pipeline, folder, weight=None, blocks=None):
     wanted = {"policy": {part: weight if part == "up" or blocks == "all" else 0.0 for part in ("down", "mid", "up")}}
     if blocks == "up+normal":
         wanted["normal"] = {"down": weight, "mid": weight, "up": 0.0}
-    pipeline.hgdpo_unet, pipeline.hgdpo_text = {}, {}
+    pipeline.hgdpo_unet, pipeline.hgdpo_text, pipeline.hgdpo_blocks = {}, {}, wanted
     for name, file in _FILES.items():
         if (name in wanted or name == "text") and (Path(folder) / file).is_file():
             pipeline.load_lora_weights(folder, weight_name=file, adapter_name=name)
             if name == "text":
                 pipeline.hgdpo_text[name] = weight
             else:
-                pipeline.hgdpo_unet[name] = {"unet": wanted[name]}
+                pipeline.hgdpo_unet[name] = 1.0
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     return pipeline
+
+
+def _weigh_blocks(pipeline):
+    """Gives each layer of the UNet the weight of its part. diffusers knows parts of attention layers alone."""
+    for path, layer in pipeline.unet.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            for name, weights in pipeline.hgdpo_blocks.items():
+                layer.set_scale(name, weights[path.split("_")[0]])
 
 
 def _encode(pipeline, scales, prompt, images, guided, negative):
     """Embeddings under some adapters: what the pipeline is called with, and what its loop works on."""
     if scales:
         pipeline.set_adapters(list(scales), list(scales.values()))
+        _weigh_blocks(pipeline)
     found = pipeline.encode_prompt(
         prompt=prompt,
         device=pipeline._execution_device,

@@ -172,9 +172,11 @@ def open_pairs(folder: Path, build_command: str, index: Index | None = None) -> 
         if described(builder.info.features) != manifest["schema"]:
             raise ValueError("features.json has other fields than the manifest")
         for name, split in manifest["splits"].items():
+            info = builder.info.splits[name]
+            files = dict(zip(map(Path, info.filepaths), info.shard_lengths, strict=True))
+            if files != {Path(builder.data_dir, entry["file"]): entry["records"] for entry in split["shards"]}:
+                raise ValueError(f"dataset_info.json has other files of {name} than the manifest, or of other lengths")
             records = Records(builder.as_data_source(name, deserialize_method=raw), builder.info.features)
-            if len(records) != split["records"]:
-                raise ValueError(f"dataset_info.json has {len(records)} records of {name}")
             sources.setdefault(name.partition("_")[0], []).append(records)
     except Exception as error:  # of TFDS, of protocol buffers and of ArrayRecord, which share no class
         if is_passing(error):
@@ -205,6 +207,9 @@ def _verified(folder: Path, build_command: str, index: Index) -> dict[str, Any]:
             tuple(split["latent"])
             if sum(entry["records"] for entry in split["shards"]) != split["records"]:
                 raise ValueError(f"its shards of {name} have not its {split['records']} records")
+        roles = {name.partition("_")[0] for name in manifest["splits"]}
+        if roles != {"train", "heldout"}:
+            raise ValueError(f"its splits are of {', '.join(sorted(roles)) or 'nothing'}, not of train and heldout")
     for path, digest in entries:
         if not is_whole(path):
             raise UserError(f"pair shard {path}: is missing; make it again with: {build_command}")

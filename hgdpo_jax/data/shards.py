@@ -108,7 +108,10 @@ def read_note(shard: Path) -> Note:
     with as_written(path, "remove it, and its shard is made again"):
         found = json.loads(path.read_text())
         records = [str(name) for name in found["records"]]
-        return Note(str(found["sha256"]), records, [ShardPhotograph(*entry) for entry in found["examples"]])
+        examples = [ShardPhotograph(*entry) for entry in found["examples"]]
+        if not all(isinstance(example.content, str | None) for example in examples):
+            raise ValueError("the content of a photograph is no hash")
+        return Note(str(found["sha256"]), records, examples)
 
 
 def is_whole(path: Path) -> bool:

@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 Params = PyTree  # of arrays
 STEPS, GUIDANCE = 50, 5.0  # of DPM-Solver++
-WEIGHT = 0.5
 TEXT_FROM = 900
 
 
@@ -20,7 +19,7 @@ def text_policy_acts(t: Int[Array, "b"]) -> Bool[Array, "b"]:
     return t >= TEXT_FROM
 
 
-def as_drawn(policy: Params, blocks: str, weight: float = WEIGHT, normal: Params | None = None) -> Params:
+def as_drawn(policy: Params, blocks: str, weight: float, normal: Params | None = None) -> Params:
     """A stage's LoRA as the recipe draws with it.
 
     Args:

@@ -86,6 +86,9 @@ class NoiseSchedule:
         else:
             raise UserError(f"{source}scheduler config beta_schedule={shape!r}: expects scaled_linear or linear")
         alphas, prediction = np.cumprod(1.0 - betas, dtype=np.float32), config.get("prediction_type", "epsilon")
+        if alphas[-1] < np.finfo(np.float32).tiny:
+            raise UserError(f"{source}scheduler config num_train_timesteps={count}, beta_start={start}, "
+                            f"beta_end={end}: leave no signal at the last timestep; expects smaller ones")  # fmt: skip
         if config.get("rescale_betas_zero_snr"):
             if prediction == "epsilon":
                 raise UserError(f"{source}scheduler config rescale_betas_zero_snr=True with prediction_type='epsilon': "

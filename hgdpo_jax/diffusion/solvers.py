@@ -102,6 +102,9 @@ def _settings(schedule: NoiseSchedule, solver: str) -> dict[str, Any]:
     offset = schedule.config.get("steps_offset", 0)
     if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset <= schedule.num_train_timesteps:
         raise UserError(f"scheduler_config.json steps_offset={offset!r}: expects a whole number from 0")
+    limit = schedule.config.get("clip_sample_range", 1.0)
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < float("inf"):
+        raise UserError(f"scheduler_config.json clip_sample_range={limit!r}: expects a number above 0")
     for key in ("sigma_min", "sigma_max") if found.get("use_karras_sigmas") else ():
         sigma = schedule.config.get(key)
         if sigma is not None and (not isinstance(sigma, int | float) or not 0 <= sigma < float("inf")):

@@ -304,13 +304,32 @@ def _check_fit(source: Source) -> None:
         kind = "as inpainting models do; " if channels == 9 else ""
         raise UserError(f"model {source.name}: its UNet takes {channels} channels, {kind}the latents of its VAE have "
                         f"{latent}")  # fmt: skip
+    lengths = {min(tokenizer.model_max_length, POSITIONS) for tokenizer in source.tokenizers.values()}
+    if len(lengths) > 1:
+        raise UserError(f"model {source.name}: its tokenizers have model_max_length "
+                        f"{' and '.join(map(str, sorted(lengths)))}; expected the same")  # fmt: skip
     for name, tokenizer in source.tokenizers.items():
         config = source.configs.get(name.replace("tokenizer", "text_encoder"), {})
-        last, words = max(tokenizer.get_vocab().values()), config.get("vocab_size", 49408)
+        last, words = max(tokenizer.get_vocab().values()), config.get("vocab_size") or 49408
         if last >= words:
             raise UserError(f"model {source.name}: its {name} gives ids up to {last}, the text encoder has {words} "
                             "words; they belong to different models")  # fmt: skip
-    width, given = unet["cross_attention_dim"], sum(config.get("hidden_size", 512) for config in texts)
+    width, given = unet["cross_attention_dim"], sum(config.get("hidden_size") or 512 for config in texts)
     if width != given:
         raise UserError(f"model {source.name}: its text encoders give embeddings of width {given}, its UNet reads "
                         f"{width}; they belong to different models")  # fmt: skip
+    if unet.get("addition_embed_type") == "text_time":
+        _check_addition(source)
+
+
+def _check_addition(source: Source) -> None:
+    """Raises UserError unless XL's UNet reads the pooled text of the second encoder, and six sizes."""
+    unet, second = source.configs["unet"], source.configs.get("text_encoder_2")
+    if second is None:
+        raise UserError(f"model {source.name}: its UNet is XL's, and it has no text_encoder_2; copy the folder again")
+    width = 6 * (unet["addition_time_embed_dim"] or 0) + (second.get("projection_dim") or 512)
+    given = unet["projection_class_embeddings_input_dim"]
+    if width != given:
+        raise UserError(f"model {source.name}: its UNet has projection_class_embeddings_input_dim={given}, its "
+                        f"addition_time_embed_dim and text_encoder_2 make {width}; they belong to different "
+                        "models")  # fmt: skip

@@ -72,7 +72,7 @@ class CLIPMLP(nnx.Module):
 
 
 def _norm(config: Mapping[str, Any], make: Layers) -> nnx.LayerNorm:
-    return make.layer_norm(config["hidden_size"], config["layer_norm_eps"])
+    return make.layer_norm(config["hidden_size"], float(config["layer_norm_eps"]))
 
 
 class CLIPEncoderLayer(nnx.Module):
@@ -123,7 +123,7 @@ class CLIPTextModel(nnx.Module):
         self.config, make = ModelConfig(config), Layers(rngs, dtype)
         config = _TEXT | dict(config)
         # Configs from before transformers 4.31 say 2; there the highest id ends the text, as in OpenAI's code.
-        self.eos = config["eos_token_id"]
+        self.eos = int(config["eos_token_id"])
         self.embeddings = CLIPTextEmbeddings(config, make)
         self.encoder = CLIPEncoder(config, make)
         self.final_layer_norm = _norm(config, make)

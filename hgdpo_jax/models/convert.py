@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hgdpo_jax.models.layers import SHAPES
-from hgdpo_jax.models.model_config import read_config
+from hgdpo_jax.models.model_config import Json, read_config
 from hgdpo_jax.models.preprocessing import CLIP, read_preprocessing
 from hgdpo_jax.models.weights import STEMS, open_folder, write_weights
 from hgdpo_jax.run.errors import UserError
@@ -164,14 +164,20 @@ def abstract(cls: Callable[..., Model], config: Mapping[str, Any], dtype: DTypeL
     """A model without weights: shapes only, to be filled by :func:`from_torch`.
 
     Raises:
-        UserError: the config's values are not those of such a model.
+        UserError: the config's values are not those of such a model; the line names the file that they were read from.
     """
+    begin = f"{config.path}: " if isinstance(config, Json) else ""
     try:
-        return cls(config, rngs=SHAPES, dtype=jnp.dtype(dtype))
+        model = cls(config, rngs=SHAPES, dtype=jnp.dtype(dtype))
+        if not all(isinstance(size, int) for leaf in parameters(model).values() for size in leaf.shape):
+            raise TypeError("a size is null")
+        return model
+    except UserError as error:
+        raise UserError(f"{begin}{str(error).removeprefix(begin)}") from error
     except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:  # Flax's, of sizes that do not go together
         reason = " ".join(str(error).split())[:200]
         name = getattr(cls, "__name__", "model")
-        raise UserError(f"{name} config: its values make no model ({reason}); copy the config again") from error
+        raise UserError(f"{begin}{name} config: its values make no model ({reason}); copy the config again") from error
 
 
 def load_model(
@@ -210,7 +216,7 @@ def folder_hash(folder: str | Path, index: Index | None = None) -> str:
     folder, index = Path(folder), index or Index()
     config = read_config(folder)
     content: dict[str, Any] = {"config": config, "weights": [*map(index.hash, open_folder(folder).files)]}
-    how = read_preprocessing(folder, (config.get("vision_config") or config).get("image_size", 224))
+    how = read_preprocessing(folder, (config.get("vision_config") or config).get("image_size") or 224)
     return json_hash(content if how == CLIP else content | {"preprocessing": how})
 
 

@@ -21,7 +21,7 @@ from hgdpo_jax.models.attention import Memory, Pair, Passthrough, as_pair
 from hgdpo_jax.models.clip import CLIPVisionModelWithProjection
 from hgdpo_jax.models.convert import Place, abstract, from_torch, on_default_device, to_torch
 from hgdpo_jax.models.layers import Layers
-from hgdpo_jax.models.model_config import ModelConfig, read_config
+from hgdpo_jax.models.model_config import Json, ModelConfig, read_config
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.weights import Weights, open_folder, write_weights
 from hgdpo_jax.run.errors import UserError
@@ -186,11 +186,12 @@ def load_image_encoder(folder: str | Path) -> CLIPVisionModelWithProjection:
     return model
 
 
-def image_encoder_config(folder: Path) -> dict[str, Any]:
+def image_encoder_config(folder: Path) -> Json:
     """The config of an image encoder; see :func:`load_image_encoder`."""
     config = read_config(folder)
     if "vision_config" in config:
-        config = config["vision_config"] | {"projection_dim": config.get("projection_dim", 512)}
+        projected = {"projection_dim": config.get("projection_dim", 512)}
+        config = Json(config.path, {**(config["vision_config"] or {}), **projected})
     if not {"patch_size", "projection_dim"} <= config.keys():
         raise UserError(
             f"{folder}: is not an image encoder; expected a folder of CLIPVisionModelWithProjection or CLIPModel"

@@ -61,16 +61,30 @@ class Conv(nnx.Conv):
         self, x: Float[Array, "b h w i"], beside: Float[Array, "b h w j"] | None = None
     ) -> Float[Array, "b h2 w2 o"]:
         """The convolution of x, or of x and `beside` as the last of its channels, where height and width stay."""
-        if beside is not None:
-            around = [((size - 1) // 2, size // 2) for size in self.kernel_size]
-            of_x, of_beside = jnp.split(self.kernel[...], [x.shape[-1]], axis=2)
-            return self._with_bias(self._convolved(x, of_x, *around) + self._convolved(beside, of_beside, *around))
-        if self.kernel_size != (3, 3) or self.strides != 1 or self.padding != 1:
-            return super().__call__(x)
-        return self._with_bias(self._convolved(x, self.kernel[...], (1, 1), (1, 1)))
+        return self._with_bias(self.apply(self.kernel[...], x, beside))
 
     def doubled(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-        """The convolution of x with each pixel doubled in height and width; h2 and w2 are twice h and w.
+        """The convolution of x with each pixel doubled in height and width; h2 and w2 are twice h and w."""
+        return self._with_bias(self.apply_doubled(self.kernel[...], x))
+
+    def apply(
+        self, kernel: Float[Array, "kh kw i_j o"], x: Float[Array, "b h w i"], beside: Float[Array, "b h w j"] | None
+    ) -> Float[Array, "b h2 w2 o"]:
+        """The same with another kernel and without the bias."""
+        if beside is not None:
+            around = [((size - 1) // 2, size // 2) for size in self.kernel_size]
+            of_x, of_beside = jnp.split(kernel, [x.shape[-1]], axis=2)
+            return self._convolved(x, of_x, *around) + self._convolved(beside, of_beside, *around)
+        if self.kernel_size == (3, 3) and self.strides == self.padding == 1:
+            return self._convolved(x, kernel, (1, 1), (1, 1))
+        x, kernel = dtypes.promote_dtype((x, kernel), dtype=self.dtype)
+        strides: Any = (self.strides,) * 2
+        given: Any = self.padding
+        around = [(given, given)] * 2 if isinstance(given, int) else given
+        return jax.lax.conv_general_dilated(x, kernel, strides, around, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def apply_doubled(self, kernel: Float[Array, "kh kw i o"], x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        """As :meth:`doubled`, with another kernel and without the bias.
 
         A row of the result sees three rows, two of which are the same row of x: their kernels are added up before. So
         are the columns', and four convolutions of 2×2 take four ninths of the operations.
@@ -78,9 +92,9 @@ class Conv(nnx.Conv):
         b, h, w, _ = x.shape
         found = [
             jnp.stack([self._convolved(x, part, (1 - i, i), (1 - j, j)) for j, part in enumerate(_halves(rows, 1))], 3)
-            for i, rows in enumerate(_halves(self.kernel[...].astype(jnp.float32), 0))
+            for i, rows in enumerate(_halves(kernel.astype(jnp.float32), 0))
         ]
-        return self._with_bias(jnp.stack(found, 2).reshape(b, 2 * h, 2 * w, -1))
+        return jnp.stack(found, 2).reshape(b, 2 * h, 2 * w, -1)
 
     def _with_bias(self, x: Float[Array, "b h w o"]) -> Float[Array, "b h w o"]:
         return x if self.bias is None else x + self.bias[...].astype(x.dtype)

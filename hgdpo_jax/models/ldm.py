@@ -201,10 +201,9 @@ def _read(weights: Weights, prefix: str, place: Stored) -> np.ndarray:
     value = weights[prefix + place.key]
     try:
         return place.read(value)
-    except ValueError as error:
-        raise UserError(
-            f"weight {prefix}{place.key} is {value.shape}; does not fit the model that it was taken for"
-        ) from error
+    except (ValueError, IndexError) as error:
+        where = f"{weights.files[0]}: weight {prefix}{place.key}"
+        raise UserError(f"{where} is {value.shape}; does not fit the model that it was taken for") from error
 
 
 def to_single_file(

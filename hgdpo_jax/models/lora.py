@@ -1,8 +1,10 @@
-"""LoRA (Hu et al. 2021) on the linear layers of the attention modules, and its file formats: PEFT's and kohya's."""
+"""LoRA (Hu et al. 2021) on linear layers and convolutions, and its file formats: PEFT's and kohya's."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from hgdpo_jax.models.layers import Conv
 from hgdpo_jax.run.errors import UserError
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out", "q_proj", "k_proj", "v_proj", "out_proj")
+# The layers of `train.lora_modules`, by the ends of their paths. kohya's scripts train the first two kinds unless told.
+MODULES = {
+    "attention": r"(to_q|to_k|to_v|to_out\.0|q_proj|k_proj|v_proj|out_proj)$",
+    "feed_forward": r"(ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|fc1|fc2)$",
+    "convolutions": r"resnets\.\d+\.\w+$|(down|up)samplers\.0\.conv$",
+}
 
 
 class LoRALinear(nnx.Linear):
@@ -36,6 +44,35 @@ class LoRALinear(nnx.Linear):
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:  # type: ignore[override]  # no out_sharding
         low = product(x.astype(self.dtype or x.dtype), self.lora_A[...])
         return super().__call__(x) + self.scale * product(low, self.lora_B[...])
+
+
+class LoRAConv(Conv):
+    """A Conv plus (alpha / rank) times a convolution with A and a product with B, as PEFT's and kohya's.
+
+    A is [height, width, in, rank], of the layer's own size, strides and padding; B is [rank, out]. Otherwise as
+    :class:`LoRALinear`.
+    """
+
+    def __init__(self, base: Conv, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
+        for name, value in vars(base).items():
+            if not name.startswith("_pytree"):
+                setattr(self, name, value)
+        self.scale = alpha / rank
+        height, width = self.kernel_size
+        bound = 1.0 / math.sqrt(height * width * base.in_features)
+        shape = (height, width, base.in_features, rank)
+        self.lora_A = nnx.LoRAParam(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
+        self.lora_B = nnx.LoRAParam(jnp.zeros((rank, base.out_features), jnp.float32))
+
+    def __call__(
+        self, x: Float[Array, "b h w i"], beside: Float[Array, "b h w j"] | None = None
+    ) -> Float[Array, "b h2 w2 o"]:
+        low = self.apply(self.lora_A[...], x, beside)
+        return super().__call__(x, beside) + self.scale * product(low, self.lora_B[...])
+
+    def doubled(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        low = self.apply_doubled(self.lora_A[...], x)
+        return super().doubled(x) + self.scale * product(low, self.lora_B[...])
 
 
 @jax.custom_vjp
@@ -109,28 +146,45 @@ def fused_linear(
     return [fused[..., i, :] for i in range(len(layers))]
 
 
-def add_lora(model: nnx.Module, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
-    """Gives every linear layer of the attention modules a LoRA, in place.
+def add_lora(
+    model: nnx.Module, rank: int, alpha: float, rngs: nnx.Rngs, modules: Sequence[str] = ("attention",)
+) -> None:
+    """Gives every layer of some kinds of :data:`MODULES` a LoRA, in place.
 
     Raises:
         UserError: the model has no such layer.
     """
-    count = 0
-    for _, module in list(nnx.iter_modules(model)):
-        for name in TARGETS:
-            layer = getattr(module, name, None)
-            if isinstance(layer, nnx.List):
-                layer[0] = LoRALinear(layer[0], rank, alpha, rngs)
-            elif isinstance(layer, nnx.Linear):
-                setattr(module, name, LoRALinear(layer, rank, alpha, rngs))
-            count += layer is not None
-    if not count:
-        raise UserError(f"LoRA: {type(model).__name__} has none of the layers {', '.join(TARGETS)}")
+    wanted = "|".join(MODULES[name] for name in modules)
+    layers = [
+        (path, layer)
+        for path, layer in nnx.iter_modules(model)
+        if isinstance(layer, nnx.Linear | Conv) and re.search(wanted, ".".join(map(str, path)))
+    ]
+    if not layers:
+        raise UserError(f"config key train.lora_modules={','.join(modules)}: {type(model).__name__} has no such layers")
+    for path, layer in layers:
+        added: nnx.Module
+        if isinstance(layer, nnx.Linear):
+            added = LoRALinear(layer, rank, alpha, rngs)
+        else:
+            added = LoRAConv(layer, rank, alpha, rngs)
+        name: Any
+        *place, name = path
+        holder: Any = reduce(_inside, place, model)
+        if isinstance(holder, nnx.List):
+            holder[name] = added
+        else:
+            setattr(holder, name, added)
 
 
-def lora_layers(model: nnx.Module) -> dict[str, LoRALinear]:
+def _inside(holder: Any, name: Any) -> Any:
+    return holder[name] if isinstance(holder, nnx.List) else getattr(holder, name)
+
+
+def lora_layers(model: nnx.Module) -> dict[str, LoRALinear | LoRAConv]:
     """Path, joined by dots → layer with a LoRA."""
-    return {".".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, LoRALinear)}
+    layers = ((".".join(map(str, path)), m) for path, m in nnx.iter_modules(model))
+    return {path: m for path, m in layers if isinstance(m, LoRALinear | LoRAConv)}
 
 
 def merge_lora(model: nnx.Module) -> None:
@@ -141,19 +195,21 @@ def merge_lora(model: nnx.Module) -> None:
 
 
 def to_peft(model: nnx.Module, prefix: str = "unet") -> dict[str, np.ndarray]:
-    """`prefix.PATH.lora_A.weight` [rank, in] and `lora_B.weight` [out, rank], as diffusers' loaders read them.
+    """`prefix.PATH.lora_A.weight` [rank, in] and `lora_B.weight` [out, rank], as diffusers' loaders read them; of a
+    convolution [rank, in, height, width] and [out, rank, 1, 1].
 
     PEFT scales by alpha / rank with alpha = rank unless told otherwise, so the model's scale is put into B.
     """
     weights = {}
     for path, layer in lora_layers(model).items():
-        weights[f"{prefix}.{path}.lora_A.weight"] = _transposed(layer.lora_A[...])
-        weights[f"{prefix}.{path}.lora_B.weight"] = _transposed(layer.scale * layer.lora_B[...])
+        down, up = _as_torch(layer)
+        weights[f"{prefix}.{path}.lora_A.weight"] = down
+        weights[f"{prefix}.{path}.lora_B.weight"] = layer.scale * up
     return weights
 
 
 def to_kohya(model: nnx.Module, prefix: str, rename: Callable[[str], str] = lambda name: name) -> dict[str, np.ndarray]:
-    """`prefix_PATH.lora_down.weight` [rank, in], `lora_up.weight` [out, rank] and `alpha`, dots in PATH as underscores.
+    """`prefix_PATH.lora_down.weight`, `lora_up.weight`, shaped as PEFT's, and `alpha`, dots in PATH as underscores.
 
     Args:
         model: with LoRA layers.
@@ -163,11 +219,14 @@ def to_kohya(model: nnx.Module, prefix: str, rename: Callable[[str], str] = lamb
     weights = {}
     for path, layer in lora_layers(model).items():
         name = f"{prefix}_{rename(path)}".replace(".", "_")
-        weights[f"{name}.lora_down.weight"] = _transposed(layer.lora_A[...])
-        weights[f"{name}.lora_up.weight"] = _transposed(layer.lora_B[...])
-        weights[f"{name}.alpha"] = np.asarray(layer.scale * layer.lora_A.shape[1], np.float32)
+        weights[f"{name}.lora_down.weight"], weights[f"{name}.lora_up.weight"] = _as_torch(layer)
+        weights[f"{name}.alpha"] = np.asarray(layer.scale * layer.lora_A.shape[-1], np.float32)
     return weights
 
 
-def _transposed(x: Float[Array, "i o"]) -> Float[np.ndarray, "o i"]:
-    return np.ascontiguousarray(np.asarray(x).T)
+def _as_torch(layer: LoRALinear | LoRAConv) -> tuple[np.ndarray, np.ndarray]:
+    """A and B as PyTorch's layers of the same kind hold them."""
+    down, up = (np.asarray(x[...]) for x in (layer.lora_A, layer.lora_B))
+    if down.ndim == 2:
+        return np.ascontiguousarray(down.T), np.ascontiguousarray(up.T)
+    return np.ascontiguousarray(down.transpose(3, 2, 0, 1)), np.ascontiguousarray(up.T[:, :, None, None])

@@ -39,33 +39,33 @@ def check_only(config: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], m
             raise UserError(f"{model} config {key}={config[key]!r}: not supported, only {values[0]!r} is")
 
 
-class _Json(dict[str, Any]):
-    """An object of a JSON file, whose missing keys are errors that name the file."""
+class Json(dict[str, Any]):
+    """An object of a JSON file, which knows its path; missing keys are errors that name the file."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         super().__init__(values)
-        self._path = path
+        self.path = path
 
     def __missing__(self, key: str) -> Any:
-        raise UserError(f"{self._path}: has no {key}; expected the file of such a model, as diffusers or transformers "
+        raise UserError(f"{self.path}: has no {key}; expected the file of such a model, as diffusers or transformers "
                         "writes it")  # fmt: skip
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Json:
     """A JSON file of a model folder; a later look-up of a missing key raises UserError too.
 
     Raises:
         UserError: there is no file, or it is not a JSON object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=functools.partial(_Json, path))
+        found = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=functools.partial(Json, path))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; expected a model folder as diffusers writes it") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(found, dict):
+    if not isinstance(found, Json):
         raise UserError(f"{path}: not a JSON object; expected what diffusers or transformers writes")
     return found
 
@@ -74,8 +74,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
-def _is_count(value: Any, most: int = 10**6) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+def _is_count(value: Any, most: int = 10**6, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_depth(value: Any) -> bool:
@@ -104,7 +104,9 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("layers_per_block", lambda x: _is_depth(x) or _each(_is_depth)(x), f"{_DEPTH}, or a list"),
     ("transformer_layers_per_block", lambda x: _is_depth(x) or _each(_is_depth)(x), f"{_DEPTH}, or a list"),
     ("architectures down_block_types up_block_types", _each(lambda x: isinstance(x, str)), "a list of names"),
-    ("eos_token_id layer_norm_eps logit_scale_init_value norm_eps scaling_factor", _is_number, "a number"),
+    ("eos_token_id", lambda x: _is_count(x, least=0), "a whole number from 0"),
+    ("layer_norm_eps norm_eps scaling_factor", lambda x: _is_number(x) and x > 0, "a number above 0"),
+    ("logit_scale_init_value", _is_number, "a number"),
     ("use_linear_projection use_post_quant_conv use_quant_conv", lambda x: isinstance(x, bool), "true or false"),
     ("_class_name hidden_act", lambda x: isinstance(x, str), "a name"),
 )
@@ -112,7 +114,7 @@ _VALUES = {key: (allowed, words) for keys, allowed, words in _KINDS for key in k
 _TOWERS = ("text_config", "vision_config", "text_config_dict", "vision_config_dict")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Json:
     """config.json of a model folder; see :func:`read_json`.
 
     Raises:

@@ -142,7 +142,7 @@ class UNet2DConditionModel(nnx.Module):
         check_only(config, _ONLY, "UNet")
         self.config = ModelConfig(config)
         self.dtype = jnp.dtype(dtype)
-        make = Layers(rngs, self.dtype, config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5))
+        make = Layers(rngs, self.dtype, config.get("norm_num_groups", 32), float(config.get("norm_eps", 1e-5)))
         widths: list[int] = list(config["block_out_channels"])
         levels, time_width = len(widths), 4 * widths[0]
         layers = _per_level(config.get("layers_per_block", 2), levels, "layers_per_block")
@@ -152,7 +152,7 @@ class UNet2DConditionModel(nnx.Module):
         self.time_embedding = TimestepEmbedding(widths[0], time_width, make)
         self.addition = config.get("addition_embed_type")
         if self.addition == "text_time":
-            self.addition_time_width = config["addition_time_embed_dim"]
+            self.addition_time_width = int(config["addition_time_embed_dim"])
             self.add_embedding = TimestepEmbedding(config["projection_class_embeddings_input_dim"], time_width, make)
         elif self.addition is not None:
             raise UserError(f"UNet config addition_embed_type={self.addition!r}: not supported, only 'text_time' is")

@@ -49,7 +49,12 @@ class Contents(NamedTuple):
     @property
     def blocks(self) -> str:
         """The UNet's blocks in which the stage's LoRA draws; see :func:`hgdpo_jax.diffusion.recipe.as_drawn`."""
-        return blocks_of(self.stage) if self.config.train.params == "lora" else "all"
+        return blocks_of(self.stage, self.config.recipe.blocks) if self.config.train.params == "lora" else "all"
+
+    @property
+    def weight(self) -> float:
+        """Of the LoRA in the recipe."""
+        return self.config.recipe.weight
 
 
 def is_xl(pipeline: Pipeline) -> bool:

@@ -44,19 +44,24 @@ KEPT = 20  # pictures of each model that stay, one of each person
 _READ = 256  # photographs that are in memory at once
 
 
-def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def evaluate(config: ConfigDict, workdir: Path, step: str | None = None) -> dict[str, Any]:
     """Draws, measures, writes results.json, report.html and portrait.png, and persons.png where an adapter is measured;
     returns what results.json holds.
+
+    Args:
+        config: of a stage.
+        workdir: of the run.
+        step: of that stage, see :func:`hgdpo_jax.training.finished.finished_policy`.
 
     Raises:
         UserError: a stage up to `config.stage` is not finished or has another base, an input is missing, a score is not
             finite, or another command evaluates this run.
     """
     with lock_for_all(workdir / "evaluation"):
-        return _evaluate(config, workdir)
+        return _evaluate(config, workdir, step)
 
 
-def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def _evaluate(config: ConfigDict, workdir: Path, step: str | None) -> dict[str, Any]:
     if not config.pairs.scorer and config.pairs.loser != "given":
         raise UserError("config key pairs.scorer: is empty; set it to the folder of a CLIPModel such as PickScore v1")
     stage_config(workdir, config.stage)  # raises where it was not trained
@@ -73,7 +78,7 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     best = BEST if BEST in models else [name for name, model in models.items() if model.recipe][-1]
     shown = None
     for group in groups(models, configs):
-        drawing = drawing_of(config, workdir, group, configs)
+        drawing = drawing_of(config, workdir, group, configs, step)
         shown = drawing if best in group else shown
         evaluator = Evaluator(config, drawing.pipeline, drawing.sampler, judges, held)
         for name, used in drawing.policies.items():

@@ -67,6 +67,7 @@ def export(
     formats: Sequence[str] | None = None,
     base: str | None = None,
     merge: str | None = None,
+    step: str | None = None,
 ) -> None:
     """Writes `out`, all of it or nothing. A fully fine-tuned policy has no LoRA files.
 
@@ -77,6 +78,7 @@ def export(
         formats: some of FORMATS; unless given all but `ldm`, or of a fully fine-tuned policy `diffusers` and `ldm`.
         base: where the run's base model is, if it was moved; its weights are read where models are written.
         merge: how the LoRA is merged into the models: as the `recipe` draws with it, unless given, or `whole`.
+        step: of the stage, see :func:`hgdpo_jax.training.finished.finished_policy`.
 
     Raises:
         UserError: no finished stage, an unknown format, nothing to merge, another base, or `out` holds something else.
@@ -99,7 +101,10 @@ def export(
     content = find_base(workdir, config, base, weights)
     others = [configs[name] for name in beside if name != stage]
     pipeline = load_trainable(config, local_mesh(), *others, weights=weights)
-    policies = {name: finished_policy(workdir, name, policy_of(pipeline, c), c) for name, c in configs.items()}
+    policies = {
+        name: finished_policy(workdir, name, policy_of(pipeline, c), c, step if name == stage else None)
+        for name, c in configs.items()
+    }
     contents = Contents(pipeline, stage, configs, policies, formats, merge)
     about = _about(contents, content, made_from(workdir, stage)[PAIRS])
     if not processes.is_first():  # which has read what process 0 now writes: reading is in step
@@ -164,7 +169,7 @@ def _about(contents: Contents, base: str, pairs: str) -> dict[str, Any]:
         "formats": list(contents.formats),
         "merge": contents.merge,
         "blocks": contents.blocks,
-        "weight": recipe.WEIGHT,
+        "weight": contents.weight,
     }
 
 
@@ -223,7 +228,7 @@ def _write_policies(contents: Contents, folder: Path) -> list[str]:
                     _write_lora(folder / file, pipeline, lora_weights(pipeline.models, kind, part), train)
                     written.append(file)
     if KOHYA_FILE in written and contents.blocks == "up":
-        set_policy(pipeline, recipe.as_drawn(contents.policies[stage], "up"))
+        set_policy(pipeline, recipe.as_drawn(contents.policies[stage], "up", contents.weight))
         acting = _acting(lora_weights(pipeline.models, "kohya", "unet"))
         _write_lora(folder / KOHYA_RECIPE_FILE, pipeline, acting, contents.config.train)
         written.append(KOHYA_RECIPE_FILE)
@@ -234,7 +239,7 @@ def _put_policy(contents: Contents) -> None:
     """Puts the stage's policy into the models: all that was trained, or its LoRA merged."""
     policy = contents.policies[contents.stage]
     if contents.merge == "recipe":
-        policy = recipe.as_drawn(policy, contents.blocks)
+        policy = recipe.as_drawn(policy, contents.blocks, contents.weight)
     set_policy(contents.pipeline, policy)
     for name, model in contents.pipeline.models.items():
         if contents.merge and (name == "unet" or contents.stage == TEXT_ENCODER):

@@ -67,6 +67,7 @@ def from_run(
     blocks: str | None = None,
     text_encoder: bool = True,
     base: str | None = None,
+    step: str | None = None,
 ) -> Generator:
     """A run's stage under HG-DPO's recipe.
 
@@ -78,6 +79,7 @@ def from_run(
             keeping the normal stage's. Unless given, `up` for hard and `all` for others.
         text_encoder: also use the text encoder's LoRA, where it was trained.
         base: where the run's base model is, if it was moved.
+        step: of the stage, see :func:`hgdpo_jax.training.finished.finished_policy`.
 
     Raises:
         UserError: the stage is not finished, the base is another, or what is asked of LoRA does nothing, as the stage
@@ -95,7 +97,7 @@ def from_run(
         kinds = ("lora", "text_lora") if what == "--lora-weight" else ("lora",)
         if asked is not None and not any(c.train.params in kinds for c in configs.values()):
             raise UserError(f"{what} {asked}: does nothing, {stage} has no LoRA for it")
-    weight = recipe.WEIGHT if weight is None else weight
+    weight = config.recipe.weight if weight is None else weight
     if not drawn:
         config.train.params = "lora"  # a fresh one, which changes nothing
     use_precision(config.model.dtype)
@@ -103,9 +105,9 @@ def from_run(
     used = []
     for name, own in configs.items():
         like = policy_of(pipeline, own)
-        policy = finished_policy(workdir, name, like, own)
+        policy = finished_policy(workdir, name, like, own, step if name == stage else None)
         if own.train.params == "lora":
-            blocks, normal = blocks or blocks_of(name), None
+            blocks, normal = blocks or blocks_of(name, own.recipe.blocks), None
             if blocks == "up+normal":
                 normal = finished_policy(workdir, CURRICULUM["normal"], like, own)
             policy = recipe.as_drawn(policy, blocks, weight, normal)
@@ -123,7 +125,7 @@ def from_checkpoint(model: str) -> Generator:
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     use_precision(dtype)
     pipeline = pipelines.load_pipeline(model, dtype, param_dtype=dtype, place=parameter_placer(local_mesh()))
-    size = pipeline.unet.config.get("sample_size", 64)  # a number, or height and width
+    size = pipeline.unet.config.get("sample_size") or 64  # a number, or height and width
     height, width = (side * pipeline.vae.pixels_per_latent for side in (size if isinstance(size, list) else [size] * 2))
     return Generator(pipeline, [], (height, width), {"model": model, "base": pipelines.base_hash(model)})
 

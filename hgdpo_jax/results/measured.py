@@ -56,6 +56,9 @@ def measured(config: ConfigDict, workdir: Path) -> dict[str, Model]:
     models = dict(MODELS)
     if config.stage not in (PERSONALISE, *_SINGLE.values()):
         models |= {config.stage: Model((config.stage,)), f"{config.stage}, whole": Model((config.stage,), recipe=False)}
+    asked = config.recipe
+    whole = asked.weight == 1.0 and asked.blocks == "all"  # then nothing else is drawn without the recipe
+    models = {name: model for name, model in models.items() if model.recipe or not whole}
     return {name: model for name, model in models.items() if _is_measured(config, workdir, model)}
 
 
@@ -76,11 +79,17 @@ def _is_measured(config: ConfigDict, workdir: Path, model: Model) -> bool:
     return True
 
 
-def _as_drawn(config: ConfigDict, stage: str, policy: Any, model: Model) -> Any:
-    """A stage's policy as a model draws with it."""
+def _as_drawn(asked: ConfigDict, config: ConfigDict, stage: str, policy: Any, model: Model) -> Any:
+    """A stage's policy as a model draws with it.
+
+    Args:
+        asked: the group `recipe` of the evaluation's config.
+        config, stage, policy: of the stage.
+        model: to draw.
+    """
     if not model.recipe or config.train.params == "all":
         return policy
-    return recipe.as_drawn(policy, blocks_of(stage))
+    return recipe.as_drawn(policy, blocks_of(stage, asked.blocks), asked.weight)
 
 
 def single(models: Mapping[str, Model]) -> list[str]:
@@ -100,13 +109,13 @@ class Drawing(NamedTuple):
 def groups(models: Mapping[str, Model], configs: Mapping[str, ConfigDict]) -> list[dict[str, Model]]:
     """The models whose UNets have the same parameters together: LoRA of one rank, or all. What leaves the UNet as it is
     goes with the first."""
-    found: dict[tuple[str, int], dict[str, Model]] = {}
+    found: dict[Any, dict[str, Model]] = {}
     others: dict[str, Model] = {}
     for name, model in models.items():
         kinds = [configs[stage].train for stage in model.stages if stage != TEXT_ENCODER]
         if kinds:
-            rank = kinds[0].lora_rank if kinds[0].params == "lora" else 0
-            found.setdefault((kinds[0].params, rank), {})[name] = model
+            lora = (kinds[0].lora_rank, *kinds[0].lora_modules) if kinds[0].params == "lora" else ()
+            found.setdefault((kinds[0].params, lora), {})[name] = model
         else:
             others[name] = model
     first, *rest = found.values() or [{}]
@@ -114,24 +123,33 @@ def groups(models: Mapping[str, Model], configs: Mapping[str, ConfigDict]) -> li
 
 
 def drawing_of(
-    config: ConfigDict, workdir: Path, group: Mapping[str, Model], configs: Mapping[str, ConfigDict]
+    config: ConfigDict,
+    workdir: Path,
+    group: Mapping[str, Model],
+    configs: Mapping[str, ConfigDict],
+    step: str | None = None,
 ) -> Drawing:
-    """Loads ε_base and the policies of a group. How the policies were trained is what their own configs say."""
+    """Loads ε_base and the policies of a group, the config's stage at `step`. How the policies were trained is what
+    their own configs say."""
     mesh, stages = local_mesh(), dict.fromkeys(stage for model in group.values() for stage in model.stages)
     own = config.copy_and_resolve_references()
     trained = next((configs[stage].train for stage in stages if stage != TEXT_ENCODER), None)
     own.train.params = "lora" if trained is None else trained.params  # a fresh LoRA changes nothing
     if trained is not None:
-        own.train.update(lora_rank=trained.lora_rank, lora_alpha=trained.lora_alpha)
+        own.train.update({name: trained[name] for name in ("lora_rank", "lora_alpha", "lora_modules")})
     text = [configs[stage] for stage in stages if stage == TEXT_ENCODER]
     pipeline, encoder = with_trained_adapter(load_trainable(own, mesh, *text), config.adapter, workdir, mesh)
     policies = {}
     for stage in stages:
         network = configs[stage] if stage == TEXT_ENCODER else own
-        policies[stage] = finished_policy(workdir, stage, policy_of(pipeline, network), network)
+        at = step if stage == config.stage else None
+        policies[stage] = finished_policy(workdir, stage, policy_of(pipeline, network), network, at)
     return Drawing(
         pipeline,
         Sampler.from_config(pipeline, mesh, config.evaluate, config.seed),
-        {name: [_as_drawn(configs[s], s, policies[s], model) for s in model.stages] for name, model in group.items()},
+        {
+            name: [_as_drawn(config.recipe, configs[s], s, policies[s], model) for s in model.stages]
+            for name, model in group.items()
+        },
         encoder,
     )

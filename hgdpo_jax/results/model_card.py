@@ -55,7 +55,7 @@ def merged(contents: Contents) -> str:
     if contents.merge == "whole":
         return "merged whole: stronger than the recipe draws"
     where = "at all timesteps" if contents.stage == TEXT_ENCODER else _BLOCKS[contents.blocks]
-    return f"merged as the recipe draws with it: at weight {recipe.WEIGHT:g}, {where}"
+    return f"merged as the recipe draws with it: at weight {contents.weight:g}, {where}"
 
 
 def _front(contents: Contents) -> list[str]:
@@ -146,13 +146,14 @@ def _models(contents: Contents) -> str:
 
 def _recipe(files: Sequence[str], contents: Contents) -> str:
     """What the recipe does with the LoRA files."""
-    unet = f"the UNet's LoRA at weight {recipe.WEIGHT:g}, {_BLOCKS[contents.blocks]}"
-    text = f"the text encoder's LoRA at weight {recipe.WEIGHT:g} while the timestep is at least {recipe.TEXT_FROM}"
+    unet = f"the UNet's LoRA at weight {contents.weight:g}, {_BLOCKS[contents.blocks]}"
+    text = f"the text encoder's LoRA at weight {contents.weight:g} while the timestep is at least {recipe.TEXT_FROM}"
     return ", and ".join([unet] * (PEFT_FILE in files) + [text] * (PEFT_TEXT_FILE in files))
 
 
 def _strength(contents: Contents) -> str:
-    return f"{recipe.WEIGHT:g} is the recipe" if contents.blocks == "all" else f"{recipe.WEIGHT:g} to 1, in all blocks"
+    weight = f"{contents.weight:g}"
+    return f"{weight} is the recipe" if contents.blocks == "all" else f"{weight} to 1, in all blocks"
 
 
 def _adapter(contents: Contents) -> str:
@@ -173,7 +174,7 @@ _FILES: dict[str, Callable[[Contents], str]] = {
     ),
     KOHYA_TEXT_FILE: lambda contents: (
         f"{_trained(contents, TEXT_ENCODER)}; it restores the alignment with the prompt "
-        f"(ComfyUI, A1111); strength {recipe.WEIGHT:g}"
+        f"(ComfyUI, A1111); strength {contents.weight:g}"
     ),
     RECIPE_FILE: lambda contents: "draws with the LoRA files in diffusers (with peft)",
     ADAPTER_FILE: _adapter,

@@ -8,13 +8,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from hgdpo_jax.run import environment, streams
 from hgdpo_jax.run.errors import Stopped, UserError, as_line
-from hgdpo_jax.run.folder import local_folder, require_plain
+from hgdpo_jax.run.folder import local_folder, require_plain, step_name
+from hgdpo_jax.run.remembered import read_settings, remembered
 from hgdpo_jax.run.settings import get_setting, load_config, setting_keys
 
 
@@ -31,13 +33,23 @@ def run_parser(description: str) -> argparse.ArgumentParser:
     """A parser of `--config` and `--workdir`, for :func:`parse`."""
     parser = config_parser(description)
     parser.add_argument("--workdir", required=True, type=local_folder, help="folder of the run")
+    parser.add_argument("--settings", type=Path, metavar="FILE", help="settings as TOML or JSON, [data] with "
+                        "photographs = …; a run remembers what it is made of in W/run.json")  # fmt: skip
     return parser
+
+
+def add_step(parser: argparse._ActionsContainer) -> None:
+    """Adds `--step` of a stage to a parser or a group of it."""
+    parser.add_argument("--step", type=step_name, help="the stage's checkpoint, though it is not finished: a number, "
+                        "latest, or best by held-out loss; as train.hand_on says unless given")  # fmt: skip
 
 
 def parse(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> tuple[ConfigDict, argparse.Namespace]:
-    """(validated config, arguments) of a command line.
+    """(validated config, arguments) of a command line. Settings come from the config's file, from what the run
+    remembers, from `--settings`, and from the command line: the later wins. `arguments.given` has the keys of the last
+    three.
 
     Args:
         parser: of :func:`run_parser`.
@@ -48,7 +60,10 @@ def parse(
     """
     known, rest = parser.parse_known_args(arguments)
     require_plain(known.workdir)
-    return load_config(known.config, overrides(rest)), known
+    own = read_settings(known.settings) if known.settings else []
+    said = [*remembered(known.workdir), *own, *overrides(rest)]
+    known.given = tuple(line.partition("=")[0] for line in said)
+    return load_config(known.config, said), known
 
 
 def overrides(arguments: Sequence[str]) -> list[str]:
@@ -99,7 +114,7 @@ def run(command: Callable[[], None]) -> None:
             if several:
                 lifecycle.fail(error)
             raise
-        line, code = found, 1
+        line, code = found, error.code if isinstance(error, UserError) else 1
     if several:
         with suppress(UserError):  # not all came: then this line is what there is to say
             lifecycle.start()  # an argument was wrong before they met: the others wait for this process

@@ -28,7 +28,13 @@ _LONGEST = 300  # characters of what a library says; a compiler lists all that i
 
 
 class UserError(Exception):
-    """Something the user gave is wrong; the message is one line that names it and says what to do."""
+    """Something the user gave is wrong; the message is one line that names it and says what to do.
+
+    Attributes:
+        code: that the command exits with.
+    """
+
+    code = 1
 
 
 class Stopped(Exception):

@@ -1,5 +1,6 @@
 """What a run folder is: where it can lie, its stages by name, their configs, and the commands that make them."""
 
+import re
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -35,6 +36,17 @@ def local_folder(text: str) -> Path:
     return Path(text)
 
 
+def step_name(text: str) -> str:
+    """A checkpoint of a stage as a command line names it: a step, `latest`, or `best` by held-out loss.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if text not in ("latest", "best") and not re.fullmatch(r"[1-9][0-9]*", text):
+        raise UserError(f"--step {text}: expects a number of a kept checkpoint, latest or best")
+    return text
+
+
 def require_plain(workdir: Path) -> None:
     """Raises UserError for a folder whose path Orbax would take for a pattern: it deletes what it has just written."""
     found = sorted(set(str(workdir.absolute())) & set("[]*?"))
@@ -43,8 +55,15 @@ def require_plain(workdir: Path) -> None:
                         "under; choose another folder")  # fmt: skip
 
 
-def blocks_of(stage: str) -> str:
-    """The UNet's blocks in which a stage's LoRA draws: `up` where photographs won, `all` before."""
+def blocks_of(stage: str, blocks: str) -> str:
+    """The UNet's blocks in which a stage's LoRA draws, `all` or `up`.
+
+    Args:
+        stage: its folder.
+        blocks: `recipe.blocks`. As the paper: `up` where photographs won, `all` before.
+    """
+    if blocks != "paper":
+        return blocks
     return "up" if stage in (CURRICULUM["hard"], NAIVE) else "all"
 
 

@@ -42,7 +42,8 @@ class Difference(NamedTuple):
     def line(self, what: str, remedy: str) -> str:
         """What a command says of it: `what` names the result, `remedy` what to do."""
         if self.key.startswith(content_key("")):
-            return f"{self.key}=sha256 {self.now[:12]}…: {what} was made with sha256 {self.was[:12]}…; {remedy}"
+            was, now = (str(value)[:12] for value in (self.was, self.now))  # no text where a file is damaged
+            return f"{self.key}=sha256 {now}…: {what} was made with sha256 {was}…; {remedy}"
         return f"config key {self.key}={self.now!r}: {what} was made with {self.was!r}; {remedy}"
 
 

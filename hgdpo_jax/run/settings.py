@@ -33,6 +33,8 @@ def config_from_json(values: Mapping[str, Any]) -> ConfigDict:
     found = ConfigDict(values)
     for setting in SETTINGS:
         group, _, leaf = setting.key.rpartition(".")
+        if group and group not in found:
+            found[group] = ConfigDict()
         place = found[group] if group else found
         if leaf not in place:
             place[leaf] = setting.default

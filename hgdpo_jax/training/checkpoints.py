@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,13 @@ from hgdpo_jax.run.buckets import bucket
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import file_hash, in_bucket, require_space, sync, write_json
 from hgdpo_jax.run.folder import require_plain
+from hgdpo_jax.training import metrics
 from hgdpo_jax.training.changes import GO_ON
+from hgdpo_jax.training.watchdog import watch
 
 Tree = PyTree  # of arrays, or of shapes with shardings to restore to
 HostParts = list[tuple[str, tuple[slice, ...], np.ndarray]]  # name of an array, place in it, values
-KEEP = 2
+LATEST, BEST = "latest", "best"  # steps by name
 _READ_AT_ONCE = 2.5e8  # bytes
 _FOREVER = 7 * 24 * 3600  # seconds that processes wait for each other's files: a dead one is missed by run/processes.py
 # Every device that holds a copy of an array writes a part of it, for which a program is compiled. A LoRA's matrices are
@@ -163,20 +165,23 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 class Checkpoints:
     """The checkpoints of one stage.
 
-    Steps are only ever added; the newest two are kept. Files are written, read back and hashed in the background: a
-    training calls `check` after every step. A `with` block waits for what is being written, and closes them. Reading
-    writes nothing.
+    Files are written, read back and hashed in the background: a training calls `check` after every step. A `with` block
+    waits for what is being written, and closes them. Reading writes nothing.
 
     Args:
         folder: W/stageN.
         place: `train.checkpoints` of the stage; the folder of the stage's name there takes the place of W/stageN.
+        keep: `train.keep`: how many of the newest steps stay.
+        keep_every: `train.keep_every`: its multiples stay too. So do the step whose held-out loss is the lowest, and
+            the last one before looks that gave alarms.
 
     Raises:
         UserError: the place cannot be reached.
     """
 
-    def __init__(self, folder: Path, place: str = "") -> None:
+    def __init__(self, folder: Path, place: str = "", keep: int = 2, keep_every: int = 0) -> None:
         require_plain(folder)
+        self._logs, self._newest, self._multiples = folder / "logs", keep, keep_every
         self.folder = bucket(place, "train.checkpoints") / folder.name if place else epath.Path(folder.absolute())
         self._policy = self.folder / "policy"
         options = ocp.options.AsyncOptions(timeout_secs=_FOREVER, create_directories_asynchronously=False)
@@ -199,7 +204,7 @@ class Checkpoints:
         self._background.shutdown()
         self._orbax.close()
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
         try:
             return sorted(int(path.name) for path in self._policy.iterdir() if path.name.isdecimal())
         except FileNotFoundError:  # a bucket has no empty folders
@@ -207,17 +212,31 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest step whose files match their hashes, or None. Process 0 reads them and reports damaged steps."""
-        return processes.broadcast(self._latest)
+        return processes.broadcast(lambda: self._first_undamaged(reversed(self.steps())))
 
-    def _latest(self) -> int | None:
-        for step in reversed(self._steps()):
+    def find(self, which: str) -> int | None:
+        """A step by its number, or by `latest` or `best`: that whose held-out loss is the lowest. None where it is not
+        there or damaged, which process 0 reports."""
+        if which == LATEST:
+            return self.latest()
+        if which == BEST:
+            return processes.broadcast(lambda: self._first_undamaged(self._by_heldout_loss()))
+        return processes.broadcast(lambda: self._first_undamaged(s for s in self.steps() if str(s) == which))
+
+    def _by_heldout_loss(self) -> list[int]:
+        """The steps at which held-out pairs were measured, that with the lowest loss first; the later of equal ones."""
+        losses = metrics.heldout_losses(self._logs)
+        return sorted((step for step in self.steps() if step in losses), key=lambda step: (losses[step], -step))
+
+    def _first_undamaged(self, steps: Iterable[int]) -> int | None:
+        for step in steps:
             try:
                 # `exists` is not asked: where a bucket cannot be reached, it says no.
                 if json.loads((self._policy / f"{step}.sha256.json").read_text()) == _hashes(self._folder_of(step)):
                     return step
             except (FileNotFoundError, ValueError, RecursionError):  # there is none, or it is damaged
                 pass
-            logging.warning("checkpoint %s: incomplete or altered; going back to the one before", self._folder_of(step))
+            logging.warning("checkpoint %s: incomplete or altered; it is passed over", self._folder_of(step))
         return None
 
     def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
@@ -230,8 +249,8 @@ class Checkpoints:
         require_finite(step, state)
         self._make_room(state)
         if processes.is_first():
-            hashed = [kept for kept in self._steps() if (self._policy / f"{kept}.sha256.json").exists()]
-            self._remove([damaged for damaged in self._steps() if damaged >= step or damaged not in hashed])
+            hashed = [kept for kept in self.steps() if (self._policy / f"{kept}.sha256.json").exists()]
+            self._remove([damaged for damaged in self.steps() if damaged >= step or damaged not in hashed])
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(_flat(state)), meta=ocp.args.JsonSave(meta))
         self._orbax.save(self._folder_of(step), args=items, force=True)
         self._saving = self._background.submit(self._finish, step, _on_host(state))
@@ -250,7 +269,21 @@ class Checkpoints:
         if processes.is_first():
             sync(folder)
             write_json(self._policy / f"{step}.sha256.json", _hashes(folder))
-            self._remove(self._steps()[:-KEEP])
+            self._remove([step for step in self.steps() if step not in self._kept()])
+
+    def _kept(self) -> set[int]:
+        steps = self.steps()
+        multiples = [step for step in steps if self._multiples and step % self._multiples == 0]
+        good = watch(metrics.read(self._logs)).good or 0
+        before = [step for step in steps if step <= good]
+        return {*steps[-self._newest :], *multiples, *self._by_heldout_loss()[:1], *before[-1:]}
+
+    def go_back(self, step: int) -> int | None:
+        """Takes away the steps that come after one; returns the newest that is left, or None."""
+        if processes.is_first():
+            self._remove([kept for kept in self.steps() if kept > step])
+        processes.barrier()
+        return self.latest()
 
     def _remove(self, steps: list[int]) -> None:
         for step in steps:

@@ -17,7 +17,7 @@ from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.folder import PERSONALISE, stage_config, train_command
 from hgdpo_jax.run.index import index_of_run
 from hgdpo_jax.run.provenance import content_key, require_same
-from hgdpo_jax.training.checkpoints import Checkpoints
+from hgdpo_jax.training.checkpoints import LATEST, Checkpoints
 from hgdpo_jax.training.policy import policy_of, set_policy, with_fresh_adapter
 from hgdpo_jax.training.step import Params
 
@@ -99,26 +99,32 @@ def find_base(workdir: Path, config: ConfigDict, base: str | None, weights: bool
     return found
 
 
-def finished_policy(workdir: Path, stage: str, like: Params, config: ConfigDict) -> Params:
-    """The policy that a stage handed on.
+def finished_policy(workdir: Path, stage: str, like: Params, config: ConfigDict, step: str | None = None) -> Params:
+    """The policy that a stage handed on, or that it had at a step.
 
     Args:
         workdir, stage: of the run.
         like: a policy of the same shape, with the shardings to restore to.
         config: of the network that takes the policy: B is multiplied where the stage scaled its LoRA otherwise.
+        step: a number, `latest` or `best`, of a stage that may be unfinished; as `train.hand_on` says unless given.
 
     Raises:
-        UserError: the stage was not trained, or not to its end, or with another kind of policy.
+        UserError: the stage was not trained, or not to its end, or with another kind of policy; it has no such step.
     """
     wanted = stage_config(workdir, stage).train
     with Checkpoints(workdir / stage, wanted.checkpoints) as checkpoints:
-        step = checkpoints.latest()
-        if step is None or step < wanted.steps:
-            raise UserError(
-                f"{stage} stands at step {step or 0} of {wanted.steps}; run first: {train_command(stage, workdir)}"
-            )
+        found = checkpoints.find(step or wanted.hand_on)
+        if step is None:
+            newest = (found if wanted.hand_on == LATEST else checkpoints.latest()) or 0
+            if newest < wanted.steps:
+                raise UserError(f"{stage} stands at step {newest} of {wanted.steps}; run first: "
+                                f"{train_command(stage, workdir)}")  # fmt: skip
+        if found is None:
+            there = ", ".join(map(str, checkpoints.steps())) or "none"
+            raise UserError(f"--step {step or wanted.hand_on}: {stage} has no such checkpoint in {workdir}; there are: "
+                            f"{there}")  # fmt: skip
         name = "ema" if wanted.ema else "policy"
-        policy: Params = checkpoints.restore(step, {name: like})[name]
+        policy: Params = checkpoints.restore(found, {name: like})[name]
     if not wanted.params.endswith("lora"):
         return policy
     own, given = (train.lora_alpha / train.lora_rank for train in (wanted, config.train))

@@ -1,5 +1,6 @@
 """What a stage is trained with: devices, ε_base, pairs, loss and optimizer; and what its checkpoints depend on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.faces.concepts import encoder_hash
 from hgdpo_jax.run import provenance
 from hgdpo_jax.run.index import Index
+from hgdpo_jax.run.prompts import read_prompts
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.optimizer import make_optimizer
 from hgdpo_jax.training.policy import load_trainable
@@ -28,6 +30,7 @@ class Inputs(NamedTuple):
         pipeline: ε_base with the fresh parameters that the stage trains.
         policy, frozen: its parameters in two parts, see :func:`hgdpo_jax.training.step.split_params`.
         made_from: what a checkpoint depends on, see :mod:`hgdpo_jax.run.provenance`.
+        prompts: of `train.prompts`, if any.
     """
 
     mesh: Mesh
@@ -38,6 +41,7 @@ class Inputs(NamedTuple):
     loss: steps.Loss
     optimizer: optax.GradientTransformationExtraArgs
     made_from: dict[str, Any]
+    prompts: Sequence[str] = ()
 
 
 def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
@@ -47,6 +51,7 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
         UserError: an input is missing or is not what it claims to be, or does not fit the others.
     """
     settings = config.train
+    prompts = read_prompts(Path(settings.prompts), "config key train.prompts=") if settings.prompts else ()
     mesh = make_mesh(config.mesh)
     require_divisible(settings.batch // settings.accumulate, mesh, "train.batch / train.accumulate")
     pairs = open_stage(workdir, settings.pairs or config.stage, index)
@@ -63,7 +68,7 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
         inputs["the concept encoder"] = encoder_hash(config, index)
     made_from = provenance.settings(config, depends_on(config))
     made_from |= {provenance.content_key(name): value for name, value in inputs.items()}
-    return Inputs(mesh, pipeline, policy, frozen, pairs, loss, make_optimizer(settings), made_from)
+    return Inputs(mesh, pipeline, policy, frozen, pairs, loss, make_optimizer(settings), made_from, prompts)
 
 
 def loss_of(config: ConfigDict, denoiser: steps.Denoiser, schedule: NoiseSchedule) -> steps.Loss:
@@ -79,7 +84,8 @@ def depends_on(config: ConfigDict) -> list[str]:
     train = config.train
     keys = ["stage", "seed", "objective", "model.dtype", "train.start", "train.reference", "train.params"]
     keys += ["train.blocks"] if train.params == "lora" else []
-    keys += ["train.lora_rank", "train.lora_alpha"] if train.params in ("lora", "text_lora") else []
+    lora = ["train.lora_rank", "train.lora_alpha", "train.lora_modules"]
+    keys += lora if train.params in ("lora", "text_lora") else []
     keys += ["train.beta", "train.lambda_stat"] if config.objective == "dpo" else []
     keys += ["train.reference_cache"] if train.reference_cache else []
     keys += ["data.caption_dropout", "data.concept_dropout"] if config.objective == "sft" else []

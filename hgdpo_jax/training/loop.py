@@ -26,7 +26,7 @@ from hgdpo_jax.run.index import index_of_run
 from hgdpo_jax.run.locks import lock_for_all
 from hgdpo_jax.run.settings import read_config
 from hgdpo_jax.training import inputs as stage_inputs
-from hgdpo_jax.training import reference_cache
+from hgdpo_jax.training import reference_cache, watchdog
 from hgdpo_jax.training import start as starts
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
 from hgdpo_jax.training.inputs import Inputs
@@ -61,7 +61,8 @@ def train(config: ConfigDict, workdir: Path, traced: range = range(0), may_chang
     with lock_for_all(folder):
         inputs = stage_inputs.read(config, workdir, index)
         index.save()
-        with closing(Checkpoints(folder, config.train.checkpoints)) as checkpoints:
+        kept = config.train.keep, config.train.keep_every
+        with closing(Checkpoints(folder, config.train.checkpoints, *kept)) as checkpoints:
             _require_place(config, folder)
             if traced and checkpoints.latest() is None:
                 remaining_steps(traced, 0, config.train.steps)  # refused before the reference is written
@@ -152,5 +153,6 @@ def _run(
                 lifecycle.stopping.stop()
             if evaluate:
                 monitor.evaluate(state, step)
+                watchdog.heed(folder / "logs", checkpoints, settings.alarms)
             if save or evaluate:
                 speed.restart()

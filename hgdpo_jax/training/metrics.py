@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from hgdpo_jax.pictures.write import write_png
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import as_written, atomic_path
@@ -21,7 +23,10 @@ from hgdpo_jax.training.step import GRADIENT_NORM, TIMESTEP_BINS
 if TYPE_CHECKING:
     import tensorboardX
 
-SAMPLES = "samples"  # TensorBoard's name of what an evaluation draws
+HELDOUT_LOSSES = "heldout/loss/total", "heldout/loss/dpo"  # the latter where there is one
+SAMPLES, PROMPTS = "samples", "prompts"  # of what a look draws
+FACES = "heldout/faces_found"  # share of these pictures
+Line = Mapping[str, float]  # of a log
 StepMetrics = Mapping[str, Float[Array | np.ndarray | np.float32, "..."]]
 
 
@@ -90,16 +95,18 @@ class MetricLog:
         with self._lines.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def samples(self, grid: UInt8[np.ndarray, "H W 3"], step: int) -> None:
-        """The pictures of an evaluation. Process 0 writes."""
+    def samples(self, name: str, picture: UInt8[np.ndarray, "H W 3"], step: int) -> None:
+        """What a look draws, in TensorBoard and as NAME/STEP.png. Process 0 writes."""
         if not processes.is_first():
             return
-        self._writer.add_image(SAMPLES, grid, step, dataformats="HWC")
+        self._writer.add_image(name, picture, step, dataformats="HWC")
         self._writer.flush()
+        (self._folder / name).mkdir(exist_ok=True)
+        write_png(self._folder / name / f"{step}.png", picture, {})
 
 
 def _of_evaluation(name: str) -> bool:
-    return name == SAMPLES or name.startswith("heldout/")
+    return name in (SAMPLES, PROMPTS) or name.startswith("heldout/")
 
 
 def _whole_lines(path: Path) -> list[dict[str, float]]:
@@ -143,6 +150,12 @@ def read(folder: Path) -> list[dict[str, float]]:
 def was_evaluated(folder: Path, step: int) -> bool:
     """Whether held-out pairs were measured at a step."""
     return any(line["step"] == step and any(map(_of_evaluation, line)) for line in read(folder))
+
+
+def heldout_losses(folder: Path) -> dict[int, float]:
+    """By step the loss of the held-out pairs, or, where there is no preference, photographs."""
+    losses = {int(line["step"]): line[name] for line in read(folder) for name in HELDOUT_LOSSES if name in line}
+    return {step: loss for step, loss in losses.items() if math.isfinite(loss)}
 
 
 def average(steps: Sequence[StepMetrics]) -> dict[str, float]:

@@ -18,18 +18,20 @@ from hgdpo_jax.devices.random import stream_key
 from hgdpo_jax.devices.sharding import batch_sharding, path_name, replicated
 from hgdpo_jax.devices.transfer import local_rows, place, to_devices
 from hgdpo_jax.diffusion.sampler import Sampler
+from hgdpo_jax.faces.detection import FaceDetector
 from hgdpo_jax.pictures.write import grid
 from hgdpo_jax.training.changes import CALMER
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.inputs import Inputs
-from hgdpo_jax.training.metrics import MetricLog, average
+from hgdpo_jax.training.metrics import FACES, PROMPTS, SAMPLES, MetricLog, average
+from hgdpo_jax.training.prompts import Prompts
 from hgdpo_jax.training.step import Metrics, Numbers, Params, TrainState
 
 HELDOUT_PAIRS = 256
-SAMPLES = 8
-_NOISY = 8  # held-out batches
 # A policy that learns makes the winner's error no larger than the reference's by more than a few parts in a hundred.
 UNLEARNING = 1.2
+_SHOWN = 8
+_NOISY = 8  # held-out batches
 _LARGE = 2e8  # parameters; the UNets of SD1.5 and XL have 0.9e9 and 2.6e9
 
 
@@ -60,12 +62,14 @@ class Monitor:
         ]
         everywhere = replicated(inputs.mesh)
         self._loss_metrics = jax.jit(lambda *arguments: inputs.loss(*arguments)[1], out_shardings=everywhere)
-        rows = [source[i] for source in held for i in range(min(SAMPLES, len(source)))][:SAMPLES]
+        rows = [source[i] for source in held for i in range(min(_SHOWN, len(source)))][:_SHOWN]
         settings = ConfigDict({**config.evaluate, "batch": min(config.evaluate.batch, len(rows))})
         self._sampler = Sampler.from_config(inputs.pipeline, inputs.mesh, settings, config.seed)
         self._ids = np.stack([row["input_ids"] for row in rows])
         self._concept = np.stack([r["concept"] for r in rows]).astype(np.float32) if "concept" in rows[0] else None
         self._keys = self._sampler.keys("samples", [row["id"].decode() for row in rows], [0] * len(rows))
+        self._faces = FaceDetector()
+        self._prompts = Prompts(inputs.prompts, self._sampler, self._resolution) if inputs.prompts else None
         self._worst = UNLEARNING
 
     def report(self, values: dict[str, float], step: int) -> None:
@@ -90,11 +94,16 @@ class Monitor:
         the stage would hand on."""
         self._sampler.use_policies(state.result)
         latents = self._sampler.generate(self._ids, self._keys, self._resolution, "samples", self._concept)
-        self.log.samples(grid(self._sampler.decode(latents, "decode"), 4), step)
+        pictures = self._sampler.decode(latents, "decode")
+        self.log.samples(SAMPLES, grid(pictures, 4), step)
+        if self._prompts is not None:
+            self.log.samples(PROMPTS, self._prompts.sheet(step), step)
         if step == 0 and self._reference:
             self._print_noise(state.policy)
         found = [self._measured(state.policy, self._reference, i) for i in range(len(self._held))]
-        self.log.write({f"heldout/{name}": value for name, value in average(jax.device_get(found)).items()}, step)
+        values = {f"heldout/{name}": value for name, value in average(jax.device_get(found)).items()}
+        faces = float(np.mean(self._faces.detect(pictures.astype(np.float32)).found))
+        self.log.write(values | {FACES: faces}, step)
 
     def _measured(self, policy: Params, reference: Params, i: int) -> Metrics:
         """The loss's metrics on a batch of held-out pairs, at the noise that this batch always has."""
@@ -136,7 +145,7 @@ def announce(config: ConfigDict, inputs: Inputs, state: TrainState) -> None:
         (row,) = first_batches(source, 1, 1)
         fields = [f"{name} {x.dtype} {[config.train.batch, *x.shape[1:]]}" for name, x in row.items()]
         count = len(source) // max(1, config.train.reference_cache)
-        print(f"{config.stage}: a batch of {count:,} {unit} is {', '.join(fields)}")
+        print(f"{config.stage}: {count:,} {unit}, in batches of {', '.join(fields)}")
     if mesh_peak(inputs.mesh, config.model.dtype) is None:
         print(f"{config.stage}: the peak of {inputs.mesh.devices.flat[0].device_kind} in {config.model.dtype} is "
               "unknown: the log has no speed/share_of_peak")  # fmt: skip

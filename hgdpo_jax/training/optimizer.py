@@ -1,24 +1,21 @@
 """The optimizer and the scalars of a step, as the config says."""
 
 import math
-from typing import Any
 
 import jax
 import numpy as np
 import optax
-from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from hgdpo_jax.devices.random import stream_key
+from hgdpo_jax.training.loss_scale import with_loss_scale
 from hgdpo_jax.training.step import GRADIENT_NORM, Numbers
-
-LOSS_SCALE = 2.0**10  # where model.dtype is float16
 
 
 def make_optimizer(train: ConfigDict) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW or Adafactor with a rate of 1: the step multiplies by :func:`learning_rate`.
 
-    Its `update` takes the `scale` of the loss, see :class:`Numbers`. `train.clip_norm` 0 is no clipping. Moments are
+    It holds the :mod:`loss's scale <hgdpo_jax.training.loss_scale>`. `train.clip_norm` 0 is no clipping. Moments are
     float32, like the parameters: AdamW keeps two numbers for each, Adafactor (Shazeer & Stern 2018) a row and a column
     for each large matrix. Weight decay is decoupled.
     """
@@ -30,19 +27,10 @@ def make_optimizer(train: ConfigDict) -> optax.GradientTransformationExtraArgs:
         b1, b2 = train.adam
         chosen = optax.adamw(1.0, b1=b1, b2=b2, weight_decay=train.weight_decay)
     clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
-    chosen = optax.chain(_without_scale(), optax.snapshot(GRADIENT_NORM, optax.tree.norm), clip, chosen)
+    chosen = with_loss_scale(optax.chain(optax.snapshot(GRADIENT_NORM, optax.tree.norm), clip, chosen))
     # LoRA is some hundred small arrays, each of which would cost a GPU a few programs: they are one vector here.
     one_vector = train.optimizer == "adamw" and train.params.endswith("lora")
     return optax.flatten(chosen) if one_vector else chosen
-
-
-def _without_scale() -> optax.GradientTransformationExtraArgs:
-    """Divides the gradient by the scale of the loss."""
-
-    def update(gradient: PyTree, state: Any, params: Any = None, *, scale: Any = 1.0, **_: Any) -> tuple[PyTree, Any]:
-        return jax.tree.map(lambda x: x / scale, gradient), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def learning_rate(train: ConfigDict, step: int) -> float:
@@ -60,6 +48,6 @@ def numbers_of(config: ConfigDict, step: int) -> Numbers:
     """The scalars of the step after `step` others, as the config says."""
     train, data = config.train, config.data
     key = np.asarray(jax.random.key_data(stream_key(config.seed, config.stage, "step")))
-    scale = LOSS_SCALE if config.model.dtype == "float16" else 1.0
-    scalars = (train.ema, scale, train.beta, train.lambda_stat, data.caption_dropout, data.concept_dropout)
+    least_scale = 1.0 if config.model.dtype == "float16" else math.inf
+    scalars = (train.ema, least_scale, train.beta, train.lambda_stat, data.caption_dropout, data.concept_dropout)
     return Numbers(key, np.float32(learning_rate(train, step)), *map(np.float32, scalars))

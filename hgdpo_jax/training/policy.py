@@ -86,7 +86,8 @@ def add_fresh_lora(pipeline: pipelines.Pipeline, config: ConfigDict, mesh: Mesh 
     for name, stream in streams.items():
         if name in pipeline.models:
             model, key = pipeline.models[name], stream_key(config.seed, stream)
-            add_lora(model, config.train.lora_rank, config.train.lora_alpha, nnx.Rngs(key))
+            train = config.train
+            add_lora(model, train.lora_rank, train.lora_alpha, nnx.Rngs(key), train.lora_modules)
             lora = nnx.state(model, nnx.LoRAParam)
             if mesh is not None:
                 nnx.update(model, place(lora, tree_shardings(lora, mesh)))

@@ -142,12 +142,14 @@ def _made_from(config: ConfigDict, inputs: Inputs, start: Start) -> dict[str, An
 
 
 def _require_same(cache: Path, made_from: Mapping[str, Any]) -> None:
-    """Raises UserError where the folder holds predictions of something else."""
-    path = cache / "made_from.json"
+    """Raises UserError where the folder holds predictions of something else, or does not say of what."""
+    path, remedy = cache / "made_from.json", "remove its folder, and it is computed again"
     if path.is_file():
-        with as_written(path, "remove its folder, and it is computed again"):
+        with as_written(path, remedy):
             found = {**json.loads(path.read_text())}
         provenance.require_same(found, made_from, str(cache), "use that, or remove the folder to compute it again")
+    elif any(cache.glob("*.npy.json")):
+        raise UserError(f"{path}: is missing, so nothing says what the predictions beside it are of; {remedy}")
 
 
 def _make(

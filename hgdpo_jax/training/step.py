@@ -20,6 +20,7 @@ from hgdpo_jax.diffusion.recipe import in_up_blocks
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.models.ip_adapter import join
 from hgdpo_jax.training import objectives
+from hgdpo_jax.training.loss_scale import LOSS_SCALE, SKIPPED
 from hgdpo_jax.training.objectives import WinnerLoser
 
 Params = Mapping[Any, Any]  # nested by name; the leaves are arrays, or shapes where a program is planned
@@ -36,8 +37,8 @@ class Numbers(NamedTuple):
         key: data of the stage's PRNG key.
         rate: learning rate of this step.
         ema: decay of the averaged policy.
-        scale: multiplies the loss while it is differentiated, so that no gradient is too small for float16
-            (Micikevicius et al. 2018).
+        least_scale: a step whose gradient is not finite is skipped while the loss's scale is above it; infinite where
+            the dtype has room enough.
         beta, lambda_stat: `train.beta` and `train.lambda_stat`.
         caption_dropout, concept_dropout: those of the group `data`.
     """
@@ -45,7 +46,7 @@ class Numbers(NamedTuple):
     key: UInt32[np.ndarray, "2"]
     rate: np.float32
     ema: np.float32
-    scale: np.float32
+    least_scale: np.float32
     beta: np.float32
     lambda_stat: np.float32
     caption_dropout: np.float32
@@ -298,10 +299,11 @@ def make_step(
             step_key = jax.random.fold_in(numbers.stage_key, state.step)
             keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(batch["input_ids"].shape[0]))
         batch = batch | {"key": keys}
+        scale = optax.tree.get(state.optimizer, LOSS_SCALE)
 
         def scaled(policy: Params, part: Batch) -> tuple[Float[Array, ""], Metrics]:
             total, metrics = loss(policy, reference, frozen, part, numbers)
-            return numbers.scale * total, metrics
+            return scale * total, metrics
 
         def microbatch(part: Batch) -> tuple[Params, Metrics]:
             return jax.grad(scaled, has_aux=True)(state.policy, part)
@@ -315,12 +317,12 @@ def make_step(
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
             total, _ = jax.lax.scan(lambda s, part: (jax.tree.map(jnp.add, s, microbatch(part)), None), zeros, parts)
             grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
-        updates, optimizer = tx.update(grads, state.optimizer, state.policy, scale=numbers.scale)
+        updates, optimizer = tx.update(grads, state.optimizer, state.policy, least_scale=numbers.least_scale)
         policy = jax.tree.map(lambda p, u: p + numbers.rate * u, state.policy, updates)
         average = None
         if state.ema is not None:
             average = optax.incremental_update(policy, state.ema, 1.0 - numbers.ema)
-        metrics[GRADIENT_NORM] = optax.tree.get(optimizer, GRADIENT_NORM)
+        metrics |= {name: optax.tree.get(optimizer, name) for name in (GRADIENT_NORM, LOSS_SCALE, SKIPPED)}
         return TrainState(policy, average, optimizer, state.step + 1), metrics
 
     out_shardings: Any = None

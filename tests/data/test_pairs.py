@@ -1,5 +1,6 @@
 """Shards: TFDS opens them, damage is named, nothing is overwritten."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -80,8 +81,10 @@ def test_a_split_may_have_empty_shards_but_not_only_empty_ones(tmp_path: Path) -
         shards.finish(folder, schema, paths, latents)
     assert not list(folder.glob("pairs-*-of-00002")) and not (folder / "building.json").exists()  # for others
     shards.begin(folder, {})
-    shards.write_shard(paths[name][0], schema, [])
-    shards.write_shard(paths[name][1], schema, [tiny.record("a", np.random.default_rng(0))])
+    record, heldout = tiny.record("a", np.random.default_rng(0)), shards.shard_path(folder, "heldout_32x32", 0, 1)
+    for path, records in ((paths[name][0], []), (paths[name][1], [record]), (heldout, [record])):
+        shards.write_shard(path, schema, records)
+    paths["heldout_32x32"] = [heldout]
     shards.finish(folder, schema, paths, latents)
     (source,) = open_stage(tmp_path, "stage2").sources["train"]
     assert len(source) == 1 and source[0]["id"] == b"a"
@@ -117,12 +120,15 @@ def test_a_damaged_shard_is_named(workdir: Path, damage: str) -> None:
         ("manifest.json", '{"schema": {}, "made_from": {}, "splits": {"train_32x32": 3}}', "manifest.json: is not as"),
         ("manifest.json", '{"schema": {}, "made_from": {}, "splits": {"train_32x32": {"latent": [4, 4, 8], '
          '"records": 6, "shards": []}}}', "its shards of train_32x32 have not its 6 records"),
+        ("manifest.json", '{"schema": {}, "made_from": {}, "splits": {}}', "its splits are of nothing, not of train"),
         ("manifest.json", "\\xff", "manifest.json: is not as it was written"),
         ("features.json", "{}", "TFDS cannot open them"),
         ("dataset_info.json", "", "TFDS cannot open them"),
         ("pairs-train_32x32.array_record-00000-of-00002.json", "[]", "00002.json: is not as it was written"),
         ("pairs-train_32x32.array_record-00000-of-00002.json", '{"sha256": "", "records": ["a"], "examples": []}',
          "its note names 1 records, the manifest 3"),
+        ("pairs-train_32x32.array_record-00000-of-00002.json", '{"sha256": "", "records": [], "examples": [["a", 3]]}',
+         "00002.json: is not as it was written .*: the content of a photograph is no hash"),
     ],
 )  # fmt: skip
 def test_what_is_damaged_beside_the_shards_is_named(workdir: Path, name: str, content: str, message: str) -> None:
@@ -130,6 +136,24 @@ def test_what_is_damaged_beside_the_shards_is_named(workdir: Path, name: str, co
     with pytest.raises(UserError, match=message) as error:
         open_stage(workdir, "stage1").by_id("train")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"name": "pairs"', '"name": "../x"'),
+        ('"{DATASET}', '"../{DATASET}'),
+        ('"3", "3"', '"2", "4"'),
+        ('["3", "3"]', '["6"]'),
+        ('"3", "3"', '"3", "2"'),
+    ],
+)
+def test_shards_that_tfds_would_look_for_elsewhere_are_refused(workdir: Path, old: str, new: str) -> None:
+    path = workdir / "stage1" / "pairs" / "dataset_info.json"
+    assert old in (content := json.dumps(json.loads(path.read_text())))
+    path.write_text(content.replace(old, new))
+    with pytest.raises(UserError, match=r"TFDS cannot open them .dataset_info.json has other files of \w+ than"):
+        open_stage(workdir, "stage1")
 
 
 def test_another_latent_shape_is_refused(workdir: Path) -> None:

@@ -28,9 +28,9 @@ def values(policy: nnx.State) -> dict[str, list[float]]:
 
 def test_a_lora_is_drawn_with_at_half_its_weight_in_the_blocks_that_are_asked_for() -> None:
     hard, normal = lora(4.0), lora(2.0)
-    assert values(recipe.as_drawn(hard, "all")) == {"lora_A": [4.0] * 3, "lora_B": [2.0] * 3}
-    assert values(recipe.as_drawn(hard, "up")) == {"lora_A": [4.0] * 3, "lora_B": [0.0, 0.0, 2.0]}
-    assert values(recipe.as_drawn(hard, "up", normal=normal))["lora_B"] == [0.0, 0.0, 2.0]
+    assert values(recipe.as_drawn(hard, "all", 0.5)) == {"lora_A": [4.0] * 3, "lora_B": [2.0] * 3}
+    assert values(recipe.as_drawn(hard, "up", 0.5)) == {"lora_A": [4.0] * 3, "lora_B": [0.0, 0.0, 2.0]}
+    assert values(recipe.as_drawn(hard, "up", 0.5, normal))["lora_B"] == [0.0, 0.0, 2.0]
     both = values(recipe.as_drawn(hard, "up+normal", 0.25, normal))
     assert both == {"lora_A": [2.0, 2.0, 4.0], "lora_B": [0.5, 0.5, 1.0]}
     assert values(hard) == {"lora_A": [4.0] * 3, "lora_B": [4.0] * 3}

@@ -160,7 +160,8 @@ def test_every_class_of_diffusers_is_computed_with_its_own_defaults_or_refused_b
     ("key", "value"),
     [("steps_offset", "1"), ("steps_offset", -1), ("steps_offset", None), ("steps_offset", True),
      ("steps_offset", 10**30), ("sigma_min", "x"), ("sigma_max", float("inf")), ("sigma_min", -1.0),
-     ("num_train_timesteps", 10**30)],
+     ("num_train_timesteps", 10**30), ("clip_sample_range", None), ("clip_sample_range", "x"),
+     ("clip_sample_range", 0.0), ("beta_end", 0.5), ("num_train_timesteps", 50_000)],
 )  # fmt: skip
 def test_a_number_that_no_scheduler_has_is_named(key: str, value: object) -> None:
     with pytest.raises(UserError, match=f"{key}={re.escape(repr(value))}"):

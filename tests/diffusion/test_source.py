@@ -30,6 +30,7 @@ from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.models import architectures
 from hgdpo_jax.models.architectures import SD15
 from hgdpo_jax.models.convert import abstract, from_torch, keys, load_model, to_torch
+from hgdpo_jax.models.ldm import SDXL_PARTS, TranslatedWeights
 from hgdpo_jax.models.text import of_first
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
@@ -213,6 +214,49 @@ def test_words_that_were_added_to_a_tokenizer_do_not_end_the_text(tmp_path: Path
     assert np.array_equal(found.added_cond["text_embeds"], expected.added_cond["text_embeds"])
 
 
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_sdxl(tmp_path_factory.mktemp("xl"))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("unet/config.json", {"addition_time_embed_dim": 3}, "_embeddings_input_dim=44, its .* make 38;"),
+        ("text_encoder_2/config.json", {"projection_dim": None}, "_embeddings_input_dim=44, its .* make 536;"),
+        ("text_encoder/config.json", {"hidden_size": None}, "give embeddings of width 524, its UNet reads 20"),
+        ("tokenizer_2/tokenizer_config.json", {"model_max_length": 9}, "its tokenizers have model_max_length 9 and 77"),
+        ("model_index.json", {"text_encoder_2": None}, "give embeddings of width 8, its UNet reads 20"),
+    ],
+)
+def test_parts_of_xl_that_do_not_fit_are_named(
+    xl: Path, tmp_path: Path, file: str, change: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(xl, tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | change))
+    with pytest.raises(UserError, match=f"^model {tmp_path}: .*{message}"):
+        sources.open_source(str(tmp_path))
+
+
+def test_an_xl_unet_without_the_second_text_encoder_is_refused(xl: Path, tmp_path: Path) -> None:
+    shutil.copytree(xl, tmp_path, dirs_exist_ok=True)
+    for file, change in (("model_index.json", {"text_encoder_2": None}),
+                         ("unet/config.json", {"cross_attention_dim": 8})):  # fmt: skip
+        (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | change))
+    with pytest.raises(UserError, match=f"^model {tmp_path}: its UNet is XL's, and it has no text_encoder_2"):
+        sources.open_source(str(tmp_path))
+
+
+def test_a_number_in_place_of_the_three_of_open_clip_is_named(tmp_path: Path) -> None:
+    key = "transformer.resblocks.0.attn.in_proj_weight"
+    save_file({key: np.zeros((), np.float32)}, tmp_path / "a.safetensors")
+    _, translate = SDXL_PARTS["text_encoder_2"]
+    asked = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+    weights = TranslatedWeights(Weights(tmp_path / "a.safetensors"), "", translate, [asked], {})
+    with pytest.raises(UserError, match=rf"^{tmp_path / 'a.safetensors'}: weight {key} is \(\); does not fit"):
+        weights[asked]
+
+
 def _tokenizer_config(folder: Path, change: Callable[[dict], dict]) -> None:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
@@ -261,10 +305,11 @@ def test_a_card_in_another_encoding_is_read(changing: Path) -> None:
     assert sources.open_source(str(changing)).licence == "mit"
 
 
-def test_a_size_may_be_a_height_and_a_width(changing: Path) -> None:
+def test_a_size_may_be_a_height_and_a_width_or_unsaid(changing: Path) -> None:
     path = changing / "unet" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": [8, 16]}))
-    assert from_checkpoint(str(changing)).resolution == (8 * 8, 16 * 8)
+    for size, expected in (([8, 16], (8 * 8, 16 * 8)), (None, (64 * 8, 64 * 8))):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": size}))
+        assert from_checkpoint(str(changing)).resolution == expected
 
 
 def _convert(error: pytest.ExceptionInfo[UserError], monkeypatch: pytest.MonkeyPatch) -> None:

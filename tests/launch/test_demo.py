@@ -52,4 +52,5 @@ def test_the_embedded_models_fit_each_other(tmp_path: Path) -> None:
     config, mesh = load_config("configs/stage3.py:portraits"), tiny.mesh()
     pipeline, encoder = with_trained_adapter(load_trainable(config, mesh), config.adapter, tmp_path, mesh)
     assert pipeline.adapter is not None and encoder is not None
+    assert pipeline.licence == "apache-2.0"  # what the card of the demo's export says
     Judges(config.pairs.scorer, config.evaluate.scorer, config.evaluate.other_scorer, mesh)

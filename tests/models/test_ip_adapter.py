@@ -257,8 +257,11 @@ def test_image_features_are_what_diffusers_reads_and_so_are_those_of_no_image(en
 def test_what_is_no_image_encoder_is_named(tmp_path: Path) -> None:
     config = transformers.CLIPTextConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=60)
     transformers.CLIPTextModel(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=rf"{tmp_path}: is not an image encoder; expected a folder of CLIPVision"):
-        ip_adapter.load_image_encoder(tmp_path)
+    for content in (None, '{"vision_config": null}'):
+        if content:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=rf"{tmp_path}: is not an image encoder; expected a folder of CLIPVision"):
+            ip_adapter.load_image_encoder(tmp_path)
 
 
 def test_features_and_kinds_that_do_not_fit_are_named(sd15: UNet2DConditionModel) -> None:

@@ -44,12 +44,27 @@ def fill(model: nnx.Module) -> None:
         layer.lora_B[...] = jnp.asarray(0.3 * rng.standard_normal(layer.lora_B.shape), jnp.float32)
 
 
-def test_a_fresh_one_changes_nothing_and_a_trained_one_is_diffusers_and_can_be_merged(models) -> None:
+OF_ATTENTION = r"(to_[qkv]|to_out\.0)\.weight"
+OF_TRANSFORMERS = r"attentions\..*(to_[qkv]|to_out\.0|ff\.net\.\d(\.proj)?|proj_in|proj_out)\.weight"
+# All weights that are multiplied, but of the first and the last layer and what makes the time's embedding.
+OF_ALL = r"^(?!time_embedding|conv_in|conv_out|.*norm).*\.weight"
+
+
+@pytest.mark.parametrize(
+    ("modules", "pattern"),
+    [
+        (("attention",), OF_ATTENTION),
+        (("attention", "feed_forward"), OF_TRANSFORMERS),
+        (("attention", "feed_forward", "convolutions"), OF_ALL),
+    ],
+)
+def test_a_fresh_one_changes_nothing_and_a_trained_one_is_diffusers_and_can_be_merged(models, modules, pattern) -> None:
     theirs, ours = models
     before, names = predict(ours), set(to_torch(ours))
-    add_lora(ours, 4, 8.0, nnx.Rngs(0))
+    add_lora(ours, 4, 8.0, nnx.Rngs(0), modules)
     layers = lora_layers(ours)
-    assert len(layers) == 4 * sum(name.endswith("to_q.weight") for name in names) > 0
+    wanted = {name.removesuffix(".weight") for name in names if re.search(f"{pattern}$", name)}
+    assert layers.keys() == wanted and len(wanted) > 3
     assert set(to_torch(ours)) == names and {layer.scale for layer in layers.values()} == {8.0 / 4}
     assert not any(layer.lora_B[...].any() for layer in layers.values())
     assert_close(predict(ours), before, NETWORK)

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from hgdpo_jax.models.convert import folder_hash
+from hgdpo_jax.models.clip import CLIPModel
+from hgdpo_jax.models.convert import folder_hash, load_model
 from hgdpo_jax.models.preprocessing import CLIP, clip_pixels, read_preprocessing
 from hgdpo_jax.run.errors import UserError
 from tests import tiny
@@ -104,3 +105,13 @@ def test_another_preprocessing_is_another_scorer(tmp_path: Path) -> None:
     assert folder_hash(tmp_path) == before
     CLIPImageProcessor(**SIZE, **HALF).save_pretrained(tmp_path)
     assert folder_hash(tmp_path) != before
+
+
+def test_a_scorer_without_an_image_size_is_refused(tmp_path: Path) -> None:
+    path = tiny.write_scorer(tmp_path) / "config.json"
+    config = json.loads(path.read_text())
+    config["vision_config"]["image_size"] = None
+    path.write_text(json.dumps(config))
+    assert folder_hash(tmp_path)  # which is asked for first
+    with pytest.raises(UserError, match=f"^{path}: CLIPModel config: its values make no model"):
+        load_model(CLIPModel, tmp_path)

@@ -75,4 +75,5 @@ def _read(case: Case, folder: Path) -> str:
     except UserError as error:
         line = as_line(error)
         assert line and len(line.splitlines()) == 1 and 20 < len(line) < 2000, repr(line)
+        assert (str(folder) if case.named is None else case.named) in line, line
         return "refused"

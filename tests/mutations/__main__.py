@@ -12,13 +12,15 @@ from tqdm import tqdm
 # Not the environment of the tests: their checks of types would take the place of what users meet.
 os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
 from tests import mutations
-from tests.mutations import models, photographs, runs
+from tests.mutations import checkpoints, models, photographs, reference, runs, xl
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
     total = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
     with tempfile.TemporaryDirectory() as common, tqdm(total=total, unit="file") as bar:
-        cases = photographs.cases() | models.cases(Path(common)) | runs.cases()
+        cases = photographs.cases() | models.cases() | runs.cases()
+        for subject in (checkpoints, xl, reference):
+            cases |= subject.cases(Path(common))
         mutations.sound(cases)
         found = mutations.run(cases, range(total), bar.update)
     rows = collections.defaultdict(collections.Counter)

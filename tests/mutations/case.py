@@ -15,12 +15,14 @@ class Case(NamedTuple):
         read: reads what lies in the folder as a command does, or calls what the command calls; returns whether all was
             read, and raises UserError where it is refused.
         linked: name in a folder → a file that is there, and never damaged.
+        named: what a line that refuses it names; where nothing is said, the folder.
     """
 
     files: Mapping[str, bytes]
     damaged: Sequence[str]
     read: Callable[[Path], bool]
     linked: Mapping[str, Path] = {}
+    named: str | None = None
 
 
 def written(write: Callable[[Path], object]) -> dict[str, bytes]:

@@ -11,6 +11,8 @@ import numpy as np
 from hgdpo_jax import config as configuration
 from hgdpo_jax.data import shards
 from hgdpo_jax.data.pairs import open_pairs
+from hgdpo_jax.data.record import features
+from hgdpo_jax.data.shards import ShardPhotograph
 from hgdpo_jax.results import evaluation, exported, images
 from hgdpo_jax.run import command, provenance
 from hgdpo_jax.run.files import write_json
@@ -37,6 +39,8 @@ def get_config(variant: str = "a") -> ConfigDict:
     config.data.resolutions = ("64x64",)
     return config
 """
+_SHARD = "pairs-train_32x32.array_record-00000-of-00002"
+_PHOTOGRAPHS = [ShardPhotograph("train0-0", "0" * 64), ShardPhotograph("a", None)]
 _MADE_FROM = {"seed": 0, "data.resolutions": ["64x64"], "content of model.base": "0" * 64}
 
 
@@ -83,11 +87,9 @@ def _read_pairs(folder: Path) -> bool:
 
 def _go_on_with_pairs(folder: Path) -> bool:
     """As a build does that was stopped."""
-    finished = shards.is_finished(folder / "pairs", {"test": 1})
-    for path in sorted(folder.glob("pairs/*-of-00002")):
-        if shards.is_whole(path):
-            shards.is_made_of(path, [])
-    return finished
+    shards.is_finished(folder / "pairs", _MADE_FROM)
+    path = folder / "pairs" / _SHARD
+    return shards.is_whole(path) and shards.is_made_of(path, _PHOTOGRAPHS)
 
 
 def _read_checkpoint(folder: Path) -> bool:
@@ -131,6 +133,12 @@ def _write_run(folder: Path) -> None:
     write_json(folder / "stage2" / "config.json", configuration.to_json(tiny.config(base, "stage2", start="stage1")))
 
 
+def _write_unfinished(folder: Path) -> None:
+    schema, record = features(tiny.LATENT[-1], 77, loser=True), tiny.record("train0-0", np.random.default_rng(0))
+    shards.begin(folder / "pairs", _MADE_FROM)
+    shards.write_shard(folder / "pairs" / _SHARD, schema, [record], _PHOTOGRAPHS)
+
+
 def _write_checkpoint(folder: Path) -> None:
     import jax.numpy as jnp
 
@@ -142,7 +150,7 @@ def cases() -> dict[str, Case]:
     """All of them by name."""
     run, checkpoint = written(_write_run), written(_write_checkpoint)
     pairs = written(lambda folder: tiny.write_pairs(folder / "pairs", 4, 2))
-    shard = "pairs/pairs-train_32x32.array_record-00000-of-00002"
+    unfinished, shard = written(_write_unfinished), f"pairs/{_SHARD}"
     note = f"{shard}.json"
     about, settings = {"version": "1", "policies": {"easy": "0"}}, {"model": "x", "size": [64, 64], "seed": 0}
     lines = b"".join(
@@ -154,11 +162,12 @@ def cases() -> dict[str, Case]:
     index = {"content.json": json.dumps(entry).encode(), "a.txt": b"a"}
     return {
         "run": Case(run, list(run), _read_settings),
-        "overrides": Case({"overrides.json": json.dumps(_GIVEN).encode()}, ["overrides.json"], _read_overrides),
+        "overrides": Case({"overrides.json": json.dumps(_GIVEN).encode()}, ["overrides.json"], _read_overrides,
+                          named=""),
         "config": Case({"mine.py": _CONFIG}, ["mine.py"], _read_config),
         "pairs": Case(pairs, ["pairs/manifest.json", "pairs/features.json", "pairs/dataset_info.json", shard, note],
                       _read_pairs),
-        "unfinished pairs": Case(pairs, ["pairs/building.json", note], _go_on_with_pairs),
+        "unfinished pairs": Case(unfinished, ["pairs/building.json", note], _go_on_with_pairs),
         "checkpoint": Case(checkpoint, ["stage1/policy/2.sha256.json"], _read_checkpoint),
         "index": Case(index, ["content.json"], _read_index),
         "log": Case({"metrics.jsonl": lines}, ["metrics.jsonl"], _read_log),

@@ -18,7 +18,8 @@ from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.evaluate import print_table
 from hgdpo_jax.pictures.read import read_image
-from hgdpo_jax.results import evaluation, measured, portrait
+from hgdpo_jax.pictures.sheet import GAP
+from hgdpo_jax.results import evaluation, measured
 from hgdpo_jax.results.evaluation import Evaluator, _heldout, _inputs, _persons, drawn_before, evaluate
 from hgdpo_jax.results.measured import MODELS, Model, groups, single
 from hgdpo_jax.run.errors import UserError
@@ -66,8 +67,8 @@ def test_the_command_writes_results_and_a_report_that_stands_alone(
     assert page.count("<img") == 1 + 4 * 3 + 2 * 4  # curves; base, easy twice, photograph; winners and losers
 
     pictures = [np.load(workdir / "evaluation" / f"{name}.npz")["pictures"] for name in ("base", "easy")]
-    shown = np.asarray(Image.open(workdir / "portrait.png"))[portrait.GAP :, -3 * (64 + portrait.GAP) :]
-    rows = [row[:64:2, : 3 * 68].reshape(32, 3, 68, 3)[:, :, :64:2] for row in (shown, shown[64 + portrait.GAP :])]
+    shown = np.asarray(Image.open(workdir / "portrait.png"))[GAP:, -3 * (64 + GAP) :]
+    rows = [row[:64:2, : 3 * 68].reshape(32, 3, 68, 3)[:, :, :64:2] for row in (shown, shown[64 + GAP :])]
     assert np.array_equal(rows, np.swapaxes(pictures, 1, 2)) and not (workdir / "persons.png").exists()
 
     kept = (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns

@@ -40,6 +40,7 @@ from hgdpo_jax.results.exported import lora_weights
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import write_json
 from hgdpo_jax.run.folder import stage_folder
+from hgdpo_jax.run.prompts import read_prompts
 from hgdpo_jax.training.finished import with_trained_adapter
 from hgdpo_jax.training.step import split_params
 from tests import tiny
@@ -284,10 +285,10 @@ def test_a_negative_prompt_without_guidance_says_that_it_has_no_effect(
 
 def test_a_byte_order_mark_is_not_of_the_prompt(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes("a woman\u2028in red\r\n\na man\n".encode("utf-8-sig"))
-    assert sample.read_prompts(tmp_path / "p.txt") == ["a woman\u2028in red", "a man"]
+    assert read_prompts(tmp_path / "p.txt", "--prompts ") == ["a woman\u2028in red", "a man"]
     (tmp_path / "p.txt").write_bytes("a w\xf6man".encode("latin-1"))
     with pytest.raises(UserError, match=r"p\.txt line 1: is not UTF-8"):
-        sample.read_prompts(tmp_path / "p.txt")
+        read_prompts(tmp_path / "p.txt", "--prompts ")
 
 
 def test_a_concept_that_is_no_picture_is_named(tmp_path: Path) -> None:
@@ -466,10 +467,10 @@ def test_seeds_that_overlap_and_prompts_that_repeat_are_named(tmp_path: Path) ->
             sample.all_seeds([seed], 2)
     (tmp_path / "prompts.txt").write_text("a man\n\na woman\na man\n")
     with pytest.raises(UserError, match="prompts.txt line 4: repeats line 1"):
-        sample.read_prompts(tmp_path / "prompts.txt")
+        read_prompts(tmp_path / "prompts.txt", "--prompts ")
     (tmp_path / "prompts.txt").write_text("\n")
     with pytest.raises(UserError, match="is empty; expects one prompt a line"):
-        sample.read_prompts(tmp_path / "prompts.txt")
+        read_prompts(tmp_path / "prompts.txt", "--prompts ")
 
 
 def test_concept_images_and_adapters_that_do_not_fit_are_named(source: images.Generator, tmp_path: Path) -> None:

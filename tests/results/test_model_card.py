@@ -50,7 +50,8 @@ STEPS, GUIDANCE = 6, 2.0  # in place of the recipe's, to draw in a tenth of the 
 # Each step adds the UNet's rounding, guidance 2 times that of one half of its batch and once that of the other; and a
 # picture has 256 values.
 DRAWN = STEPS * (2 * GUIDANCE - 1) * NETWORK + 0.5 / 255
-SETTINGS = ["data.resolutions=32x32", "train.lora_rank=2", "train.lora_alpha=4"]
+SETTINGS = [*tiny.AS_THE_PAPER, "data.resolutions=32x32", "train.lora_rank=2", "train.lora_alpha=4"]
+SETTINGS += ["train.lora_modules=attention,feed_forward,convolutions"]
 HUB = f"owner/name@{'0' * 40}"
 
 
@@ -101,7 +102,7 @@ def trained() -> Iterator[None]:
     """Stages are trained as soon as they are started."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exported, "local_mesh", tiny.mesh)
-        patch.setattr(exported, "finished_policy", lambda workdir, stage, like, config: moved(like))
+        patch.setattr(exported, "finished_policy", lambda workdir, stage, like, config, step: moved(like))
         patch.setattr(exported, "made_from", lambda workdir, stage: {PAIRS: "0" * 64})
         yield
 
@@ -145,7 +146,7 @@ def unet(drawn: Drawn, base: Path) -> Any:
 
 
 def recipes(blocks: str) -> Callable[[Drawn, Path], Any]:
-    return lambda drawn, base: recipe.as_drawn(lora(drawn, base), blocks)
+    return lambda drawn, base: recipe.as_drawn(lora(drawn, base), blocks, 0.5)
 
 
 ALL = ("diffusers", "peft", "kohya", "ldm")

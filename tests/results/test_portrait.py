@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.pictures import PAIRS, SCALE, SPACE, pairs
+from hgdpo_jax.pictures.sheet import GAP, sheet
 from hgdpo_jax.results import portrait
-from hgdpo_jax.results.portrait import GAP, sheet
 from hgdpo_jax.scoring.personalised import PeoplePictures
 
 RNG = np.random.default_rng(0)

@@ -98,6 +98,8 @@ def test_a_folder_is_owned_for_all_by_process_0(tmp_path: Path, monkeypatch: pyt
         ({"a": 1}, {"a": 1, "b": 2}, "config key b=2: the pairs was made with 'nothing'; build"),
         ({"content of x": "0" * 64}, {"content of x": "1" * 64},
          f"content of x=sha256 {'1' * 12}…: the pairs was made with sha256 {'0' * 12}…; build"),
+        ({"content of x": None}, {"content of x": "1" * 64},
+         f"content of x=sha256 {'1' * 12}…: the pairs was made with sha256 None…; build"),
     ],
 )  # fmt: skip
 def test_the_first_difference_is_named_with_both_values(found: dict, wanted: dict, message: str) -> None:
@@ -118,7 +120,13 @@ def test_what_a_run_folder_holds(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stage3 was not trained in .*, stage0, stage2, text_encoder was; run first"):
         stage_config(tmp_path, "stage3")
     assert "configs/stage0_sft.py[:variant]" in train_command("stage0", tmp_path)
-    assert [blocks_of(stage) for stage in ("stage1", "stage2", "stage3", "naive")] == ["all", "all", "up", "up"]
+    assert [blocks_of("stage3", blocks) for blocks in ("paper", "all", "up")] == ["up", "all", "up"]
+    assert [blocks_of(stage, "paper") for stage in ("stage1", "stage2", "stage3", "naive")] == [
+        "all",
+        "all",
+        "up",
+        "up",
+    ]
 
 
 @pytest.mark.parametrize(

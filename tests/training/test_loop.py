@@ -33,6 +33,7 @@ from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
 from hgdpo_jax.training.finished import finished_policy, made_from
 from hgdpo_jax.training.inputs import depends_on
 from hgdpo_jax.training.loop import train
+from hgdpo_jax.training.loss_scale import FIRST
 from hgdpo_jax.training.metrics import MetricLog
 from hgdpo_jax.training.monitor import UNLEARNING, Monitor
 from hgdpo_jax.training.optimizer import learning_rate, make_optimizer
@@ -361,11 +362,11 @@ def test_what_goes_wrong_in_the_background_ends_the_training_with_its_line(
 
 
 def test_clip_norm_0_is_no_clipping(base: Path) -> None:
-    policy, gradient = {"x": jnp.ones(3)}, {"x": jnp.full(3, 100.0)}
+    policy, gradient = {"x": jnp.ones(3)}, {"x": jnp.full(3, 100.0 * FIRST)}
     updates = []
     for norm in (0.0, 1e6, 1e-6):
         tx = make_optimizer(tiny.config(base, clip_norm=norm, warmup=0).train)
-        moments = tx.update(gradient, tx.init(policy), policy)[1]
+        moments = tx.update(gradient, tx.init(policy), policy, least_scale=np.inf)[1]
         updates.append(np.asarray(optax.tree.get(moments, "mu")))
     assert np.array_equal(updates[0], updates[1])  # a norm that nothing reaches
     assert abs(updates[0]).min() > 1e6 * abs(updates[2]).max()
@@ -414,6 +415,7 @@ def test_what_a_stage_depends_on_is_all_of_its_training_but_what_only_rounds_and
 ) -> None:
     config = tiny.config(base, reference_cache=1)
     aside = {"pairs", "steps", "accumulate", "checkpointing", "checkpoint_every", "checkpoints", "log_every"}
+    aside |= {"keep", "keep_every", "hand_on", "alarms", "prompts"}
     found = set(depends_on(config))
     assert {f"train.{name}" for name in config.train} - found == {f"train.{name}" for name in aside | {"eval_every"}}
     assert found - {f"train.{name}" for name in config.train} == {"stage", "seed", "objective", "model.dtype"}
@@ -534,7 +536,8 @@ def test_it_says_where_it_runs_what_it_trains_and_how_long_a_processor_takes_for
     parameters = [line.split()[1:] for line in watched.printed.splitlines() if line.endswith(("trained", "frozen"))]
     assert ["unet.down_blocks", "256", "float32", "trained"] in parameters
     assert sum(int(count.replace(",", "")) for _, count, *_ in parameters) == 415_128
-    assert "winner float16 [8, 4, 4, 8], loser float16 [8, 4, 4, 8], input_ids int32 [8, 77]" in watched.printed
+    batch = "winner float16 [8, 4, 4, 8], loser float16 [8, 4, 4, 8], input_ids int32 [8, 77]"
+    assert f"stage1: 24 pairs, in batches of {batch}" in watched.printed
     assert watched.printed.count("the peak of cpu in float32 is unknown") == 1
     (warned,) = [line for line in watched.warned if "is trained on a processor: 6 steps will take about" in line]
     assert float(warned.split("about ")[1].split(" hours")[0]) >= 1.0  # a step is some hundred million operations
@@ -546,9 +549,12 @@ def test_pictures_are_drawn_with_what_the_stage_hands_on_and_errors_are_the_poli
     found, policy, average = object.__new__(Monitor), {"x": jnp.ones(1)}, {"x": jnp.zeros(1)}
     found._sampler, found._held, found.log, found._reference = Mock(), [None], Mock(), {}
     found._sampler.decode.return_value = np.zeros((4, 8, 8, 3), np.float32)
+    found._faces, found._prompts = Mock(), None
+    found._faces.detect.return_value.found = np.array([1.0, 0.0, 0.0, 1.0])
     found._ids, found._keys, found._resolution, found._concept = "ids", "keys", (8, 8), "concept"
     found._measured = lambda policy, reference, i: measured.append(policy) or {"loss": np.zeros(())}
     EVALUATE(found, steps.TrainState(policy, average, (), jnp.zeros((), int)), 5)
     (drawn,) = found._sampler.use_policies.call_args.args
     assert drawn is average and measured[0] is policy
+    assert found.log.write.call_args.args[0]["heldout/faces_found"] == 0.5
     assert found._sampler.generate.call_args.args == ("ids", "keys", (8, 8), "samples", "concept")

@@ -57,7 +57,7 @@ def logged(folder: Path) -> list[tuple[int, str]]:
 
 
 def evaluate(log: MetricLog, step: int) -> None:
-    log.samples(np.zeros((8, 8, 3), np.uint8), step)
+    log.samples(SAMPLES, np.zeros((8, 8, 3), np.uint8), step)
     log.write({"heldout/loss": float(step), "heldout/x": 0.0}, step)
 
 
@@ -86,7 +86,7 @@ def test_no_step_is_logged_twice_after_a_kill(done: int, starts: int, tmp_path: 
 def test_an_evaluation_that_was_killed_is_not_there_twice(part: str, tmp_path: Path) -> None:
     log = MetricLog(tmp_path, 0)
     log.write({"loss": 1.0}, 4)
-    log.samples(np.zeros((8, 8, 3), np.uint8), 4)
+    log.samples(SAMPLES, np.zeros((8, 8, 3), np.uint8), 4)
     if part in ("scalars", "line"):
         log.write({"heldout/loss": 4.0, "heldout/x": 0.0}, 4)
     log._writer.close()

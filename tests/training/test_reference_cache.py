@@ -123,6 +123,9 @@ def test_what_scales_a_lora_is_part_of_what_it_predicts(finished: Path, base: Pa
     shutil.copytree(finished / CACHE, tmp_path / CACHE)
     with pytest.raises(UserError, match="train.lora_alpha=4.0: .*reference_cache was made with 2.0; use that"):
         train(config(base, lora_alpha=4.0), tmp_path)
+    (tmp_path / CACHE / "made_from.json").unlink()
+    with pytest.raises(UserError, match="made_from.json: is missing, so nothing says what .* are of; remove its"):
+        train(config(base), tmp_path)
 
 
 def test_what_is_not_finite_is_not_kept(finished: Path, base: Path, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ python -m tools.make_assets.scorer PORTRAITS PEOPLE MODEL_FOLDER      writes POR
 Nobody has said which of two pictures they prefer; face-api's landmarks stand in. If they stay in place when the picture
 is framed otherwise or mirrored, the face is well formed and plain to see. The scorer, a CLIPModel, learns that from
 made people (the folder PEOPLE), photographs, and SDRecon's reconstructions of both; that a picture is better than a
-blurred copy, as people prefer detail; and that its own caption is better than another. All pictures pass through the
-VAE, or it would learn to recognise the VAE.
+blurred copy, as people prefer detail; and that its own caption is better than another. It never compares a photograph
+with a made person: drawn faces have the steadier landmarks, and it would learn to prefer them. All pictures pass
+through the VAE, or it would learn to recognise the VAE.
 """
 
 import argparse
@@ -78,12 +79,15 @@ class Steadiness:
         return -np.log(np.concatenate(found)[: len(images)])
 
 
-def loss(model: CLIPModel, images: Array, blurred: Array, ids: Array, steadiness: Array) -> tuple[Array, Array]:
-    """Cross-entropy of every pair's preference (Bradley and Terry 1952), the softer the smaller the difference, and
-    −log σ of a picture against its blurred copy and of a caption against another. The correlation of scores with
-    steadiness, and how often the sharper picture and the right caption are preferred."""
+def loss(
+    model: CLIPModel, images: Array, blurred: Array, ids: Array, steadiness: Array, photograph: Array
+) -> tuple[Array, Array]:
+    """Cross-entropy of the preference of every pair of one kind (Bradley and Terry 1952), the softer the smaller the
+    difference, and −log σ of a picture against its blurred copy and of a caption against another. The correlation of
+    scores with steadiness, and how often the sharper picture and the right caption are preferred."""
     score, other = judge(model, images, ids).score, jnp.roll(ids, 1, 0)
-    difference, pairs = score[:, None] - score, 1.0 - jnp.eye(len(score))
+    difference = score[:, None] - score
+    pairs = (photograph[:, None] == photograph) - jnp.eye(len(score))
     wanted = jax.nn.sigmoid(SHARPNESS * (steadiness[:, None] - steadiness))
     preference = wanted * jax.nn.log_sigmoid(difference) + (1.0 - wanted) * jax.nn.log_sigmoid(-difference)
     detail = score - judge(model, blurred, ids).score
@@ -115,7 +119,7 @@ def main() -> None:
     parser.add_argument("portraits", type=Path)
     parser.add_argument("people", type=Path, help="the folder of made people")
     parser.add_argument("models", type=Path, metavar="MODEL_FOLDER", help="package/model of @vladmandic/face-api")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--faces", type=int, default=3000, help="made ones")
     parser.add_argument("--redrawn", type=int, default=1000, help="how many of them are reconstructed too")
@@ -136,17 +140,24 @@ def main() -> None:
         numbers.append(np.arange(few))
     images = np.concatenate([sampler.decode(part, "decode").astype(np.float16) for part in parts])
     number, steadiness = np.concatenate(numbers), Steadiness(arguments.models)(images)
+    photograph = number < len(photographs) - arguments.faces
     heldout = number % 20 == 0  # all pictures of one face
 
-    def batch(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        pick = rng.choice(np.flatnonzero(~heldout), arguments.batch)
-        pictures = altered(images[pick], rng)
-        return pictures, blurred(pictures, rng), ids[number[pick]], steadiness[pick].astype(np.float32)
+    def halves(among: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Numbers of as many pictures of photographs as of made people."""
+        return np.concatenate([rng.choice(np.flatnonzero(among & kind), count) for kind in (photograph, ~photograph)])
 
-    pick = np.random.default_rng(1).choice(np.flatnonzero(heldout), 512)
-    seen = images[pick].astype(np.float32)
-    held = (seen, blurred(seen, np.random.default_rng(2)), ids[number[pick]], steadiness[pick].astype(np.float32))
-    task = Task("scorer", config(64, 4, 8), loss, batch, held)
+    def arrays(pick: np.ndarray, pictures: Images, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        known = ids[number[pick]], steadiness[pick].astype(np.float32), photograph[pick]
+        return pictures, blurred(pictures, rng), *known
+
+    def batch(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        pick = halves(~heldout, arguments.batch // 2, rng)
+        return arrays(pick, altered(images[pick], rng), rng)
+
+    rng = np.random.default_rng(1)
+    pick = halves(heldout, 256, rng)
+    task = Task("scorer", config(64, 4, 8), loss, batch, arrays(pick, images[pick].astype(np.float32), rng))
     model, (correlation, detail, caption) = fit(task, arguments.steps, seed=0)
     print(f"held-out: correlation with steadiness {correlation:.3f}, prefers the sharper picture in {detail:.1%}, the "
           f"right caption in {caption:.1%}")  # fmt: skip

@@ -21,10 +21,14 @@ def read(name: str) -> Examples:
     """
     prepare = (f"prepare it with: python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', "
                "file_format='array_record').download_and_prepare()\"")  # fmt: skip
+    place = Path(tfds.core.constants.DATA_DIR, name.replace(":", "/"))
     try:
         builder = tfds.builder(name)
         splits, features = list(builder.info.splits), builder.info.features
     except Exception as error:  # TFDS raises whatever it stumbles over
+        if place.exists():
+            raise UserError(f"{PREFIX}{name}: what {place} holds cannot be read ({_reason(error)}); remove that "
+                            f"version and {prepare}") from error  # fmt: skip
         raise UserError(f"{PREFIX}{name}: is not there ({_reason(error)}); {prepare}") from error
     if not splits:
         raise UserError(f"{PREFIX}{name}: is not prepared; {prepare}")
