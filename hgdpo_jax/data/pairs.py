@@ -202,7 +202,8 @@ def _verified(folder: Path, build_command: str, index: Index) -> dict[str, Any]:
             for entry in split["shards"]
         ]
         for value in (manifest["schema"], manifest["made_from"], *manifest["splits"].values()):
-            dict(value)  # raises where it is none
+            if not isinstance(value, dict):
+                raise TypeError(f"{value!r} is no object")
         for name, split in manifest["splits"].items():
             tuple(split["latent"])
             if sum(entry["records"] for entry in split["shards"]) != split["records"]:

@@ -120,6 +120,7 @@ def test_a_damaged_shard_is_named(workdir: Path, damage: str) -> None:
         ("manifest.json", '{"schema": {}, "made_from": {}, "splits": {"train_32x32": 3}}', "manifest.json: is not as"),
         ("manifest.json", '{"schema": {}, "made_from": {}, "splits": {"train_32x32": {"latent": [4, 4, 8], '
          '"records": 6, "shards": []}}}', "its shards of train_32x32 have not its 6 records"),
+        ("manifest.json", '{"schema": {}, "made_from": [], "splits": {}}', "manifest.json: is not as .* no object"),
         ("manifest.json", '{"schema": {}, "made_from": {}, "splits": {}}', "its splits are of nothing, not of train"),
         ("manifest.json", "\\xff", "manifest.json: is not as it was written"),
         ("features.json", "{}", "TFDS cannot open them"),
