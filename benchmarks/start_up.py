@@ -30,7 +30,6 @@ def measure(name: str) -> dict[str, float]:
     from hgdpo_jax.devices.sharding import tree_shardings
     from hgdpo_jax.devices.start import start
     from hgdpo_jax.devices.transfer import to_devices
-    from hgdpo_jax.devices.xla import use_precision
     from hgdpo_jax.diffusion.pipeline import POSITIONS
     from hgdpo_jax.run.settings import load_config
     from hgdpo_jax.training import loop  # noqa: F401  # all that the command imports
@@ -39,9 +38,8 @@ def measure(name: str) -> dict[str, float]:
     from hgdpo_jax.training.policy import load_trainable
 
     times = [BEGIN, time.perf_counter()]
-    start()
     config = load_config(name, [])
-    use_precision(config.model.dtype)
+    start(model=config.model)
     settings, mesh = config.train, make_mesh(config.mesh)
     pipeline = load_trainable(config, mesh)
     denoiser, policy, frozen = steps.split_params(pipeline, settings.params)

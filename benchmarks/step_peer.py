@@ -34,7 +34,7 @@ from hgdpo_jax.devices.start import start
 from hgdpo_jax.devices.xla import use_precision
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.source import without_weights
-from hgdpo_jax.models.architectures import SD15
+from hgdpo_jax.models.architectures import SD15, Architecture
 from hgdpo_jax.run.settings import load_config, validate
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
@@ -82,31 +82,54 @@ def ours(size: str, pairs: int, blocks: str = "all", cached: bool = False) -> Ca
     return run
 
 
-def theirs(size: str, pairs: int) -> Callable[[], float]:
-    """The same with PyTorch."""
-    train = load_config("configs/stage1.py:sd15").train
-    unet = UNet2DConditionModel.from_config(dict(SD15.configs["unet"]))
-    unet.requires_grad_(False)
+def theirs(
+    size: str,
+    pairs: int,
+    device: str = "cpu",
+    dtype: str = "float32",
+    backend: str | None = None,
+    architecture: Architecture = SD15,
+) -> Callable[[], torch.Tensor]:
+    """The same with PyTorch. Frozen weights have the dtype, which products are computed in; LoRA is float32.
+
+    Args:
+        size, pairs: as of :func:`ours`.
+        device, dtype: of PyTorch.
+        backend: of torch.compile; None does not compile.
+        architecture: of SD1.5's kind.
+    """
+    train, frozen = load_config("configs/stage1.py:sd15").train, getattr(torch, dtype)
+    with torch.device(device):
+        unet = UNet2DConditionModel.from_config(dict(architecture.configs["unet"]))
+        text = CLIPTextModel(CLIPTextConfig(**dict(architecture.configs["text_encoder"])))
+    text = text.to(frozen).requires_grad_(False)
+    unet = unet.to(frozen).requires_grad_(False)
+    if device != "cpu":
+        unet = unet.to(memory_format=torch.channels_last)
     lora = LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     unet.add_adapter(lora)
-    text = CLIPTextModel(CLIPTextConfig(**dict(SD15.configs["text_encoder"]))).requires_grad_(False)
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trained, lr=train.lr, weight_decay=0.0)
     height, width = (int(side) // 8 for side in size.split("x"))
-    latents, ids = torch.randn(2 * pairs, 4, height, width), torch.full((pairs, 77), 49407)
-    alphas = torch.linspace(0.9999, 0.005, 1000)
+    latents = torch.randn(2 * pairs, 4, height, width, device=device)
+    ids = torch.full((pairs, 77), 49407, device=device)
+    alphas = torch.linspace(0.9999, 0.005, 1000, device=device)
+    predict = torch.compile(unet, backend=backend) if backend else unet
 
-    def run() -> float:
-        t = torch.randint(0, 1000, (pairs,)).repeat(2)
-        noise = torch.randn(pairs, 4, height, width).repeat(2, 1, 1, 1)
+    def run() -> torch.Tensor:
+        t = torch.randint(0, 1000, (pairs,), device=device).repeat(2)
+        noise = torch.randn(pairs, 4, height, width, device=device).repeat(2, 1, 1, 1)
         alpha = alphas[t].view(-1, 1, 1, 1)
         x_t = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        with torch.no_grad():
-            memory = text(ids).last_hidden_state.repeat(2, 1, 1)
-            unet.disable_adapters()
-            reference = unet(x_t, t, memory).sample
-            unet.enable_adapters()
-        predicted = unet(x_t, t, memory).sample
+        with torch.autocast(device, frozen, enabled=frozen != torch.float32):
+            with torch.no_grad():
+                memory = text(ids).last_hidden_state.repeat(2, 1, 1)
+                unet.disable_adapters()
+                reference = predict(x_t, t, memory).sample.float()
+                unet.enable_adapters()
+            predicted = predict(x_t, t, memory).sample.float()
         gain = ((predicted - reference) * (predicted + reference - 2 * noise)).mean((1, 2, 3))
         loss = -torch.nn.functional.logsigmoid(-0.5 * train.beta * (gain[:pairs] - gain[pairs:])).mean()
         moved = ((predicted - reference)[:pairs]).mean((2, 3)).square().sum(1).mean()  # the statistics loss
@@ -114,7 +137,7 @@ def theirs(size: str, pairs: int) -> Callable[[], float]:
         (loss + train.lambda_stat * moved).backward()
         torch.nn.utils.clip_grad_norm_(trained, train.clip_norm)
         optimizer.step()
-        return float(loss)
+        return loss.detach()
 
     return run
 

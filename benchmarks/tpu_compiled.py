@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from hgdpo_jax.devices.mesh import make_mesh
-from hgdpo_jax.devices.xla import use_precision
+from hgdpo_jax.devices.xla import settle_dtype, use_precision
 from hgdpo_jax.models import attend
 from hgdpo_jax.planning import hlo, program, topologies
 from hgdpo_jax.planning.hlo import Computation, Instruction
@@ -59,6 +59,7 @@ def products(text: hlo.HloModule, computation: Computation, instruction: Instruc
 def print_step(name: str, overrides: list[str], most: int) -> None:
     """Prints the estimate of a step, by kind of kernel, and the kernels that take longest beyond their arithmetic."""
     config = load_config("configs/stage3.py:sd15", overrides)
+    settle_dtype(config.model, "tpu")
     topologies.prepare_compilers([name])
     use_precision(config.model.dtype)
     topology = topologies.describe_topology(name)

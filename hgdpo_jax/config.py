@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 ASSETS = Path(__file__).parent / "assets"
+AUTO = "auto"  # data.resolutions: the first pairs of a run choose them; model.dtype: the devices do
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,10 @@ _POSITIVE = Range(0, open_low=True)
 _DECAY = Range(0, 1, open_high=True)
 _BUCKET = Text(r"(gs://[\w.-]+(/[\w.-]+)+)?", "gs://bucket/folder, or nothing")
 _ANY, _FLAG = Text(r"[\s\S]*", "text"), Flag()
+_PREFIX = Text(r"([^\s\ud800-\udfff][^\n\ud800-\udfff]*)?", "text on one line that begins with no blank, or nothing")
 _FOLDER = Text(r"(?!\.+$)[^/\\\[\]*?]+", "a name of a folder, without / \\ [ ] * ?")
-_RESOLUTION = Text(r"[1-9]\d*x[1-9]\d*", "HEIGHTxWIDTH in pixels, like 1024x704")
+_SIZE = Text(r"[1-9]\d*x[1-9]\d*", "HEIGHTxWIDTH in pixels, the height first, like 1024x704 for upright pictures")
+_RESOLUTION = Text(rf"{AUTO}|{_SIZE.pattern}", f"{_SIZE.words}, or {AUTO}")
 _SAMPLER = one_of("ddpm", "ddim", "dpmpp_2m")
 _AXIS = Range(1, also=-1)
 CHECKPOINTING = ("none", "blocks", "everything")
@@ -105,19 +108,25 @@ SETTINGS = (
     Setting("model.base", "", _ANY, "ε_base: a diffusers folder, a .safetensors checkpoint, or owner/name@revision"),
     Setting("model.vae", "", _ANY, "folder or .safetensors of a VAE that replaces that of the base"),
     Setting("model.lora", "", _ANY, "a LoRA to go on from, of PEFT, diffusers or kohya: it is merged into the base"),
-    Setting("model.dtype", "bfloat16", one_of("float32", "tf32", "float16", "bfloat16"),
-            "of the computation and of frozen parameters; trained ones stay float32. tf32: float32 whose products have "
-            "10 bits"),
+    Setting("model.dtype", AUTO, one_of(AUTO, "float32", "tf32", "float16", "bfloat16"),
+            "of the computation and of frozen parameters; trained ones stay float32. auto: float16 on GPUs, bfloat16 "
+            "on TPUs, float32 on processors. tf32: float32 whose products have 10 bits"),
     Setting("data.photographs", "", _ANY, "photographs with captions, in one of the forms of docs/your-data.md"),
     Setting("data.pairs", "", _ANY, "preference pairs that are given, in one of the forms of docs/your-data.md"),
     Setting("data.heldout", 0.02, Range(0, 1, open_high=True),
             "share of the photographs that is held out, at least eight, where none is marked as held out"),
     Setting("data.split", "train", one_of("base", "train"), "which photographs to learn from"),
     Setting("data.resolutions", ("512x512",), _RESOLUTION,
-            "each photograph is cut to the one nearest to it in shape; pictures in log and report have the first"),
+            "each photograph is cut to the one nearest to it in shape; pictures in log and report have the first. "
+            "auto, alone: the first pairs of the run choose at most six that suit the photographs"),
+    Setting("data.area", "512x512", _SIZE,
+            "with data.resolutions=auto: no resolution has more pixels than height times width are"),
     Setting("data.smallest", 0.0, Range(0),
             "a photograph whose height or width is below this many times that of its resolution is left out; 1: none "
             "is enlarged"),
+    Setting("data.caption_prefix", "", _PREFIX,
+            "put before each caption, held-out ones and those of given pairs too, with a blank between; such as a "
+            "trigger word"),
     Setting("data.mirror", False, _FLAG, "each photograph's mirror image is a further example"),
     Setting("data.caption_dropout", 0.0, _SHARE,
             "sft: share of captions replaced by the empty one, for guidance"),
@@ -135,6 +144,8 @@ SETTINGS = (
     Setting("pairs.guidance", 5.0, _NOT_NEGATIVE, "classifier-free; up to 1: none"),
     Setting("pairs.negative_prompt", "", _ANY, "replaces the empty caption in guidance"),
     Setting("pairs.scorer", "", _ANY, "folder of a CLIPModel such as PickScore v1"),
+    Setting("pairs.ratings", "", _ANY,
+            "file of ratings by hand, from the page of hgdpo_jax.browse: pairs of this stage are dropped or swapped"),
     Setting("pairs.batch", 16, _COUNT, "images per sampling call, rounded up to the devices"),
     Setting("pairs.shard_size", 256, _COUNT, "prompts per shard"),
     Setting("adapter.kind", "ip_adapter_plus", one_of("ip_adapter", "ip_adapter_plus", "face_id"),
@@ -154,20 +165,26 @@ SETTINGS = (
             "lora and all: of the UNet; text_lora: of the text encoders; adapter: an IP-Adapter"),
     Setting("train.blocks", "all", one_of("all", "up"),
             "of the UNet that learn; up: the other blocks stay the reference's and are computed once for both"),
+    Setting("train.quantize", "none", one_of("none", "int8"),
+            "int8: frozen kernels take 8 bits while a LoRA learns; other commands draw with the whole ones"),
     Setting("train.lora_rank", 8, _COUNT, "of LoRA"),
     Setting("train.lora_alpha", 8.0, _POSITIVE, "LoRA is scaled by alpha / rank"),
     Setting("train.lora_modules", ("attention",), one_of("attention", "feed_forward", "convolutions"),
             "layers that get a LoRA; feed_forward: the rest of the transformer blocks"),
+    Setting("train.lora_dropout", 0.0, _DECAY,
+            "share of the numbers that each LoRA reads which are replaced by 0 in a step, as in PEFT; 0: none"),
     Setting("train.beta", 5000.0, _POSITIVE, "κ = β/2 multiplies the difference of errors"),
     Setting("train.lambda_stat", 0.0, _NOT_NEGATIVE, "weight of the statistics loss"),
     Setting("train.steps", 20_000, _COUNT, "optimizer steps"),
     Setting("train.batch", 16, _COUNT, "pairs (or photographs) per optimizer step, over all devices"),
     Setting("train.accumulate", 1, _COUNT, "microbatches the batch is split into"),
-    Setting("train.lr", 1e-5, _POSITIVE, "learning rate, absolute"),
-    Setting("train.optimizer", "adamw", one_of("adamw", "adafactor"), "adafactor's state is far smaller"),
+    Setting("train.lr", 1e-5, _POSITIVE, "learning rate, absolute but for prodigy"),
+    Setting("train.optimizer", "adamw", one_of("adamw", "adamw8bit", "adafactor", "prodigy"),
+            "adamw8bit: its state in 8 bits, for all and adapter; adafactor's is far smaller; prodigy finds the rate, "
+            "which train.lr then multiplies: give 1"),
     Setting("train.schedule", "constant", one_of("constant", "cosine"), "of the rate, after a linear warm-up"),
     Setting("train.warmup", 100, _NOT_NEGATIVE, "optimizer steps"),
-    Setting("train.adam", (0.9, 0.999), _DECAY, "decay of AdamW's two moments"),
+    Setting("train.adam", (0.9, 0.999), _DECAY, "decay of the two moments of AdamW and Prodigy"),
     Setting("train.weight_decay", 0.0, _NOT_NEGATIVE, "decoupled, times the rate"),
     Setting("train.clip_norm", 1.0, _NOT_NEGATIVE, "largest norm of a gradient; 0: no clipping"),
     Setting("train.checkpointing", "none", one_of(*CHECKPOINTING),
@@ -188,6 +205,8 @@ SETTINGS = (
     Setting("train.log_every", 50, _COUNT, "steps"),
     Setting("train.prompts", "", _ANY,
             "file with a prompt a line: at each look they are drawn from fixed seeds, beside the base's drawings"),
+    Setting("train.wandb", "", Text(r"[^/\\#?%:]{0,128}", "a name without / \\ # ? % :, or nothing"),
+            "project of Weights & Biases that the log goes to as well, see docs/metrics.md; empty: none"),
     Setting("train.eval_every", 1000, _COUNT, "steps between evaluations, with held-out pairs and pictures"),
     Setting("recipe.weight", 0.5, _NOT_NEGATIVE, "of LoRA in drawings of evaluate, sample and export"),
     Setting("recipe.blocks", "paper", one_of("paper", "all", "up"),
@@ -240,9 +259,24 @@ def as_markdown() -> str:
 
 
 def resolutions(config: ConfigDict) -> dict[str, tuple[int, int]]:
-    """`data.resolutions` as name → (height, width) in pixels."""
-    sizes = ((name, name.split("x")) for name in config.data.resolutions)
-    return {name: (int(height), int(width)) for name, (height, width) in sizes}
+    """`data.resolutions` as name → (height, width) in pixels. Where the run chooses them, `data.area`, than which none
+    is larger."""
+    return {name: _size(name) for name in ([config.data.area] if is_auto(config) else config.data.resolutions)}
+
+
+def is_auto(config: ConfigDict) -> bool:
+    """Whether a config leaves its resolutions to the run; see :mod:`hgdpo_jax.data.resolutions`."""
+    return list(config.data.resolutions) == [AUTO]
+
+
+def area(config: ConfigDict) -> tuple[int, int]:
+    """`data.area` as (height, width) in pixels."""
+    return _size(config.data.area)
+
+
+def _size(name: str) -> tuple[int, int]:
+    height, width = name.split("x")
+    return int(height), int(width)
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

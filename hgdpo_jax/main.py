@@ -34,13 +34,22 @@ def main() -> None:
     parser.add_argument(FLAG, metavar="KEY,KEY", type=changeable, default=(),
                         help="goes on from a checkpoint that was made with other values of these settings, such as "
                         "train.lr,train.beta")  # fmt: skip
+    command.add_name(parser)
+    command.add_check(parser)
     config, given = command.parse(parser)
+    if given.check and given.profile:
+        raise UserError("--profile: does nothing here, --check trains no steps")
 
+    from hgdpo_jax.checking.check import check_training
     from hgdpo_jax.devices.start import start
     from hgdpo_jax.run.processes import is_first
     from hgdpo_jax.training.loop import train
 
-    start(given.workdir, command.as_arguments(config) | {FLAG: given.resume_with}, config.model.dtype)
+    start(given.workdir, command.as_arguments(config) | {FLAG: given.resume_with}, config.model,
+          writes=not given.check)  # fmt: skip
+    if given.check:
+        check_training(config, given.workdir, given.resume_with)
+        return
     with remembering(given.workdir, config, given.given, is_first()):
         train(config, given.workdir, given.profile, given.resume_with)
 

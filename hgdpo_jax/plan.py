@@ -1,6 +1,6 @@
-"""Says what a config's step needs on devices that are not here, by compiling it for them.
+"""Says what a config's step needs on devices that are not here, by compiling it for them or by an estimate.
 
-python -m hgdpo_jax.plan --config configs/stage3.py[:variant] --topology v5e:4x4 --topology h100:8 [--largest]
+python -m hgdpo_jax.plan --config configs/stage3.py[:variant] --topology v5e:4x4 --topology rtx4090 [--largest]
 
 See docs/plan.md.
 """
@@ -17,9 +17,9 @@ from hgdpo_jax.run.settings import load_config
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, ConfigDict, list[str]]:
     """(arguments, validated config, its overrides)."""
-    parser = command.config_parser("Compiles a config's step for devices that are not here and says what it needs.")
-    parser.add_argument("--topology", action="append", help="v5e:4x4, v5p:2x2x2, v6e:8x8, h100:8, h100:64, h200:8, "
-                        "b200:8, cpu; may be given more than once; default cpu")  # fmt: skip
+    parser = command.config_parser("Says what a config's step needs of devices that are not here.")
+    parser.add_argument("--topology", action="append", help="t4, rtx4090, a100-80gb:8, h100:64, v5e:4x4, cpu, others "
+                        "(docs/plan.md); may be given more than once; default cpu")  # fmt: skip
     parser.add_argument("--largest", nargs="*", choices=CHECKPOINTING, metavar="CHECKPOINTING",
                         help="also find the largest batch, with none, blocks and everything or with these")  # fmt: skip
     parser.add_argument("--drawing", action="store_true", help="also plan drawing and decoding the pool's images")

@@ -57,7 +57,8 @@ def all_seeds(first: Sequence[int], samples: int) -> list[int]:
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if not match:
-        raise UserError(f"--size {text}: expects HEIGHTxWIDTH in pixels, like 1024x704")
+        raise UserError(f"--size {text}: expects HEIGHTxWIDTH in pixels, the height first, like 1024x704 for upright "
+                        "pictures")  # fmt: skip
     return int(match[1]), int(match[2])
 
 
@@ -76,13 +77,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1, help="images for each prompt and --seed")
     parser.add_argument("--steps", type=int, default=50, help="of DPM-Solver++")
     parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free; up to 1: none")
-    parser.add_argument("--size", type=_size, help="HEIGHTxWIDTH in pixels; the run's or the checkpoint's unless given")
+    parser.add_argument("--size", type=_size, help="HEIGHTxWIDTH in pixels, the height first; the run's or the "
+                        "checkpoint's unless given")  # fmt: skip
     parser.add_argument("--batch", type=int, default=4, help="images that a device draws at once")
     run = parser.add_argument_group("with --workdir")
     run.add_argument("--stage", type=stage_folder, help="base, easy, normal, hard, or the stage's folder; the last one "
                      "that was trained unless given")  # fmt: skip
     command.add_step(run)
-    run.add_argument("--lora-weight", type=float, help="of all LoRA; 0.5 unless given, as the paper")
+    run.add_argument("--lora-weight", type=float, help="of all LoRA; unless given as the stage was trained with, 0.5 "
+                     "as the paper")  # fmt: skip
     run.add_argument("--blocks", choices=BLOCKS, help="where the stage's LoRA acts: up (default for hard; the other "
                      "blocks are the base's), up+normal (they keep the normal stage's), all")  # fmt: skip
     run.add_argument("--base", help="where the run's base model is now, if it was moved")

@@ -9,7 +9,7 @@ requirements=$1 large=
 case ${2:-} in sd15 | sdxl) [ "${JAX_PLATFORMS:-}" = cpu ] || large=$2 ;; esac
 needed="hgdpo_jax.curriculum.build, hgdpo_jax.training.loop, hgdpo_jax.results.evaluation, jax; jax.devices()"
 [ -z "$large" ] || needed+="; jax.default_backend() != 'cpu' or exit('JAX finds no GPU or TPU')"
-[ "$requirements" != requirements-test.txt ] || needed="pytest, xdist, mypy, beartype, torch, diffusers, peft, onnx, gcsfs, gcp_storage_emulator, $needed"
+[ "$requirements" != requirements-test.txt ] || needed="pytest, xdist, mypy, beartype, ipykernel, nbclient, torch, diffusers, peft, onnx, gcsfs, gcp_storage_emulator, $needed"
 installed="from importlib.metadata import version; version('hgdpo_jax')"
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || python -c "$installed" > /dev/null 2>&1; then
   if missing=$(python -c "import $needed" 2>&1); then

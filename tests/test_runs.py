@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -11,9 +12,14 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
+from hgdpo_jax.checking import check, cost, disk
+from hgdpo_jax.checking.check import check_training
+from hgdpo_jax.config import to_json
 from hgdpo_jax.curriculum import build
+from hgdpo_jax.devices.mesh import make_mesh
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.sampler import Sampler
+from hgdpo_jax.diffusion.source import open_source
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.results import images, measured
 from hgdpo_jax.results.contents import (
@@ -58,6 +64,44 @@ def workdir(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_check_of_a_training_says_how_far_it_is_and_what_it_needs(
+    workdir: Path, base: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def content() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+
+    before, config = content(), tiny.config(base, steps=4)
+    planned = cost.plan_step(config, open_source(str(base)), make_mesh(config.mesh))
+    monkeypatch.setattr(cost, "plan_step", lambda *_: planned)  # which takes most of the time
+    check_training(config, workdir)
+    shown = capsys.readouterr().out
+    for line in ("data: pairs of heldout, 32x32: 8, train, 32x32: 24\n",
+                 f"folder: {workdir}/stage1 stands at step 2 of 4 already\n", "hours: below 0.01 for 4 steps, at 100%",
+                 "disk: checkpoints will need "):  # fmt: skip
+        assert f"stage1 main: {line}" in shown
+    config.train.beta = 7.0
+    with pytest.raises(
+        UserError, match=r"beta=7\.0: the checkpoint in .*stage1 was made with 5000\.0; .*--resume-with"
+    ):
+        check_training(config, workdir)
+    check_training(config, workdir, ("train.beta",))
+    other = tiny.config(base, stage="stage2", steps=4)
+    other.train.update(pairs="stage1", start="stage1", wandb="faces")
+    monkeypatch.setattr(check, "base_hash", lambda *_: "another")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError) as error:
+        check_training(other, workdir)
+    start, package = str(error.value).split("; also: ")
+    assert start.startswith("content of model.base=sha256 another…: stage1 in ")
+    assert package.startswith("config key train.wandb=faces: the package wandb is not installed")
+    assert content() == before
+    config.train.keep, held = 1, planned[1]
+    each = (disk.bytes_of_checkpoints(config, held) - held["reference"]) / 3  # the best, and one being written
+    for place, size in (("policy/2/state", each), ("reference", held["reference"])):
+        found = sum(path.stat().st_size for path in (workdir / "stage1" / place).rglob("*") if path.is_file())
+        assert size < found < size + 100_000  # names and shapes of the arrays, whose sizes do not count
+
+
 def norms(policy: dict) -> list[float]:
     flat = nnx.to_flat_state(policy)
     return [float(abs(x[...]).sum()) for path, x in flat if path[-1] == "lora_B"]
@@ -97,15 +141,23 @@ def test_the_text_encoder_is_measured_with_what_there_is_of_the_curriculum(workd
     """Whatever rank the command says: that of the run counts."""
     config = tiny.config(base, "text_encoder", params="text_lora", pairs="stage1", lora_rank=7)
     models = measured.measured(config, workdir)
-    assert list(models) == ["base", "easy", "easy, whole", "text_encoder"]
+    assert list(models) == ["base", "easy", "text_encoder"]
     configs = {stage: stage_config(workdir, stage) for stage in ("stage1", "text_encoder")}
     (group,) = measured.groups(models, configs)
     drawing = measured.drawing_of(config, workdir, group, configs)
-    (whole,) = images.from_run(workdir, "easy", 1.0, "all", False).policies
+    (easy,) = images.from_run(workdir, "easy", 0.5, "all", False).policies
     (text,) = images.from_run(workdir, "text_encoder", 0.5).policies
-    assert tree_hash(drawing.policies["easy, whole"][0]) == tree_hash(whole)
+    assert tree_hash(drawing.policies["easy"][0]) == tree_hash(easy)
     assert tree_hash(drawing.policies["text_encoder"][0]) == tree_hash(text)
     assert drawing.policies["base"] == [] and drawing.encoder is None
+
+
+def test_a_stage_under_another_name_is_measured_beside_the_one_whose_pairs_it_has(workdir: Path, base: Path) -> None:
+    config = tiny.config(base, "slow", pairs="stage1")
+    write_json(workdir / "slow" / "config.json", to_json(config))
+    assert list(measured.measured(config, workdir)) == ["base", "easy", "slow"]
+    assert {("slow", "easy"), ("slow", "base"), ("hard", "base")} < {*measured.differing(config)}
+    shutil.rmtree(workdir / "slow")
 
 
 def test_only_the_up_blocks_act_for_the_blocks_up(workdir: Path) -> None:

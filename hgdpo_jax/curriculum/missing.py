@@ -3,12 +3,11 @@
 import errno
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from hgdpo_jax.curriculum.plan import Photographs, ShardPlan
 from hgdpo_jax.data import shards
@@ -16,9 +15,11 @@ from hgdpo_jax.pictures.read import UnreadableImage, image_shape
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import Member
 from hgdpo_jax.run.index import Index
+from hgdpo_jax.run.progress import Progress
 
 _THREADS = 8  # that open photographs
 GONE = "its file is missing"
+FILTERED = "its winner scores lower than its loser"
 
 
 def require_photographs(photographs: Photographs, index: Index) -> None:
@@ -36,7 +37,8 @@ def require_photographs(photographs: Photographs, index: Index) -> None:
     pictures = list(dict.fromkeys(file for p in listed for file in (p.picture, p.loser) if file is not None))
     with ThreadPoolExecutor(_THREADS) as threads:
         opened = threads.map(lambda picture: _fault(picture, index), pictures)
-        found = zip(pictures, tqdm(opened, "photographs", len(pictures), leave=False, delay=2), strict=True)
+        bar = Progress(opened, "photographs", len(pictures), unit="photograph", leave=False, delay=2)
+        found = zip(pictures, bar, strict=True)
         faults = {picture: fault for picture, fault in found if fault}
     if not faults:
         return
@@ -68,20 +70,30 @@ def why_no_pair(config: ConfigDict, photographs: Photographs, plan: Sequence[Sha
         photographs: by their role.
         plan: all shards.
     """
-    pairs = config.pairs
-    dropped = "no face is found in it"  # of those that are read, an adapter's concept images
-    if pairs.keep_if_winner_scores_higher:
-        dropped = "its winner scores lower than its loser"
-    unread = "it is no picture that can be read" if pairs.loser != "given" else "one of its pictures cannot be read"
-    reasons = {}
+    reasons: dict[str, str] = {}
     planned = {photograph.id for part in plan for photograph in part.photographs}
     for part in plan:
         note = shards.read_note(part.path)
-        kept = set(note.records)
-        for example in note.examples:
-            if example.id in kept:
-                continue
-            reasons[example.id] = dropped if example.readable else unread if example.content else GONE
+        reasons |= why_no_record(config, note.examples, note.records)
     for listed in photographs.values():
-        reasons |= {p.id: f"it has none in {pairs.loser}" for p in listed if p.id not in planned}
+        reasons |= {p.id: f"it has none in {config.pairs.loser}" for p in listed if p.id not in planned}
     return reasons
+
+
+def why_no_record(
+    config: ConfigDict, examples: Iterable[shards.ShardPhotograph], records: Iterable[str]
+) -> dict[str, str]:
+    """Id → reason, of the examples of a shard, or of a part of it, that have no record there.
+
+    Args:
+        config: of the stage.
+        examples: that the shard is made of.
+        records: the ids of its records.
+    """
+    pairs, kept = config.pairs, set(records)
+    dropped = "no face is found in it"  # of those that are read, an adapter's concept images
+    if pairs.keep_if_winner_scores_higher:
+        dropped = FILTERED
+    unread = "it is no picture that can be read" if pairs.loser != "given" else "one of its pictures cannot be read"
+    without = (example for example in examples if example.id not in kept)
+    return {e.id: dropped if e.readable else unread if e.content else GONE for e in without}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax.data import shards
@@ -20,6 +19,7 @@ from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import json_hash
 from hgdpo_jax.run.index import Index
+from hgdpo_jax.run.progress import Progress
 from hgdpo_jax.run.settings import named
 
 Photographs = Mapping[str, Sequence[Photograph]]  # train and heldout
@@ -28,8 +28,8 @@ Photographs = Mapping[str, Sequence[Photograph]]  # train and heldout
 def depends_on(config: ConfigDict) -> list[str]:
     """The settings that decide what the pairs are. Only rounding depends on `pairs.batch`."""
     pairs = config.pairs
-    keys = ["seed", "model.dtype", "data.split", "data.mirror", "data.resolutions", "pairs.winner", "pairs.loser"]
-    keys += ["pairs.keep_if_winner_scores_higher", "pairs.shard_size"]
+    keys = ["seed", "model.dtype", "data.split", "data.mirror", "data.caption_prefix", "data.resolutions"]
+    keys += ["pairs.winner", "pairs.loser", "pairs.keep_if_winner_scores_higher", "pairs.shard_size"]
     keys += ["pairs.pool_size"] if "pool" in (pairs.winner, pairs.loser) else []
     keys += ["pairs.strengths"] if pairs.winner == "sdrecon" else []
     drawn = pairs.winner not in ("photograph", "given") or pairs.loser == "pool"
@@ -83,11 +83,18 @@ def plan_shards(
     return plan
 
 
+def group_size(config: ConfigDict) -> int:
+    """The prompts of a shard that are made at once: as few as fill whole batches."""
+    pairs = config.pairs
+    pooled = "pool" in (pairs.winner, pairs.loser)
+    return pairs.batch // math.gcd(pairs.batch, pairs.pool_size) if pooled else pairs.batch
+
+
 def require_captions(plan: Sequence[ShardPlan], earlier: Pairs) -> None:
     """Raises UserError where a photograph's caption is another than its loser was drawn for; reads all records."""
     records = {role: earlier.by_id(role) for role in {part.role for part in plan}}
     listed = [(records[part.role], photograph) for part in plan for photograph in part.photographs]
-    for kept, photograph in tqdm(listed, desc="captions", unit="record", leave=False):
+    for kept, photograph in Progress(listed, desc="captions", unit="record", leave=False):
         before = kept[photograph.id]["caption"]
         if before != photograph.caption:
             raise UserError(

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from hgdpo_jax.curriculum.candidates import Candidates, best, worst
 from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.data.record import LATENT, Record
-from hgdpo_jax.diffusion.sampler import Sampler
+from hgdpo_jax.diffusion.sampler import ImageFunction, Sampler
 from hgdpo_jax.faces.concepts import ConceptEncoder
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.scoring.preference import Scorer
@@ -151,11 +151,17 @@ class Reconstruction(Scored):
     def candidates(self, group: Group) -> Candidates:
         """A reconstruction of each photograph at each strength."""
         strengths = self.settings.strengths if self.settings.winner == "sdrecon" else (0,)
-        names = [photograph.id for photograph in group.photographs]
-        keys = {strength: self.sampler.keys("sdrecon", names, [strength] * len(names)) for strength in strengths}
-        assert group.images is not None
-        found = self.sampler.reconstructions(group.images, group.input_ids, keys, self._score, "SDRecon")
-        return Candidates(*found, np.array(strengths))
+        return Candidates(*reconstructions(self.sampler, group, strengths, self._score), np.array(strengths))
+
+
+def reconstructions(
+    sampler: Sampler, group: Group, strengths: Sequence[int], measure: ImageFunction
+) -> tuple[Float[Array | np.ndarray, "n m h w c"], Any]:
+    """A reconstruction of each photograph of a group at each of m strengths, and what `measure` makes of it."""
+    names = [photograph.id for photograph in group.photographs]
+    keys = {strength: sampler.keys("sdrecon", names, [strength] * len(names)) for strength in strengths}
+    assert group.images is not None
+    return sampler.reconstructions(group.images, group.input_ids, keys, measure, "SDRecon")
 
 
 class Given:
@@ -199,6 +205,13 @@ class WithoutLosers:
                 logging.warning("photograph %s: no face found; left out", photograph.id)
         faces = np.flatnonzero(found).tolist()
         return lambda: [group.record(i, latents[i], concept=features[i].astype(LATENT)) for i in faces]
+
+
+def images_per_prompt(config: ConfigDict) -> int:
+    """How many images are drawn for each prompt, reconstructed, or encoded as they are."""
+    pairs = config.pairs
+    others = {"pool": 0, "sdrecon": len(pairs.strengths), "given": 2}.get(pairs.winner, 1)
+    return others + ("pool" in (pairs.winner, pairs.loser)) * pairs.pool_size
 
 
 def uses_pixels(config: ConfigDict) -> bool:

@@ -6,6 +6,7 @@
     W/stageN/pairs/dataset_info.json, features.json                   for tfds.builder_from_directory
     W/stageN/pairs/building.json                                      what the shards are made from, written first
     W/stageN/pairs/manifest.json                                      the same, counts and hashes, written last
+    W/stageN/pairs/ratings.json                                       which of them people dropped or swapped, if any
 
 There is a split for every resolution: its latents have one shape, and a batch comes from one split.
 A record holds latents and token ids, never images or embeddings. For supervised fine-tuning there is no loser.
@@ -13,7 +14,7 @@ A record holds latents and token ids, never images or embeddings. For supervised
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
+from hgdpo_jax.data.ratings import NAME as RATINGS
+from hgdpo_jax.data.ratings import RatedRecords, Ratings, read_kept
 from hgdpo_jax.data.record import Record, RecordSource
 from hgdpo_jax.data.shards import described, is_whole, read_note
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import as_written, file_hash, is_passing
+from hgdpo_jax.run.files import as_written, file_hash, is_passing, json_hash
 from hgdpo_jax.run.folder import stage_command
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.locks import lock_owner
@@ -34,16 +37,21 @@ from hgdpo_jax.run.provenance import content_key, require_same
 
 @dataclass(frozen=True)
 class Pairs:
-    """Verified shards. `sources["train"]` and `sources["heldout"]` hold the records, a source for each resolution."""
+    """Verified shards. `sources["train"]` and `sources["heldout"]` hold the records, a source for each resolution.
+
+    Where people rated pairs, `manifest` and `sources` are of the pairs as rated, and `ratings` says how.
+    """
 
     folder: Path
     manifest: dict[str, Any]
     sources: Mapping[str, Sequence[RecordSource]]
+    ratings: Ratings = field(default_factory=Ratings)
 
     @property
     def hash(self) -> str:
-        """sha256 of the manifest, which holds the hashes of all shards."""
-        return file_hash(self.folder / "manifest.json")
+        """sha256 of the manifest, which holds the hashes of all shards, and of what ratings change."""
+        manifest, rated = file_hash(self.folder / "manifest.json"), self.ratings.hash
+        return json_hash([manifest, rated]) if rated else manifest
 
     def require(self, latents: Mapping[str, Sequence[int]]) -> None:
         """Raises UserError unless the latents have the shapes that a model and its config work on.
@@ -79,13 +87,17 @@ class Pairs:
     def by_id(self, role: str) -> "RecordsById":
         """The records of all resolutions by their photograph's id, read when asked for."""
         splits = [split for name, split in self.manifest["splits"].items() if name.startswith(f"{role}_")]
-        ids = [[i for e in split["shards"] for i in self._ids_in(e)] for split in splits]
+        ids = [[i for e in split["shards"] for i in self.ids_in(e)] for split in splits]
         return RecordsById(self.sources[role], ids)
 
-    def _ids_in(self, entry: Mapping[str, Any]) -> list[str]:
-        """The ids of a shard's records. Raises UserError where its note and the manifest disagree."""
-        path = self.folder / entry["file"]
-        ids = read_note(path).records
+    def ids_in(self, entry: Mapping[str, Any]) -> list[str]:
+        """The ids of a shard's records. Raises UserError where its note and the manifest disagree.
+
+        Args:
+            entry: the shard's in the manifest.
+        """
+        path, dropped = self.folder / entry["file"], self.ratings.dropped
+        ids = [name for name in read_note(path).records if name not in dropped]
         if len(set(ids)) != entry["records"]:
             raise UserError(f"pair shard {path}: its note names {len(set(ids))} records, the manifest "
                             f"{entry['records']}; remove it, its note and the manifest, and build again")  # fmt: skip
@@ -184,7 +196,38 @@ def open_pairs(folder: Path, build_command: str, index: Index | None = None) -> 
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"pairs {folder}: TFDS cannot open them ({reason}); remove manifest.json there and run: "
                         f"{build_command}") from error  # fmt: skip
-    return Pairs(folder, manifest, sources)
+    found = Pairs(folder, manifest, sources)
+    ratings = Ratings(processes.broadcast(lambda: dict(read_kept(folder, found.hash).better)))
+    return as_rated(found, ratings) if ratings.better else found
+
+
+def as_rated(pairs: Pairs, ratings: Ratings) -> Pairs:
+    """The pairs as people rated them; a shard, a resolution or a role of which nothing is left is left out.
+
+    Args:
+        pairs: as they were built.
+        ratings: theirs.
+
+    Raises:
+        UserError: they rate what is no pair.
+    """
+    splits: dict[str, Any] = {}
+    sources: dict[str, list[RecordSource]] = {}
+    built = {role: iter(found) for role, found in pairs.sources.items()}
+    strangers = set(ratings.better)
+    for name, split in pairs.manifest["splits"].items():
+        role, ids = name.partition("_")[0], [pairs.ids_in(entry) for entry in split["shards"]]
+        source = RatedRecords(next(built[role]), [i for of_shard in ids for i in of_shard], ratings)
+        strangers -= {i for of_shard in ids for i in of_shard}
+        left = [sum(i not in ratings.dropped for i in of_shard) for of_shard in ids]
+        entries = [entry | {"records": n} for entry, n in zip(split["shards"], left, strict=True) if n]
+        if entries:
+            splits[name] = split | {"records": len(source), "shards": entries}
+            sources.setdefault(role, []).append(source)
+    if strangers:
+        raise UserError(f"{pairs.folder / RATINGS}: rates {min(strangers)}, which is no pair there; remove it, and "
+                        "give the ratings to pairs again")  # fmt: skip
+    return replace(pairs, manifest=pairs.manifest | {"splits": splits}, sources=sources, ratings=ratings)
 
 
 def _verified(folder: Path, build_command: str, index: Index) -> dict[str, Any]:

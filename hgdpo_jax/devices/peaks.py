@@ -9,32 +9,59 @@ CORE = 2e10  # operations a second that a processor's core was measured to do (b
 
 
 class Peak(NamedTuple):
-    """Operations a second of one device, in 1e12: with float16 or bfloat16, with tf32, with float32."""
+    """Operations a second of one device, in 1e12, of dense products with float32 sums.
+
+    Attributes:
+        half: with float16, and with bfloat16 unless said.
+        tf32: with tf32; where a device has none, with float32.
+        float32: with float32.
+        source: that states them.
+        bfloat16: False where the device has none: XLA then computes with float32.
+    """
 
     half: float
     tf32: float
     float32: float
+    source: str
+    bfloat16: bool = True
 
 
 def _tpu(half: float) -> Peak:
     """A product of float32 numbers is six of bfloat16, one of tf32 three."""
-    return Peak(half, half / 3, half / 6)
+    return Peak(half, half / 3, half / 6, "cloud.google.com/tpu/docs")
 
 
-# What JAX calls a device → its peak without sparsity, as its maker states it. TPU: cloud.google.com/tpu/docs/v4, v5e,
-# v5p and v6e (a chip is one device). GPU: the data sheets of A100, H100 and H200, and the page of HGX for the B200 (an
-# eighth of a board). A part of a GPU (MIG) is not listed.
+# What JAX calls a device → its peak as its maker states it, without sparsity, which doubles most figures that are
+# advertised, and with float32 sums, which halve a GeForce's. A TPU's chip is one device; a B200 is an eighth of an HGX
+# board. A part of a GPU (MIG) is not listed, nor are cards that share a name but for a letter (A10G, RTX 3090 Ti).
 _PEAKS: dict[str, Peak] = {
     r"TPU v4": _tpu(275.0),
     r"TPU v5e|TPU v5 lite": _tpu(197.0),
     r"TPU v5p?": _tpu(459.0),
     r"TPU v6e|TPU v6 lite": _tpu(918.0),
-    r"NVIDIA A100(-SXM4-\d\dGB|-PCIE-40GB| 80GB PCIe)": Peak(312.0, 156.0, 19.5),
-    r"NVIDIA H100 80GB HBM3|NVIDIA H200( 141GB HBM3e)?": Peak(989.0, 494.5, 67.0),
-    r"NVIDIA H100 NVL|NVIDIA H200 NVL": Peak(835.5, 417.5, 60.0),
-    r"NVIDIA H100 PCIe": Peak(756.0, 378.0, 51.0),
-    r"NVIDIA B200": Peak(2250.0, 1125.0, 75.0),
+    r"Tesla T4": Peak(65.0, 8.1, 8.1, "NVIDIA's T4 data sheet", bfloat16=False),
+    r"NVIDIA A100(-SXM4-\d\dGB|-PCIE-40GB| 80GB PCIe)": Peak(312.0, 156.0, 19.5, "NVIDIA's A100 data sheet"),
+    r"NVIDIA A10": Peak(125.0, 62.5, 31.2, "NVIDIA's A10 data sheet"),
+    r"NVIDIA L4": Peak(121.0, 60.0, 30.3, "NVIDIA's L4 data sheet"),
+    r"NVIDIA L40S": Peak(362.05, 183.0, 91.6, "NVIDIA's L40S data sheet"),
+    r"NVIDIA GeForce RTX 3090": Peak(71.0, 35.6, 35.6, "NVIDIA's whitepaper of GA102"),
+    r"NVIDIA GeForce RTX 4090": Peak(165.2, 82.6, 82.6, "NVIDIA's whitepaper of Ada"),
+    r"NVIDIA GeForce RTX 5090": Peak(209.5, 104.8, 104.8, "NVIDIA's whitepaper of RTX Blackwell"),
+    r"NVIDIA H100 80GB HBM3": Peak(989.0, 494.5, 67.0, "NVIDIA's H100 data sheet"),
+    r"NVIDIA H200( 141GB HBM3e)?": Peak(989.0, 494.5, 67.0, "NVIDIA's H200 data sheet"),
+    r"NVIDIA H100 NVL|NVIDIA H200 NVL": Peak(835.5, 417.5, 60.0, "NVIDIA's H100 and H200 data sheets"),
+    r"NVIDIA H100 PCIe": Peak(756.0, 378.0, 51.0, "NVIDIA's H100 data sheet"),
+    r"NVIDIA B200": Peak(2250.0, 1125.0, 75.0, "NVIDIA's page of HGX"),
 }
+
+
+def known_peak(device_kind: str) -> Peak | None:
+    """The peak of a device; None where it is not known.
+
+    Args:
+        device_kind: what JAX calls it.
+    """
+    return next((found for pattern, found in _PEAKS.items() if re.fullmatch(pattern, device_kind)), None)
 
 
 def peak(device_kind: str, dtype: str) -> float | None:
@@ -44,10 +71,11 @@ def peak(device_kind: str, dtype: str) -> float | None:
         device_kind: what JAX calls it.
         dtype: as `model.dtype`.
     """
-    for pattern, known in _PEAKS.items():
-        if re.fullmatch(pattern, device_kind):
-            return 1e12 * {"tf32": known.tf32, "float32": known.float32}.get(dtype, known.half)
-    return None
+    found = known_peak(device_kind)
+    if found is None:
+        return None
+    bfloat16 = found.half if found.bfloat16 else found.float32
+    return 1e12 * {"tf32": found.tf32, "float32": found.float32, "bfloat16": bfloat16}.get(dtype, found.half)
 
 
 def mesh_peak(mesh: Mesh, dtype: str) -> float | None:

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from hgdpo_jax.devices.processor import collect_rarely
-from hgdpo_jax.devices.xla import cpuinfo, use_precision, xla_flags
+from hgdpo_jax.devices.xla import cpuinfo, settle_dtype, use_precision, xla_flags
 from hgdpo_jax.run import lifecycle, processes
 from hgdpo_jax.run.errors import UserError
 
 
 def start(
-    folder: Path | None = None, asked: Mapping[str, Any] | None = None, dtype: str | None = None, writes: bool = True
+    folder: Path | None = None,
+    asked: Mapping[str, Any] | None = None,
+    model: ConfigDict | None = None,
+    writes: bool = True,
 ) -> None:
     """Joins the other processes of a run, see :func:`hgdpo_jax.run.lifecycle.start`, and turns on the persistent
     compilation cache.
@@ -24,7 +28,7 @@ def start(
     Args:
         folder, asked, writes: see :func:`hgdpo_jax.run.processes.require_same_command`, which is called where there is
             a folder; then there has to be a device, too.
-        dtype: see :func:`hgdpo_jax.devices.xla.use_precision`, likewise.
+        model: settings, whose dtype is settled by the devices and decides how exact products are.
 
     Raises:
         UserError: not all processes came, or one was asked something else; or there is no device.
@@ -36,8 +40,9 @@ def start(
     if folder is not None:
         processes.require_same_command(folder, asked or {}, writes)
         _find_devices()
-    if dtype is not None:
-        use_precision(dtype)
+    if model is not None:
+        settle_dtype(model, jax.default_backend())
+        use_precision(model.dtype)
 
 
 def _find_devices() -> None:

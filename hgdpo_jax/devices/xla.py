@@ -3,8 +3,32 @@
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
+
+from hgdpo_jax.config import AUTO
 
 _ISA, _WIDTH, _JOINED = "--xla_cpu_max_isa", "--xla_cpu_prefer_vector_width", "--xla_gpu_dot_merger_threshold_mb"
+
+
+def dtype_on(platform: str) -> str:
+    """The `model.dtype` that suits devices: of those with 16 bits that with the finer steps, in which margins are an
+    eighth as noisy (docs/performance.md). A TPU's units multiply bfloat16 alone, a processor's neither.
+
+    Args:
+        platform: of JAX; a GPU's is gpu, cuda or rocm.
+    """
+    return {"cpu": "float32", "tpu": "bfloat16"}.get(platform, "float16")
+
+
+def settle_dtype(model: ConfigDict, platform: str) -> None:
+    """Replaces `model.dtype=auto` by what suits devices: whatever is made from the config says which it was.
+
+    Args:
+        model: settings, which are changed.
+        platform: see :func:`dtype_on`.
+    """
+    if model.dtype == AUTO:
+        model.dtype = dtype_on(platform)
 
 
 def use_precision(dtype: str) -> None:
@@ -12,8 +36,9 @@ def use_precision(dtype: str) -> None:
     unless told otherwise.
 
     Args:
-        dtype: `model.dtype`. With float32 products are float32. Otherwise they have 10 bits at least, which is TF32 on
-            GPUs and three products of bfloat16 on TPUs: the VAE and the judges are float32 whatever the UNet is.
+        dtype: `model.dtype`, settled. With float32 products are float32. Otherwise they have 10 bits at least, which is
+            TF32 on GPUs and three products of bfloat16 on TPUs: the VAE and the judges are float32 whatever the UNet
+            is.
     """
     jax.config.update("jax_default_matmul_precision", "float32" if dtype == "float32" else "tensorfloat32")
 

@@ -142,6 +142,17 @@ def load_pipeline(
     return _assemble(source, dtype, param_dtype, fill)
 
 
+def load_vae(
+    base: str | Path, vae: str | Path = "", place: Place = lambda name, value: jax.device_put(value)
+) -> AutoencoderKL:
+    """The VAE of a checkpoint alone, as :func:`load_pipeline` reads it."""
+    source = open_source(str(base), str(vae))
+    found = abstract(AutoencoderKL, source.configs["vae"], jnp.float32)
+    weights = source.open("vae", keys(found))
+    from_torch(weights, found, f"{source.name}, vae", _stored("float32"), place, source.expected("vae"))
+    return found
+
+
 def of_shapes(source: Source, dtype: str = "float32", param_dtype: Mapping[str, str] | str = "float32") -> Pipeline:
     """The pipeline that :func:`load_pipeline` gives, with shapes in place of its parameters."""
 

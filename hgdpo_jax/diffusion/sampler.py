@@ -16,7 +16,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from hgdpo_jax.devices.random import stream_keys
 from hgdpo_jax.devices.sharding import batch_sharding
@@ -26,7 +25,7 @@ from hgdpo_jax.diffusion.programs import Guidance, Programs, SamplerInputs
 from hgdpo_jax.diffusion.sdrecon import sdrecon
 from hgdpo_jax.diffusion.trajectory import Trajectory, from_noise
 from hgdpo_jax.pictures.write import require_finite
-from hgdpo_jax.run import processes
+from hgdpo_jax.run.progress import Progress
 
 # Images in [-1, 1] and token ids → a pytree of arrays of b rows.
 ImageFunction = Callable[[Float[Array, "b H W 3"], Int[Array, "b s"]], Any]
@@ -217,8 +216,7 @@ class Sampler:
             return program(place(jax.tree.map(lambda value: value[index], arrays), self._rows))
 
         begins = range(0, count, self.batch)
-        silent = len(begins) == 1 or not processes.is_first() or None  # None: where there is no terminal
-        return one_ahead(run, tqdm(begins, desc=note, unit="batch", leave=False, disable=silent))
+        return one_ahead(run, Progress(begins, desc=note, unit="batch", leave=False, disable=len(begins) < 2))
 
     def _run(self, program: Callable[[Any], Any], arrays: Any, note: str) -> Any:
         """All batches' results, on the host."""

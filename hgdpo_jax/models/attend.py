@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,9 +65,10 @@ def attend(q: Queries, k: Keys, v: Keys, sharding: NamedSharding | None = None) 
 
 
 def kernel(
-    device: jax.Device, q: Float[_Sized, "b n heads d"], k: Float[_Sized, "b m heads d"]
+    device: Any, q: Float[_Sized, "b n heads d"], k: Float[_Sized, "b m heads d"]
 ) -> Callable[[Queries, Keys, Keys], Queries]:
-    """The kernel of the table above for what one device computes. The device may be a described one, q and k shapes."""
+    """The kernel of the table above for what one device computes. The device may be described, or anything that has
+    its platform, device_kind and compute_capability; q and k may be shapes."""
     n, m, width = q.shape[1], k.shape[1], q.shape[3]
     if device.platform == "tpu" and min(n, m) >= _SPLASH and q.dtype != jnp.float16:  # Mosaic loads no such vectors
         return splash

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from hgdpo_jax.models.layers import SHAPES
 from hgdpo_jax.models.model_config import Json, read_config
 from hgdpo_jax.models.preprocessing import CLIP, read_preprocessing
-from hgdpo_jax.models.weights import STEMS, open_folder, write_weights
+from hgdpo_jax.models.weights import STEMS, Weights, open_folder, write_weights
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import json_hash, write_json
 from hgdpo_jax.run.index import Index
@@ -110,6 +110,50 @@ def from_torch(
     Raises:
         UserError: a key is missing, superfluous or of another shape.
     """
+    stored, expected = _matched(weights, model, source, expected_by)
+
+    def read(key: str) -> tuple[tuple[Any, ...], nnx.Variable]:
+        path, leaf = expected[key]
+        kind = str(path[-1])
+        value, shape = np.asarray(weights[stored[key]]), _torch_shape(kind, leaf.shape)
+        _require_shape(key, value.shape, shape, source, expected_by)
+        value = from_torch_layout(kind, value.reshape(shape))
+        # The device's client copies transposed arrays. It might take over the others as they are, and the model would
+        # then change with the file.
+        narrower = jnp.dtype(dtype).itemsize < value.dtype.itemsize
+        with np.errstate(over="ignore"):
+            value = value.astype(dtype, copy=value.flags.c_contiguous)
+        if narrower and not np.isfinite(value).all():
+            raise UserError(f"{source}: weight {key} is too large for {jnp.dtype(dtype)}; take bfloat16")
+        return path, leaf.replace(place(".".join(map(str, path)), value))
+
+    # Reading and transposing release the GIL.
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        nnx.update(model, nnx.from_flat_state(list(pool.map(read, expected))))
+
+
+def require_fit(
+    weights: Mapping[str, np.ndarray], model: nnx.Module, source: str, expected_by: str = "its config.json"
+) -> None:
+    """As :func:`from_torch`, from headers alone: raises UserError where a name does not fit or, of files in the layout
+    of diffusers and transformers, a shape. Reads no weight."""
+    stored, expected = _matched(weights, model, source, expected_by)
+    if isinstance(weights, Weights):
+        for key, (path, leaf) in expected.items():
+            shape = _torch_shape(str(path[-1]), leaf.shape)
+            _require_shape(key, weights.shape(stored[key]), shape, source, expected_by)
+
+
+def _require_shape(key: str, found: tuple[int, ...], shape: tuple[int, ...], source: str, expected_by: str) -> None:
+    """Also takes a linear layer that was written as a convolution of one pixel."""
+    if found not in (shape, (*shape, 1, 1)):
+        raise UserError(f"{source}: weight {key} is {found}, not {shape}; does not fit {expected_by}")
+
+
+def _matched(
+    weights: Mapping[str, np.ndarray], model: nnx.Module, source: str, expected_by: str
+) -> tuple[dict[str, str], dict[str, tuple[tuple[Any, ...], nnx.Param]]]:
+    """Torch key → key in the weights, and → path and parameter. Raises UserError as :func:`from_torch` does."""
     stored = {_renamed(key): key for key in weights if key.rpartition(".")[2] not in _BUFFERS}
     expected = {torch_key(path): (path, leaf) for path, leaf in parameters(model).items()}
     # Older CLIP text checkpoints carry a prefix that transformers 5 dropped, and the other way round.
@@ -128,28 +172,7 @@ def from_torch(
             raise UserError(
                 f"{source}: weight {names[0]} is {fault} ({len(names)} in all); it does not fit {expected_by}"
             )
-
-    def read(key: str) -> tuple[tuple[Any, ...], nnx.Variable]:
-        path, leaf = expected[key]
-        kind = str(path[-1])
-        value, shape = np.asarray(weights[stored[key]]), _torch_shape(kind, leaf.shape)
-        if value.shape == (*shape, 1, 1):  # a linear layer that was written as a convolution of one pixel
-            value = value[..., 0, 0]
-        if value.shape != shape:
-            raise UserError(f"{source}: weight {key} is {value.shape}, not {shape}; does not fit {expected_by}")
-        value = from_torch_layout(kind, value)
-        # The device's client copies transposed arrays. It might take over the others as they are, and the model would
-        # then change with the file.
-        narrower = jnp.dtype(dtype).itemsize < value.dtype.itemsize
-        with np.errstate(over="ignore"):
-            value = value.astype(dtype, copy=value.flags.c_contiguous)
-        if narrower and not np.isfinite(value).all():
-            raise UserError(f"{source}: weight {key} is too large for {jnp.dtype(dtype)}; take bfloat16")
-        return path, leaf.replace(place(".".join(map(str, path)), value))
-
-    # Reading and transposing release the GIL.
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        nnx.update(model, nnx.from_flat_state(list(pool.map(read, expected))))
+    return stored, expected
 
 
 def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:

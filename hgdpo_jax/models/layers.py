@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
+from hgdpo_jax.models.int8 import Kernel, with_kernels
+
 
 class _Shapes(nnx.Rngs):
     """Gives no keys. With jax.eval_shape instead, tracing all the initialisers would take over a second."""
@@ -48,7 +50,19 @@ def in_rows(x: Shaped[Array, "b *n"], rows: int) -> Shaped[Array, "r *n"]:
     return x if len(x) == rows else jnp.repeat(x, rows // len(x), axis=0)
 
 
-class Conv(nnx.Conv):
+class Linear(Kernel, nnx.Linear):
+    """nnx.Linear, whose kernel may be in 8 bits."""
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:  # type: ignore[override]  # no out_sharding
+        """The product with the kernel, and the bias."""
+        if self.kernel_scale is None:
+            return super().__call__(x)
+        dtype = self.dtype or x.dtype
+        out = with_kernels([self], dtype, lambda kernels, x: jnp.tensordot(x, kernels[0], 1), x.astype(dtype))
+        return out if self.bias is None else out + self.bias[...].astype(dtype)
+
+
+class Conv(Kernel, nnx.Conv):
     """nnx.Conv; with a kernel of 3×3 and stride 1 also over a map whose height and width are doubled.
 
     Attributes:
@@ -61,11 +75,15 @@ class Conv(nnx.Conv):
         self, x: Float[Array, "b h w i"], beside: Float[Array, "b h w j"] | None = None
     ) -> Float[Array, "b h2 w2 o"]:
         """The convolution of x, or of x and `beside` as the last of its channels, where height and width stay."""
-        return self._with_bias(self.apply(self.kernel[...], x, beside))
+        return self._with_bias(
+            with_kernels([self], self.dtype or x.dtype, lambda kernels, *x: self.apply(kernels[0], *x), x, beside)
+        )
 
     def doubled(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
         """The convolution of x with each pixel doubled in height and width; h2 and w2 are twice h and w."""
-        return self._with_bias(self.apply_doubled(self.kernel[...], x))
+        return self._with_bias(
+            with_kernels([self], self.dtype or x.dtype, lambda kernels, x: self.apply_doubled(kernels[0], x), x)
+        )
 
     def apply(
         self, kernel: Float[Array, "kh kw i_j o"], x: Float[Array, "b h w i"], beside: Float[Array, "b h w j"] | None
@@ -163,10 +181,10 @@ class Layers:
     groups: int = 32
     eps: float = 1e-5
 
-    def linear(self, inputs: int, outputs: int, bias: bool = True) -> nnx.Linear:
+    def linear(self, inputs: int, outputs: int, bias: bool = True) -> Linear:
         """[*b inputs] → [*b outputs]."""
         settings: dict[str, Any] = {"kernel_init": _fan_in, "bias_init": _zeros, "dtype": self.dtype}
-        return nnx.Linear(inputs, outputs, use_bias=bias, **settings, rngs=self.rngs)
+        return Linear(inputs, outputs, use_bias=bias, **settings, rngs=self.rngs)
 
     def embed(self, count: int, width: int) -> nnx.Embed:
         """Ids [*b] below `count` → [*b width]."""

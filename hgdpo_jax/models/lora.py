@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
-from hgdpo_jax.models.layers import Conv
+from hgdpo_jax.models.int8 import with_kernels
+from hgdpo_jax.models.layers import Conv, Linear
 from hgdpo_jax.run.errors import UserError
 
 # The layers of `train.lora_modules`, by the ends of their paths. kohya's scripts train the first two kinds unless told.
@@ -23,7 +24,34 @@ MODULES = {
 }
 
 
-class LoRALinear(nnx.Linear):
+class _Branch(nnx.Module):
+    """What LoRA's layers have in common.
+
+    Attributes:
+        scale: alpha / rank.
+        dropout: share of the input's numbers that LoRA, and not the layer itself, does without; see :func:`drop`.
+        keys: of the examples, while it does.
+    """
+
+    scale: float
+    dropout: float = 0.0
+    keys: Key[Array, "b"] | None = None
+
+    def dropped(self, x: Float[Array, "b *n"]) -> Float[Array, "b *n"]:
+        """x where nothing is dropped; else the numbers that are left, divided by their share (Srivastava et al. 2014).
+
+        Each row has a mask of its own, from the key of its example, whose rows follow each other: neither the devices
+        nor the other rows change it.
+        """
+        if self.keys is None:
+            return x
+        repeats = len(x) // len(self.keys)
+        keys = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(repeats)))(self.keys)
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.dropout, x.shape[1:]))(keys.reshape(-1))
+        return jnp.where(keep, x / (1.0 - self.dropout), 0.0).astype(x.dtype)
+
+
+class LoRALinear(_Branch, Linear):
     """A Linear plus (alpha / rank) · x A B; its own kernel and bias stay where they were.
 
     A is [in, rank] and uniform, B is [rank, out] and zero, so that a fresh LoRA changes nothing. Both are float32
@@ -42,11 +70,11 @@ class LoRALinear(nnx.Linear):
         self.lora_B = nnx.LoRAParam(jnp.zeros((rank, base.out_features), jnp.float32))
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:  # type: ignore[override]  # no out_sharding
-        low = product(x.astype(self.dtype or x.dtype), self.lora_A[...])
+        low = product(self.dropped(x).astype(self.dtype or x.dtype), self.lora_A[...])
         return super().__call__(x) + self.scale * product(low, self.lora_B[...])
 
 
-class LoRAConv(Conv):
+class LoRAConv(_Branch, Conv):
     """A Conv plus (alpha / rank) times a convolution with A and a product with B, as PEFT's and kohya's.
 
     A is [height, width, in, rank], of the layer's own size, strides and padding; B is [rank, out]. Otherwise as
@@ -67,12 +95,19 @@ class LoRAConv(Conv):
     def __call__(
         self, x: Float[Array, "b h w i"], beside: Float[Array, "b h w j"] | None = None
     ) -> Float[Array, "b h2 w2 o"]:
-        low = self.apply(self.lora_A[...], x, beside)
+        low = self.apply(self.lora_A[...], *self._dropped_beside(x, beside))
         return super().__call__(x, beside) + self.scale * product(low, self.lora_B[...])
 
     def doubled(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-        low = self.apply_doubled(self.lora_A[...], x)
+        low = self.apply_doubled(self.lora_A[...], self.dropped(x))
         return super().doubled(x) + self.scale * product(low, self.lora_B[...])
+
+    def _dropped_beside(self, x: Array, beside: Array | None) -> tuple[Array, Array | None]:
+        """Both with one mask for all of their channels."""
+        if self.keys is None or beside is None:
+            return self.dropped(x), beside
+        both = self.dropped(jnp.concatenate([x, beside], -1))
+        return both[..., : x.shape[-1]], both[..., x.shape[-1] :]
 
 
 @jax.custom_vjp
@@ -120,22 +155,21 @@ def fused_linear(
 
     On a `platform` of TPUs only A of the LoRAs is fused: the other products come one by one, and each writes its output
     in the order in which it is read next. Kernels are stacked between their two dimensions, so that each stays split
-    over the mesh as it is.
+    over the mesh as it is. Dropout drops the same numbers for all, which PEFT draws for each of them.
     """
     dtype = layers[0].dtype or x.dtype
     x = x.astype(dtype)
-    kernels = jnp.stack([layer.kernel[...].astype(dtype) for layer in layers], 1)
     biases = [layer.bias[...].astype(dtype) for layer in layers if layer.bias is not None]
     stacked = jnp.stack(biases) if biases else None
     loras = [layer for layer in layers if isinstance(layer, LoRALinear)]
     if loras:
-        low = product(x, jnp.concatenate([layer.lora_A[...] for layer in loras], 1))
+        low = product(loras[0].dropped(x), jnp.concatenate([layer.lora_A[...] for layer in loras], 1))
         up = jnp.stack([layer.scale * layer.lora_B[...] for layer in loras])
         # Block by block on a diagonal: each layer's correction comes from its own part of the rank.
         up = (jnp.eye(len(layers))[:, None, :, None] * up[:, :, None]).reshape(-1, *up.shape[::2])
 
     def outputs(which: int | slice) -> Array:
-        out = jnp.tensordot(x, kernels[:, which], 1)
+        out = with_kernels(layers, dtype, partial(_fused, which), x)
         if stacked is not None:
             out += stacked[which]
         return out + product(low, up[:, which]) if loras else out
@@ -144,6 +178,11 @@ def fused_linear(
         return [outputs(i) for i in range(len(layers))]
     fused = outputs(slice(None))
     return [fused[..., i, :] for i in range(len(layers))]
+
+
+def _fused(which: int | slice, kernels: list[Array], x: Array) -> Array:
+    """x times one of some kernels, or times all."""
+    return jnp.tensordot(x, jnp.stack([kernel.astype(x.dtype) for kernel in kernels], 1)[:, which], 1)
 
 
 def add_lora(
@@ -185,6 +224,19 @@ def lora_layers(model: nnx.Module) -> dict[str, LoRALinear | LoRAConv]:
     """Path, joined by dots → layer with a LoRA."""
     layers = ((".".join(map(str, path)), m) for path, m in nnx.iter_modules(model))
     return {path: m for path, m in layers if isinstance(m, LoRALinear | LoRAConv)}
+
+
+def drop(models: Iterable[nnx.Module], keys: Key[Array, "b"]) -> None:
+    """From now on every LoRA of `dropout` above 0 drops numbers of its input, as PEFT's do while they learn.
+
+    Args:
+        models: changed in place.
+        keys: of the examples; a layer's input has one row for each of them, or the same number of rows, one after the
+            other.
+    """
+    for number, layer in enumerate(layer for model in models for layer in lora_layers(model).values()):
+        if layer.dropout:
+            layer.keys = jax.vmap(lambda key, number=number: jax.random.fold_in(key, number))(keys)
 
 
 def merge_lora(model: nnx.Module) -> None:

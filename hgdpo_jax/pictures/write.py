@@ -50,10 +50,10 @@ def png(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
     return file.getvalue()
 
 
-def jpeg(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
-    """A JPEG file of quality 90."""
+def jpeg(image: UInt8[np.ndarray, "H W 3"], fine: bool = False) -> bytes:
+    """A JPEG file of quality 90; a `fine` one of 95 with every pixel's colour, in which an eye sees no loss."""
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=90)
+    Image.fromarray(image).save(file, "JPEG", **({"quality": 95, "subsampling": "4:4:4"} if fine else {"quality": 90}))
     return file.getvalue()
 
 

@@ -17,7 +17,7 @@ from hgdpo_jax.planning import hlo, topologies, traffic
 from hgdpo_jax.planning.topologies import Topology
 from hgdpo_jax.run.files import file_hash, json_hash, write_json
 
-_CODE = 1_288_490_188  # bytes of a TPU's program: 0.3 to 1.2 GiB of every step that was compiled to its end
+CODE = 1_288_490_188  # bytes of a TPU's program: 0.3 to 1.2 GiB of every step that was compiled to its end
 _PLACED = "after_optimizations-buffer-assignment.txt"
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*)$", re.MULTILINE)
 _KINDS = ("parameter", "preallocated-temp", "maybe-live-out")  # of an allocation, which may say more than one
@@ -62,7 +62,7 @@ def compile_for(lowered: jax.stages.Lowered, topology: Topology, trips: int = 1)
         trips: of loops whose number of turns is an argument of the program.
     """
     code = [file_hash(Path(module)) for module in (__file__, hlo.__file__, topologies.__file__, traffic.__file__)]
-    about = [topology.name, topology.compiler, topology.options, jax.__version__, trips]
+    about = [topology.name, asdict(topology.chip), topology.compiler, topology.options, jax.__version__, trips]
     flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     path = None
     with suppress(RuntimeError):  # there is no home
@@ -97,7 +97,7 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology, trips: int) -> Com
         arguments=sizes["parameter"],
         outputs=sizes["maybe-live-out"],
         temporaries=sizes["preallocated-temp"],
-        code=_CODE if topology.chip.platform == "tpu" else 0,
+        code=CODE if topology.chip.platform == "tpu" else 0,
         traffic=traffic.memory_traffic(module),
         collectives={kind: asdict(found) for kind, found in traffic.collectives(module).items()},
         loops=len(module.unknown) if trips == 1 else 0,

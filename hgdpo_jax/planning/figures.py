@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from hgdpo_jax.planning.chips import Chip
 from hgdpo_jax.planning.compiled import Compiled, compile_for
+from hgdpo_jax.planning.estimated import estimate
 from hgdpo_jax.planning.program import Program
-from hgdpo_jax.planning.topologies import Chip, Topology
+from hgdpo_jax.planning.topologies import Topology
 from hgdpo_jax.run.errors import UserError
 
 # JAX takes this part of a GPU's memory unless a variable says otherwise; the second is the first's former name.
@@ -22,7 +24,7 @@ class Plan:
     """A program on a topology. Sizes in bytes and operations are those of one device.
 
     Attributes:
-        topology, devices, compiler: that it was compiled for and with.
+        topology, devices, compiler: that it was compiled for and with; without a compiler it was estimated.
         examples: pairs, photographs or images that all devices compute together.
         held, beside: see :class:`hgdpo_jax.planning.program.Program`.
         compiled: see :class:`hgdpo_jax.planning.compiled.Compiled`.
@@ -31,6 +33,7 @@ class Plan:
         seconds: resource → least time that it takes: arithmetic, memory, interconnect.
         peaks: resource → operations or bytes a second, 0 where that is not known.
         source: of the peaks.
+        dtype: of the computation, which may be another than was asked for where the devices lack that.
     """
 
     topology: str
@@ -45,6 +48,12 @@ class Plan:
     seconds: dict[str, float]
     peaks: dict[str, float]
     source: str
+    dtype: str
+
+    @property
+    def estimated(self) -> bool:
+        """Whether its compiler was missing."""
+        return not self.compiler
 
     @property
     def total(self) -> float:
@@ -69,7 +78,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """All of it, and what follows from it."""
         total = None if self.compiled.refused else self.total
-        return asdict(self) | {"total": total, "fits": self.fits, "bound": self.bound}
+        return asdict(self) | {"estimated": self.estimated, "total": total, "fits": self.fits, "bound": self.bound}
 
 
 class Largest(NamedTuple):
@@ -82,18 +91,19 @@ class Largest(NamedTuple):
     plan: Plan | None
 
 
-def plan_program(program: Program, topology: Topology, mesh: Mesh, dtype: str, examples: int, trips: int = 1) -> Plan:
+def plan_program(program: Program, topology: Topology, mesh: Mesh, dtype: str, examples: int) -> Plan:
     """Compiles a program, unless the same one was compiled for the same topology before, and counts what it needs.
+    Where the compiler is not installed, this is estimated.
 
     Args:
-        program: for the mesh.
+        program: for the mesh; to be estimated, that of one of its devices.
         topology: whose devices the mesh has.
         mesh: its `tensor` axis splits products, not convolutions.
         dtype: of the computation.
-        examples: that it computes at a time.
-        trips: of its loops whose number of turns is an argument.
+        examples: that all devices compute at a time.
     """
-    chip, made = topology.chip, compile_for(program.lowered, topology, trips)
+    chip, compiler = topology.chip, topology.compiler
+    made = compile_for(program.lowered, topology, program.trips) if compiler else estimate(program, chip, mesh)
     convolutions, products = program.operations
     count = convolutions / (mesh.shape["data"] * mesh.shape["fsdp"]) + products / mesh.size
     sent = sum(each["sent"] for each in (made.collectives or {}).values())
@@ -112,6 +122,7 @@ def plan_program(program: Program, topology: Topology, mesh: Mesh, dtype: str, e
         seconds={resource: needs[resource] / peak if peak else 0.0 for resource, peak in peaks.items()},
         peaks=peaks,
         source=chip.source,
+        dtype=dtype,
     )
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,11 @@ from hgdpo_jax.diffusion.source import Source, open_source, without_weights
 from hgdpo_jax.faces.concepts import encoder_of
 from hgdpo_jax.models import attend, ip_adapter
 from hgdpo_jax.models.architectures import SD15, SDXL
+from hgdpo_jax.models.clip import CLIPModel
 from hgdpo_jax.models.convert import abstract
+from hgdpo_jax.models.int8 import quantise
+from hgdpo_jax.models.model_config import read_config
+from hgdpo_jax.run.settings import named
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.inputs import loss_of
@@ -34,22 +39,48 @@ from hgdpo_jax.training.policy import add_fresh_lora, configure_unet, parameter_
 
 # The image encoder of the published adapters.
 _VIT_H = {"hidden_size": 1280, "image_size": 224, "patch_size": 14, "projection_dim": 1024}
+_PICKSCORE = {
+    "projection_dim": 1024,
+    "text_config": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16
+    },
+    "vision_config": {
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+        "image_size": 224, "patch_size": 14,
+    },
+}  # fmt: skip
 
 
-class Program(NamedTuple):
-    """A program that is ready to be compiled.
+@dataclass(frozen=True)
+class Program:
+    """A program of described devices.
 
     Attributes:
-        lowered: each of its arguments has its place.
-        operations: floating-point operations of all devices together, (convolutions, products).
+        trace: traces it; each of its arguments has its place.
         held: name → bytes that lie on a device throughout.
         beside: bytes of `held` that are no arguments of the program.
+        trips: of its loops whose number of turns is an argument.
+        gradients: bytes of what a device adds up with the others that compute other pairs.
+        copies: 1; where it is the program of one device, how many devices run it, each with pairs of its own.
     """
 
-    lowered: jax.stages.Lowered
-    operations: tuple[float, float]
+    trace: Callable[[], jax.stages.Traced]
     held: dict[str, int]
     beside: int
+    trips: int = 1
+    gradients: int = 0
+    copies: int = 1
+
+    @property
+    def lowered(self) -> jax.stages.Lowered:
+        """Ready to be compiled."""
+        return self.trace().lower()
+
+    @property
+    def operations(self) -> tuple[float, float]:
+        """Floating-point operations of all devices together: (convolutions, products)."""
+        convolutions, products = counted(self.trace, trips=self.trips)
+        return self.copies * convolutions, self.copies * products
 
 
 def open_architecture(config: ConfigDict, variant: str) -> Source:
@@ -99,6 +130,8 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
     """
     settings, pipeline = config.train, pipeline_of(config, source, mesh)
     require_divisible(settings.batch // settings.accumulate, mesh, "train.batch / train.accumulate")
+    if settings.quantize == "int8":
+        quantise(pipeline.networks.values())
     denoiser, policy, frozen = steps.split_params(pipeline, settings.params)
     tx = make_optimizer(settings)
     state = _placed(jax.eval_shape(lambda p: steps.init_state(p, tx, settings.ema), policy), mesh)
@@ -119,7 +152,7 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
 
     arguments = (state, reference, frozen, batch, numbers_of(config, 0))
 
-    def trace(*arguments: Any) -> jax.stages.Traced:
+    def trace() -> jax.stages.Traced:
         return steps.make_step(loss, tx, settings.accumulate, placed).trace(*arguments)  # type: ignore[attr-defined]  # of jax.jit
 
     # The pipeline keeps the policy that it was loaded with; where it is the reference, that is all of it.
@@ -133,7 +166,7 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
     }
     if settings.reference_cache and settings.blocks != "up":  # whose reference is looked at between steps only
         beside["reference"] = held["reference"]
-    return Program(trace(*arguments).lower(), counted(trace, *arguments), held | beside, sum(beside.values()))
+    return Program(trace, held | beside, sum(beside.values()), gradients=size(policy))
 
 
 def drawing(config: ConfigDict, source: Source, mesh: Mesh) -> tuple[Program, Program]:
@@ -147,11 +180,29 @@ def drawing(config: ConfigDict, source: Source, mesh: Mesh) -> tuple[Program, Pr
     held = {name: size(_placed(nnx.state(network), mesh)) for name, network in pipeline.networks.items()}
     networks = sum(held.values())
     held["VAE"] = size(_placed(nnx.state(pipeline.vae), mesh))
-    draw, decode = (
-        Program(trace(part).lower(), counted(trace, part, trips=pairs.steps), held, beside)
-        for part, beside in enumerate((held["VAE"], networks))
-    )
-    return draw, decode
+    held["scorer"] = _scorer_size(config)
+    draw = Program(partial(trace, 0), held, held["VAE"] + held["scorer"], pairs.steps)
+    return draw, Program(partial(trace, 1), held, networks + held["scorer"])
+
+
+def _scorer_size(config: ConfigDict) -> int:
+    """Bytes of the network that chooses the pairs, of which every device has a copy; without a folder PickScore's."""
+    if config.pairs.loser in ("none", "given"):
+        return 0
+    folder = config.pairs.scorer
+    with named("pairs.scorer", folder):
+        scorer = abstract(CLIPModel, read_config(Path(folder)) if folder else _PICKSCORE)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(scorer)))
+
+
+def of_one_device(whole: Program, part: Program, mesh: Mesh) -> Program:
+    """`whole`, traced as `part`, which one device of the mesh runs: what is exchanged on the way is left out."""
+    return replace(whole, trace=part.trace, copies=ways(mesh))
+
+
+def ways(mesh: Mesh) -> int:
+    """Parts of a batch that are on different devices."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def counted(trace: Callable[..., jax.stages.Traced], *arguments: Any, trips: int = 1) -> tuple[float, float]:

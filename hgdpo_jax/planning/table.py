@@ -1,16 +1,21 @@
 """Plans as people read them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax.planning.figures import Largest, Plan
+from hgdpo_jax.planning.topologies import extra_of
 
 _GIB = 2**30
+_ESTIMATED = (
+    "estimated, for the compiler is not installed (pip install -e '.[{extra}]'): beside compilers a LoRA step's memory "
+    "in all was 11 % too low to 19 % too high, its time 2 % too low to 5 % too high, on a T4 35 % too high; full "
+    "fine-tuning's memory nearly twice too high; drawing took up to 1.3 GiB more (docs/plan.md)"
+)
 
 
 def hours(plan: Plan, share: float, config: ConfigDict) -> float:
@@ -21,6 +26,9 @@ def hours(plan: Plan, share: float, config: ConfigDict) -> float:
 def images_per_second(drawing: tuple[Plan, Plan], share: float) -> float:
     """Images drawn and decoded a second, where a share of the roofline is reached."""
     return 1 / sum(1 / plan.rate(share) for plan in drawing)
+
+
+Rows = list[tuple[str, list[str]]]  # name, and a cell for each topology
 
 
 def describe(
@@ -40,60 +48,99 @@ def describe(
         drawings: (drawing, decoding) on each topology, if they were planned.
         share: of the roofline that is reached.
     """
-    train = config.train
-    unit = "pairs" if config.objective == "dpo" else "photographs"
-    sizes = configuration.resolutions(config)
+    rows = [*_memory(plans), *_resources(plans), *_speed(plans, share, config), *_batches(found)]
+    if drawings:
+        rows += _drawn(drawings, share, config.pairs.steps)
+    programs = [*plans, *(plan for drawing in drawings for plan in drawing)]
+    return "\n".join([_title(config, base), *_aligned(rows), *_limits(plans), *_remarks(programs, config.model.dtype)])
+
+
+def _unit(config: ConfigDict) -> str:
+    return "pairs" if config.objective == "dpo" else "photographs"
+
+
+def _title(config: ConfigDict, base: str) -> str:
+    train, sizes = config.train, configuration.resolutions(config)
     largest = max(sizes, key=lambda name: math.prod(sizes[name]))  # which the step was compiled for
-    about = f"{config.stage}: {base}, {train.batch} {unit} a step of {largest}, "
-    about += f"{config.model.dtype}, trains {train.params}, checkpointing {train.checkpointing}; of each device:"
-    rows: list[tuple[str, list[str]]] = [
-        ("", [f"{plan.devices} x {plan.topology.partition(':')[0]}" for plan in plans])
+    about = f"{config.stage}: {base}, {train.batch} {_unit(config)} a step of {largest} (height x width), "
+    return about + f"trains {train.params}, checkpointing {train.checkpointing}; of each device:"
+
+
+def _row(name: str, plans: Sequence[Plan], cell: Callable[[Plan], str]) -> tuple[str, list[str]]:
+    return name, [cell(plan) for plan in plans]
+
+
+def _memory(plans: Sequence[Plan]) -> Rows:
+    return [
+        _row("", plans, lambda plan: f"{plan.devices} x {plan.topology.partition(':')[0]}"),
+        _row("model.dtype", plans, lambda plan: plan.dtype),
+        *(_row(name, plans, lambda plan, name=name: _bytes(plan.held[name])) for name in plans[0].held),  # type: ignore[misc]
+        _row("temporaries", plans, lambda plan: plan.compiled.refused and "–" or _bytes(plan.compiled.temporaries)),
+        _row("in all", plans, lambda plan: plan.compiled.refused and "–" or _bytes(plan.total)),
+        _row("may fill", plans, lambda plan: _bytes(plan.memory)),
+        _row("fits", plans, lambda plan: "yes" if plan.fits else "NO"),
     ]
 
-    def row(name: str, cell: Any) -> None:
-        rows.append((name, [cell(plan) for plan in plans]))
 
-    for name in plans[0].held:
-        row(name, lambda plan, name=name: _bytes(plan.held[name]))
-    row("temporaries", lambda plan: plan.compiled.refused and "–" or _bytes(plan.compiled.temporaries))
-    row("in all", lambda plan: plan.compiled.refused and "–" or _bytes(plan.total))
-    row("may fill", lambda plan: _bytes(plan.memory))
-    row("fits", lambda plan: "yes" if plan.fits else "NO")
-    row("operations", lambda plan: _short(plan.operations, "FLOP"))
-    row("memory traffic", lambda plan: _short(plan.compiled.traffic, "B"))
-    for kind in sorted({kind for plan in plans for kind in plan.compiled.collectives or {}}):
-        row(kind, partial(_exchanged, kind))
-    for resource in plans[0].seconds:
-        row(f"{resource} takes", lambda plan, resource=resource: _milliseconds(plan.seconds[resource]))
-    row("bound by", lambda plan: plan.bound)
-    row(f"{unit} a second at {share:.0%}", lambda plan: _number(plan.rate(share)))
-    row(f"hours for {train.steps:,} steps", lambda plan: _number(hours(plan, share, config)))
-    row("compiled in", lambda plan: f"{plan.compiled.seconds:,.0f} s")
-    for position in range(len(found[0])):
-        name = f"largest batch, {found[0][position].checkpointing}"
-        rows.append((name, [_largest(each[position]) for each in found]))
-    for part, name in enumerate(("drawing", "decoding")) if drawings else ():
-        some = [drawing[part] for drawing in drawings]
-        count = f" in {config.pairs.steps} steps" if name == "drawing" else ""
-        rows.append((f"{name}{count}", [_occupied(plan) for plan in some]))
-        rows.append(("takes", [f"{_milliseconds(plan.seconds[plan.bound])} ({plan.bound})" for plan in some]))
-    if drawings:
-        rows.append(
-            (f"images a second at {share:.0%}", [_number(images_per_second(drawing, share)) for drawing in drawings])
-        )
-    lines = [about, *_aligned(rows)]
-    limits: dict[str, list[str]] = {}
+def _resources(plans: Sequence[Plan]) -> Rows:
+    kinds = sorted({kind for plan in plans for kind in plan.compiled.collectives or {}})
+    return [
+        _row("operations", plans, lambda plan: _short(plan.operations, "FLOP")),
+        _row("memory traffic", plans, lambda plan: _short(plan.compiled.traffic, "B")),
+        *(_row(kind, plans, partial(_exchanged, kind)) for kind in kinds),
+        *(_row(f"{resource} takes", plans, partial(_takes, resource)) for resource in plans[0].seconds),
+        _row("bound by", plans, lambda plan: plan.bound),
+    ]
+
+
+def _speed(plans: Sequence[Plan], share: float, config: ConfigDict) -> Rows:
+    return [
+        _row(f"{_unit(config)} a second at {share:.0%}", plans, lambda plan: _number(plan.rate(share))),
+        _row(f"hours for {config.train.steps:,} steps", plans, lambda plan: _number(hours(plan, share, config))),
+        _row("compiled in", plans, lambda plan: "estimated" if plan.estimated else f"{plan.compiled.seconds:,.0f} s"),
+    ]
+
+
+def _batches(found: Sequence[Sequence[Largest]]) -> Rows:
+    """A row for each way of checkpointing."""
+    ways = zip(*found, strict=True)
+    return [(f"largest batch, {each[0].checkpointing}", [_largest(one) for one in each]) for each in ways]
+
+
+def _drawn(drawings: Sequence[tuple[Plan, Plan]], share: float, steps: int) -> Rows:
+    rows = []
+    for name, plans in zip((f"drawing in {steps} steps", "decoding"), zip(*drawings, strict=True), strict=True):
+        rows.append(_row(name, plans, _occupied))
+        rows.append(_row("takes", plans, lambda plan: f"{_takes(plan.bound, plan)} ({plan.bound})"))
+    return [*rows, (f"images a second at {share:.0%}", [_number(images_per_second(each, share)) for each in drawings])]
+
+
+def _limits(plans: Sequence[Plan]) -> list[str]:
+    """What bounds the topologies, once for those that have the same limits."""
+    units, limits = {"arithmetic": "FLOP"}, dict[str, list[str]]()
     for plan in plans:
-        limits.setdefault(_limits(plan), []).append(plan.topology)
-    lines += [f"{', '.join(names)}: {limit}" for limit, names in limits.items()]
-    for plan in [*plans, *(plan for drawing in drawings for plan in drawing)]:
+        speeds = (f"{name} {_short(peak, units.get(name, 'B'))}/s" for name, peak in plan.peaks.items() if peak)
+        limits.setdefault(f"{', '.join(speeds)} ({plan.source})", []).append(plan.topology)
+    return [f"{', '.join(names)}: {limit}" for limit, names in limits.items()]
+
+
+def _remarks(plans: Sequence[Plan], dtype: str) -> list[str]:
+    """What a reader has to know of single plans, each once."""
+    missing: dict[str, dict[str, None]] = {}  # extra that has the compiler → its topologies
+    for plan in plans:
+        if plan.estimated:
+            missing.setdefault(extra_of(plan.topology), {})[plan.topology] = None
+    lines = [f"{', '.join(names)}: {_ESTIMATED.format(extra=extra)}" for extra, names in missing.items()]
+    for plan in plans:
+        if dtype == "bfloat16" and plan.dtype == "float16":
+            lines.append(f"{plan.topology}: has no bfloat16; planned, and to be trained, with model.dtype=float16")
         if plan.compiled.refused:
             lines.append(f"{plan.topology}: the compiler says {plan.compiled.refused}")
         if plan.compiled.loops:
             lines.append(
                 f"{plan.topology}: {plan.compiled.loops} loops count once, for their length is not written down"
             )
-    return "\n".join(lines)
+    return list(dict.fromkeys(lines))
 
 
 def _aligned(rows: Sequence[tuple[str, list[str]]]) -> list[str]:
@@ -105,15 +152,14 @@ def _aligned(rows: Sequence[tuple[str, list[str]]]) -> list[str]:
     ]
 
 
-def _limits(plan: Plan) -> str:
-    units = {"arithmetic": "FLOP"}
-    speeds = (f"{name} {_short(peak, units.get(name, 'B'))}/s" for name, peak in plan.peaks.items() if peak)
-    return f"{', '.join(speeds)} ({plan.source})"
-
-
 def _exchanged(kind: str, plan: Plan) -> str:
     found = (plan.compiled.collectives or {}).get(kind)
     return f"{found['count']} of {_short(found['bytes'], 'B')}" if found else "–"
+
+
+def _takes(resource: str, plan: Plan) -> str:
+    seconds = plan.seconds[resource]
+    return f"{_number(1e3 * seconds)} ms" if seconds else "–"
 
 
 def _largest(found: Largest) -> str:
@@ -136,7 +182,3 @@ def _short(count: float, unit: str) -> str:
 
 def _number(value: float) -> str:
     return "below 0.01" if value < 0.01 else f"{value:.3g}" if value < 100 else f"{value:,.0f}"
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{_number(1e3 * seconds)} ms" if seconds else "–"

@@ -28,6 +28,7 @@ class Contents(NamedTuple):
     Attributes:
         pipeline: with float32 parameters of all stages in `configs`.
         stage: whose policy the models get.
+        step: of that policy.
         configs, policies: of each stage that is written, `stage` last.
         formats: some of diffusers, peft, kohya, ldm.
         merge: how the stage's LoRA is merged into the models: as the `recipe` draws with it, or `whole`; None where
@@ -36,6 +37,7 @@ class Contents(NamedTuple):
 
     pipeline: Pipeline
     stage: str
+    step: int
     configs: Mapping[str, ConfigDict]
     policies: Mapping[str, Any]
     formats: Sequence[str]
@@ -49,7 +51,7 @@ class Contents(NamedTuple):
     @property
     def blocks(self) -> str:
         """The UNet's blocks in which the stage's LoRA draws; see :func:`hgdpo_jax.diffusion.recipe.as_drawn`."""
-        return blocks_of(self.stage, self.config.recipe.blocks) if self.config.train.params == "lora" else "all"
+        return blocks_of(self.config, self.config.recipe.blocks) if self.config.train.params == "lora" else "all"
 
     @property
     def weight(self) -> float:

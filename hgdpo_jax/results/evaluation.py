@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax.curriculum.winners import require_finite_scores
 from hgdpo_jax.data.photographs import Photograph, list_examples
 from hgdpo_jax.data.pixels import load_images
+from hgdpo_jax.data.resolutions import settled
 from hgdpo_jax.devices.mesh import local_mesh
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.pipeline import Pipeline
@@ -23,8 +23,8 @@ from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.faces.embedding import FaceEmbedder
 from hgdpo_jax.models.convert import folder_hash
 from hgdpo_jax.pictures.write import to_uint8
-from hgdpo_jax.results import portrait, report
-from hgdpo_jax.results.measured import BEST, DIFFERENCES, drawing_of, groups, measured, single
+from hgdpo_jax.results import facts, portrait, report
+from hgdpo_jax.results.measured import BEST, differing, drawing_of, groups, measured, single
 from hgdpo_jax.results.report import ConceptPerson, Pictures, Report
 from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.errors import UserError
@@ -32,6 +32,7 @@ from hgdpo_jax.run.files import atomic_path, json_hash, retried, write_json
 from hgdpo_jax.run.folder import stage_config
 from hgdpo_jax.run.index import Index, first_process_first, index_of_run
 from hgdpo_jax.run.locks import lock_for_all
+from hgdpo_jax.run.progress import Progress
 from hgdpo_jax.run.settings import get_setting, named
 from hgdpo_jax.scoring import personalised
 from hgdpo_jax.scoring.comparison import Seen, compare, differences, to_json
@@ -65,9 +66,10 @@ def _evaluate(config: ConfigDict, workdir: Path, step: str | None) -> dict[str, 
     if not config.pairs.scorer and config.pairs.loser != "given":
         raise UserError("config key pairs.scorer: is empty; set it to the folder of a CLIPModel such as PickScore v1")
     stage_config(workdir, config.stage)  # raises where it was not trained
+    config = settled(config, workdir)
     settings, index = config.evaluate, index_of_run(workdir)
     models = measured(config, workdir)
-    configs = {stage: stage_config(workdir, stage) for model in models.values() for stage in model.stages}
+    configs = {stage: stage_config(workdir, stage) for stages in models.values() for stage in stages}
     base = pipelines.base_hash(config.model.base, config.model.vae, config.model.lora, index)
     for stage in configs:
         require_base(workdir, stage, base)
@@ -75,7 +77,7 @@ def _evaluate(config: ConfigDict, workdir: Path, step: str | None) -> dict[str, 
     inputs, drawn = _inputs(config, base, held, index), {}
     judges = Judges(config.pairs.scorer, settings.scorer, settings.other_scorer, local_mesh())
     index.save()
-    best = BEST if BEST in models else [name for name, model in models.items() if model.recipe][-1]
+    best = BEST if BEST in models else [*models][-1]
     shown = None
     for group in groups(models, configs):
         drawing = drawing_of(config, workdir, group, configs, step)
@@ -87,9 +89,10 @@ def _evaluate(config: ConfigDict, workdir: Path, step: str | None) -> dict[str, 
             drawn[name] = evaluator.draw(name, workdir / "evaluation" / f"{name}.npz", mark)
     drawn = {name: drawn[name] for name in models}
     compared = compare({name: model.seen for name, model in drawn.items()}, evaluator.measure_photographs())
+    between = differences(compared, differing(config))
     results = {
         "models": {name: to_json(measures) for name, measures in compared.items()},
-        "differences": {name: to_json(found) for name, found in differences(compared, DIFFERENCES).items()},
+        "differences": {name: to_json(found) for name, found in between.items()},
         "people": len(held),
         "images_per_model": len(held) * settings.images_per_prompt,
         "seed": config.seed,
@@ -104,19 +107,22 @@ def _evaluate(config: ConfigDict, workdir: Path, step: str | None) -> dict[str, 
         people = PersonalisedDrawing(shown.sampler, shown.encoder, identity, held, size, prompts).draw(chosen)
         results["personalised"] = personalised.measures(people)
     singles = single(models)
-    learnt = {name: stage for name in singles for stage in models[name].stages if configs[stage].objective == "dpo"}
+    learnt = {name: stage for name in singles for stage in models[name] if configs[stage].objective == "dpo"}
     stages = {name: report.read_stage(workdir, stage, evaluator.sampler) for name, stage in learnt.items()}
     if processes.is_first():
         write_json(workdir / "results.json", results)
         first, images = load_images(held[: report.COLUMNS], evaluator.size)
         kept = {name: model.pictures for name, model in drawn.items()}
         found = Report(
+            head=facts.head(config, base, len(held), len(first), configs, step),
+            lines=facts.model_lines(models, configs),
             models=compared,
+            differences=between,
             pictures={name: kept[name][: report.COLUMNS].astype(np.float32) / 127.5 - 1.0 for name in kept},
             captions=[photograph.caption for photograph in first],
             photographs=images,
             stages=stages,
-            compared=("base", singles[-1]),
+            compared=("base", facts.first_beside_base(singles, config.stage if config.train.pairs else "")),
             people=_persons(people, first, images, settings.concept_prompts),
             measured=personalised.lines(results.get("personalised", {})),
         )
@@ -139,7 +145,7 @@ def _heldout(config: ConfigDict, index: Index) -> list[Photograph]:
     (listed,) = list_examples(config, "heldout", index=index)
     plain = [p for p in listed if not p.mirrored]
     begins = range(0, len(plain), _READ)
-    bar = tqdm(begins, desc="photographs", unit="batch", leave=False, disable=len(begins) < 2)
+    bar = Progress(begins, desc="photographs", unit="batch", leave=False, disable=len(begins) < 2)
     held = [p for begin in bar for p in load_images(plain[begin : begin + _READ], size)[0]]
     if len(held) < 2:
         raise UserError(f"photographs {config.data.photographs}: of those held out {len(held)} can be read; evaluation "
@@ -181,6 +187,7 @@ def drawn_before(path: Path, mark: str) -> ModelPictures | None:
     """
     try:
         found = retried(lambda: dict(np.load(path)), path)
+        found.pop("captions", None)  # which a study shows
         return ModelPictures(found, found.pop("pictures")) if str(found.pop("mark")) == mark else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
@@ -244,7 +251,8 @@ class Evaluator:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
                 pictures = to_uint8(self.sampler.decode(first, "decode"))
-                np.savez(temporary, **found, pictures=pictures, mark=np.array(mark))
+                captions = np.array([person.caption for person in self.held[:KEPT]])
+                np.savez(temporary, **found, pictures=pictures, captions=captions, mark=np.array(mark))
         processes.barrier()
 
     def _generate(self, people: Sequence[Photograph], k: int, note: str) -> tuple[np.ndarray, np.ndarray]:

@@ -51,7 +51,7 @@ from hgdpo_jax.run.folder import (
 )
 from hgdpo_jax.run.locks import lock
 from hgdpo_jax.training.checkpoints import tree_hash
-from hgdpo_jax.training.finished import PAIRS, find_base, finished_policy, made_from
+from hgdpo_jax.training.finished import PAIRS, find_base, finished_policy, finished_step, made_from
 from hgdpo_jax.training.policy import load_trainable, policy_of, set_policy
 
 FORMATS = ("diffusers", "peft", "kohya", "ldm")
@@ -105,7 +105,7 @@ def export(
         name: finished_policy(workdir, name, policy_of(pipeline, c), c, step if name == stage else None)
         for name, c in configs.items()
     }
-    contents = Contents(pipeline, stage, configs, policies, formats, merge)
+    contents = Contents(pipeline, stage, finished_step(workdir, stage, step), configs, policies, formats, merge)
     about = _about(contents, content, made_from(workdir, stage)[PAIRS])
     if not processes.is_first():  # which has read what process 0 now writes: reading is in step
         return

@@ -15,14 +15,13 @@ from flax import nnx
 from jaxtyping import Float
 from ml_collections import ConfigDict
 from PIL import Image
-from tqdm import tqdm
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax.devices.mesh import local_mesh
 from hgdpo_jax.devices.random import stream_key
 from hgdpo_jax.devices.sharding import parameter_placer
 from hgdpo_jax.devices.transfer import one_ahead
-from hgdpo_jax.devices.xla import use_precision
+from hgdpo_jax.devices.xla import dtype_on, use_precision
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.sampler import Sampler
@@ -42,6 +41,7 @@ from hgdpo_jax.run.folder import (
     stage_folder,
     was_started,
 )
+from hgdpo_jax.run.progress import Progress
 from hgdpo_jax.training.checkpoints import tree_hash
 from hgdpo_jax.training.finished import find_base, finished_policy, with_trained_adapter
 from hgdpo_jax.training.policy import load_trainable, policy_of
@@ -107,7 +107,7 @@ def from_run(
         like = policy_of(pipeline, own)
         policy = finished_policy(workdir, name, like, own, step if name == stage else None)
         if own.train.params == "lora":
-            blocks, normal = blocks or blocks_of(name, own.recipe.blocks), None
+            blocks, normal = blocks or blocks_of(own, own.recipe.blocks), None
             if blocks == "up+normal":
                 normal = finished_policy(workdir, CURRICULUM["normal"], like, own)
             policy = recipe.as_drawn(policy, blocks, weight, normal)
@@ -121,8 +121,8 @@ def from_run(
 
 
 def from_checkpoint(model: str) -> Generator:
-    """A checkpoint as it is, in bfloat16 on accelerators; see :func:`hgdpo_jax.diffusion.source.open_source`."""
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    """A checkpoint as it is, in the dtype of these devices; see :func:`hgdpo_jax.diffusion.source.open_source`."""
+    dtype = dtype_on(jax.default_backend())
     use_precision(dtype)
     pipeline = pipelines.load_pipeline(model, dtype, param_dtype=dtype, place=parameter_placer(local_mesh()))
     size = pipeline.unet.config.get("sample_size") or 64  # a number, or height and width
@@ -253,8 +253,7 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
         for image, (i, seed, path) in zip(to_uint8(images), part, strict=True):
             write_png(path, image, {**settings, "prompt": prompts[i], "seed": seed})
 
-    silent = not processes.is_first()
-    with ThreadPoolExecutor(1) as writer, tqdm(total=len(mine), desc="images", unit="image", disable=silent) as bar:
+    with ThreadPoolExecutor(1) as writer, Progress(total=len(mine), desc="images", unit="image") as bar:
         written = writer.submit(lambda: None)
         for part, latents, drawn in one_ahead(begun, parts):
             images, names = np.asarray(drawn), [f"prompt {prompts[i]!r}, seed {seed}" for i, seed, _ in part]

@@ -87,10 +87,11 @@ def _facts(contents: Contents, about: Mapping[str, Any]) -> list[str]:
         f", with the LoRA `{model.lora}` merged" if model.lora else ""
     )
     each = "preference pairs" if config.objective == "dpo" else "photographs"
+    steps = f"{contents.step}" + (f" of {train.steps}" if contents.step < train.steps else "")
     return [
         f"- Base model: `{model.base}`{more}; sha256 of its content `{about['base']}`",
         f"- Licence of the base model: {known}",
-        f"- Stage: `{contents.stage}`, {train.steps} steps of {train.batch} {each}, learning rate {train.lr:g}",
+        f"- Stage: `{contents.stage}`, {steps} steps of {train.batch} {each}, learning rate {train.lr:g}",
         f"- Trained: {_trained(contents, contents.stage)}",
         f"- Resolution: {', '.join(config.data.resolutions)}, height x width in pixels",
         f"- Config: sha256 `{configuration.config_hash(config)}`",

@@ -5,26 +5,21 @@ report.html beside this module is the page's template; here are its contents.
 
 import base64
 import html
-import io
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from hgdpo_jax.data.pairs import open_stage
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.pictures.write import jpeg, png, to_uint8
+from hgdpo_jax.results import curves, tables
+from hgdpo_jax.results.facts import PHOTOGRAPH
 from hgdpo_jax.run.folder import stage_config
-from hgdpo_jax.scoring.bootstrap import Measure
-from hgdpo_jax.scoring.comparison import METRICS, Measures
+from hgdpo_jax.scoring.comparison import MEANINGS, Measures
 from hgdpo_jax.training import metrics
 
 COLUMNS = 10
@@ -33,23 +28,31 @@ PEOPLE = 3
 TEMPLATE = Path(__file__).with_name("report.html")
 _SMALL = 256  # pixels a side, up to which a picture is shown pixel by pixel
 _THUMBNAIL = 128  # px on the screen, about
-# A row of curves → the key of what it shows, and of what that is divided by.
-_CURVES = {
-    "DPO loss": ("loss/dpo", None),
-    "margin z": ("dpo/margin", None),
-    "implicit accuracy": ("dpo/accuracy", None),
-    "winner's error / reference's": ("error/winner", "error/winner_reference"),
-}
-_CURVES_TEXT = (
-    "Training pairs (line) and held-out pairs at fixed noise and timesteps (points). The dashed line marks the lowest "
-    "loss of the held-out pairs: from there on the two part, and the policy learns what holds for its training pairs "
-    "only. At the last step, they have not parted yet. A policy whose winner's error is above the reference's (1) "
-    "unlearns the winners."
+_CHANGE_TEXT = (
+    "↑ more is better, ↓ less is better. In brackets and as a bar around 0: 95&nbsp;% intervals, from these people "
+    "alone. An interval that holds 0 is within chance; another seed of the training can move a measure by more."
 )
-# Black follows the page, which may be dark; nothing else in a figure is black.
-_CURVES_STYLE = (
-    "<style>svg { color: #1c1c20 } @media (prefers-color-scheme: dark) { svg { color: #e6e6ea } } "
-    "text { fill: currentColor }</style>"
+_MODELS_TEXT = (
+    "In brackets: 95&nbsp;% intervals. The best of each column with an arrow is marked. Click a heading to sort."
+)
+_DIFFERENCES_TEXT = (
+    "Both models drew the same captions from the same seeds, so these intervals are narrower than theirs suggest."
+)
+_PICTURES_TEXT = (
+    "A column has one prompt and one seed. Click to enlarge; arrow keys go on to the next picture or model."
+)
+_CURVES_TEXT = (
+    "Line: training pairs. Points: held-out pairs, at noise and timesteps that stay the same. The dashed line marks "
+    "their lowest loss; after it the stage learns what holds for its training pairs only."
+)
+_PEOPLE_TEXT = (
+    "A photograph, and the same person drawn with an adapter. Identity distance: from a drawing's face to that of its "
+    "own person, the mean over people ± its standard error. Nearer: by how much that is less than to another person; "
+    "0 is no likeness. Change: how much farther than with base."
+)
+_PAIRS_TEXT = (
+    "Held-out pairs, of which no stage has learnt. The winner is what a stage learns to prefer to the loser; above "
+    "each pair are the scores that the scorer gave to winner and loser."
 )
 Pictures = Float[np.ndarray, "n H W 3"]
 
@@ -76,15 +79,21 @@ class Report(NamedTuple):
     """The contents of a report.
 
     Attributes:
+        head: title → fact about the evaluation.
+        lines: model → what it is; PHOTOGRAPH → what they are.
         models: model → metric → measure.
+        differences: `a - b` → metric → measure.
         pictures: model → images in [-1, 1] of the same prompts and seeds; `captions` are theirs, `photographs` the
             originals.
         stages: stages in order, under the names of their models.
-        compared: the two rows of pictures that the slider begins with.
+        compared: the two rows of pictures that the report begins with.
         people: drawings of some people by models with an adapter; `measured` says how alike they are, in words.
     """
 
+    head: Mapping[str, str]
+    lines: Mapping[str, str]
     models: Mapping[str, Measures]
+    differences: Mapping[str, Measures]
     pictures: Mapping[str, Pictures]
     captions: Sequence[str]
     photographs: Pictures
@@ -108,65 +117,52 @@ def read_stage(workdir: Path, name: str, sampler: Sampler) -> Stage:
     )
 
 
-def measured_titles(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Metric → title, of the metrics that were measured of some models, all alike."""
-    measured = next(iter(models.values()))
-    return {name: title for name, title in METRICS.items() if name in measured}
-
-
 def _data(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _number(value: float, digits: int = 3) -> str:
-    return f"{value:.{digits}f}".replace("-", "−")
 
 
 def _section(identifier: str, title: str, *parts: str) -> str:
     return f'<section id="{identifier}"><h2>{title}</h2>{"".join(parts)}</section>'
 
 
-def _heading(title: str) -> str:
-    unbroken = re.sub(" ([↑↓])", r"&nbsp;\1", html.escape(title))
-    return f'<th scope="col" aria-sort="none"><button type="button">{unbroken}</button></th>'
+def _words(words: Mapping[str, str]) -> str:
+    """Words, and what they mean or are."""
+    each = "".join(
+        f"<div><dt>{html.escape(word)}</dt> <dd>{html.escape(said)}</dd></div>" for word, said in words.items()
+    )
+    return f'<dl class="words">{each}</dl>'
 
 
-def _cell(measure: Measure, best: bool) -> str:
-    mark, interval = ' class="best"' if best else "", ", ".join(map(_number, measure.interval))
-    return f'<td data-value="{measure.value}"{mark}>{_number(measure.value)}<small>[{interval}]</small></td>'
+def _preferred(left: str, right: str, models: Mapping[str, Measures]) -> str:
+    """What the judges say of two models, of which the first is base, in a sentence; empty without judges."""
+    shares: list[str] = []
+    for key, judge in (("second_win_rate", "the judge"), ("third_win_rate", "the second judge")):
+        if left == "base" and key in models.get(right, {}):
+            share, (low, high) = models[right][key].value, models[right][key].interval
+            verb = "" if shares else f"prefers {html.escape(right)}'s "
+            shares.append(f"{judge} {verb}in <b>{100 * share:.0f}&nbsp;%</b> ({100 * low:.0f} to {100 * high:.0f})")
+    both = f"Of a drawing by base and one by {html.escape(right)}, from the same caption and seed"
+    return f"<p>{both}, {', '.join(shares)}.</p>" if shares else ""
 
 
-def _table(models: Mapping[str, Measures]) -> str:
-    """A row for each model. The arrow in a title says what is best: ↑ the largest value, ↓ the smallest."""
-    titles, best = measured_titles(models), {}
-    for key, title in titles.items():
-        finite = [row[key].value for row in models.values() if math.isfinite(row[key].value)]
-        if finite and ("↑" in title or "↓" in title):
-            best[key] = max(finite) if "↑" in title else min(finite)
-    rows = [
-        f'<tr><th scope="row" data-value="{number}">{html.escape(name)}</th>'
-        + "".join(_cell(row[key], row[key].value == best.get(key)) for key in titles)
-        + "</tr>"
-        for number, (name, row) in enumerate(models.items())
-    ]
-    heads = "".join(map(_heading, ("model", *titles.values())))
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+def _is_small(image: Float[np.ndarray, "H W 3"]) -> bool:
+    return max(image.shape[:2]) <= _SMALL
 
 
 def _picture(image: Float[np.ndarray, "H W 3"], label: str) -> str:
     """An image in [-1, 1] that is enlarged by a click; small ones lose nothing."""
     height, width, _ = image.shape
-    small = max(height, width) <= _SMALL
-    source = _data("png", png(to_uint8(image))) if small else _data("jpeg", jpeg(to_uint8(image)))
+    small = _is_small(image)
+    source = _data("png", png(to_uint8(image))) if small else _data("jpeg", jpeg(to_uint8(image), fine=True))
     size = f'width="{width}" height="{height}"{" class=small" if small else ""}'
     return f'<button type="button" class="cell"><img {size} alt="{html.escape(label)}" src="{source}"></button>'
 
 
 def _grid(rows: Mapping[str, Pictures], heads: Sequence[str]) -> str:
     """Labelled rows of pictures of one size under their captions."""
-    height, width = next(iter(rows.values())).shape[1:3]
+    width = next(iter(rows.values())).shape[2]
     least, most = f"{_THUMBNAIL}px", f"{2 * _THUMBNAIL}px"
-    if max(height, width) <= _SMALL:
+    if _is_small(next(iter(rows.values()))[0]):
         least = most = f"{width * max(1, _THUMBNAIL // width)}px"  # a whole number of times
     cells = ['<span class="name"></span>']
     cells += [f'<span class="head" title="{html.escape(head)}">{html.escape(head)}</span>' for head in heads]
@@ -177,85 +173,68 @@ def _grid(rows: Mapping[str, Pictures], heads: Sequence[str]) -> str:
     return f'<div class="scroll"><div class="grid" style="{style}">{"".join(cells)}</div></div>'
 
 
-def _points(log: Sequence[Mapping[str, float]], key: str, divisor: str | None = None) -> list[tuple[float, float]]:
-    """Step and finite value of each line of a log that has `key`; where there is a `divisor`, divided by that."""
-    lines = [line for line in log if {key, divisor or key} <= line.keys()]
-    points = [(line["step"], line[key] / max(line[divisor], 1e-12) if divisor else line[key]) for line in lines]
-    return [(step, value) for step, value in points if math.isfinite(value)]
-
-
-def step_of_lowest_loss(log: Sequence[Mapping[str, float]]) -> float | None:
-    """The first step at which the loss of the held-out pairs is lowest; None where they were not measured."""
-    step, _ = min(_points(log, "heldout/loss/dpo"), key=lambda point: point[1], default=(None, 0.0))
-    return step
+def _options(lines: Mapping[str, str], chosen: str) -> str:
+    return "".join(
+        f'<option value="{number}" title="{html.escape(line)}"{" selected" if name == chosen else ""}>'
+        f"{html.escape(name)}</option>"
+        for number, (name, line) in enumerate(lines.items())
+    )
 
 
 def _curves(name: str, log: Sequence[Mapping[str, float]]) -> str:
-    """The curves of a stage over its steps, as SVG: sharp at any size, and its text remains text."""
-    figure = Figure(figsize=(4.2, 2.1 * len(_CURVES)), layout=ConstrainedLayoutEngine(h_pad=0.08))
-    axes = figure.subplots(len(_CURVES), sharex=True)
-    for axis, (title, (key, divisor)) in zip(axes, _CURVES.items(), strict=True):
-        for prefix, style, label in (("", "-", "training pairs"), ("heldout/", "o", "held-out pairs")):
-            points = _points(log, prefix + key, divisor and prefix + divisor)
-            if points:
-                axis.plot(*zip(*points, strict=True), style, markersize=4, linewidth=1.2, label=label)
-        if divisor:
-            axis.axhline(1.0, color="gray", linewidth=0.8)
-        axis.set_title(title, fontsize=9, loc="left")
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8, labelbottom=True)
-    if axes[0].lines:
-        axes[0].legend(fontsize=8, framealpha=0)
-    if (step := step_of_lowest_loss(log)) is not None:
-        for axis in axes:
-            axis.axvline(step, color="gray", linestyle="--", linewidth=1)
-        bottom, top = axes[0].get_ylim()
-        axes[0].set_ylim(bottom, top + 0.2 * (top - bottom))  # for the label
-        side = "left" if step <= np.mean(axes[0].get_xlim()) else "right"
-        place = {"xycoords": axes[0].get_xaxis_transform(), "xytext": (4 if side == "left" else -4, -2)}
-        axes[0].annotate(f"lowest at {step}", (step, 1), **place, textcoords="offset points", ha=side, va="top",
-                         fontsize=8, color="gray")  # fmt: skip
-    axes[-1].set_xlabel("step", fontsize=8)
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):  # the same bytes from the same log
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    drawn = file.getvalue().replace("#000000", "currentColor").replace("<defs>", f"{_CURVES_STYLE}<defs>", 1)
-    label = html.escape(f"{name}: {', '.join(_CURVES)} over steps")
-    return f'<div><h3>{html.escape(name)}</h3><img alt="{label}" src="{_data("svg+xml", drawn.encode())}"></div>'
-
-
-def _options(names: Sequence[str], chosen: str) -> str:
-    return "".join(
-        f'<option value="{number}"{" selected" if name == chosen else ""}>{html.escape(name)}</option>'
-        for number, name in enumerate(names)
-    )
+    label = html.escape(f"{name}: {', '.join(curves.CURVES)} over steps")
+    source = _data("svg+xml", curves.svg(name, log).encode())
+    return f'<div><h3>{html.escape(name)}</h3><img alt="{label}" src="{source}"></div>'
 
 
 def page(report: Report) -> str:
     """The HTML of a report. A part that a run does not have is left out."""
-    rows = {**report.pictures, "photograph": report.photographs}
-    sections = []
-    if report.stages:
-        curves = "".join(_curves(name, stage.log) for name, stage in report.stages.items())
-        caption = f'<figcaption class="note">{_CURVES_TEXT}</figcaption>'
-        figure = f'<figure><div class="curves">{curves}</div>{caption}</figure>'
-        sections.append(_section("training", "Training", figure))
-    if report.people:
-        note = '<p class="note">A photograph, and the same person drawn with an adapter.</p>'
-        measures = [f"<p>{html.escape(line)}</p>" for line in report.measured]
-        sections.append(_section("people", "People", note, *measures, *map(_person, report.people)))
-    if report.stages:
-        note = '<p class="note">Held-out pairs with the preference scores of winner and loser.</p>'
-        pairs = (_pairs(name, stage) for name, stage in report.stages.items())
-        sections.append(_section("pairs", "Pairs", note, *pairs))
+    rows, (left, right) = {**report.pictures, PHOTOGRAPH: report.photographs}, report.compared
+    lines = {name: report.lines.get(name, "") for name in rows}
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        table=_table(report.models),
-        left=_options(list(rows), report.compared[0]),
-        right=_options(list(rows), report.compared[1]),
-        pictures=_grid(rows, report.captions),
-        sections="\n".join(sections),
+        title=f"{html.escape(right)} against {html.escape(left)}",
+        head=_words(report.head),
+        kind="compare small" if _is_small(report.photographs[0]) else "compare",
+        preferred=_preferred(left, right, report.models),
+        left=_options(lines, left),
+        right=_options(lines, right),
+        sections="\n".join(
+            [
+                *_measures(report),
+                _section("pictures", "Pictures", _note(_PICTURES_TEXT), _grid(rows, report.captions)),
+                *_training(report),
+            ]
+        ),
     )
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{text}</p>'
+
+
+def _measures(report: Report) -> Iterator[str]:
+    left, right = report.compared
+    two = {left, right} <= report.models.keys()
+    if two:
+        yield _section("change", "What changed", _note(_CHANGE_TEXT), tables.of_two(left, right, report.models))
+    words = {title: MEANINGS[key] for key, title in tables.measured_titles(report.models).items()}
+    parts = [_words(report.lines), tables.of_models(report.models), _note(_MODELS_TEXT), "" if two else _words(words)]
+    if report.differences:
+        parts += ["<h3>Differences</h3>", tables.of_differences(report.differences), _note(_DIFFERENCES_TEXT)]
+    yield _section("measures", "All models", *parts)
+
+
+def _training(report: Report) -> Iterator[str]:
+    if report.stages:
+        words = _words({title: curve.meaning for title, curve in curves.CURVES.items()})
+        drawn = "".join(_curves(name, stage.log) for name, stage in report.stages.items())
+        yield _section("training", "Training", words, _note(_CURVES_TEXT), f'<div class="curves">{drawn}</div>')
+    if report.people:
+        measures = [f"<p>{html.escape(line)}</p>" for line in report.measured]
+        yield _section("people", "People", _note(_PEOPLE_TEXT), *measures, *map(_person, report.people))
+    if report.stages:
+        pairs = (_pairs(name, stage) for name, stage in report.stages.items())
+        yield _section("pairs", "Pairs", _note(_PAIRS_TEXT), *pairs)
 
 
 def _person(person: ConceptPerson) -> str:
@@ -266,7 +245,7 @@ def _person(person: ConceptPerson) -> str:
 
 def _pairs(name: str, stage: Stage) -> str:
     heads = [
-        f"{_number(winner, 1)} against {_number(loser, 1)}: {caption}"
+        f"{tables.number(winner, 1)} against {tables.number(loser, 1)}: {caption}"
         for (winner, loser), caption in zip(stage.scores, stage.captions, strict=True)
     ]
     return f"<h3>{html.escape(name)}</h3>{_grid({'winner': stage.winners, 'loser': stage.losers}, heads)}"

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from hgdpo_jax.run import environment, streams
 from hgdpo_jax.run.errors import Stopped, UserError, as_line
-from hgdpo_jax.run.folder import local_folder, require_plain, step_name
+from hgdpo_jax.run.folder import STAGES, local_folder, require_plain, step_name
 from hgdpo_jax.run.remembered import read_settings, remembered
 from hgdpo_jax.run.settings import get_setting, load_config, setting_keys
 
@@ -38,10 +38,22 @@ def run_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_check(parser: argparse._ActionsContainer) -> None:
+    """Adds `--check` to a parser or a group of it."""
+    parser.add_argument("--check", action="store_true", help="says what is read, what it needs and what is wrong, and "
+                        "does nothing; exit code 1 where something is wrong")  # fmt: skip
+
+
 def add_step(parser: argparse._ActionsContainer) -> None:
     """Adds `--step` of a stage to a parser or a group of it."""
     parser.add_argument("--step", type=step_name, help="the stage's checkpoint, though it is not finished: a number, "
                         "latest, or best by held-out loss; as train.hand_on says unless given")  # fmt: skip
+
+
+def add_name(parser: argparse.ArgumentParser) -> None:
+    """Adds `--as`: the same stage once more under another name, beside it and from its pairs."""
+    parser.add_argument("--as", dest="name", metavar="NAME", help="the config's stage once more, from the same pairs, "
+                        "in a folder of this name: with another rate, say")  # fmt: skip
 
 
 def parse(
@@ -52,7 +64,7 @@ def parse(
     three.
 
     Args:
-        parser: of :func:`run_parser`.
+        parser: of :func:`run_parser`, with `--as` if :func:`add_name` added it.
         arguments: those of this process unless given.
 
     Raises:
@@ -61,7 +73,13 @@ def parse(
     known, rest = parser.parse_known_args(arguments)
     require_plain(known.workdir)
     own = read_settings(known.settings) if known.settings else []
-    said = [*remembered(known.workdir), *own, *overrides(rest)]
+    now = [*own, *overrides(rest)]
+    said = [*remembered(known.workdir, now), *now]
+    if getattr(known, "name", None) is not None:
+        if known.name in STAGES:
+            raise UserError(f"--as {known.name}: is the folder of a stage of its own; choose another name")
+        named = load_config(known.config, said)
+        said += [f"stage={known.name}", f"train.pairs={named.train.pairs or named.stage}"]
     known.given = tuple(line.partition("=")[0] for line in said)
     return load_config(known.config, said), known
 
@@ -87,6 +105,7 @@ def run(command: Callable[[], None]) -> None:
     """
     streams.prepare()
     os.environ.pop("MPLBACKEND", None)  # of a notebook, whose backend Matplotlib may not find here; figures need none
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch: tokenizers need none
     several = os.environ.get("HGDPO_DISTRIBUTED") == "1"
     try:
         environment.require_usual()

@@ -55,16 +55,17 @@ def require_plain(workdir: Path) -> None:
                         "under; choose another folder")  # fmt: skip
 
 
-def blocks_of(stage: str, blocks: str) -> str:
+def blocks_of(config: ConfigDict, blocks: str) -> str:
     """The UNet's blocks in which a stage's LoRA draws, `all` or `up`.
 
     Args:
-        stage: its folder.
-        blocks: `recipe.blocks`. As the paper: `up` where photographs won, `all` before.
+        config: of the stage.
+        blocks: `recipe.blocks`. As the paper: `up` for the hard stage and the naive run, and what learnt from their
+            pairs, `all` before.
     """
     if blocks != "paper":
         return blocks
-    return "up" if stage in (CURRICULUM["hard"], NAIVE) else "all"
+    return "up" if (config.train.pairs or config.stage) in (CURRICULUM["hard"], NAIVE) else "all"
 
 
 def stage_folder(name: str) -> str:

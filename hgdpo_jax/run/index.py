@@ -9,12 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import Member, file_hash, retried, write_json
 from hgdpo_jax.run.locks import turn
+from hgdpo_jax.run.progress import Progress
 
 Result = TypeVar("Result")
 _THREADS = 8  # that read files: a server answers several as fast as one
@@ -29,10 +28,11 @@ class Index:
 
     Args:
         path: where it is kept; None keeps it in memory.
+        writes: whether what is learnt is kept there.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path
+    def __init__(self, path: Path | None = None, writes: bool = True) -> None:
+        self._path, self._writes = path, writes
         self._known: dict[str, list[Any]] = {}  # path → [size, modification time in ns, sha256, [height, width]]
         self._learnt: set[str] = set()  # what is not kept yet
         self.read()
@@ -88,7 +88,7 @@ class Index:
                 self.hash(file)
 
         listed = list(dict.fromkeys(files))
-        bar = tqdm(total=len(listed), desc="files", unit="file", leave=False, delay=2)
+        bar = Progress(total=len(listed), desc="files", unit="file", leave=False, delay=2)
         with bar, ThreadPoolExecutor(_THREADS) as threads:
             for begin in range(0, len(listed), _AT_ONCE):
                 for _ in threads.map(one, listed[begin : begin + _AT_ONCE]):
@@ -106,7 +106,7 @@ class Index:
 
     def save(self) -> None:
         """Adds what was learnt to what is kept."""
-        if self._path is None or not self._learnt:
+        if self._path is None or not self._writes or not self._learnt:
             return
         with turn(self._path):
             self.read()
@@ -114,9 +114,9 @@ class Index:
         self._learnt.clear()
 
 
-def index_of_run(workdir: Path) -> Index:
-    """The index of a run."""
-    return Index(workdir / "content.json")
+def index_of_run(workdir: Path, writes: bool = True) -> Index:
+    """The index of a run; `writes` as in :class:`Index`."""
+    return Index(workdir / "content.json", writes)
 
 
 def first_process_first(index: Index, work: Callable[[], Result]) -> Result:

@@ -19,10 +19,10 @@ import numpy as np
 from jax._src import distributed  # the service's messages have no public name
 from jax.experimental import multihost_utils
 from jaxtyping import Int
-from tqdm.auto import tqdm
 
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import PACKAGE, file_hash, json_hash, write_json
+from hgdpo_jax.run.progress import Progress
 
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds: what process 0 does for all may take long
 _VISIBLE = 30  # seconds until every host sees a new file
@@ -136,7 +136,7 @@ def map_over_processes(
     # The last processes may have less to do: they repeat the last item, since all must bring as many rows.
     mine = np.minimum(np.arange(part) + jax.process_index() * part, count - 1)
     begins = range(0, part, few or part)
-    bar = tqdm(begins, desc=name, unit="batch", leave=False, disable=len(begins) < 2 or not is_first())
+    bar = Progress(begins, desc=name, unit="batch", leave=False, disable=len(begins) < 2)
     parts = [work(mine[begin : begin + begins.step]) for begin in bar]
     done = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
     if is_alone():

@@ -14,6 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from hgdpo_jax.config import AUTO
 from hgdpo_jax.run.errors import Stopped, UserError
 from hgdpo_jax.run.files import as_written, write_json
 from hgdpo_jax.run.settings import get_setting
@@ -21,10 +22,10 @@ from hgdpo_jax.run.settings import get_setting
 FILE = "run.json"
 # The same for all stages of a run. How pairs are drawn and how a stage is trained is its config's business.
 KEYS = (
-    "seed", "model.base", "model.vae", "model.lora", "model.dtype", "data.photographs", "data.heldout",
-    "data.resolutions", "data.smallest", "pairs.scorer", "pairs.batch", "adapter.kind", "adapter.image_encoder",
-    "adapter.identity", "adapter.weights", "evaluate.scorer", "evaluate.other_scorer", "evaluate.images_per_prompt",
-    "evaluate.batch", "evaluate.negative_prompt",
+    "seed", "model.base", "model.vae", "model.lora", "model.dtype", "data.photographs", "data.caption_prefix",
+    "data.heldout", "data.resolutions", "data.area", "data.smallest", "pairs.scorer", "pairs.batch", "adapter.kind",
+    "adapter.image_encoder", "adapter.identity", "adapter.weights", "evaluate.scorer", "evaluate.other_scorer",
+    "evaluate.images_per_prompt", "evaluate.batch", "evaluate.negative_prompt",
 )  # fmt: skip
 
 
@@ -60,8 +61,13 @@ def read_settings(path: Path) -> list[str]:
     return _overrides(values)
 
 
-def remembered(workdir: Path) -> list[str]:
-    """`key=value` of what a run remembers; nothing before its first command. Raises UserError where it is damaged."""
+def remembered(workdir: Path, given: Sequence[str] = ()) -> list[str]:
+    """`key=value` of what a run remembers; nothing before its first command. Raises UserError where it is damaged.
+
+    Args:
+        workdir: of the run.
+        given: `key=value` of what replaces it. Resolutions also replace the area that they would be chosen by.
+    """
     path = workdir / FILE
     with as_written(path, "remove it, and give the run's settings once more"):
         try:
@@ -70,7 +76,8 @@ def remembered(workdir: Path) -> list[str]:
             return []
         if not all(line.partition("=")[0] in KEYS for line in found):
             raise ValueError("holds other settings")
-    return found
+    chosen = any(line.startswith("data.resolutions=") and line != f"data.resolutions={AUTO}" for line in given)
+    return [line for line in found if not (chosen and line.startswith("data.area="))]
 
 
 @contextmanager

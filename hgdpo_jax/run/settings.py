@@ -15,12 +15,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hgdpo_jax.config import SETTINGS, Range, Setting, default
+from hgdpo_jax.config import AUTO, SETTINGS, Range, Setting, default, is_auto
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import as_written, shipped
 
 CONFIGS = shipped("configs")
 CURRICULUM = {"easy": "stage1", "normal": "stage2", "hard": "stage3"}  # the paper's name → our folder
+_LOWEST_FACTOR = 0.01  # of Prodigy's rate: less is the rate of another optimizer
 _RESERVED = {"base", "evaluation", *CURRICULUM}  # names that a run has for something else
 
 
@@ -78,9 +79,13 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise UserError(f"config {file}{f' line {where}' if where else ''}: {reason}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"config {file}: get_config returned no ConfigDict; start it from hgdpo_jax.config.default()")
+    area = config.get("data", {}).get("area")
     for override in overrides:
         _override(config, override)
     validate(config)
+    if config.data.area != area and not is_auto(config):
+        raise UserError(f"config key data.area={config.data.area}: does nothing here, it goes with "
+                        f"data.resolutions={AUTO}")  # fmt: skip
     config.lock()
     return config
 
@@ -189,6 +194,8 @@ def validate(config: ConfigDict) -> None:
         _check(setting, get_setting(config, setting.key))
     train, pairs, mesh, objective = config.train, config.pairs, config.mesh, config.objective
     for wrong, message in (
+        (AUTO in config.data.resolutions and not is_auto(config),
+         f" data.resolutions={','.join(config.data.resolutions)}: {AUTO} stands alone; the run chooses all or none"),
         (train.batch % train.accumulate,
          f" train.accumulate={train.accumulate}: must divide train.batch={train.batch}"),
         (len(train.adam) != 2, f" train.adam={tuple(train.adam)}: expects two numbers, like (0.9, 0.999)"),
@@ -211,6 +218,11 @@ def validate(config: ConfigDict) -> None:
          f" train.weight_decay={train.weight_decay}: with train.blocks=up the blocks below would decay, which do not "
          "learn; expects 0"),
         (train.params == "adapter" and objective != "sft", " train.params=adapter: goes with objective=sft"),
+        (train.optimizer == "adamw8bit" and train.params.endswith("lora"),
+         " train.optimizer=adamw8bit: goes with train.params=all or adapter: a LoRA's state is small"),
+        (train.optimizer == "prodigy" and train.lr < _LOWEST_FACTOR,
+         f" train.lr={train.lr}: with train.optimizer=prodigy it multiplies the rate that is found; expects 1, or from "
+         f"{_LOWEST_FACTOR}"),
         (config.stage in _RESERVED, f" stage={config.stage}: has another meaning in a run; choose another name"),
     ):  # fmt: skip
         if wrong:
@@ -239,7 +251,9 @@ def _refuse_idle(config: ConfigDict) -> None:
         "train.reference_cache": (dpo, "objective=dpo; sft has no reference"),
         "train.beta": (dpo, "objective=dpo"),
         "train.lambda_stat": (dpo, "objective=dpo"),
-        "train.adam": (train.optimizer == "adamw", "train.optimizer=adamw"),
+        "train.quantize": (train.params.endswith("lora"), "train.params=lora or text_lora"),
+        "train.lora_dropout": (train.params.endswith("lora"), "train.params=lora or text_lora"),
+        "train.adam": (train.optimizer != "adafactor", "train.optimizer=adamw, adamw8bit or prodigy"),
     }
     usual = default()
     for key, (active, other) in acts.items():

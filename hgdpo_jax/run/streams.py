@@ -3,6 +3,7 @@
 import errno
 import io
 import locale
+import logging
 import os
 import sys
 from typing import Any
@@ -16,6 +17,7 @@ def prepare() -> None:
       print would be written into it.
     - A reader that goes away (`| head -1`) ends nothing: what is said to it later is dropped. So is what an output
       cannot encode, of which the escape is written.
+    - A warning is a line without the name of a logger.
     """
     if not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8"):
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
@@ -27,6 +29,7 @@ def prepare() -> None:
         sys.stdout = _patient(sys.stdout, 1)
     if sys.stderr is sys.__stderr__:
         sys.stderr = _patient(sys.stderr, 2)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
 
 
 def _patient(stream: Any, descriptor: int) -> io.TextIOWrapper:
@@ -39,7 +42,7 @@ def _patient(stream: Any, descriptor: int) -> io.TextIOWrapper:
         raw if at_once else io.BufferedWriter(raw),
         encoding=getattr(stream, "encoding", "utf-8"),
         errors="backslashreplace",
-        line_buffering=descriptor == 2 or raw.isatty(),
+        line_buffering=True,  # in a log too, where lines of both streams stand in their order
         write_through=at_once,
     )
 

@@ -16,18 +16,35 @@ Measures = dict[str, Measure]
 METRICS = {
     "faces_found": "faces found ↑",
     "face_score": "face score ↑",
-    "second_score": "second score ↑",
-    "second_win_rate": "second scorer's win rate over base ↑",
-    "third_score": "third score ↑",
-    "third_win_rate": "third scorer's win rate over base ↑",
+    "second_score": "judge's score ↑",
+    "second_win_rate": "judge prefers it to base ↑",
+    "third_score": "second judge's score ↑",
+    "third_win_rate": "second judge prefers it to base ↑",
     "face_kernel_distance": "kernel distance of faces ↓",
     "face_frechet_distance": "Fréchet distance of faces ↓",
-    "preference_score": "preference score ↑ (it chose the winners)",
-    "win_rate": "win rate over base ↑ (it chose the winners)",
+    "preference_score": "scorer's score ↑ (it chose the winners)",
+    "win_rate": "scorer prefers it to base ↑ (it chose the winners)",
     "kernel_distance": "kernel distance ↓",
     "frechet_distance": "Fréchet distance ↓",
     "sharpness": "sharpness",
     "hue_distance": "hue distance to base",
+}
+# What each of them is, in a line.
+MEANINGS = {
+    "faces_found": "share of pictures in which the detector finds a face",
+    "face_score": "how sure the detector is of the face, 0 to 1",
+    "second_score": "mean score of a preference model that chose no winners; only differences mean something",
+    "second_win_rate": "share of pictures that the judge scores above base's of the same caption and seed; 0.5 is even",
+    "third_score": "the same of another judge",
+    "third_win_rate": "the same of another judge; where the two differ, trust neither alone",
+    "face_kernel_distance": "how far the faces are from the photographs', as a set (KID); 0: as near as photographs",
+    "face_frechet_distance": "the same by the Fréchet distance, which is larger the fewer pictures there are",
+    "preference_score": "mean score of the model that chose the winners: a policy can learn to please it",
+    "win_rate": "share of pictures that it scores above base's; no evidence by itself",
+    "kernel_distance": "how far whole pictures are from the photographs, as a set, in the eyes of that scorer (KID)",
+    "frechet_distance": "the same by the Fréchet distance",
+    "sharpness": "fine detail (deviation of the Laplacian); too much is as wrong as too little",
+    "hue_distance": "how far the colours have moved from base's, in degrees of hue",
 }
 # What the judges saw, and the metrics made of it.
 _SCORES = (

@@ -10,9 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from jaxtyping import Float
 from threadpoolctl import threadpool_limits
-from tqdm.auto import tqdm
 
-from hgdpo_jax.run.processes import is_first
+from hgdpo_jax.run.progress import Progress
 from hgdpo_jax.scoring.bootstrap import Measure, Weights
 
 _THREADS = min(8, os.cpu_count() or 1)
@@ -43,7 +42,7 @@ def frechet_distances(
     # A few at a time: all would not fit in memory. Threads within a product of this size wait for each other.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(_THREADS) as threads:
         rows = threads.map(distances, weights)
-        bar = tqdm(rows, "Fréchet distance", len(weights), unit="resample", leave=False, disable=not is_first())
+        bar = Progress(rows, "Fréchet distance", len(weights), unit="resample", leave=False)
         values = np.array(list(bar))
     return dict(zip(sets, map(Measure, values.T), strict=True))
 

@@ -113,19 +113,30 @@ def finished_policy(workdir: Path, stage: str, like: Params, config: ConfigDict,
     """
     wanted = stage_config(workdir, stage).train
     with Checkpoints(workdir / stage, wanted.checkpoints) as checkpoints:
-        found = checkpoints.find(step or wanted.hand_on)
-        if step is None:
-            newest = (found if wanted.hand_on == LATEST else checkpoints.latest()) or 0
-            if newest < wanted.steps:
-                raise UserError(f"{stage} stands at step {newest} of {wanted.steps}; run first: "
-                                f"{train_command(stage, workdir)}")  # fmt: skip
-        if found is None:
-            there = ", ".join(map(str, checkpoints.steps())) or "none"
-            raise UserError(f"--step {step or wanted.hand_on}: {stage} has no such checkpoint in {workdir}; there are: "
-                            f"{there}")  # fmt: skip
         name = "ema" if wanted.ema else "policy"
-        policy: Params = checkpoints.restore(found, {name: like})[name]
+        policy: Params = checkpoints.restore(_step(checkpoints, wanted, workdir, stage, step), {name: like})[name]
     if not wanted.params.endswith("lora"):
         return policy
     own, given = (train.lora_alpha / train.lora_rank for train in (wanted, config.train))
     return policy if own == given else weighted(policy, own / given)
+
+
+def finished_step(workdir: Path, stage: str, step: str | None = None) -> int:
+    """The step of the policy that :func:`finished_policy` gives, with its arguments and its errors."""
+    wanted = stage_config(workdir, stage).train
+    with Checkpoints(workdir / stage, wanted.checkpoints) as checkpoints:
+        return _step(checkpoints, wanted, workdir, stage, step)
+
+
+def _step(checkpoints: Checkpoints, wanted: ConfigDict, workdir: Path, stage: str, step: str | None) -> int:
+    found = checkpoints.find(step or wanted.hand_on)
+    if step is None:
+        newest = (found if wanted.hand_on == LATEST else checkpoints.latest()) or 0
+        if newest < wanted.steps:
+            raise UserError(f"{stage} stands at step {newest} of {wanted.steps}; run first: "
+                            f"{train_command(stage, workdir)}")  # fmt: skip
+    if found is None:
+        there = ", ".join(map(str, checkpoints.steps())) or "none"
+        raise UserError(f"--step {step or wanted.hand_on}: {stage} has no such checkpoint in {workdir}; there are: "
+                        f"{there}")  # fmt: skip
+    return found

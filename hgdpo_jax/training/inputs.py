@@ -15,10 +15,12 @@ from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.faces.concepts import encoder_hash
+from hgdpo_jax.models.int8 import quantise
 from hgdpo_jax.run import provenance
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.prompts import read_prompts
 from hgdpo_jax.training import step as steps
+from hgdpo_jax.training.board import require_package
 from hgdpo_jax.training.optimizer import make_optimizer
 from hgdpo_jax.training.policy import load_trainable
 
@@ -52,11 +54,15 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
     """
     settings = config.train
     prompts = read_prompts(Path(settings.prompts), "config key train.prompts=") if settings.prompts else ()
+    if settings.wandb:
+        require_package(settings.wandb)
     mesh = make_mesh(config.mesh)
     require_divisible(settings.batch // settings.accumulate, mesh, "train.batch / train.accumulate")
     pairs = open_stage(workdir, settings.pairs or config.stage, index)
     pipeline = load_trainable(config, mesh)
     pairs.require({name: pipeline.latent_shape(size) for name, size in configuration.resolutions(config).items()})
+    if settings.quantize == "int8":
+        quantise(pipeline.networks.values())
     denoiser, policy, frozen = steps.split_params(pipeline, settings.params)
     loss = loss_of(config, denoiser, pipeline.schedule)
     inputs = {
@@ -84,12 +90,12 @@ def depends_on(config: ConfigDict) -> list[str]:
     train = config.train
     keys = ["stage", "seed", "objective", "model.dtype", "train.start", "train.reference", "train.params"]
     keys += ["train.blocks"] if train.params == "lora" else []
-    lora = ["train.lora_rank", "train.lora_alpha", "train.lora_modules"]
+    lora = ["train.lora_rank", "train.lora_alpha", "train.lora_modules", "train.lora_dropout", "train.quantize"]
     keys += lora if train.params in ("lora", "text_lora") else []
     keys += ["train.beta", "train.lambda_stat"] if config.objective == "dpo" else []
     keys += ["train.reference_cache"] if train.reference_cache else []
     keys += ["data.caption_dropout", "data.concept_dropout"] if config.objective == "sft" else []
     keys += ["train.batch", "train.lr", "train.optimizer", "train.schedule", "train.warmup", "train.weight_decay"]
-    keys += ["train.clip_norm", "train.ema"] + (["train.adam"] if train.optimizer == "adamw" else [])
+    keys += ["train.clip_norm", "train.ema"] + (["train.adam"] if train.optimizer != "adafactor" else [])
     keys += ["train.steps"] if train.schedule == "cosine" else []
     return keys + (["adapter.kind"] if train.params == "adapter" else [])

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from hgdpo_jax import __version__
 from hgdpo_jax import config as configuration
 from hgdpo_jax.data.loader import PairLoader
+from hgdpo_jax.data.resolutions import settled
 from hgdpo_jax.devices.peaks import mesh_peak
 from hgdpo_jax.devices.processor import keep_memory
 from hgdpo_jax.devices.transfer import local_rows, to_devices
@@ -24,10 +24,12 @@ from hgdpo_jax.run.files import write_json
 from hgdpo_jax.run.folder import require_plain
 from hgdpo_jax.run.index import index_of_run
 from hgdpo_jax.run.locks import lock_for_all
+from hgdpo_jax.run.progress import Progress
 from hgdpo_jax.run.settings import read_config
+from hgdpo_jax.training import board, reference_cache, watchdog
 from hgdpo_jax.training import inputs as stage_inputs
-from hgdpo_jax.training import reference_cache, watchdog
 from hgdpo_jax.training import start as starts
+from hgdpo_jax.training.board import Board
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
 from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.metrics import was_evaluated
@@ -37,7 +39,13 @@ from hgdpo_jax.training.speed import Speed, remaining_steps
 from hgdpo_jax.training.start import Start
 from hgdpo_jax.training.step import make_step
 
-_SHOWN = {"loss": "loss/total", "pairs/s": "speed/pairs_per_second", "accuracy": "dpo/accuracy"}
+# What is shown of a log line while a stage is trained.
+_SHOWN = {
+    "loss/total": "loss {:.4g}",
+    "dpo/accuracy": "accuracy {:.2f}",
+    "speed/pairs_per_second": "{:.3g} pairs/s",
+    "speed/share_of_peak": "{:.0%} of peak",
+}
 _AHEAD = 2  # at most so many steps are queued behind the one being computed, so that a signal is answered soon
 
 
@@ -57,6 +65,7 @@ def train(config: ConfigDict, workdir: Path, traced: range = range(0), may_chang
             traced, but none of them is still to come.
     """
     require_plain(workdir)
+    config = settled(config, workdir)
     folder, index = workdir / config.stage, index_of_run(workdir)
     with lock_for_all(folder):
         inputs = stage_inputs.read(config, workdir, index)
@@ -73,13 +82,14 @@ def train(config: ConfigDict, workdir: Path, traced: range = range(0), may_chang
                 print(f"{folder}: already trained to step {done}")
                 return
             traced = remaining_steps(traced, done, config.train.steps)
-            if config.train.reference_cache:
-                inputs = reference_cache.attach(config, folder, inputs, start, index)
-                index.save()
-            _keep(config, folder)
-            announce(config, inputs, start.state)
-            with lifecycle.stopping, checkpoints:
-                _run(config, folder, inputs, start, checkpoints, traced)
+            with board.opened(config, folder) as shown:
+                if config.train.reference_cache:
+                    inputs = reference_cache.attach(config, folder, inputs, start, index)
+                    index.save()
+                _keep(config, folder)
+                announce(config, inputs, start.state)
+                with lifecycle.stopping, checkpoints:
+                    _run(config, folder, inputs, start, checkpoints, traced, shown)
             print(f"{folder}: trained to step {config.train.steps}")
 
 
@@ -103,7 +113,13 @@ def _require_place(config: ConfigDict, folder: Path) -> None:
 
 
 def _run(
-    config: ConfigDict, folder: Path, inputs: Inputs, start: Start, checkpoints: Checkpoints, traced: range
+    config: ConfigDict,
+    folder: Path,
+    inputs: Inputs,
+    start: Start,
+    checkpoints: Checkpoints,
+    traced: range,
+    shown: Board | None,
 ) -> None:
     """The steps to go: an update of the policy each; now and then a log line, a checkpoint, an evaluation."""
     settings, mesh = config.train, inputs.mesh
@@ -116,14 +132,14 @@ def _run(
     loader = PairLoader(inputs.pairs.sources["train"], settings.batch, config.seed, position, rows)
     batch = to_devices(next(loader), mesh)
     warn_of_hours(config, inputs, settings.steps - done, update, state, reference, inputs.frozen, batch, numbers)
-    monitor = Monitor(config, folder, inputs, reference, numbers, done)
+    monitor = Monitor(config, folder, inputs, reference, numbers, done, shown)
     evaluated = processes.broadcast(lambda: was_evaluated(folder / "logs", done))
     if not evaluated and (done % settings.eval_every == 0 or done >= settings.steps):
         monitor.evaluate(state, done)  # before the first step, or where a run was killed after its checkpoint
     meta: dict[str, Any] = {"config": configuration.to_json(config), "version": __version__}
     meta |= {"reference": start.reference_hash, "made_from": inputs.made_from, "changes": list(start.changes)}
     in_flight: deque[jax.Array] = deque()
-    bar = tqdm(total=settings.steps, initial=done, desc=config.stage, unit="step", disable=not processes.is_first())
+    bar = Progress(total=settings.steps, initial=done, desc=config.stage, unit="step", told=True)
     peak = mesh_peak(mesh, config.model.dtype)
     with bar, Speed(update, settings.batch, peak, traced, folder / "logs") as speed:
         for step in range(done + 1, settings.steps + 1):
@@ -144,7 +160,8 @@ def _run(
                 values = monitor.log.means()  # stops before what is not finite can reach a checkpoint
                 values |= speed.lap(settings.steps - step) | {"train/learning_rate": float(numbers.rate)}
                 monitor.report(values, step)
-                bar.set_postfix({word: f"{values[name]:.4g}" for word, name in _SHOWN.items() if name in values})
+                figures = ", ".join(form.format(values[name]) for name, form in _SHOWN.items() if name in values)
+                bar.tell(figures, values.get("speed/hours_left"))
             if last and config.objective == "dpo" and tree_hash(reference) != start.reference_hash:
                 raise RuntimeError("the reference changed during training")
             if save:

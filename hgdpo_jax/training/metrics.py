@@ -17,6 +17,7 @@ from hgdpo_jax.pictures.write import write_png
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import as_written, atomic_path
+from hgdpo_jax.training.board import Board
 from hgdpo_jax.training.changes import GO_ON
 from hgdpo_jax.training.step import GRADIENT_NORM, TIMESTEP_BINS
 
@@ -37,10 +38,11 @@ class MetricLog:
         folder: of the log.
         done: the step that the training goes on from. What a run that was killed had logged beyond it comes again, so
             it is taken away.
+        board: of W&B, which gets the same.
     """
 
-    def __init__(self, folder: Path, done: int) -> None:
-        self._folder, self._lines = folder, folder / "metrics.jsonl"
+    def __init__(self, folder: Path, done: int, board: Board | None = None) -> None:
+        self._folder, self._lines, self._board = folder, folder / "metrics.jsonl", board
         self._steps: dict[int, StepMetrics] = {}
         if not processes.is_first():
             return
@@ -94,6 +96,8 @@ class MetricLog:
         self._writer.flush()
         with self._lines.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board is not None:
+            self._board.write(values, step)
 
     def samples(self, name: str, picture: UInt8[np.ndarray, "H W 3"], step: int) -> None:
         """What a look draws, in TensorBoard and as NAME/STEP.png. Process 0 writes."""
@@ -103,6 +107,8 @@ class MetricLog:
         self._writer.flush()
         (self._folder / name).mkdir(exist_ok=True)
         write_png(self._folder / name / f"{step}.png", picture, {})
+        if self._board is not None:
+            self._board.picture(name, picture, step)
 
 
 def _of_evaluation(name: str) -> bool:

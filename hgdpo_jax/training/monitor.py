@@ -20,10 +20,13 @@ from hgdpo_jax.devices.transfer import local_rows, place, to_devices
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.faces.detection import FaceDetector
 from hgdpo_jax.pictures.write import grid
+from hgdpo_jax.run.progress import say
+from hgdpo_jax.training.board import Board
 from hgdpo_jax.training.changes import CALMER
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.metrics import FACES, PROMPTS, SAMPLES, MetricLog, average
+from hgdpo_jax.training.optimizer import first_step
 from hgdpo_jax.training.prompts import Prompts
 from hgdpo_jax.training.step import Metrics, Numbers, Params, TrainState
 
@@ -31,6 +34,12 @@ HELDOUT_PAIRS = 256
 # A policy that learns makes the winner's error no larger than the reference's by more than a few parts in a hundred.
 UNLEARNING = 1.2
 _SHOWN = 8
+# What is said of a look.
+_SAID = {
+    "heldout/loss/total": "held-out loss {:.4g}",
+    "heldout/dpo/accuracy": "accuracy {:.2f}",
+    FACES: "faces in {:.0%}",
+}
 _NOISY = 8  # held-out batches
 _LARGE = 2e8  # parameters; the UNets of SD1.5 and XL have 0.9e9 and 2.6e9
 
@@ -43,15 +52,23 @@ class Monitor:
         folder: W/stageN.
         numbers: of the stage; the rate does not count.
         done: the step that the training goes on from.
+        board: of W&B, if any.
     """
 
     def __init__(
-        self, config: ConfigDict, folder: Path, inputs: Inputs, reference: Params, numbers: Numbers, done: int
+        self,
+        config: ConfigDict,
+        folder: Path,
+        inputs: Inputs,
+        reference: Params,
+        numbers: Numbers,
+        done: int,
+        board: Board | None = None,
     ) -> None:
-        self.log = MetricLog(folder / "logs", done)
+        self.log, self._samples = MetricLog(folder / "logs", done, board), folder / "logs" / SAMPLES
         self._reference, self._frozen, self._numbers = reference, inputs.frozen, numbers
         self._stage, self._dtype = config.stage, config.model.dtype
-        self._batch, self._rate = config.train.batch, config.train.lr
+        self._batch, self._rate = config.train.batch, first_step(config.train)
         held = inputs.pairs.sources["heldout"]
         self._resolution = next(iter(configuration.resolutions(config).values()))
         mine = local_rows(self._batch, inputs.mesh)
@@ -91,7 +108,7 @@ class Monitor:
 
     def evaluate(self, state: TrainState, step: int) -> None:
         """Measures held-out pairs at fixed noise and timesteps, and draws held-out captions from fixed seeds with what
-        the stage would hand on."""
+        the stage would hand on; says in a line what it found."""
         self._sampler.use_policies(state.result)
         latents = self._sampler.generate(self._ids, self._keys, self._resolution, "samples", self._concept)
         pictures = self._sampler.decode(latents, "decode")
@@ -102,8 +119,10 @@ class Monitor:
             self._print_noise(state.policy)
         found = [self._measured(state.policy, self._reference, i) for i in range(len(self._held))]
         values = {f"heldout/{name}": value for name, value in average(jax.device_get(found)).items()}
-        faces = float(np.mean(self._faces.detect(pictures.astype(np.float32)).found))
-        self.log.write(values | {FACES: faces}, step)
+        values[FACES] = float(np.mean(self._faces.detect(pictures.astype(np.float32)).found))
+        self.log.write(values, step)
+        figures = ", ".join(form.format(values[name]) for name, form in _SAID.items() if name in values)
+        say(f"{self._stage}: look at step {step}: {figures} of {self._samples / str(step)}.png")
 
     def _measured(self, policy: Params, reference: Params, i: int) -> Metrics:
         """The loss's metrics on a batch of held-out pairs, at the noise that this batch always has."""

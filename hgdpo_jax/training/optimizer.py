@@ -5,32 +5,46 @@ import math
 import jax
 import numpy as np
 import optax
+import optax.contrib
 from ml_collections import ConfigDict
 
 from hgdpo_jax.devices.random import stream_key
+from hgdpo_jax.training.adam8bit import adamw_8bit
 from hgdpo_jax.training.loss_scale import with_loss_scale
 from hgdpo_jax.training.step import GRADIENT_NORM, Numbers
 
+_FIRST_ESTIMATE = 1e-6  # Prodigy's, of the rate: it only ever rises
+
 
 def make_optimizer(train: ConfigDict) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, then AdamW or Adafactor with a rate of 1: the step multiplies by :func:`learning_rate`.
+    """Clipping by global norm, then `train.optimizer` with a rate of 1: the step multiplies by :func:`learning_rate`.
 
-    It holds the :mod:`loss's scale <hgdpo_jax.training.loss_scale>`. `train.clip_norm` 0 is no clipping. Moments are
-    float32, like the parameters: AdamW keeps two numbers for each, Adafactor (Shazeer & Stern 2018) a row and a column
-    for each large matrix. Weight decay is decoupled.
+    It holds the :mod:`loss's scale <hgdpo_jax.training.loss_scale>`. `train.clip_norm` 0 is no clipping. AdamW keeps
+    two numbers for each parameter, float32 or :mod:`8 bits <hgdpo_jax.training.adam8bit>`; Adafactor (Shazeer & Stern
+    2018) a row and a column for each large matrix; Prodigy (Mishchenko & Defazio 2023, algorithm 4) four numbers: what
+    it finds is a rate without warm-up and cosine, which multiply it. Weight decay is decoupled.
     """
+    b1, b2 = train.adam
     if train.optimizer == "adafactor":
         # The rate is absolute, as AdamW's is: relative to the parameters, a LoRA would stay at its zero.
         decay = train.weight_decay or None
         chosen = optax.adafactor(1.0, multiply_by_parameter_scale=False, weight_decay_rate=decay)
+    elif train.optimizer == "adamw8bit":
+        chosen = adamw_8bit(b1, b2, train.weight_decay)
+    elif train.optimizer == "prodigy":
+        chosen = optax.contrib.prodigy(1.0, (b1, b2), estim_lr0=_FIRST_ESTIMATE, weight_decay=train.weight_decay)
     else:
-        b1, b2 = train.adam
         chosen = optax.adamw(1.0, b1=b1, b2=b2, weight_decay=train.weight_decay)
     clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
     chosen = with_loss_scale(optax.chain(optax.snapshot(GRADIENT_NORM, optax.tree.norm), clip, chosen))
     # LoRA is some hundred small arrays, each of which would cost a GPU a few programs: they are one vector here.
-    one_vector = train.optimizer == "adamw" and train.params.endswith("lora")
+    one_vector = train.optimizer != "adafactor" and train.params.endswith("lora")
     return optax.flatten(chosen) if one_vector else chosen
+
+
+def first_step(train: ConfigDict) -> float:
+    """How far a step at full rate moves a parameter, before a training knows more."""
+    return train.lr * (_FIRST_ESTIMATE if train.optimizer == "prodigy" else 1.0)
 
 
 def learning_rate(train: ConfigDict, step: int) -> float:

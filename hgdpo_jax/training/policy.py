@@ -14,7 +14,7 @@ from hgdpo_jax.diffusion.source import open_source
 from hgdpo_jax.faces.concepts import ConceptEncoder, encoder_of
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.attention import set_sharding
-from hgdpo_jax.models.lora import add_lora
+from hgdpo_jax.models.lora import add_lora, lora_layers
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.training.step import Params, split_params
 
@@ -88,6 +88,9 @@ def add_fresh_lora(pipeline: pipelines.Pipeline, config: ConfigDict, mesh: Mesh 
             model, key = pipeline.models[name], stream_key(config.seed, stream)
             train = config.train
             add_lora(model, train.lora_rank, train.lora_alpha, nnx.Rngs(key), train.lora_modules)
+            for path, layer in lora_layers(model).items():
+                if train.blocks == "all" or "up_blocks" in path:  # the others are the reference's, which drops nothing
+                    layer.dropout = train.lora_dropout
             lora = nnx.state(model, nnx.LoRAParam)
             if mesh is not None:
                 nnx.update(model, place(lora, tree_shardings(lora, mesh)))

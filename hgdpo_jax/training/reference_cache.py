@@ -20,7 +20,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from hgdpo_jax.data.loader import stack_records
 from hgdpo_jax.data.record import Record, RecordSource
@@ -30,6 +29,7 @@ from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import as_written, atomic_path, file_hash, require_space, write_json
 from hgdpo_jax.run.index import Index
+from hgdpo_jax.run.progress import Progress
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.optimizer import numbers_of
@@ -135,6 +135,7 @@ def attach(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, index
 def _made_from(config: ConfigDict, inputs: Inputs, start: Start) -> dict[str, Any]:
     keys = ["stage", "seed", "model.dtype", "train.reference_cache"]
     keys += ["train.lora_alpha"] if config.train.params.endswith("lora") else []  # which is in no weight
+    keys += ["train.quantize"] if config.train.quantize != "none" else []
     made_from = provenance.settings(config, keys)
     base = provenance.content_key("model.base")
     reference = {"the pairs": inputs.pairs.hash, "the reference": start.reference_hash}
@@ -167,8 +168,7 @@ def _make(
         batch = batch | {"key": steps.example_keys(numbers, batch["example"])}
         return steps.predict_pairs(denoiser, inputs.pipeline.schedule, reference, frozen, batch)
 
-    silent = not processes.is_first()
-    with tqdm(total=draws * sum(s.pairs for s in todo), desc="reference", unit="draw", disable=silent) as bar:
+    with Progress(total=draws * sum(s.pairs for s in todo), desc="reference", unit="draw") as bar:
         for shard in todo:
             source = Draws(inputs.pairs.sources["train"][shard.resolution], draws)
             begin, end = draws * shard.begin, draws * (shard.begin + shard.pairs)

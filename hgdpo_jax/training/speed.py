@@ -8,6 +8,7 @@ import jax
 
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.progress import say
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.step import Batch, Metrics, Numbers, Params, TrainState
 
@@ -66,6 +67,9 @@ class Speed:
         arguments, shape = (state, reference, frozen, batch, numbers), batch["winner"].shape
         new = shape not in self._operations
         if new:
+            if processes.is_first():
+                size = "x".join(map(str, shape[1:-1]))
+                say(f"compiling the step for latents of {size}, once for each resolution")
             jax.block_until_ready(self._running)
             begin = time.perf_counter()
             # The call below finds this trace in JAX's cache.

@@ -86,8 +86,9 @@ def _resumed(
     if changed and step >= config.train.steps:
         raise UserError(f"argument {FLAG} {','.join(changed)}: {config.stage} stands at step {step} of "
                         f"{config.train.steps}, there is none to go on with")  # fmt: skip
+    print(f"{config.stage}: goes on from step {step}")
     for key, (was, now) in changed.items():
-        print(f"{config.stage}: goes on after step {step} with {key}={now}, which was {was}")
+        print(f"{config.stage}: goes on with {key}={now}, which was {was}")
     history = [*meta.get("changes", []), *([{"step": step, **changed}] if changed else [])]
     reference: Any = {}
     if config.objective == "dpo":

@@ -19,6 +19,7 @@ from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.recipe import in_up_blocks
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.models.ip_adapter import join
+from hgdpo_jax.models.lora import drop as drop_inputs
 from hgdpo_jax.training import objectives
 from hgdpo_jax.training.loss_scale import LOSS_SCALE, SKIPPED
 from hgdpo_jax.training.objectives import WinnerLoser
@@ -28,6 +29,7 @@ Batch = dict[str, Array]
 Metrics = dict[str, Array]
 TIMESTEP_BINS = 10
 GRADIENT_NORM = "gradient_norm"  # in the optimizer's state, before clipping
+ESTIMATE = "estim_lr"  # there, of Prodigy
 
 
 class Numbers(NamedTuple):
@@ -78,6 +80,7 @@ class Denoiser(NamedTuple):
         input_ids: Int[Array, "b s"],
         concept: Float[Array, "b m f"] | None = None,
         drop: tuple[Bool[Array, "b"], Bool[Array, "b"]] | None = None,
+        dropout: Key[Array, "b"] | None = None,
     ) -> Float[Array, "n h w c"]:
         """The UNet's prediction, float32.
 
@@ -88,8 +91,11 @@ class Denoiser(NamedTuple):
             input_ids: of the captions.
             concept: features of concept images, for an adapter.
             drop: which captions are replaced by the empty one, and which concepts by none.
+            dropout: keys of LoRA's dropout; none: nothing is dropped.
         """
         networks = nnx.merge(self.networks, policy, frozen)
+        if dropout is not None:
+            drop_inputs(networks.values(), dropout)
         size = (x_t.shape[1] * self.pixels_per_latent, x_t.shape[2] * self.pixels_per_latent)
         given = (networks["text"](input_ids, size), concept)
         if drop is not None:
@@ -176,7 +182,8 @@ def predict_pairs(
 
 
 def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all") -> Loss:
-    """L_D-DPO + λ_stat · L_stat on batches {winner, loser [b h w c], input_ids [b s], key [b]}.
+    """L_D-DPO + λ_stat · L_stat on batches {winner, loser [b h w c], input_ids [b s], key [b]}. The policy's LoRA
+    drops numbers where they bring `dropout` [b], keys of their own; the reference's never does.
 
     Batches that bring the reference's :func:`predict_pairs`, `reference` [b 2 h w c], spare computing them.
 
@@ -193,7 +200,7 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all") -
         t, t_pair, x_t, target = _noised(batch, schedule)
         if blocks == "up":
             policy = in_up_blocks(policy, reference)
-        pred = denoiser(policy, frozen, x_t, t_pair, batch["input_ids"])
+        pred = denoiser(policy, frozen, x_t, t_pair, batch["input_ids"], dropout=batch.get("dropout"))
         if "reference" in batch:
             ref = batch["reference"].reshape(pred.shape)
         else:  # where the text encoder is frozen both are given the same embeddings, which XLA computes once
@@ -242,7 +249,8 @@ def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule) -> Loss:
         u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 2)))(batch["key"])
         begin = 0.5 * numbers.caption_dropout
         drop = (u < numbers.caption_dropout, (u >= begin) & (u < begin + numbers.concept_dropout))
-        pred = denoiser(policy, frozen, x_t, t, batch["input_ids"], batch.get("concept"), drop)
+        keys = batch.get("dropout")
+        pred = denoiser(policy, frozen, x_t, t, batch["input_ids"], batch.get("concept"), drop, keys)
         error = objectives.mean_squared_error(pred, schedule.target(latent, noise, t)).mean()
         return error, {"loss/total": error}
 
@@ -281,7 +289,7 @@ def make_step(
 
     Every example draws from a key folded from (the stage's key, step, position in the batch), so neither the number of
     devices nor the number of microbatches changes what is drawn. Where the batch has `example` [b], the keys are those
-    of :func:`example_keys`.
+    of :func:`example_keys`, and only those of dropout change with the step.
 
     Args:
         loss: of a batch.
@@ -293,12 +301,12 @@ def make_step(
     def step(
         state: TrainState, reference: Params, frozen: Params, batch: Batch, numbers: Numbers
     ) -> tuple[TrainState, Metrics]:
+        step_key = jax.random.fold_in(numbers.stage_key, state.step)
+        keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(batch["input_ids"].shape[0]))
+        dropout = jax.vmap(lambda key: jax.random.fold_in(key, 3))(keys)
         if "example" in batch:
             keys = example_keys(numbers, batch["example"])
-        else:
-            step_key = jax.random.fold_in(numbers.stage_key, state.step)
-            keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(batch["input_ids"].shape[0]))
-        batch = batch | {"key": keys}
+        batch = batch | {"key": keys, "dropout": dropout}
         scale = optax.tree.get(state.optimizer, LOSS_SCALE)
 
         def scaled(policy: Params, part: Batch) -> tuple[Float[Array, ""], Metrics]:
@@ -323,6 +331,8 @@ def make_step(
         if state.ema is not None:
             average = optax.incremental_update(policy, state.ema, 1.0 - numbers.ema)
         metrics |= {name: optax.tree.get(optimizer, name) for name in (GRADIENT_NORM, LOSS_SCALE, SKIPPED)}
+        if (estimate := optax.tree.get(optimizer, ESTIMATE)) is not None:
+            metrics["estimated_rate"] = estimate
         return TrainState(policy, average, optimizer, state.step + 1), metrics
 
     out_shardings: Any = None

@@ -5,6 +5,7 @@ row the training ends with exit code 3; what it saved after the last good look i
 with calmer settings, goes on from before. All is read from the log: a training that was killed counts on.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ def watch(log: Sequence[Line]) -> Watch:
 
 
 def heed(logs: Path, checkpoints: "Checkpoints", patience: int) -> None:
-    """Ends a training that collapses.
+    """Ends a training that collapses; warns of each alarm before that.
 
     Args:
         logs: of the stage.
@@ -91,11 +92,15 @@ def heed(logs: Path, checkpoints: "Checkpoints", patience: int) -> None:
         Collapse: so many looks in a row gave an alarm.
     """
     found = Watch(*processes.broadcast(lambda: watch(metrics.read(logs))))
-    if not patience or len(found.alarms) < patience:
+    if not patience or not found.alarms:
+        return
+    step, why = found.alarms[-1]
+    if len(found.alarms) < patience:
+        logging.warning("step %d: %s; that is alarm %d of %d in a row, after which training stops", step, why,
+                        len(found.alarms), patience)  # fmt: skip
         return
     checkpoints.wait()
     kept = checkpoints.go_back(found.good or 0)
-    step, why = found.alarms[-1]
     raise Collapse(f"step {step}: {why}; {len(found.alarms)} looks in a row gave an alarm, the first at step "
                    f"{found.alarms[0][0]}. The training goes back to "
                    f"{f'its checkpoint of step {kept}' if kept else 'its beginning'}; {GO_ON}")  # fmt: skip

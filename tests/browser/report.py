@@ -1,178 +1,33 @@
-"""Tries a report in headless Chromium: sorts, wipes, enlarges, on a desktop and on a phone, and listens for requests.
+"""Tries a report in headless Chromium: reads, sorts, wipes, enlarges, on a desktop and a phone; listens for requests.
 
     python -m tests.browser.report [W/report.html]
 
-Without a file the page of tests/results/test_report.py is tried. Chromium comes from the system's packages (apt install
-chromium, or CHROMIUM=/path/to/chrome); it is spoken to over its DevTools pipe, which needs no Python package.
+Without a file the page of tests/results/test_report.py is tried. Chromium comes from the system's packages, see
+chromium.py.
 """
 
-import contextlib
-import itertools
-import json
-import os
-import select
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from hgdpo_jax.results import report
-from tests.patience import patience
+from tests.browser.chromium import DESKTOP, PHONE, Failures, Page, chromium, layout, requests
 from tests.results.test_report import example
-
-DESKTOP, PHONE = (1280, 800), (390, 844)
-_PATIENCE = patience(15)
-_KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Enter": 13, "Escape": 27}
-
-
-class Page:
-    """A page in Chromium: messages are JSON, each ended by a zero byte, to its descriptor 3 and from its 4."""
-
-    def __init__(self, write: int, read: int) -> None:
-        self._write, self._read, self._received = write, read, b""
-        self._numbers, self._session = itertools.count(1), {}
-        self.events: list[dict[str, Any]] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self.call(f"{domain}.enable")
-
-    def _message(self) -> dict[str, Any]:
-        while b"\0" not in self._received:
-            if not select.select([self._read], [], [], _PATIENCE)[0]:
-                raise TimeoutError("Chromium does not answer")
-            received = os.read(self._read, 1 << 20)
-            if not received:
-                raise ConnectionError("Chromium has ended")
-            self._received += received
-        message, self._received = self._received.split(b"\0", 1)
-        return json.loads(message)
-
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The answer to a DevTools command; events that come before it are kept."""
-        number = next(self._numbers)
-        message = {"id": number, "method": method, "params": parameters} | self._session
-        os.write(self._write, json.dumps(message).encode() + b"\0")
-        while (answer := self._message()).get("id") != number:
-            self.events.append(answer)
-        if "error" in answer:
-            raise RuntimeError(f"{method}: {answer['error']}")
-        return answer["result"]
-
-    def value(self, expression: str) -> Any:
-        """What a JavaScript expression is."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        if "exceptionDetails" in answer:
-            raise RuntimeError(f"{expression}: {answer['exceptionDetails']}")
-        return answer["result"].get("value")
-
-    def open(self, url: str, size: tuple[int, int], phone: bool) -> None:
-        """Opens a file in a window of so many px, width and height."""
-        self.events.clear()
-        width, height = size
-        scale = 2 if phone else 1
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone
-        )
-        self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
-        self.call("Page.navigate", url=url)
-        deadline = time.monotonic() + _PATIENCE
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{url} does not load")
-            self.events.append(self._message())
-
-    def place(self, element: str, x: float = 0.5, y: float = 0.5) -> tuple[float, float]:
-        """Where on the screen a point of an element is, in shares of its width and height."""
-        left, top, width, height = self.value(
-            f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'center', inline: 'center'}});"
-            "const r = e.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; })()"
-        )
-        return left + x * width, top + y * height
-
-    def mouse(self, kind: str, at: tuple[float, float]) -> None:
-        self.call("Input.dispatchMouseEvent", type=kind, x=at[0], y=at[1], button="left", buttons=1, clickCount=1)
-
-    def click(self, element: str) -> None:
-        at = self.place(element)
-        self.mouse("mousePressed", at)
-        self.mouse("mouseReleased", at)
-
-    def touch(self, *points: tuple[float, float]) -> None:
-        """A finger that goes down at the first point, over the others, and up."""
-        for i, (x, y) in enumerate(points):
-            kind = "touchMove" if i else "touchStart"
-            self.call("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y}])
-        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
-
-    def press(self, key: str) -> None:
-        event = {"key": key, "code": key, "windowsVirtualKeyCode": _KEYS[key]}
-        text = {"text": "\r"} if key == "Enter" else {}
-        self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **event, **text)
-        self.call("Input.dispatchKeyEvent", type="keyUp", **event)
-
-
-@contextlib.contextmanager
-def chromium() -> Iterator[Page]:
-    """A page in a browser that ends with the block."""
-    program = os.environ.get("CHROMIUM") or next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
-    )
-    if not program:
-        sys.exit("Chromium is not installed: apt install chromium, or CHROMIUM=/path/to/chrome")
-    theirs, write = os.pipe()
-    read, back = os.pipe()
-    with tempfile.TemporaryDirectory() as profile:
-        options = [
-            "--headless",
-            "--remote-debugging-pipe",
-            f"--user-data-dir={profile}",
-            "--disable-gpu",
-            "--no-first-run",
-        ]
-        if os.geteuid() == 0:  # its sandbox does not work for root
-            options.append("--no-sandbox")
-        command = ["bash", "-c", f'exec "$0" "$@" 3<&{theirs} 4>&{back}', program, *options]
-        process = subprocess.Popen(command, pass_fds=(theirs, back), stderr=subprocess.DEVNULL)
-        os.close(theirs)
-        os.close(back)
-        try:
-            page = Page(write, read)
-            yield page
-            with contextlib.suppress(ConnectionError):
-                page.call("Browser.close")
-        finally:
-            os.close(write)
-            os.close(read)
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-class Failures:
-    """Prints each check and counts those that fail."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def check(self, what: str, holds: bool, found: Any = "") -> None:
-        self.count += not holds
-        print(f"{'ok  ' if holds else 'FAIL'} {what}{'' if holds else f': {found}'}")
 
 
 def table(page: Page, failures: Failures) -> None:
-    """Every column sorts both ways, by mouse and by key."""
-    cells = "[...document.querySelector('table').tBodies[0].rows].map(r => r.cells[{}].dataset.value)"
-    heads = page.value("[...document.querySelectorAll('thead th')].map(head => head.textContent)")
+    """Every column of every table of models or differences sorts both ways, by mouse and by key."""
+    for number in range(page.value("document.querySelectorAll('table.sorted').length")):
+        _sorts(page, failures, f"document.querySelectorAll('table.sorted')[{number}]")
+
+
+def _sorts(page: Page, failures: Failures, element: str) -> None:
+    cells = f"[...{element}.tBodies[0].rows].map(r => r.cells[{{}}].dataset.value)"
+    heads = page.value(f"[...{element}.querySelectorAll('thead th')].map(head => head.textContent)")
     for column, head in enumerate(heads):
-        button = f"document.querySelectorAll('thead button')[{column}]"
-        state = f"document.querySelectorAll('thead th')[{column}].ariaSort"
+        button = f"{element}.querySelectorAll('thead button')[{column}]"
+        state = f"{element}.querySelectorAll('thead th')[{column}].ariaSort"
         first = "descending" if "↑" in head else "ascending"
         for order in (first, "ascending" if first == "descending" else "descending"):
             if order == first:
@@ -186,9 +41,22 @@ def table(page: Page, failures: Failures) -> None:
                 repr(values[: len(numbers)]) == repr(sorted(numbers, reverse=order == "descending"))
                 and page.value(state) == order
             )
-            failures.check(f"table: {head!r} sorts, {order}", holds, values)
-    sorted_columns = page.value("document.querySelectorAll('thead [aria-sort]:not([aria-sort=none])').length")
+            failures.check(f"table: {heads[0]}, {head!r} sorts, {order}", holds, values)
+    sorted_columns = page.value(f"{element}.querySelectorAll('thead [aria-sort]:not([aria-sort=none])').length")
     failures.check("table: one heading says how it is sorted", sorted_columns == 1, sorted_columns)
+
+
+def words(page: Page, failures: Failures) -> None:
+    """Each column is explained in words that stand on the page, whole; the head and the two models too."""
+    titles = page.value("[...document.querySelectorAll('table.sorted thead button')].map(b => b.title).filter(t => t)")
+    said = page.value(
+        "[...document.querySelectorAll('.change th small')].filter(e => e.offsetHeight &&"
+        " e.scrollWidth <= e.clientWidth && e.getBoundingClientRect().right <= innerWidth).map(e => e.textContent)"
+    )
+    failures.check("words: every column's meaning is to be read", bool(titles) and set(titles) <= set(said), titles)
+    for place in ("header .words", "#about"):
+        lines = page.value(f"[...document.querySelectorAll('{place} dd')].map(e => e.offsetHeight && e.textContent)")
+        failures.check(f"words: {place}", bool(lines) and all(lines), lines)
 
 
 def slider(page: Page, failures: Failures, phone: bool) -> None:
@@ -206,16 +74,20 @@ def slider(page: Page, failures: Failures, phone: bool) -> None:
         page.mouse("mouseReleased", end)
     position = page.value("Number(document.getElementById('position').value)")
     failures.check("slider: a drag moves the clip", page.value(clip) != before and abs(position - 80) < 3, position)
-    before = page.value(clip)
-    page.value("document.getElementById('position').focus()")
-    page.press("ArrowLeft")
-    failures.check("slider: a key moves the clip", page.value(clip) != before, before)
+    for key in ("ArrowLeft", "ArrowRight"):  # without a click on anything else
+        before = page.value(clip)
+        page.press(key)
+        failures.check(f"slider: {key} moves the clip", page.value(clip) != before, before)
     before = page.value(sources)
     page.click("document.querySelectorAll('#examples button')[1]")
     after = page.value(sources)
     failures.check("slider: another example, other pictures", before[0] != after[0] and before[1] != after[1])
     right = "document.getElementById('right')"
     page.value(f"{right}.value = {right}.options.length - 1; {right}.dispatchEvent(new Event('change'))")
+    name = page.value(
+        f"{right}.selectedOptions[0].text === document.querySelector('#about div:last-child dt').textContent"
+    )
+    failures.check("slider: the words are those of the chosen model", name)
     columns = page.value("document.querySelectorAll('#pictures .head').length")
     same = page.value(
         f"[...document.querySelectorAll('#pictures .cell img')].at({1 - columns}).src"
@@ -262,24 +134,6 @@ def enlarged(page: Page, failures: Failures, phone: bool) -> None:
     failures.check("picture: the focus is back", page.value(f"document.activeElement === {cells}[0]"))
 
 
-def layout(page: Page, failures: Failures, width: int) -> None:
-    """Nothing is wider than the window."""
-    found = page.value("document.documentElement.scrollWidth")
-    failures.check("page: no wider than the window", found <= width, found)
-    broken = page.value("[...document.images].filter(image => !image.naturalWidth).length")
-    failures.check("page: every picture is one", broken == 0, broken)
-
-
-def requests(page: Page, failures: Failures, url: str) -> None:
-    """The browser read the file and nothing else, and had no complaint."""
-    page.value("new Promise(done => setTimeout(done, 300))")
-    sent = [e["params"]["request"]["url"] for e in page.events if e.get("method") == "Network.requestWillBeSent"]
-    others = [address[:100] for address in sent if address != url and not address.startswith("data:")]
-    failures.check("page: no request but for the file itself", url in sent and not others, others or sent[:3])
-    complaints = [e["params"] for e in page.events if e.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded")]
-    failures.check("page: no error", not complaints, complaints)
-
-
 def main() -> None:
     failures = Failures()
     with tempfile.TemporaryDirectory() as folder:
@@ -292,6 +146,7 @@ def main() -> None:
                 print(f"{size[0]} × {size[1]}{', touch' if phone else ''}")
                 page.open(url, size, phone)
                 layout(page, failures, size[0])
+                words(page, failures)
                 table(page, failures)
                 slider(page, failures, phone)
                 enlarged(page, failures, phone)

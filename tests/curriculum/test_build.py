@@ -14,22 +14,32 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from hgdpo_jax.checking import disk
+from hgdpo_jax.checking.check import check_pairs
 from hgdpo_jax.curriculum import build
 from hgdpo_jax.curriculum.candidates import Candidates, best, worst
+from hgdpo_jax.curriculum.dry_run import dry_run, grouped, report
+from hgdpo_jax.curriculum.plan import ShardPlan, plan_shards
+from hgdpo_jax.curriculum.prepared import read_photographs
 from hgdpo_jax.curriculum.winners import Group, Reconstruction
+from hgdpo_jax.data import shards
 from hgdpo_jax.data.pairs import open_stage
-from hgdpo_jax.data.photographs import Photograph, list_photographs
+from hgdpo_jax.data.photographs import Photograph, choose_resolutions, list_photographs
 from hgdpo_jax.data.pixels import load_images
+from hgdpo_jax.data.record import features
 from hgdpo_jax.devices.sharding import batch_sharding
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.sampler import Sampler
+from hgdpo_jax.diffusion.source import open_source
 from hgdpo_jax.models.clip import CLIPModel
 from hgdpo_jax.models.convert import load_model, save_model
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import file_hash, write_json
 from hgdpo_jax.run.folder import stage_config
+from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.locks import lock
 from hgdpo_jax.scoring.preference import Scorer
+from hgdpo_jax.training import loop
 from hgdpo_jax.training.loop import train
 from tests import tiny
 from tests.rounding import NETWORK, assert_close
@@ -221,6 +231,85 @@ def test_devices_have_the_next_prompts_before_the_last_ones_are_fetched(
     assert all(next_one < last for next_one, last in zip(begun[1:], finished, strict=False))
 
 
+def content(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Path → size and time of all files in a folder."""
+    found = ((path, path.stat()) for path in folder.rglob("*") if path.is_file())
+    return {path: (about.st_size, about.st_mtime_ns) for path, about in found}
+
+
+def test_a_check_of_a_run_says_what_is_there_and_writes_nothing(
+    workdir: Path, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = content(workdir)
+    check_pairs(make("stage3", winner="sdrecon", strengths=(1,), loser="stage2"), workdir)
+    shown = capsys.readouterr().out
+    assert re.search(rf"stage3 pairs: folder: {workdir}/stage3/pairs holds (\d) of \1 shards already\n", shown)
+    assert "memory" not in shown and "disk" not in shown  # for what is there already
+    other = make("stage1", steps=5)
+    with lock(workdir / "stage2" / "pairs"), pytest.raises(UserError, match="stage2/pairs: is being written by"):
+        check_pairs(make("stage2", winner="sdrecon", loser="stage1", keep_if_winner_scores_higher=True), workdir)
+    with pytest.raises(UserError, match=r"pairs\.steps=5: .*stage1/pairs was made with 4; use that"):
+        check_pairs(other, workdir)
+    other = make("other", winner="photograph", loser="stage1")
+    shutil.copytree(other.pairs.scorer, tmp_path / "scorer")
+    about = tmp_path / "scorer" / "config.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"changed": True}))
+    other.pairs.scorer, other.data.resolutions = str(tmp_path / "scorer"), ("64x64",)
+    with pytest.raises(UserError) as error:
+        check_pairs(other, workdir)
+    scorer, size = str(error.value).split("; also: ")
+    assert scorer.startswith("content of pairs.scorer=sha256 ") and "stage1/pairs: were built for 32x32" in size
+    assert content(workdir) == before
+
+
+def test_the_disk_that_pairs_will_take_is_foretold(workdir: Path, make: Make, tmp_path: Path) -> None:
+    config, index = make("stage1"), Index()
+    _, photographs = read_photographs(config, workdir, index)
+    plan = plan_shards(config, workdir / "stage1" / "pairs", photographs, None, index)
+    largest = max(part.path.stat().st_size for part in plan)  # there twice while it is put together
+    pipeline = pipelines.of_shapes(open_source(config.model.base))
+    there = sum(part.path.stat().st_size for part in plan)
+    assert disk.bytes_of_pairs(config, plan, pipeline) == there + largest  # whole blocks of 64 KiB
+    many = [ShardPlan(tmp_path / "shard", "train", "32x32", list(photographs["train"]) * 200)]
+    record = next(iter(open_stage(workdir, "stage1").by_id("train").values()))
+    shards.write_shard(many[0].path, features(8, 77, loser=True), [record | {"id": f"{i:030}"} for i in range(1000)])
+    foretold = disk.bytes_of_pairs(config, many, pipeline)
+    assert many[0].path.stat().st_size == pytest.approx(foretold - 125 * 2 * 2**16, rel=0.1)  # without the parts
+
+
+def test_a_dry_run_draws_what_the_run_would_and_keeps_nothing(
+    workdir: Path, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, drawn = content(workdir), []
+    records = build.Builder.draw
+    monkeypatch.setattr(build.Builder, "draw", lambda *given: drawn.append(records(*given)) or drawn[-1])
+    dry_run(make("stage1"), workdir, 9, tmp_path / "look.png")
+    assert content(workdir) == before
+    kept = open_stage(workdir, "stage1").by_id("train")
+    assert len(drawn[0]) == 1 and sum(map(len, drawn[1:])) == 7  # all there are, after the one that compiles
+    for record in drawn[1]:
+        assert_close(record["winner"], kept[record["id"]]["winner"], 2**-11)
+    shown = capsys.readouterr().out
+    assert re.search(r"stage1 pairs: dry run: 7 prompts in \S+ s, \S+ s for each of 21 images\n", shown)
+    assert re.search(r"stage1 pairs: dry run: all 7 prompts take about \S+ minutes here\n", shown)
+    with Image.open(tmp_path / "look.png") as picture:
+        assert picture.height == 4 + 2 * (64 + 4)  # two rows, doubled
+    with pytest.raises(UserError, match=r"--sheet look\.jpg: expects a \.png file in a folder that exists"):
+        dry_run(make("stage1"), workdir, 1, Path("look.jpg"))
+
+
+def test_hours_of_a_dry_run_count_pixels(make: Make, capsys: pytest.CaptureFixture) -> None:
+    config = make("stage1")
+    config.data.resolutions = ("32x32", "64x64")
+    one = Photograph("a.png", Path("a.png"), "a")
+    plan = [ShardPlan(Path(), "train", "32x32", [one] * 10), ShardPlan(Path(), "train", "64x64", [one] * 5)]
+    groups = grouped(plan, 4, 9)
+    assert [(part.resolution, begin) for part, begin in groups] == [("32x32", 0), ("32x32", 4), ("32x32", 8)]
+    report(config, plan, groups, 4, 360.0, 1.0)  # 10 prompts, of 10 + 4 · 5
+    assert "10 prompts in 360 s, 12 s for each of 30 images\n" in (shown := capsys.readouterr().out)
+    assert "all 15 prompts take about 0.3 hours here\n" in shown
+
+
 def test_a_stopped_build_goes_on_and_ends_with_the_same_files(workdir: Path, make: Make) -> None:
     folder = workdir / "stage1" / "pairs"
     before = {path.name: file_hash(path) for path in folder.iterdir()}
@@ -253,6 +342,51 @@ def test_photographs_of_two_shapes_become_pairs_of_two_shapes_in_every_stage(
     config.stage, config.train.steps, config.train.batch = "stage1", 2, 8
     train(config, tmp_path)
     assert stage_config(tmp_path, "stage1").data.resolutions == ["32x32", "64x32"]
+
+
+@pytest.mark.usefixtures("blank")
+def test_all_stages_have_the_resolutions_that_the_first_pairs_chose(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, run = tiny.write_photographs(tmp_path / "photographs", train=8, heldout=2), tmp_path / "run"
+    every = [p for split in ("train", "heldout") for p in list_photographs(folder, split)]
+    for number, photograph in enumerate(every):
+        Image.open(photograph.picture).resize((150, 300) if number % 3 else (200, 199)).save(photograph.picture)
+
+    def auto(stage: str, area: str = "128x64", **how: Any) -> ConfigDict:
+        config = make(stage, **how)
+        config.data.update(photographs=str(folder), resolutions=("auto",), area=area)
+        return config
+
+    with pytest.raises(
+        UserError, match=r"data\.resolutions=auto: no pairs of .*run were built with it and data\.area=128"
+    ):
+        train(auto("stage1"), run)
+    broken = auto("stage1")
+    broken.model.vae = "/no/such/folder"
+    with pytest.raises(UserError, match=r"model\.vae"):
+        build.build(broken, run)  # which binds nobody to what it chose
+    build.build(auto("stage1", "64x64"), tmp_path / "other")
+    assert "stage1 pairs: 64x64 (height x width): 10; 0 enlarged, 6 cropped by more than 10%" in capsys.readouterr().out
+    build.build(auto("stage1"), run)
+    assert (
+        "stage1 pairs: 128x64 (height x width): 6, 64x64: 4; 0 enlarged, 0 cropped by more than 10%\n"
+        in capsys.readouterr().out
+    )
+    for photograph in every:  # the same photographs would choose otherwise now
+        Image.open(photograph.picture).resize((300, 150)).save(photograph.picture)
+    assert choose_resolutions(auto("stage2"), "train", "heldout", index=Index()) == ["64x128"]
+    build.build(auto("stage2", winner="sdrecon", strengths=(5,), loser="stage1"), run)
+    for stage in ("stage1", "stage2"):
+        made_from = open_stage(run, stage).manifest["made_from"]
+        assert made_from["data.resolutions"] == ["128x64", "64x64"] and made_from["data.area"] == "128x64"
+    with pytest.raises(
+        UserError, match="config key data.area='64x64': .*stage2/pairs was made with '128x64'; use that"
+    ):
+        build.build(auto("stage2", "64x64", winner="sdrecon", strengths=(5,), loser="stage1"), run)
+    monkeypatch.setattr(loop, "_run", lambda *_: None)
+    train(auto("stage2", winner="sdrecon", strengths=(5,), loser="stage1"), run)
+    assert stage_config(run, "stage2").data.resolutions == ["128x64", "64x64"]
 
 
 def test_another_config_does_not_touch_finished_pairs(workdir: Path, make: Make) -> None:
@@ -349,7 +483,7 @@ def test_missing_photographs_are_counted_before_the_easy_stage_is_paid_for(
     reasons |= dict.fromkeys((empty.id, text.id), "it is no picture that can be read")
     assert json.loads((tmp_path / "stage2" / "pairs" / "without_pair.json").read_text()) == reasons
     printed = capsys.readouterr().out
-    assert "stage2/pairs: 2 of 6 train photographs have a pair" in printed
+    assert "stage2/pairs: 2 of 6 train examples have a pair" in printed
     assert "pairs: 4 have none: it is no picture that can be read (2), " in printed
     config = make("stage3", winner="sdrecon", strengths=(1,), loser="stage2")
     config.data.photographs = str(folder)
@@ -377,8 +511,9 @@ def test_photographs_of_which_none_has_a_pair_are_one_line(workdir: Path, make: 
     for i in range(4):
         Image.new("RGB", (64, 64), (i, i, i)).save(tmp_path / "others" / f"{i}.png")
         (tmp_path / "others" / f"{i}.txt").write_text("a woman")
-    with pytest.raises(UserError, match="others: none has a pair in .*stage1/pairs, from where stage1 takes"):
-        build.build(config, tmp_path)
+    for command in (check_pairs, build.build):
+        with pytest.raises(UserError, match="others: none has a pair in .*stage1/pairs, from where stage1 takes"):
+            command(config, tmp_path)
     assert not (tmp_path / "stage2" / "pairs").exists()  # the right ones may come next
 
 
@@ -472,20 +607,6 @@ def test_a_score_that_is_no_number_names_the_prompt(make: Make, inputs: Path, tm
     assert not list((tmp_path / "run" / "stage1" / "pairs").glob("pairs-*"))
 
 
-def test_of_many_captions_the_tokens_of_some_are_counted(
-    inputs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(build, "_COUNTED", 4)
-    pipeline = pipelines.load_pipeline(inputs / "base")
-    photographs = [Photograph(f"{i}.png", Path(f"{i}.png"), "a " * (i % 100)) for i in range(240)]
-    build._warn_of_long(pipeline, photographs)  # every 60th
-    build._warn_of_long(pipeline, photographs[75:78])
-    assert caplog.messages == [
-        "1 of 4 captions (240 in all) have more than 77 tokens, the first of which are used; that of 180.png has 82",
-        "2 of 3 captions (3 in all) have more than 77 tokens, the first of which are used; that of 77.png has 79",
-    ]
-
-
 def test_a_loser_of_another_caption_is_refused(workdir: Path, make: Make, inputs: Path, tmp_path: Path) -> None:
     shutil.copytree(workdir / "stage1", tmp_path / "run" / "stage1")
     shutil.copytree(inputs / "photographs", tmp_path / "photographs")
@@ -495,10 +616,12 @@ def test_a_loser_of_another_caption_is_refused(workdir: Path, make: Make, inputs
     listed.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = make("stage2", winner="sdrecon", loser="stage1")
     config.data.photographs = str(tmp_path / "photographs")
-    old = re.escape(first["caption"])
-    with pytest.raises(
-        UserError, match=rf"its caption was '{old}' when .*stage1/pairs was made, and is 'somebody else"
-    ):
+    line = rf"its caption was '{re.escape(first['caption'])}' when .*stage1/pairs was made, and is 'somebody else"
+    with pytest.raises(UserError, match=line):
         build.build(config, tmp_path / "run")
+    checked = make("other", winner="photograph", loser="stage1")
+    checked.data.photographs = config.data.photographs
+    with pytest.raises(UserError, match=line):
+        check_pairs(checked, tmp_path / "run")
     config.data.photographs = str(inputs / "photographs")
     build.build(config, tmp_path / "run")  # nothing was made of the others

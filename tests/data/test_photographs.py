@@ -13,7 +13,7 @@ from PIL import Image
 
 from hgdpo_jax.config import ASSETS, default, resolutions
 from hgdpo_jax.data import shards
-from hgdpo_jax.data.photographs import Photograph, list_examples, list_photographs, sort_by_shape
+from hgdpo_jax.data.photographs import Photograph, list_all, list_examples, list_photographs, sort_by_shape
 from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import file_hash
@@ -268,8 +268,34 @@ def test_small_photographs_are_counted_and_left_out_on_request(
     assert names(1.0, mirror=True)[:2] == ["0", "0.png#mirrored"] and "of 8 photographs" in caplog.text
     with pytest.raises(UserError, match=r"config key data\.smallest=1\.5: leaves none of split heldout; lower it"):
         names(1.5)
+    caplog.clear()
+    assert len(list_all(config, "heldout", "train", index=Index())[1]) == 8 and not caplog.text
     config.data.resolutions = ("16x16",)
     assert names(0.0) == list("01234567") and not caplog.text
+
+
+def test_a_resolution_that_lies_the_wrong_way_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Pictures are given as width x height, resolutions as height x width."""
+    config = sized(tmp_path, (130, 70), (130, 70), (150, 70), (90, 90))
+
+    def warnings(*given: str) -> list[str]:
+        config.data.resolutions = given
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            list_examples(config, "heldout", "train", index=Index())
+        return [line for line in caplog.messages if "the height comes first" in line]
+
+    assert warnings("128x64") == [
+        "config key data.resolutions: 128x64 is 128 high and 64 wide, but none of the 4 "
+        "photographs is higher than wide; the height comes first: did you mean 64x128?"
+    ]
+    assert len(warnings("64x64", "128x64")) == 1
+    assert warnings("64x128") == warnings("64x64") == warnings("128x64", "64x128") == []
+    Image.new("RGB", (70, 130)).save(tmp_path / "3.png")
+    assert warnings("128x64") == []
+    for i in range(4):
+        Image.new("RGB", (70, 130), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    assert "64x128 is 64 high and 128 wide, but none of the 4 photographs is wider than high" in warnings("64x128")[0]
 
 
 def test_photographs_of_other_formats_are_measured_upright(tmp_path: Path) -> None:

@@ -193,6 +193,6 @@ def test_one_stage_runs_on_given_pairs_from_building_to_evaluation(
         assert np.abs(record[role] - expected).max() <= 2**-10 < np.abs(expected).max() < 2
     loop.train(config, workdir)
     found = evaluate(config, workdir)
-    assert list(found["models"]) == ["base", "given", "given, whole"] and found["people"] == 3
+    assert list(found["models"]) == ["base", "given"] and found["people"] == 3
     assert "preference_score" not in found["models"]["given"] and "faces_found" in found["models"]["given"]
     assert images.from_run(workdir, None, 0.5, None, True).settings["stage"] == "given"

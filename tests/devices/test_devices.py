@@ -14,7 +14,7 @@ from hgdpo_jax.devices.mesh import make_mesh, require_divisible
 from hgdpo_jax.devices.random import stream_key, stream_keys
 from hgdpo_jax.devices.sharding import batch_sharding, partition_spec, tree_shardings
 from hgdpo_jax.devices.transfer import local_rows, place, to_devices
-from hgdpo_jax.devices.xla import xla_flags
+from hgdpo_jax.devices.xla import settle_dtype, xla_flags
 from hgdpo_jax.run.errors import UserError
 
 
@@ -98,6 +98,22 @@ def test_a_processor_keeps_the_memory_of_temporaries() -> None:
     found = subprocess.run([sys.executable, "-c", KEEPS], capture_output=True, text=True, check=True)
     before, after = map(int, found.stdout.split())
     assert before > 200 and after < 0.1 * before
+
+
+@pytest.mark.parametrize(
+    ("asked", "platform", "dtype"),
+    [
+        ("auto", "gpu", "float16"),
+        ("auto", "cuda", "float16"),
+        ("auto", "tpu", "bfloat16"),
+        ("auto", "cpu", "float32"),
+        ("tf32", "gpu", "tf32"),
+    ],
+)
+def test_the_devices_settle_which_dtype_suits_them(asked: str, platform: str, dtype: str) -> None:
+    model = ConfigDict({"dtype": asked})
+    settle_dtype(model, platform)
+    assert model.dtype == dtype
 
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused() -> None:

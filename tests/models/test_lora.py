@@ -9,13 +9,14 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel as TorchUNet
 from flax import nnx
+from peft import LoraConfig, inject_adapter_in_model
 
 from hgdpo_jax.devices.sharding import batch_sharding, replicated
 from hgdpo_jax.devices.transfer import place
 from hgdpo_jax.models import attention
 from hgdpo_jax.models.convert import to_torch
 from hgdpo_jax.models.layers import Layers
-from hgdpo_jax.models.lora import add_lora, lora_layers, merge_lora, product, to_peft
+from hgdpo_jax.models.lora import LoRAConv, LoRALinear, add_lora, drop, lora_layers, merge_lora, product, to_peft
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from tests import tiny
 from tests.models.parity import ported, randomise, relative_error
@@ -79,6 +80,50 @@ def test_a_fresh_one_changes_nothing_and_a_trained_one_is_diffusers_and_can_be_m
     merge_lora(ours)
     assert not any(layer.lora_B[...].any() for layer in layers.values())
     assert_close(predict(ours), found, NETWORK)
+
+
+class Masked(torch.nn.Module):
+    """In place of a torch Dropout, whose mask is drawn: one that is given, of zeros and 1 / share."""
+
+    def __init__(self, mask: np.ndarray) -> None:
+        super().__init__()
+        self.mask = torch.tensor(mask)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.mask
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_lora_reads_what_dropout_leaves_as_in_peft(kind: str) -> None:
+    """Of each example by its own key, whatever its batch, and on average all."""
+    make, share, keys = Layers(nnx.Rngs(0), jnp.float32), 0.75, jax.random.split(jax.random.key(0), 3)
+    if kind == "linear":
+        ours, theirs = LoRALinear(make.linear(8, 5), 2, 4.0, nnx.Rngs(1)), torch.nn.Linear(8, 5)
+    else:
+        ours, theirs = LoRAConv(make.conv(8, 5, 3), 2, 4.0, nnx.Rngs(1)), torch.nn.Conv2d(8, 5, 3, padding=1)
+    fill(ours)
+    x = jnp.asarray(RNG.standard_normal((6, 4, 4, 8)), jnp.float32)
+    theirs.load_state_dict({name: torch.tensor(value) for name, value in to_torch(ours).items()})
+    config = LoraConfig(r=2, lora_alpha=2, lora_dropout=1 - share, target_modules=["0"])
+    layer = inject_adapter_in_model(config, torch.nn.Sequential(theirs))[0]
+    weights = (torch.tensor(value) for value in to_peft(ours).values())
+    with torch.no_grad():
+        for own, given in zip((layer.lora_A["default"], layer.lora_B["default"]), weights, strict=True):
+            own.weight.copy_(given)
+    last = (lambda a: a) if kind == "linear" else (lambda a: a.transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        assert_close(last(np.asarray(ours(x))), layer.eval()(torch.tensor(last(np.asarray(x)))), NETWORK)
+        ours.dropout = 1 - share
+        drop([ours], keys)
+        mask = np.asarray(ours.dropped(jnp.ones_like(x)))
+        layer.lora_dropout["default"] = Masked(last(mask))
+        assert_close(last(np.asarray(ours(x))), layer(torch.tensor(last(np.asarray(x)))), NETWORK)
+    assert {*np.unique(mask)} == {0.0, np.float32(1 / share)} and len(np.unique(mask, axis=0)) == 6
+    assert abs(mask.mean() - 1.0) < 4 * np.sqrt((1 - share) / share / mask.size)  # four deviations
+    if kind == "convolution":
+        assert_close(ours(x[..., :3], x[..., 3:]), ours(x), NETWORK)
+    drop([ours], keys[1:2])
+    np.testing.assert_array_equal(ours.dropped(x[2:4]), (x * mask)[2:4])
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float32", 24), ("float16", 11), ("bfloat16", 8)])

@@ -130,5 +130,9 @@ def cases() -> dict[str, Case]:
         "HPDv3": Case(png | {"b/a.png": PNG, "a.json": _HPD}, ["a.json"], partial(_read, place="a.json", given=True)),
         "RealAlign": Case(png | {"b/a.png": PNG, "a.csv": _REAL_ALIGN}, ["a.csv"],
                           partial(_read, place="a.csv", given=True)),
+        "real and fake": Case({"real/a.png": PNG, "fake/a.jpg": JPEG, "a.csv": b"uid,prompt\na,a woman\n"}, ["a.csv"],
+                              partial(_read, given=True)),
+        "w and l": Case({"w/a.png": PNG, "w/a.txt": b"a woman", "l/a.png": PNG}, ["l/a.png", "w/a.txt"],
+                        partial(_read, given=True)),
         "pairs.parquet": Case({"a.parquet": _parquet(**_BOTH)}, ["a.parquet"], partial(_read, given=True)),
     }  # fmt: skip

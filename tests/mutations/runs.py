@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax.data import shards
+from hgdpo_jax.data import built, ratings, shards
 from hgdpo_jax.data.pairs import open_pairs
 from hgdpo_jax.data.record import features
 from hgdpo_jax.data.shards import ShardPhotograph
 from hgdpo_jax.results import evaluation, exported, images
 from hgdpo_jax.run import command, provenance
-from hgdpo_jax.run.files import write_json
+from hgdpo_jax.run.files import file_hash, write_json
 from hgdpo_jax.run.folder import last_stage, stage_config
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.settings import load_config, setting_keys
@@ -85,6 +85,23 @@ def _read_pairs(folder: Path) -> bool:
     return True
 
 
+def _read_exported(folder: Path) -> bool:
+    """As `pairs` reads the ratings that it is given."""
+    return ratings.read_exported(folder / "ratings.json", "stage1") is not None
+
+
+def _look_at_pairs(folder: Path) -> bool:
+    """As the page of pairs does."""
+    listed = built.list_shards(folder / "pairs")
+    return sum(len(built.read_shard(shard).records) for shard in listed) == 6
+
+
+def _write_rated(folder: Path) -> None:
+    path = tiny.write_pairs(folder / "pairs", 4, 2)
+    rated = ratings.Ratings({"train0-0": "loser", "train1-0": "equal"})
+    write_json(path / ratings.NAME, ratings.kept(rated, file_hash(path / "manifest.json")))
+
+
 def _go_on_with_pairs(folder: Path) -> bool:
     """As a build does that was stopped."""
     shards.is_finished(folder / "pairs", _MADE_FROM)
@@ -149,7 +166,9 @@ def _write_checkpoint(folder: Path) -> None:
 def cases() -> dict[str, Case]:
     """All of them by name."""
     run, checkpoint = written(_write_run), written(_write_checkpoint)
-    pairs = written(lambda folder: tiny.write_pairs(folder / "pairs", 4, 2))
+    pairs, rated = written(lambda folder: tiny.write_pairs(folder / "pairs", 4, 2)), written(_write_rated)
+    better = {"a": {"pair": "0" * 16, "better": "loser"}, "b": {"pair": "1" * 16, "better": "equal"}}
+    export = json.dumps({"hgdpo_jax": "ratings", "stages": {"stage1": better, "stage2": {}}}).encode()
     unfinished, shard = written(_write_unfinished), f"pairs/{_SHARD}"
     note = f"{shard}.json"
     about, settings = {"version": "1", "policies": {"easy": "0"}}, {"model": "x", "size": [64, 64], "seed": 0}
@@ -168,6 +187,9 @@ def cases() -> dict[str, Case]:
         "pairs": Case(pairs, ["pairs/manifest.json", "pairs/features.json", "pairs/dataset_info.json", shard, note],
                       _read_pairs),
         "unfinished pairs": Case(unfinished, ["pairs/building.json", note], _go_on_with_pairs),
+        "rated pairs": Case(rated, ["pairs/ratings.json"], _read_pairs),
+        "ratings": Case({"ratings.json": export}, ["ratings.json"], _read_exported),
+        "pairs to look at": Case(pairs, [shard, note], _look_at_pairs),
         "checkpoint": Case(checkpoint, ["stage1/policy/2.sha256.json"], _read_checkpoint),
         "index": Case(index, ["content.json"], _read_index),
         "log": Case({"metrics.jsonl": lines}, ["metrics.jsonl"], _read_log),

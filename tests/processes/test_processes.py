@@ -66,7 +66,7 @@ def test_the_chain_of_commands_gives_what_one_process_gives(settings: list[str],
 
     for stage in PAIRS:
         shards = [path.name for path in (two / stage / "pairs").iterdir()]
-        assert len(shards) in (5 + 2 * 2, 5 + 2 * 3) and not any("groups" in name for name in shards)
+        assert len(shards) in (6 + 2 * 2, 6 + 2 * 3) and not any("groups" in name for name in shards)
         for name in shards:
             assert file_hash(one / stage / "pairs" / name) == file_hash(two / stage / "pairs" / name)
     for path in (two / "images").glob("*_*.png"):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hgdpo_jax.browsing import study
 from hgdpo_jax.config import to_json
-from hgdpo_jax.data.photographs import Photograph
+from hgdpo_jax.data.photographs import Photograph, list_photographs
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.evaluate import print_table
@@ -21,7 +22,7 @@ from hgdpo_jax.pictures.read import read_image
 from hgdpo_jax.pictures.sheet import GAP
 from hgdpo_jax.results import evaluation, measured
 from hgdpo_jax.results.evaluation import Evaluator, _heldout, _inputs, _persons, drawn_before, evaluate
-from hgdpo_jax.results.measured import MODELS, Model, groups, single
+from hgdpo_jax.results.measured import MODELS, groups, single
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import json_hash, write_json
 from hgdpo_jax.run.index import Index
@@ -57,19 +58,23 @@ def test_the_command_writes_results_and_a_report_that_stands_alone(
     log.write_text('{"step": 0, "heldout/loss/dpo": 0.7}\n{"step": 1, "a')  # half a line of a run that was killed
     first = evaluate(config, workdir)
     written, easy = (workdir / "results.json").read_text(), first["models"]["easy"]
-    assert json.loads(written) == first and list(first["models"]) == ["base", "easy", "easy, whole"]
+    assert json.loads(written) == first and list(first["models"]) == ["base", "easy"]
     assert first["models"]["base"]["win_rate"] == 0.5 and first["images_per_model"] == first["people"] == 3
     assert easy["third_score"] == easy["second_score"] == pytest.approx(easy["preference_score"])
     scores = [row["preference_score"] for row in first["models"].values()]
-    assert len(set(scores)) == 3 and len(first["differences"]) == 0
+    assert len(set(scores)) == 2 and len(first["differences"]) == 0
     page = (workdir / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
-    assert page.count("<img") == 1 + 4 * 3 + 2 * 4  # curves; base, easy twice, photograph; winners and losers
+    assert page.count("<img") == 1 + 3 * 3 + 2 * 4  # curves; base, easy, photograph; winners and losers
 
     pictures = [np.load(workdir / "evaluation" / f"{name}.npz")["pictures"] for name in ("base", "easy")]
     shown = np.asarray(Image.open(workdir / "portrait.png"))[GAP:, -3 * (64 + GAP) :]
     rows = [row[:64:2, : 3 * 68].reshape(32, 3, 68, 3)[:, :, :64:2] for row in (shown, shown[64 + GAP :])]
     assert np.array_equal(rows, np.swapaxes(pictures, 1, 2)) and not (workdir / "persons.png").exists()
+
+    drawn = study.read_drawn(workdir, "easy")  # what people are asked about
+    held = list_photographs(config.data.photographs, "heldout")
+    assert np.array_equal(drawn.pictures, pictures[1]) and drawn.captions == [person.caption for person in held]
 
     kept = (workdir / "evaluation" / "easy.npz").stat().st_mtime_ns
     evaluate(config, workdir)
@@ -83,7 +88,7 @@ def test_the_command_writes_results_and_a_report_that_stands_alone(
         evaluate(config, workdir)
 
 
-def test_models_are_measured_up_to_the_configs_stage_and_beside_the_recipe_for_lora(tmp_path: Path) -> None:
+def test_models_are_measured_up_to_the_configs_stage_and_what_there_is_beside_the_curriculum(tmp_path: Path) -> None:
     def names(stage: str) -> list[str]:
         config.stage = stage
         return list(measured.measured(config, tmp_path))
@@ -92,16 +97,14 @@ def test_models_are_measured_up_to_the_configs_stage_and_beside_the_recipe_for_l
     for stage in ("stage1", "stage2", "stage3", "naive"):
         config.train.params = "all" if stage == "naive" else "lora"
         write_json(tmp_path / stage / "config.json", to_json(config))
-    assert names("stage1") == ["base", "easy", "naive", "easy, whole"]
-    assert names("stage3") == ["base", "easy", "normal", "hard", "naive", *(f"{x}, whole" for x in
-                               ("easy", "normal", "hard"))]  # fmt: skip
+    assert names("stage1") == ["base", "easy", "naive"]
+    assert names("stage3") == ["base", "easy", "normal", "hard", "naive"]
     write_json(tmp_path / "text_encoder" / "config.json", to_json(config))
     assert "hard + text encoder" in names("stage3") and "hard + text encoder" not in names("stage2")
     curriculum = ["base", "easy", "normal", "hard"]
-    whole = [f"{x}, whole" for x in ("easy", "normal", "hard")]
     config.train.params = "text_lora"
     write_json(tmp_path / "text_encoder" / "config.json", to_json(config))
-    assert names("text_encoder") == [*curriculum, "hard + text encoder", "naive", *whole, "text_encoder"]
+    assert names("text_encoder") == [*curriculum, "hard + text encoder", "naive", "text_encoder"]
     config.train.params = "all"
     for stage in ("stage0", "mine"):
         write_json(tmp_path / stage / "config.json", to_json(config))
@@ -119,7 +122,7 @@ def test_models_whose_unets_have_the_same_parameters_are_drawn_together(tmp_path
     configs = {"stage1": trained("lora", 2), "stage3": trained("lora", 2), "naive": trained("lora", 16),
                "mine": trained("all", 8), "text_encoder": trained("text_lora", 64)}  # fmt: skip
     models = {name: MODELS[name] for name in ("base", "easy", "hard", "hard + text encoder", "naive")}
-    models |= {"mine": Model(("mine",)), "text_encoder": Model(("text_encoder",))}
+    models |= {"mine": ("mine",), "text_encoder": ("text_encoder",)}
     found = groups(models, configs)
     assert [list(group) for group in found] == [["base", "text_encoder", "easy", "hard", "hard + text encoder"],
                                                 ["naive"], ["mine"]]  # fmt: skip
@@ -224,10 +227,9 @@ def test_what_a_picture_is_made_from_is_drawn_again_where_it_changes(tmp_path: P
     assert len({json_hash(found) for found in inputs}) == len(inputs)
 
 
-def test_base_and_the_stages_under_the_recipe_are_shown() -> None:
-    """Whatever was trained: `naive` alone, or nothing that draws otherwise."""
+def test_base_and_the_stages_alone_are_shown() -> None:
     for names in (["base"], ["base", "naive"], ["base", "easy", "normal"], ["base", "given"]):
-        assert single({name: MODELS[name] for name in (*names, *(f"{name}, whole" for name in names[1:]))}) == names
+        assert single({name: MODELS[name] for name in names}) == names
     assert single({name: MODELS[name] for name in ("base", "hard", "hard + text encoder")}) == ["base", "hard"]
 
 

@@ -27,7 +27,7 @@ from hgdpo_jax.results import card_code, exported
 from hgdpo_jax.results.contents import CHECKPOINT_FILE, KOHYA_FILE, KOHYA_RECIPE_FILE, PEFT_FILE
 from hgdpo_jax.results.exported import FORMATS, export, lora_weights
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import file_hash
+from hgdpo_jax.run.files import file_hash, write_json
 from hgdpo_jax.run.folder import stage_config
 from hgdpo_jax.run.settings import load_config
 from hgdpo_jax.training import inputs, loop
@@ -60,7 +60,7 @@ def one_device() -> Iterator[None]:
         yield
 
 
-def at_once(config: ConfigDict, folder: Path, inputs: Any, start: Any, checkpoints: Checkpoints, traced: range) -> None:
+def at_once(config: ConfigDict, folder: Path, inputs: Any, start: Any, checkpoints: Checkpoints, *_: Any) -> None:
     """In place of the steps, which would only have to be compiled: the checkpoint of a LoRA that does something."""
     moved = lambda x: np.asarray(x) + 0.1 * np.cos(np.arange(x.size, dtype=np.float32)).reshape(x.shape)  # noqa: E731
     policy = jax.tree.map(lambda x: jax.device_put(moved(x), x.sharding), start.state.policy)
@@ -232,6 +232,17 @@ def test_the_card_says_where_the_model_comes_from(base: Path, workdir: Path) -> 
     hashes += (file_hash(workdir / "naive" / "pairs" / "manifest.json"),)
     for part in (str(base), "naive", *hashes, PEFT_FILE, KOHYA_FILE):
         assert part in card
+
+
+@pytest.mark.parametrize("base", ["sd15"], indirect=True)
+def test_the_card_says_which_step_it_is_of(workdir: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(workdir, tmp_path / "run"))
+    done, config = stage_config(run, "naive").train.steps, json.loads((run / "naive" / "config.json").read_text())
+    config["train"]["steps"] = done + 20
+    write_json(run / "naive" / "config.json", config)
+    export(run, tmp_path / "out", "naive", formats=["kohya"], step="latest")
+    assert f"- Stage: `naive`, {done} of {done + 20} steps of " in (tmp_path / "out" / "README.md").read_text()
+    assert f"- Stage: `naive`, {done} steps of " in (workdir / "export" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("base", ["sd15"], indirect=True)

@@ -40,6 +40,7 @@ from hgdpo_jax.results.contents import (
 )
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import write_json
+from hgdpo_jax.run.folder import stage_config
 from hgdpo_jax.run.settings import load_config
 from hgdpo_jax.training.finished import PAIRS
 from hgdpo_jax.training.policy import load_trainable, policy_of
@@ -103,6 +104,7 @@ def trained() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exported, "local_mesh", tiny.mesh)
         patch.setattr(exported, "finished_policy", lambda workdir, stage, like, config, step: moved(like))
+        patch.setattr(exported, "finished_step", lambda workdir, stage, step: stage_config(workdir, stage).train.steps)
         patch.setattr(exported, "made_from", lambda workdir, stage: {PAIRS: "0" * 64})
         yield
 
@@ -245,7 +247,7 @@ def test_a_folder_whose_note_is_not_ours_is_not_overwritten(damage: bytes, base:
 
 def contents(base: Path | str, pipeline: pipelines.Pipeline, *changes: str) -> Contents:
     config = config_of(base, "stage1", *changes)
-    return Contents(pipeline, "stage1", {"stage1": config}, {}, ("peft",), None)
+    return Contents(pipeline, "stage1", config.train.steps, {"stage1": config}, {}, ("peft",), None)
 
 
 ABOUT = {"base": "0" * 64, "pairs": "0" * 64, "policies": {"stage1": "0" * 64}}

@@ -42,9 +42,9 @@ def test_configs_data_licences_and_types_are_shipped() -> None:
     assert len(files) > 100 and not set(files) - shipped()
 
 
-@pytest.mark.parametrize("name", ["pairs", "train", "sample", "evaluate", "export", "plan"])
+@pytest.mark.parametrize("name", ["pairs", "train", "sample", "evaluate", "export", "plan", "browse"])
 def test_each_command_runs_what_its_module_does(name: str) -> None:
     scripts = PROJECT["project"]["scripts"]
     module, _, function = scripts[f"hgdpo-{name}"].partition(":")
-    assert module == f"hgdpo_jax.{'main' if name == 'train' else name}" and len(scripts) == 6
+    assert module == f"hgdpo_jax.{'main' if name == 'train' else name}" and len(scripts) == 7
     assert callable(getattr(import_module(module), function))

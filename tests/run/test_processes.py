@@ -16,6 +16,7 @@ from hgdpo_jax.run.files import write_json
 from hgdpo_jax.run.folder import blocks_of, last_stage, stage_config, train_command
 from hgdpo_jax.run.index import Index, first_process_first
 from hgdpo_jax.run.locks import lock_for_all, lock_owner
+from hgdpo_jax.run.settings import load_config
 
 
 def test_each_process_works_on_its_part_a_few_at_once_and_all_get_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,13 +121,14 @@ def test_what_a_run_folder_holds(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stage3 was not trained in .*, stage0, stage2, text_encoder was; run first"):
         stage_config(tmp_path, "stage3")
     assert "configs/stage0_sft.py[:variant]" in train_command("stage0", tmp_path)
-    assert [blocks_of("stage3", blocks) for blocks in ("paper", "all", "up")] == ["up", "all", "up"]
-    assert [blocks_of(stage, "paper") for stage in ("stage1", "stage2", "stage3", "naive")] == [
-        "all",
-        "all",
-        "up",
-        "up",
-    ]
+
+
+def test_the_paper_draws_the_hard_stage_with_the_up_blocks_under_whatever_name() -> None:
+    hard = load_config("configs/stage3.py:portraits", [])
+    again = load_config("configs/stage3.py:portraits", ["stage=slow", "train.pairs=stage3"])
+    others = [load_config(f"configs/{name}.py:portraits", []) for name in ("stage1", "stage2", "naive")]
+    assert [blocks_of(hard, blocks) for blocks in ("paper", "all", "up")] == ["up", "all", "up"]
+    assert [blocks_of(config, "paper") for config in (again, *others)] == ["up", "all", "all", "up"]
 
 
 @pytest.mark.parametrize(

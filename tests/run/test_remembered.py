@@ -37,6 +37,30 @@ def test_a_later_command_needs_the_workdir_alone(tmp_path: Path, monkeypatch: py
     assert config.data.photographs == "/elsewhere" and config.seed == 3
 
 
+def test_a_stage_is_trained_once_more_under_another_name_from_the_same_pairs(tmp_path: Path) -> None:
+    parser = command.run_parser("")
+    command.add_name(parser)
+    given = ["--workdir", str(tmp_path), "--as", "slow", "--config.train.lr=1e-6", "--config"]
+    config, _ = command.parse(parser, [*given, "configs/stage3.py:portraits"])
+    assert (config.stage, config.train.pairs, config.train.start, config.train.lr) == ("slow", "stage3", "stage2", 1e-6)
+    config, _ = command.parse(parser, [*given, "configs/text_encoder.py:portraits"])
+    assert (config.stage, config.train.pairs) == ("slow", "stage1")
+    for name, message in (
+        ("stage3", "--as stage3: is the folder of a stage of its own; choose another name"),
+        ("text_encoder", "--as text_encoder: is the folder of a stage of its own"),
+        ("", "config key stage='': expects a name of a folder"),  # such as that of a variable that is not set
+    ):
+        with pytest.raises(UserError, match=message):
+            command.parse(parser, ["--workdir", str(tmp_path), "--as", name, "--config", "configs/stage3.py:portraits"])
+
+
+def test_the_area_by_which_a_run_chose_its_resolutions_is_remembered_with_them(tmp_path: Path) -> None:
+    used(tmp_path / "W", "--config.data.resolutions=auto", "--config.data.area=128x128")
+    assert parsed(tmp_path / "W", "--config.data.resolutions=auto")[0].data.area == "128x128"
+    config, given = parsed(tmp_path / "W", "--config.data.resolutions=64x64")  # which have no area
+    assert config.data.area == "96x96" and "data.area" not in given.given
+
+
 def test_what_is_remembered_is_a_file_of_settings(tmp_path: Path) -> None:
     used(tmp_path / "W", "--config.pairs.scorer=a scorer, with = and [x]", "--config.data.resolutions=64x64")
     other, _ = parsed(tmp_path / "V", "--settings", str(tmp_path / "W" / FILE))

@@ -76,13 +76,29 @@ def test_a_list_may_hold_commas() -> None:
         ("stage=a/b", "stage='a/b': expects a name of a folder"),
         ("stage=..", "stage='..': expects a name of a folder"),
         ("stage=", "stage='': expects a name of a folder"),
-        ("data.resolutions=64", "data.resolutions='64': expects HEIGHTxWIDTH in pixels"),
+        (
+            "data.resolutions=64",
+            "data.resolutions='64': expects HEIGHTxWIDTH in pixels, the height first, like 1024x704",
+        ),
+        ("data.resolutions=auto,64x64", "data.resolutions=auto,64x64: auto stands alone"),
+        ("data.area=64x64", "data.area=64x64: does nothing here, it goes with data.resolutions=auto"),
+        ("data.area=4096", "data.area='4096': expects HEIGHTxWIDTH in pixels, the height first"),
     ],
 )
 def test_a_bad_override_is_one_line_that_names_it(override: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         load(override)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("variant", "area"), [("sd15", (1024, 704)), ("sdxl", (1024, 1024)), ("portraits", (96, 96))])
+def test_until_a_run_has_chosen_its_resolutions_their_area_stands_for_them(variant: str, area: tuple[int, int]) -> None:
+    """That is the largest that may be chosen, which a plan is made for."""
+    config = load_config(f"configs/stage1.py:{variant}", ["data.resolutions=auto"])
+    assert configuration.is_auto(config) and [*configuration.resolutions(config).values()] == [area]
+    config = load_config(f"configs/stage1.py:{variant}", ["data.area=256x512", "data.resolutions=auto"])
+    assert configuration.resolutions(config) == {"256x512": (256, 512)}
+    assert not configuration.is_auto(load_config(f"configs/stage1.py:{variant}"))
 
 
 @pytest.mark.parametrize(
@@ -119,6 +135,14 @@ def test_a_bad_override_is_one_line_that_names_it(override: str, message: str) -
             "data.pairs=pairs.jsonl: does nothing here, it goes with pairs.winner=given",
         ),
         ("stage1", "train.optimizer=adafactor train.adam=0.5,0.9", "train.adam=(0.5, 0.9): does nothing here"),
+        (
+            "stage0_sft",
+            "train.lora_dropout=0.1",
+            "train.lora_dropout=0.1: does nothing here, it goes with train.params=lora or text_lora",
+        ),
+        ("stage0_sft", "train.quantize=int8", "train.quantize=int8: does nothing here, it goes with train.params=lora"),
+        ("stage1", "train.optimizer=adamw8bit", "train.optimizer=adamw8bit: goes with train.params=all or adapter"),
+        ("stage1", "train.optimizer=prodigy", "train.lr=1e-05: with train.optimizer=prodigy it multiplies the rate"),
         ("stage2", "pairs.strengths=5,5,7", "pairs.strengths: 5 stands there twice; expects each once"),
         ("stage1", "data.resolutions=64x64,96x64,64x64", "data.resolutions: 64x64 stands there twice"),
         ("stage1", 'evaluate.concept_prompts=["a","b","b"]', "evaluate.concept_prompts: b stands there twice"),

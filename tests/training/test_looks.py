@@ -1,7 +1,11 @@
 """What looks at held-out pairs bring: which checkpoints stay and are taken, what stops a training, pictures."""
 
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +71,7 @@ def test_only_alarms_in_a_row_count() -> None:
 
 
 def test_a_training_that_collapses_goes_back_to_its_last_good_checkpoint(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Which newer ones have not pushed out; it then goes on from there, also beyond what stopped it."""
     tiny.write_pairs(tmp_path / "stage1" / "pairs")
@@ -78,6 +82,10 @@ def test_a_training_that_collapses_goes_back_to_its_last_good_checkpoint(
                        r"The training goes back to its checkpoint of step 2; .*--resume-with") as stopped:  # fmt: skip
         train(config, tmp_path)
     assert stopped.value.code == 3
+    alarms = [message for message in caplog.messages if "alarm" in message]
+    assert [message[:7] for message in alarms] == ["step 3:", "step 4:"]
+    assert alarms[0].endswith("the held-out loss rose from 0.6 to 2; that is alarm 1 of 3 in a row, after which "
+                              "training stops")  # fmt: skip
     assert Checkpoints(tmp_path / "stage1").steps() == [1, 2]  # the best, and the last good one
     config.train.alarms = 0
     train(config, tmp_path)
@@ -117,9 +125,33 @@ def test_newest_multiples_and_the_best_stay_and_each_can_be_taken(
     assert policy("8")
 
 
-def test_prompts_of_ones_own_are_drawn_at_each_look_beside_the_bases(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Refused(Exception):
+    """wandb.Error"""
+
+
+def wandb_of(runs: list[SimpleNamespace]) -> ModuleType:
+    """A module with the interface of wandb that is used, whose runs are kept."""
+
+    def init(**given: Any) -> SimpleNamespace:
+        if given["project"] == "refused":
+            raise Refused("No API key\n configured.")
+        lines: list[dict[str, Any]] = []
+        run = SimpleNamespace(given=given, lines=lines, log=lines.append, ended=None, axes=[])
+        run.define_metric = lambda name, step_metric: run.axes.append((name, step_metric))
+        run.finish = lambda exit_code=0: setattr(run, "ended", exit_code)
+        run.offline, run.dir, run.url = len(runs) > 0, f"{given['dir']}/wandb/offline-x/files", "https://board/x"
+        runs.append(run)
+        return run
+
+    module = ModuleType("wandb")
+    module.__dict__.update(init=init, Settings=dict, Error=Refused, Image=np.array)
+    return module
+
+
+def test_what_people_see_is_drawn_at_each_look_and_goes_to_wandb_too(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    """Prompts of one's own beside the base's drawings; one run of W&B, in whatever pieces the stage is trained."""
     tiny.write_pairs(tmp_path / "stage1" / "pairs")
     config, lines = tiny.config(base, steps=2), tmp_path / "prompts.txt"
     config.train.prompts = str(lines)
@@ -128,8 +160,44 @@ def test_prompts_of_ones_own_are_drawn_at_each_look_beside_the_bases(
         train(config, tmp_path)
     assert not (tmp_path / "stage1" / "reference").exists()
     lines.write_text("a face\n\na house\n")
-    config.train.eval_every = 2
+    config.train.eval_every, config.train.wandb = 2, "refused"
+    runs: list[SimpleNamespace] = []
+    for module, line in (
+        (None, "train.wandb=refused: the package wandb is not installed; pip install wandb"),
+        (ModuleType("wandb"), "the package wandb is not installed"),  # a folder of that name
+        (wandb_of(runs), "train.wandb=refused: W&B says No API key configured.; run wandb login, or set WANDB_MODE="),
+    ):
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        with pytest.raises(UserError, match=re.escape(line)):
+            train(config, tmp_path)
+    config.train.wandb = "faces"
     train(config, tmp_path)
+    (run,) = runs
+    logs = tmp_path / "stage1" / "logs"
+    assert run.given["group"] == tmp_path.name and run.given["config"]["model"]["dtype"] == "float32"
+    assert run.axes == [("*", "step")] and run.ended == 0
+    drawn = ("samples", "prompts")
+    pictures = {(line["step"], name): line[name] for line in run.lines for name in drawn if name in line}
+    assert list(pictures) == [(0, "samples"), (0, "prompts"), (2, "samples"), (2, "prompts")]
+    for (step, name), picture in pictures.items():
+        np.testing.assert_array_equal(picture, np.asarray(Image.open(logs / name / f"{step}.png")))
+    scalars: dict[int, dict[str, float]] = {}
+    for line in run.lines:
+        if not set(drawn) & set(line):
+            scalars.setdefault(line["step"], {}).update(line)
+    assert list(scalars.values()) == metrics.read(logs)
+    monkeypatch.setattr(Monitor, "evaluate", tiny.glance)
+    monkeypatch.setattr(metrics.MetricLog, "means", lambda log: (_ for _ in ()).throw(UserError("stops here")))
+    config.train.steps = 3
+    with pytest.raises(UserError, match="stops here"):
+        train(config, tmp_path)
+    assert runs[1].given["id"] == run.given["id"] and runs[1].given["resume"] == "allow" and runs[1].ended == 1
+    said = capsys.readouterr().out
+    line = rf"stage1: look at step 2: held-out loss ([\d.]+), accuracy \S+, faces in \d+% of {logs}/samples/2\.png\n"
+    look = re.search(line, said)
+    assert look and look[1] == f"{metrics.read(logs)[-1]['heldout/loss/total']:.4g}"
+    assert "stage1: W&B: https://board/x\n" in said
+    assert f"stage1: W&B: offline, later: wandb sync {logs}/wandb/offline-x\n" in said
     first, last = (np.asarray(Image.open(tmp_path / "stage1" / "logs" / "prompts" / f"{n}.png")) for n in (0, 2))
     side = 2 * 32
     cells = [[x[GAP + i * (side + GAP) :][:side, -2 * (side + GAP) :] for i in (0, 1)] for x in (first, last)]

@@ -20,10 +20,12 @@ import numpy as np
 import optax
 import pytest
 
+from hgdpo_jax.data import ratings
 from hgdpo_jax.data.loader import PairLoader
+from hgdpo_jax.data.pairs import open_stage
 from hgdpo_jax.main import main
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import file_hash
+from hgdpo_jax.run.files import file_hash, write_json
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.locks import lock
 from hgdpo_jax.training import changes, loop, metrics, monitor, start
@@ -205,6 +207,19 @@ def test_another_config_does_not_go_on(finished: Path, base: Path) -> None:
     assert file_hash(finished / "stage1" / "config.json") == before
 
 
+def test_pairs_that_were_rated_since_do_not_go_on(finished: Path, base: Path, tmp_path: Path) -> None:
+    """Nor is a finished stage taken for one of the pairs as they are rated now."""
+    _copy(finished, tmp_path / "run")
+    pairs = open_stage(tmp_path / "run", "stage1")
+    for better, refused in (("winner", False), ("loser", True), ("neither", True)):
+        write_json(pairs.folder / ratings.NAME, ratings.kept(ratings.Ratings({"train0-0": better}), pairs.hash))
+        if refused:
+            with pytest.raises(UserError, match="content of the pairs=sha256 .*: the checkpoint in .* was made with"):
+                train(tiny.config(base, steps=6), tmp_path / "run")
+        else:
+            train(tiny.config(base, steps=6), tmp_path / "run")
+
+
 def test_nan_stops_and_keeps_the_last_good_checkpoint(
     finished: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +245,8 @@ def test_the_advice_after_nan_can_be_followed_and_is_recorded(
     assert (tmp_path / "stage1" / "config.json").read_bytes() == before
     named = changes.changeable("train.lr,train.beta,train.clip_norm,train.schedule")
     train(tiny.config(base, steps=8, **calmer), tmp_path, may_change=named)
-    assert "stage1: goes on after step 6 with train.lr=0.001, which was 0.01" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "stage1: goes on from step 6\n" in said and "stage1: goes on with train.lr=0.001, which was 0.01\n" in said
     meta = Checkpoints(tmp_path / "stage1").meta(8)
     (change,) = meta["changes"]
     assert change["step"] == 6 and change["train.beta"] == [5000.0, 9000.0] and change["train.lr"] == [0.01, 0.001]
@@ -244,7 +260,7 @@ def test_the_advice_after_nan_can_be_followed_and_is_recorded(
 def test_the_command_hands_on_what_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handed: list[Any] = []
     monkeypatch.setattr(loop, "train", lambda *given: handed.extend(given))
-    monkeypatch.setattr("hgdpo_jax.devices.start.start", lambda *given: handed.append(given[1]["--resume-with"]))
+    monkeypatch.setattr("hgdpo_jax.devices.start.start", lambda *given, **_: handed.append(given[1]["--resume-with"]))
     command = ["main", "--config", "configs/stage1.py:portraits", "--workdir", str(tmp_path)]
     monkeypatch.setattr("sys.argv", [*command, "--resume-with", "train.lr,--config.train.beta"])
     main()
@@ -415,7 +431,7 @@ def test_what_a_stage_depends_on_is_all_of_its_training_but_what_only_rounds_and
 ) -> None:
     config = tiny.config(base, reference_cache=1)
     aside = {"pairs", "steps", "accumulate", "checkpointing", "checkpoint_every", "checkpoints", "log_every"}
-    aside |= {"keep", "keep_every", "hand_on", "alarms", "prompts"}
+    aside |= {"keep", "keep_every", "hand_on", "alarms", "prompts", "wandb"}
     found = set(depends_on(config))
     assert {f"train.{name}" for name in config.train} - found == {f"train.{name}" for name in aside | {"eval_every"}}
     assert found - {f"train.{name}" for name in config.train} == {"stage", "seed", "objective", "model.dtype"}
@@ -549,7 +565,7 @@ def test_pictures_are_drawn_with_what_the_stage_hands_on_and_errors_are_the_poli
     found, policy, average = object.__new__(Monitor), {"x": jnp.ones(1)}, {"x": jnp.zeros(1)}
     found._sampler, found._held, found.log, found._reference = Mock(), [None], Mock(), {}
     found._sampler.decode.return_value = np.zeros((4, 8, 8, 3), np.float32)
-    found._faces, found._prompts = Mock(), None
+    found._faces, found._prompts, found._stage, found._samples = Mock(), None, "stage1", Path("samples")
     found._faces.detect.return_value.found = np.array([1.0, 0.0, 0.0, 1.0])
     found._ids, found._keys, found._resolution, found._concept = "ids", "keys", (8, 8), "concept"
     found._measured = lambda policy, reference, i: measured.append(policy) or {"loss": np.zeros(())}

@@ -20,6 +20,7 @@ from hgdpo_jax.devices.transfer import place, to_devices
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.models.convert import to_torch, to_torch_layout, torch_key
+from hgdpo_jax.models.lora import lora_layers
 from hgdpo_jax.models.text import Conditioning
 from hgdpo_jax.training import cost
 from hgdpo_jax.training import step as steps
@@ -124,10 +125,8 @@ SCHEDULE = NoiseSchedule.from_config(tiny.SCHEDULER | {"prediction_type": "v_pre
 class Scaled(steps.Denoiser):
     """Predicts the noisy latent times the policy: for what does not depend on the network."""
 
-    def __call__(
-        self, policy: Any, frozen: Any, x_t: Any, t: Any, ids: Any, concept: Any = None, drop: Any = None
-    ) -> Any:
-        assert all(x.dtype == jnp.float32 for x in (x_t, concept) if x is not None)
+    def __call__(self, policy: Any, frozen: Any, x_t: Any, t: Any, *rest: Any, **given: Any) -> Any:
+        assert all(x.dtype == jnp.float32 for x in (x_t, *rest[1:2]) if x is not None)
         return policy["x"] * x_t
 
 
@@ -190,6 +189,47 @@ def test_captions_and_concepts_are_dropped_as_often_as_asked(
     no_caption, no_concept = SUMS[-1] % 2 == 0, SUMS[-1] < 2
     for dropped, share in ((no_caption, caption), (no_concept, concept), (no_caption & no_concept, both)):
         assert abs(float(dropped.mean()) - share) <= 4 * np.sqrt(share * (1 - share) / rows)  # four deviations
+
+
+def test_lora_of_the_policy_drops_numbers_where_it_learns_and_nothing_else_does(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the reference nor held-out pairs."""
+    data = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(2).items()}
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+    drawn: list[int] = []
+    bernoulli = jax.random.bernoulli
+    monkeypatch.setattr(jax.random, "bernoulli", lambda *given: (masks.append(1), bernoulli(*given))[1])
+    on = {"lora_dropout": 0.1}
+    for settings, learns in (({}, True), (on, False), (on, True), (on | {"blocks": "up"}, True)):
+        config = tiny.config(base, **settings)
+        pipeline = load_trainable(config, tiny.mesh(), weights=False)
+        denoiser, policy, frozen = steps.split_params(pipeline, "lora")
+        loss = steps.dpo_loss(denoiser, pipeline.schedule, config.train.blocks)
+        given, masks = data | {"key": keys} | ({"dropout": keys} if learns else {}), []
+        jax.eval_shape(loss, policy, policy, frozen, given, numbers_of(config, 0))
+        drawn.append(len(masks))
+    blocks = {name.partition(".attn")[0] for name in lora_layers(pipeline.unet)}
+    up = sum("up_blocks" in name for name in blocks)
+    # Queries, keys and values of the same tokens, their output; queries, keys and values of text, their output.
+    assert drawn == [0, 0, 5 * len(blocks), 5 * up]
+    assert 0 < up < len(blocks)
+
+
+def test_what_is_dropped_changes_with_the_step_even_where_the_noise_does_not(base: Path) -> None:
+    def loss(policy: Any, reference: Any, frozen: Any, batch: Any, numbers: Any) -> tuple[jax.Array, dict]:
+        drawn = {name: jax.vmap(jax.random.uniform)(batch[name]) for name in ("key", "dropout")}
+        return policy["x"].sum(), {"loss/total": policy["x"].sum(), **drawn}
+
+    config = tiny.config(base)
+    tx = make_optimizer(config.train)
+    step, state = steps.make_step(loss, tx, 1), steps.init_state({"x": jnp.ones(1)}, tx, 0.0)
+    data, found = {"input_ids": jnp.zeros((4, 1), int), "example": jnp.arange(4)}, []
+    for number in range(2):
+        state, metrics = step(state, {}, {}, data, numbers_of(config, number))
+        found.append(jax.device_get(metrics))
+    np.testing.assert_array_equal(found[0]["key"], found[1]["key"])
+    assert len({*found[0]["dropout"], *found[1]["dropout"], *found[0]["key"]}) == 12
 
 
 def test_stages_share_one_program(base: Path) -> None:

@@ -41,6 +41,11 @@ def suffix_of(name: str) -> str:
     return posixpath.splitext(name)[1].lower()
 
 
+def stem_of(name: str) -> str:
+    """A path without its last suffix."""
+    return name.rpartition(".")[0]
+
+
 def match(
     place: Path, names: Sequence[str], kinds: Sequence[str] = TEXTS, by_key: bool = False
 ) -> tuple[list[Match], list[str]]:
@@ -59,12 +64,12 @@ def match(
         UserError: two pictures have one text: one is perhaps a mask.
     """
     pictures = [name for name in names if suffix_of(name) in SUFFIXES]
-    texts = _by(_stem, sorted((n for n in names if suffix_of(n) in kinds), key=lambda n: kinds.index(suffix_of(n))))
-    alike = Counter(map(_stem, pictures))
+    texts = _by(stem_of, sorted((n for n in names if suffix_of(n) in kinds), key=lambda n: kinds.index(suffix_of(n))))
+    alike = Counter(map(stem_of, pictures))
     found: dict[str, Match] = {}
     owners: dict[str, str] = {}
     for picture in pictures:
-        stem = _stem(picture)
+        stem = stem_of(picture)
         shared, own = texts.get(stem, []), texts.get(picture, [])
         if shared and not (own and alike[stem] > 1):
             if stem in owners:
@@ -85,7 +90,7 @@ def _match_keys(place: Path, pictures: Sequence[str], texts: dict[str, list[str]
         if key in taken or key not in by_key:
             continue
         # Of several, the one that is called nothing but the key, or `image`.
-        plain = [p for p in of_key if _stem(p) == key] or [p for p in of_key if _stem(p) == f"{key}.{IMAGE}"]
+        plain = [p for p in of_key if stem_of(p) == key] or [p for p in of_key if stem_of(p) == f"{key}.{IMAGE}"]
         if len(of_key) > 1 and len(plain) != 1:
             raise _two(place, of_key, by_key[key])
         picture = (plain or of_key)[0]
@@ -103,11 +108,6 @@ def _by(what: Callable[[str], str], names: Iterable[str]) -> dict[str, list[str]
     for name in names:
         found.setdefault(what(name), []).append(name)
     return found
-
-
-def _stem(name: str) -> str:
-    """A path without its last suffix."""
-    return name.rpartition(".")[0]
 
 
 def _key(name: str) -> str:

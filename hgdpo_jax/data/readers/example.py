@@ -1,6 +1,6 @@
 """What every reader of photographs gives."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,13 @@ class Example(NamedTuple):
 
 
 Examples = Iterator[Example]
+
+
+class Form(NamedTuple):
+    """A form that photographs or pairs have on disk: in words, as in "captions from …"; and what reads it."""
+
+    words: str
+    read: Callable[[], Examples]
 
 
 def captions_of(fields: Mapping[str, Any]) -> list[str]:

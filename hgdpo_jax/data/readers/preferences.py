@@ -7,14 +7,14 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from hgdpo_jax.data.readers import parquet, table
-from hgdpo_jax.data.readers.example import Example, Examples, split_of_file
+from hgdpo_jax.data.readers import pair_folders, parquet, table
+from hgdpo_jax.data.readers.example import Example, Examples, Form, split_of_file
 from hgdpo_jax.data.readers.folders import files_below
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import read_lines
@@ -25,26 +25,37 @@ _REAL_ALIGN = ("prompt", "real_image_path", "fake_image_path")
 _HPD = ("prompt", "path1", "path2")
 
 
-def reader(place: str | Path) -> Callable[[], Examples]:
-    """What reads a place, which its name and its columns tell.
+def form(place: str | Path) -> Form:
+    """The form of a place, which its name, its columns and the names of its files tell.
 
     Raises:
-        UserError: nothing does.
+        UserError: nothing reads it, or one thing as well as another.
     """
     path = Path(place)
     if not str(place):
         raise UserError("config key data.pairs: is empty; set it to pairs in one of the forms of docs/your-data.md")
     if not os.path.exists(path):
-        raise UserError(f"pairs {place}: no such file or folder; set --config.data.pairs")
-    shards = [path / name for name in files_below(path)[0]] if path.is_dir() else [path]
+        sides = pair_folders.two_folders(str(place))
+        if sides is None:
+            raise UserError(f"pairs {place}: no such file or folder; set --config.data.pairs")
+        return Form("text files beside the winners", lambda: pair_folders.read_two(*sides))
+    files = files_below(path)[0] if path.is_dir() else []
+    shards = [path / name for name in files] if path.is_dir() else [path]
     shards = [shard for shard in shards if shard.suffix.lower() == ".parquet"]
+    layouts = pair_folders.layouts_in(files)
+    kinds = [f"{layout.winner} with {layout.loser}" for layout in layouts] + [".parquet"] * bool(shards)
+    if len(kinds) > 1:
+        raise UserError(f"pairs {place}: holds {' and '.join(kinds)}; which are the pairs? Give a folder of one kind")
     if shards:
-        return lambda: pick_a_pic(shards)
+        return Form("Pick-a-Pic's parquet", lambda: pick_a_pic(shards))
+    if layouts:
+        return Form(kinds[0], lambda: pair_folders.read(path, layouts[0]))
     readers = {".jsonl": listed, ".json": hpd, ".csv": real_align}
     suffix = path.suffix.lower()
     if path.is_file() and suffix in readers:
-        return lambda: readers[suffix](path)
-    raise UserError(f"pairs {place}: expects .jsonl, Pick-a-Pic's .parquet, HPDv3's .json or RealAlign's .csv")
+        return Form(path.name, lambda: readers[suffix](path))
+    raise UserError(f"pairs {place}: expects .jsonl, Pick-a-Pic's .parquet, HPDv3's .json, RealAlign's .csv, a folder "
+                    "with w/ and l/, chosen/ and rejected/ or real/ and fake/, or WINNERS,LOSERS")  # fmt: skip
 
 
 def listed(path: Path) -> Examples:

@@ -25,7 +25,7 @@ def read(folder: Path) -> Examples:
     files, broken = files_below(folder)
     matches, without = beside.match(folder, files)
     for picture, texts, _ in matches:
-        caption = _first_line(folder, texts)
+        caption = first_line(folder, texts)
         if caption:
             yield Example(picture, folder / picture, caption, split_of_folder(picture))
         else:
@@ -36,6 +36,7 @@ def read(folder: Path) -> Examples:
     )
 
 
-def _first_line(folder: Path, texts: Sequence[str]) -> str | None:
+def first_line(folder: Path, texts: Sequence[str]) -> str | None:
+    """The first line of some texts that is not blank; None where there is none."""
     lines = (read_lines(folder / text) for text in texts)
     return next((found[0][1] for found in lines if found), None)
