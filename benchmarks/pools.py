@@ -36,7 +36,7 @@ from hgdpo_jax.devices.xla import use_precision  # noqa: E402
 from hgdpo_jax.diffusion import pipeline as pipelines  # noqa: E402
 from hgdpo_jax.diffusion.sampler import Sampler  # noqa: E402
 from hgdpo_jax.run.settings import load_config, validate  # noqa: E402
-from hgdpo_jax.scoring.preference import Scorer  # noqa: E402
+from hgdpo_jax.scoring.scorers import open_scorers  # noqa: E402
 
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
@@ -60,10 +60,13 @@ def ours(given: argparse.Namespace) -> Callable[[], None]:
     start()
     use_precision("float32")
     (resolution,), mesh = configuration.resolutions(config).values(), local_mesh()
-    pipeline, scorer = pipelines.load_pipeline(given.base, place=parameter_placer(mesh)), Scorer(given.scorer, mesh)
+    pipeline, scorers = (
+        pipelines.load_pipeline(given.base, place=parameter_placer(mesh)),
+        open_scorers(given.scorer, mesh),
+    )
     sampler = Sampler.from_config(pipeline, mesh, config.pairs, config.seed)
 
-    pool = Pool(config.pairs, sampler, scorer)
+    pool = Pool(config.pairs, sampler, scorers)
 
     def begin(prompts: list[str]) -> Finish:
         photographs = [Photograph(prompt, Path(), prompt) for prompt in prompts]

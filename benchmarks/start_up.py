@@ -48,7 +48,7 @@ def measure(name: str) -> dict[str, float]:
     tx = make_optimizer(settings)
     placed = tree_shardings(jax.eval_shape(lambda p: steps.init_state(p, tx, settings.ema), policy), mesh)
     state = jax.jit(lambda p: steps.init_state(p, tx, settings.ema), out_shardings=placed)(policy)
-    loss = steps.dpo_loss(denoiser, pipeline.schedule, settings.blocks)
+    loss = steps.preference_loss(denoiser, pipeline.schedule, settings.blocks)
     step = steps.make_step(loss, tx, settings.accumulate, placed)
     latent = pipeline.latent_shape(next(iter(configuration.resolutions(config).values())))
     batch = {role: np.zeros((settings.batch, *latent), np.float16) for role in ("winner", "loser")}

@@ -66,7 +66,7 @@ def ours(size: str, pairs: int, blocks: str = "all", cached: bool = False) -> Ca
 
     policy, frozen = jax.tree.map(filled, parts)
     tx = make_optimizer(config.train)
-    step = steps.make_step(steps.dpo_loss(denoiser, pipeline.schedule, blocks), tx, 1)
+    step = steps.make_step(steps.preference_loss(denoiser, pipeline.schedule, blocks), tx, 1)
     shape = (pairs, *pipeline.latent_shape(next(iter(configuration.resolutions(config).values()))))
     batch = {name: rng.standard_normal(shape, np.float32).astype(np.float16) for name in ("winner", "loser")}
     batch["input_ids"] = np.full((pairs, 77), 49407, np.int32)

@@ -118,7 +118,7 @@ def main() -> None:
     tx = make_optimizer(settings)
     placed = tree_shardings(jax.eval_shape(lambda p: steps.init_state(p, tx, settings.ema), policy), mesh)
     state = jax.jit(lambda p: steps.init_state(p, tx, settings.ema), out_shardings=placed)(policy)
-    step = steps.make_step(steps.dpo_loss(denoiser, pipeline.schedule), tx, settings.accumulate, placed)
+    step = steps.make_step(steps.preference_loss(denoiser, pipeline.schedule), tx, settings.accumulate, placed)
     numbers = numbers_of(config, 0)
     rng, shape = np.random.default_rng(0), pipeline.latent_shape((512, 512))
     batch = {name: rng.standard_normal((given.pairs, *shape)).astype(np.float16) for name in ("winner", "loser")}

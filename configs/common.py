@@ -1,5 +1,7 @@
 """What the stages of a variant share."""
 
+import re
+
 from ml_collections import ConfigDict
 
 from hgdpo_jax.config import ASSETS, default
@@ -53,3 +55,29 @@ def base(variant: str) -> ConfigDict:
     else:
         raise UserError(f"config variant {variant}: unknown; choose sd15, sdxl or portraits")
     return config
+
+
+def with_number(variant: str, example: str) -> tuple[str, str]:
+    """`sd15` and `0.5` of `sd15,0.5`. Raises UserError where no number follows the variant."""
+    name, _, number = variant.partition(",")
+    if not re.fullmatch(r"\d+(\.\d+)?(e\d+)?", number):
+        raise UserError(f"config variant {variant}: expects a number after it, such as {name or 'sd15'},{example}")
+    return name, number
+
+
+def with_count(variant: str, example: str, least: int = 1) -> tuple[str, int]:
+    """`sd15` and 2 of `sd15,2`. Raises UserError where no whole number from `least` follows the variant."""
+    name, _, number = variant.partition(",")
+    if not number.isdecimal() or int(number) < least:
+        raise UserError(f"config variant {variant}: expects a whole number from {least} after it, such as "
+                        f"{name or 'sd15'},{example}")  # fmt: skip
+    return name, int(number)
+
+
+def with_choice(variant: str, *choices: str) -> tuple[str, str]:
+    """`sd15` and `hard` of `sd15,hard`. Raises UserError where none of the choices follows the variant."""
+    name, _, choice = variant.partition(",")
+    if choice not in choices:
+        shown = " or ".join(f"{name or 'sd15'},{each}" for each in choices)
+        raise UserError(f"config variant {variant}: expects {shown}")
+    return name, choice

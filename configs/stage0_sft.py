@@ -23,7 +23,7 @@ from . import common
 def get_config(variant: str = "sd15") -> ConfigDict:
     config = common.base(variant)
     config.stage = "stage0"
-    config.objective = "sft"
+    config.train.objective = "sft"
     config.data.caption_dropout = 0.1
     config.pairs.winner = "photograph"
     config.pairs.loser = "none"

@@ -8,15 +8,15 @@ statistics loss, which holds the channel means of the latents and with them the 
 
 Hardware, memory of one device in a step, time of training, time of pairs:
 
-    :sd15       GPU of 24 GB*           17 GiB    H100 74 h, A100 233 h     H100 14 s a prompt
-    :sdxl       GPU of 24 GB*           18 GiB    H100 112 h, A100 356 h    H100 23 s a prompt
+    :sd15       GPU of 24 GB*           16.3 GiB  H100 74 h, A100 233 h     H100 14 s a prompt
+    :sdxl       GPU of 24 GB*           19 GiB    H100 112 h, A100 356 h    H100 23 s a prompt
     :portraits  two processor cores     1.7 GiB   half a minute, measured   1 minute
 
 * with `XLA_CLIENT_MEM_FRACTION=0.9` in the environment: of a GPU's memory JAX takes three quarters unless told.
 
 sd15 and sdxl are planned (`hgdpo_jax.plan`), not run: 16 pairs of 1024x704 a step are 349 and 533 TFLOP; 300,000 steps
-at 40 % of a device's bfloat16 peak. Memory is the weights (2.2 and 6.8 GiB) and what the gradient keeps of a pair (1.0
-and 0.7 GiB with checkpointing=blocks, 3.4 and 6.7 with none). Pictures are decoded in float32, 1.7 GiB each: below
+at 40 % of a device's bfloat16 peak. Memory is the weights (2.2 and 6.8 GiB) and what the gradient keeps of a pair (0.9
+and 0.7 GiB with checkpointing=blocks, 3.7 and 6.7 with none). Pictures are decoded in float32, 1.7 GiB each: below
 48 GB add `--config.pairs.batch=4 --config.evaluate.batch=4`.
 """
 

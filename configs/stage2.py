@@ -8,8 +8,8 @@ wins over the easy stage's winner where it scores at least as high (the index se
 
 Hardware, memory of one device in a step, time of training, time of pairs:
 
-    :sd15       GPU of 24 GB*           17 GiB    H100 4.9 h, A100 16 h     H100 2 s a photograph
-    :sdxl       GPU of 24 GB*           18 GiB    H100 7.5 h, A100 24 h     H100 3 s a photograph
+    :sd15       GPU of 24 GB*           16.3 GiB  H100 4.9 h, A100 16 h     H100 2 s a photograph
+    :sdxl       GPU of 24 GB*           19 GiB    H100 7.5 h, A100 24 h     H100 3 s a photograph
     :portraits  two processor cores     1.8 GiB   1 minute, measured        half a minute
 
 * sd15 and sdxl are planned, not run, as `configs/stage1.py` says: 20,000 steps of 349 and 533 TFLOP.

@@ -5,8 +5,8 @@
 
 Hardware, memory of one device in a step, time of training, time of pairs:
 
-    :sd15       GPU of 24 GB*           17 GiB    H100 4.9 h, A100 16 h     H100 0.1 s a photograph
-    :sdxl       GPU of 24 GB*           18 GiB    H100 7.5 h, A100 24 h     H100 0.2 s a photograph
+    :sd15       GPU of 24 GB*           16.3 GiB  H100 4.9 h, A100 16 h     H100 0.1 s a photograph
+    :sdxl       GPU of 24 GB*           19 GiB    H100 7.5 h, A100 24 h     H100 0.2 s a photograph
     :portraits  two processor cores     1.6 GiB   half a minute, measured  10 seconds
 
 * sd15 and sdxl are planned, not run, as `configs/stage1.py` says: 20,000 steps of 349 and 533 TFLOP.

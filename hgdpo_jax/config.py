@@ -96,15 +96,18 @@ _PREFIX = Text(r"([^\s\ud800-\udfff][^\n\ud800-\udfff]*)?", "text on one line th
 _FOLDER = Text(r"(?!\.+$)[^/\\\[\]*?]+", "a name of a folder, without / \\ [ ] * ?")
 _SIZE = Text(r"[1-9]\d*x[1-9]\d*", "HEIGHTxWIDTH in pixels, the height first, like 1024x704 for upright pictures")
 _RESOLUTION = Text(rf"{AUTO}|{_SIZE.pattern}", f"{_SIZE.words}, or {AUTO}")
+_SCORER = "folder of a CLIPModel such as PickScore v1, or NAME=PLACE of another scorer of docs/scorers.md"
 _SAMPLER = one_of("ddpm", "ddim", "dpmpp_2m")
 _AXIS = Range(1, also=-1)
+NO_STAGE = ("pool", "sdrecon", "given", "none")  # values of pairs.loser, of which any other names a stage
+ALWAYS = (0, 1000)  # pairs.guidance_interval: guidance in all steps
 CHECKPOINTING = ("none", "blocks", "everything")
+PREFERENCE = ("dpo", "hinge", "ipo", "kto", "dspo", "mapo", "smpo")
 
 # With the paper's values where it states them.
 SETTINGS = (
     Setting("stage", "", _FOLDER, "folder of the stage inside the workdir: stage0, stage1, …"),
     Setting("seed", 0, Range(0, 2**32 - 1), "of everything random"),
-    Setting("objective", "dpo", one_of("dpo", "sft"), "dpo: preference pairs; sft: noise prediction on photographs"),
     Setting("model.base", "", _ANY, "ε_base: a diffusers folder, a .safetensors checkpoint, or owner/name@revision"),
     Setting("model.vae", "", _ANY, "folder or .safetensors of a VAE that replaces that of the base"),
     Setting("model.lora", "", _ANY, "a LoRA to go on from, of PEFT, diffusers or kohya: it is merged into the base"),
@@ -135,17 +138,39 @@ SETTINGS = (
             "pool: best of it; sdrecon: best of the reconstructions; photograph: itself; given: that of data.pairs"),
     Setting("pairs.strengths", (4, 5, 6, 7), Range(1, 10),
             "sdrecon: timesteps in hundreds the photograph is noised to"),
-    Setting("pairs.loser", "pool", one_of("pool", "stage1", "stage2", "given", "none"),
-            "pool: worst of it; stage1, stage2: that stage's winner; given: that of data.pairs; none: sft"),
+    Setting("pairs.loser", "pool", _FOLDER,
+            "pool: worst of it; stage1, stage2, …: that stage's winner; sdrecon: worst of the reconstructions; given: "
+            "that of data.pairs; none: sft"),
+    Setting("pairs.redraw", "all", one_of("all", "face", "body"),
+            "sdrecon: of a photograph that is redrawn; the rest keeps its own latents. One without a face is left out"),
     Setting("pairs.keep_if_winner_scores_higher", False, _FLAG, "the filter that defines the index set K"),
+    Setting("pairs.least_gap", 0.0, _NOT_NEGATIVE, "of that filter: so much higher the winner has to score"),
     Setting("pairs.pool_size", 20, _COUNT, "images per prompt; winner and loser from one pool need 2"),
+    Setting("pairs.policy", "base", _FOLDER, "that draws the pool: base, or the stage whose it is, as SPIN does"),
+    Setting("pairs.bucket", 0, Range(0),
+            "Curriculum-DPO: winner and loser are any two of the pool whose ranks are so far apart, 1 the farthest, "
+            "pairs.buckets the nearest; 0: best and worst"),
+    Setting("pairs.buckets", 5, _COUNT, "of Curriculum-DPO"),
     Setting("pairs.sampler", "dpmpp_2m", _SAMPLER, "that draws candidates"),
     Setting("pairs.steps", 50, _COUNT, "of the sampler"),
     Setting("pairs.guidance", 5.0, _NOT_NEGATIVE, "classifier-free; up to 1: none"),
+    Setting("pairs.guidance_interval", ALWAYS, Range(0, 1000),
+            "the lowest and the highest timestep with guidance; without it a step is half the work"),
     Setting("pairs.negative_prompt", "", _ANY, "replaces the empty caption in guidance"),
-    Setting("pairs.scorer", "", _ANY, "folder of a CLIPModel such as PickScore v1"),
+    Setting("pairs.race", 0.0, _DECAY,
+            "winner and loser from one pool: after this share of the steps the pictures that are predicted then are "
+            "scored, and only the highest and the lowest drawn on; 0: all are. See docs/performance.md"),
+    Setting("pairs.draft_steps", 0, Range(0),
+            "the same with pictures that are drawn in so few steps: the highest and the lowest are drawn again from "
+            "the same noise in pairs.steps; 0: none"),
+    Setting("pairs.finalists", 2, _COUNT, "so many of the highest, and of the lowest, go on"),
+    Setting("pairs.scorer", "", _ANY,
+            f"{_SCORER}; several with commas between choose together, by the mean of their ranks"),
     Setting("pairs.ratings", "", _ANY,
             "file of ratings by hand, from the page of hgdpo_jax.browse: pairs of this stage are dropped or swapped"),
+    Setting("pairs.keep_candidates", False, _FLAG,
+            "pools and reconstructions are kept in W/candidates with their scores, and read from there by every stage "
+            "that needs the same; 32 KiB for each picture of 512x512"),
     Setting("pairs.batch", 16, _COUNT, "images per sampling call, rounded up to the devices"),
     Setting("pairs.shard_size", 256, _COUNT, "prompts per shard"),
     Setting("adapter.kind", "ip_adapter_plus", one_of("ip_adapter", "ip_adapter_plus", "face_id"),
@@ -154,13 +179,26 @@ SETTINGS = (
     Setting("adapter.identity", "", _ANY,
             "ArcFace ONNX file for face_id and identity distances; the embedded network unless given"),
     Setting("adapter.weights", "", _ANY, ".safetensors file of a trained one; that of the run unless given"),
+    Setting("train.objective", "dpo", one_of(*PREFERENCE, "sft"),
+            "sft: noise prediction on photographs; the others learn from pairs, see docs/objectives.md"),
+    Setting("train.objective_weight", 0.0, _NOT_NEGATIVE,
+            "β of dspo and mapo, γ of smpo; 0: as published, 0.001, 0.1 and 10"),
+    Setting("train.label_smoothing", 0.0, Range(0, 0.5, open_high=True),
+            "dpo: share of pairs that are taken to be labelled the wrong way round"),
+    Setting("train.safeguard", 0.0, _SHARE,
+            "μ of SDPO, such as 0.9: the loser teaches less where its error would grow at the cost of the winner's; "
+            "0: none"),
+    Setting("train.sft_weight", 0.0, _NOT_NEGATIVE, "of the winner's error, added to the loss of pairs"),
+    Setting("train.auto_beta", 0.0, Range(0, 0.5, open_high=True),
+            "β changes with each step so that a usual pair has σ(−z) at this value, such as 0.2; 0: it is train.beta"),
     Setting("train.pairs", "", Text(f"|{_FOLDER.pattern}", _FOLDER.words),
-            "the stage whose pairs are learnt from; empty: this one"),
+            "the stage whose pairs are learnt from, or several with commas between, this one too if it has its own; "
+            "empty: this one"),
     Setting("train.start", "base", _FOLDER, "base, or the stage whose policy this one starts from"),
     Setting("train.reference", "start", one_of("start", "base"), "start: the policy it started from; base: ε_base"),
     Setting("train.reference_cache", 0, Range(0, 1000),
-            "dpo: draws of noise for each pair, whose reference predictions are computed once and kept; 0: each step "
-            "draws anew"),
+            "with a reference: draws of noise for each pair, whose reference predictions are computed once and kept; "
+            "0: each step draws anew"),
     Setting("train.params", "lora", one_of("lora", "text_lora", "all", "adapter"),
             "lora and all: of the UNet; text_lora: of the text encoders; adapter: an IP-Adapter"),
     Setting("train.blocks", "all", one_of("all", "up"),
@@ -212,9 +250,15 @@ SETTINGS = (
     Setting("recipe.blocks", "paper", one_of("paper", "all", "up"),
             "of the UNet in which a stage's LoRA acts there; paper: up for hard and naive, all for other stages"),
     Setting("evaluate.scorer", "", _ANY,
-            "folder of a second CLIPModel, a judge that chose no pairs; empty: none"),
+            f"a judge that chose no pairs: {_SCORER}; empty: none"),
     Setting("evaluate.other_scorer", "", _ANY,
-            "folder of another CLIPModel that chose no pairs, against one network's taste; empty: none"),
+            "another judge that chose no pairs, against one network's taste; empty: none"),
+    Setting("evaluate.scorers", "", _ANY,
+            "further scorers, each a column of the results: NAME=PLACE, with commas between; see docs/scorers.md"),
+    Setting("evaluate.inception", "", _ANY,
+            "for FID and KID: .safetensors file of the Inception network of 2015-12-05; empty: not measured"),
+    Setting("evaluate.dinov2", "", _ANY, "for FD-DINOv2: folder of dinov2-large; empty: not measured"),
+    Setting("evaluate.cmmd", "", _ANY, "for CMMD: folder of the CLIPModel ViT-L/14@336; empty: not measured"),
     Setting("evaluate.images_per_prompt", 4, _COUNT, "of each held-out caption"),
     Setting("evaluate.sampler", "dpmpp_2m", _SAMPLER, "that draws for log and report"),
     Setting("evaluate.steps", 50, _COUNT, "of the sampler"),
@@ -269,9 +313,33 @@ def is_auto(config: ConfigDict) -> bool:
     return list(config.data.resolutions) == [AUTO]
 
 
+def has_reference(config: ConfigDict) -> bool:
+    """Whether a stage's objective compares the policy with a reference."""
+    return config.train.objective not in ("mapo", "sft")
+
+
 def area(config: ConfigDict) -> tuple[int, int]:
     """`data.area` as (height, width) in pixels."""
     return _size(config.data.area)
+
+
+def has_finalists(config: ConfigDict) -> bool:
+    """Whether most of a pool is dropped before it is drawn to the end."""
+    pairs = config.pairs
+    return pairs.winner == pairs.loser == "pool" and bool(pairs.race or pairs.draft_steps)
+
+
+def rank_gaps(count: int, bucket: int, buckets: int) -> list[int]:
+    """By how many ranks winner and loser differ in a bucket of Curriculum-DPO (Croitoru et al., 2405.13637): the gap is
+    in ((M − 1)(B − k)/B, (M − 1)(B − k + 1)/B].
+
+    Args:
+        count: M, of a prompt's candidates.
+        bucket: k, from 1, that of the largest gaps.
+        buckets: B.
+    """
+    low, high = ((count - 1) * (buckets - bucket + end) for end in (0, 1))
+    return [gap for gap in range(1, count) if low < gap * buckets <= high]
 
 
 def _size(name: str) -> tuple[int, int]:

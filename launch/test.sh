@@ -12,5 +12,7 @@ if [ "${1:-}" = --full ]; then
 fi
 ruff check .
 ruff format --check --quiet .
-mypy
-python -m pytest --numprocesses auto --dist worksteal "$@"
+mypy & types=$!  # beside the tests: alone it would keep one core busy and leave the others idle
+python -m pytest --numprocesses auto --dist worksteal "$@" || failed=$?
+wait "$types"
+exit "${failed:-0}"

@@ -215,7 +215,7 @@ def test_a_batch_of_pictures_is_rounded_up_to_the_devices(base: Path) -> None:
 
 def adapter_config(base: Path, folder: Path) -> ConfigDict:
     config = tiny.config(base, "personalise", steps=2, ema=0.5)
-    config.objective, config.train.params = "sft", "adapter"
+    config.train.objective, config.train.params = "sft", "adapter"
     config.data.resolutions = ("64x64",)
     config.data.photographs = str(tiny.write_photographs(folder / "photographs", train=9, heldout=3))
     config.data.update(caption_dropout=0.2, concept_dropout=0.2)

@@ -89,7 +89,7 @@ class Programs:
         tx = make_optimizer(train)
         state = steps.init_state(policy, tx, train.ema)
         placed = tree_shardings(state, self.mesh)
-        step = steps.make_step(steps.dpo_loss(denoiser, pipeline.schedule), tx, train.accumulate, placed)
+        step = steps.make_step(steps.preference_loss(denoiser, pipeline.schedule), tx, train.accumulate, placed)
         (resolution,) = configuration.resolutions(config).values()
         rng, shape = np.random.default_rng(0), (program.pairs, *pipeline.latent_shape(resolution))
         batch = {name: rng.standard_normal(shape, np.float32).astype(np.float16) for name in ("winner", "loser")}

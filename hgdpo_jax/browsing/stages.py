@@ -145,6 +145,7 @@ def describe(stage: Stage, sources: Sources, pictures: Pictures) -> dict[str, An
         with as_written(written, "run pairs again, which writes it"):
             reasons = {name: str(reason) for name, reason in json.loads(written.read_text()).items()}
     there = {row[0] for row in rows}
+    filtered = sum(reason.endswith(FILTERED) for name, reason in reasons.items() if name not in there)
     without = Counter(reason for name, reason in reasons.items() if name not in there)
     return {
         "name": stage.name,
@@ -156,7 +157,7 @@ def describe(stage: Stage, sources: Sources, pictures: Pictures) -> dict[str, An
         "loser": pairs.loser,
         "pool": pairs.pool_size,
         "strengths": strengths_of(config),
-        "kept": len(rows) / (len(rows) + without[FILTERED]) if rows and pairs.keep_if_winner_scores_higher else None,
+        "kept": len(rows) / (len(rows) + filtered) if rows and pairs.keep_if_winner_scores_higher else None,
         "without": dict(without.most_common()),
         "rows": rows,
     }

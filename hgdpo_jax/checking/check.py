@@ -12,12 +12,14 @@ from typing import TypeVar
 from ml_collections import ConfigDict
 
 from hgdpo_jax.checking import cost, disk, models
+from hgdpo_jax.config import NO_STAGE
 from hgdpo_jax.curriculum.plan import ShardPlan, plan_shards
 from hgdpo_jax.curriculum.prepared import earlier_pairs, inputs_of, read_photographs, require_fit, require_own
 from hgdpo_jax.curriculum.rated import read_rated
+from hgdpo_jax.curriculum.store import FOLDER
 from hgdpo_jax.curriculum.summary import summarise
 from hgdpo_jax.data import shards
-from hgdpo_jax.data.pairs import Pairs, build_command, open_stage
+from hgdpo_jax.data.pairs import Pairs, build_command, open_stages
 from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.data.resolutions import settled
 from hgdpo_jax.devices.mesh import describe_mesh, local_mesh, make_mesh, require_divisible
@@ -26,11 +28,12 @@ from hgdpo_jax.diffusion.source import Source, open_source
 from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.buckets import bucket
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.folder import require_plain, stage_config, train_command, was_started
+from hgdpo_jax.run.folder import pair_stages, require_plain, stage_config, train_command, was_started
 from hgdpo_jax.run.index import Index, index_of_run
 from hgdpo_jax.run.locks import lock_owner
 from hgdpo_jax.run.prompts import read_prompts
 from hgdpo_jax.run.provenance import MadeFrom
+from hgdpo_jax.scoring import sets
 from hgdpo_jax.training.board import require_package
 from hgdpo_jax.training.changes import changes
 from hgdpo_jax.training.checkpoints import Checkpoints
@@ -85,8 +88,8 @@ def check_pairs(config: ConfigDict, workdir: Path) -> None:
     require_own(config)
     check = _Check(config, workdir, "pairs")
     folder, index, asked, earlier = workdir / config.stage / "pairs", check.index, config, None
-    if config.pairs.loser.startswith("stage"):
-        earlier = _pairs_before(check, config.pairs.loser, lambda: earlier_pairs(config, workdir, index))
+    if config.pairs.loser not in NO_STAGE:
+        earlier = _pairs_before(check, [config.pairs.loser], lambda: earlier_pairs(config, workdir, index))
     source, pipeline = _base(check)
     read = check.found(lambda: read_photographs(config, workdir, index))
     config, photographs = read or (config, dict[str, list[Photograph]]())
@@ -95,7 +98,7 @@ def check_pairs(config: ConfigDict, workdir: Path) -> None:
     plan = planned or []
 
     def inputs() -> MadeFrom:
-        return inputs_of(asked, config, photographs, earlier, index)
+        return inputs_of(asked, config, workdir, photographs, earlier, index)
 
     if earlier and planned is not None:
         check.found(lambda: require_fit(config, plan, earlier, inputs()))
@@ -112,6 +115,9 @@ def check_pairs(config: ConfigDict, workdir: Path) -> None:
             _say_drawing(check, source, plan)
         needed = disk.bytes_of_pairs(config, plan, pipeline)
         check.say("disk", lambda: [disk.require_room(workdir, [folder], needed, "the pairs")])
+        if config.pairs.keep_candidates:
+            kept, whole = [workdir / FOLDER], disk.bytes_of_candidates(config, plan, pipeline)
+            check.say("disk", lambda: [disk.require_room(workdir, kept, whole, "candidates that are not kept yet")])
     check.end()
 
 
@@ -127,8 +133,8 @@ def check_training(config: ConfigDict, workdir: Path, may_change: Sequence[str] 
         UserError: names what is wrong, once all of the rest is said.
     """
     check = _Check(config, workdir, "main")
-    folder, index, stage = workdir / config.stage, check.index, config.train.pairs or config.stage
-    pairs = _pairs_before(check, stage, lambda: open_stage(workdir, stage, index))
+    folder, index, stages = workdir / config.stage, check.index, pair_stages(config)
+    pairs = _pairs_before(check, stages, lambda: open_stages(workdir, stages, index))
     if pairs:
         check.config = config = check.found(lambda: settled(config, workdir)) or config
         check.say("data", lambda: [_records(pairs)])
@@ -177,13 +183,12 @@ def _is_finished(pairs: Path) -> bool:
     return (pairs / "manifest.json").is_file()
 
 
-def _pairs_before(check: _Check, stage: str, open_them: Callable[[], Pairs | None]) -> Pairs | None:
-    """The pairs of a stage; where they are not finished, says so."""
-    if not _is_finished(check.workdir / stage / "pairs"):
-        line = f"the pairs of {stage} come first: {build_command(stage, check.workdir)}"
-        check.say("before", lambda: [line])
-        return None
-    return check.found(open_them)
+def _pairs_before(check: _Check, stages: Sequence[str], open_them: Callable[[], Pairs | None]) -> Pairs | None:
+    """The pairs of stages; where they are not finished, says so."""
+    missing = [stage for stage in stages if not _is_finished(check.workdir / stage / "pairs")]
+    lines = [f"the pairs of {stage} come first: {build_command(stage, check.workdir)}" for stage in missing]
+    check.say("before", lambda: lines)
+    return None if missing else check.found(open_them)
 
 
 def _stage_before(check: _Check) -> None:
@@ -223,6 +228,7 @@ def _networks(check: _Check, source: Source | None, pipeline: Pipeline | None, p
         check.say("models", lambda: [models.describe_base(source, pipeline)])
         check.found(lambda: models.require_samplers(config, pipeline))
         check.say("models", lambda: models.require_scorers(config, pipeline, listed))
+        check.say("models", lambda: sets.require_networks(config))
     check.say("models", lambda: models.require_adapter(config, index))
     check.say("devices", lambda: [_devices(config)])
     if train.wandb:

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
+from hgdpo_jax.curriculum.forwards import pool_drawings
 from hgdpo_jax.curriculum.plan import ShardPlan
 from hgdpo_jax.devices.peaks import known_peak, peak
 from hgdpo_jax.diffusion.source import Source
@@ -81,7 +82,8 @@ def share_of(mesh: Mesh) -> float:
 def hours_of_pairs(
     config: ConfigDict, plan: Sequence[ShardPlan], drawing: tuple[Plan, Plan], share: float
 ) -> float | None:
-    """Hours for the images of all shards, without scoring them; None where the device's peak is unknown.
+    """Hours for the images of all shards, with guidance in all steps, without scoring them; None where the device's
+    peak is unknown.
 
     Args:
         config: of the stage.
@@ -90,8 +92,9 @@ def hours_of_pairs(
         share: of the peak.
     """
     pairs = config.pairs
-    drawn = ("pool" in (pairs.winner, pairs.loser)) * pairs.pool_size
-    drawn += sum(pairs.strengths) / 10 if pairs.winner == "sdrecon" else 0  # which is so much of a trajectory
+    drawn = ("pool" in (pairs.winner, pairs.loser)) * pool_drawings(config)
+    if "sdrecon" in (pairs.winner, pairs.loser):
+        drawn += sum(pairs.strengths) / 10  # which is so much of a trajectory
     if not all(one.seconds[one.bound] for one in drawing):
         return None
     sizes = {name: height * width for name, (height, width) in configuration.resolutions(config).items()}

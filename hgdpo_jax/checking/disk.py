@@ -1,5 +1,6 @@
 """Bytes that a stage will write, and that are free."""
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax.curriculum.plan import ShardPlan, group_size
-from hgdpo_jax.curriculum.winners import Group
+from hgdpo_jax.curriculum.winners import Group, images_per_prompt
 from hgdpo_jax.data import shards
 from hgdpo_jax.data.record import LATENT, features
 from hgdpo_jax.diffusion.pipeline import Pipeline
@@ -35,6 +36,12 @@ def bytes_of_pairs(config: ConfigDict, plan: Sequence[ShardPlan], pipeline: Pipe
         total += _of_file(count * len(encoded))
         largest = max(largest, -(-count // each) * _of_file(min(each, count) * len(encoded)))
     return total + largest
+
+
+def bytes_of_candidates(config: ConfigDict, plan: Sequence[ShardPlan], pipeline: Pipeline) -> int:
+    """What `pairs.keep_candidates` keeps of a stage, where nothing is there yet."""
+    sizes, each = configuration.resolutions(config), images_per_prompt(config) * np.dtype(LATENT).itemsize
+    return sum(len(p.photographs) * each * math.prod(pipeline.latent_shape(sizes[p.resolution])) for p in plan)
 
 
 def _of_file(records: int) -> int:

@@ -15,15 +15,14 @@ from hgdpo_jax.diffusion.source import Source
 from hgdpo_jax.diffusion.trajectory import from_noise
 from hgdpo_jax.faces.concepts import encoder_hash
 from hgdpo_jax.models.clip import CLIPModel
-from hgdpo_jax.models.convert import abstract, keys, parameters, require_fit
-from hgdpo_jax.models.model_config import read_config
-from hgdpo_jax.models.preprocessing import read_preprocessing
-from hgdpo_jax.models.weights import Weights, open_folder
+from hgdpo_jax.models.convert import keys, parameters, require_fit
+from hgdpo_jax.models.weights import Weights
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.index import Index
+from hgdpo_jax.run.places import SCORERS
 from hgdpo_jax.run.settings import get_setting, named
-
-_SCORERS = ("pairs.scorer", "evaluate.scorer", "evaluate.other_scorer")
+from hgdpo_jax.scoring.comparison import columns
+from hgdpo_jax.scoring.scorers import listed, parts
 
 
 def require_base(config: ConfigDict, source: Source) -> Pipeline:
@@ -52,13 +51,13 @@ def require_samplers(config: ConfigDict, pipeline: Pipeline) -> None:
         sampler, steps = config[group].sampler, config[group].steps
         with named(f"{group}.steps", steps):
             from_noise(pipeline.schedule, sampler, steps)
-            if group == "pairs" and config.pairs.winner == "sdrecon":
+            if group == "pairs" and "sdrecon" in (config.pairs.winner, config.pairs.loser):
                 for strength in config.pairs.strengths:
                     sdrecon(pipeline.schedule, sampler, steps, strength)
 
 
 def require_scorers(config: ConfigDict, pipeline: Pipeline, photographs: Sequence[Photograph]) -> list[str]:
-    """A line for each preference model and judge that is set.
+    """A line for each scorer and judge that is set.
 
     Args:
         config: of the stage.
@@ -69,19 +68,20 @@ def require_scorers(config: ConfigDict, pipeline: Pipeline, photographs: Sequenc
         UserError: one is missing or not whole, or does not know the tokens of a caption.
     """
     lines = []
-    for key in _SCORERS:
-        folder = get_setting(config, key)
-        if folder:
-            with named(key, folder):
-                _require_scorer(Path(folder), pipeline, photographs)
-            lines.append(f"{key} {folder}: fits")
+    for key in SCORERS:
+        text = get_setting(config, key)
+        with named(key, text):
+            for place in (columns if key == "evaluate.scorers" else listed)(text):
+                for network in parts(place).networks:
+                    require_fit(network.weights, network.model, network.place, network.expected_by)
+                    if isinstance(network.model, CLIPModel):
+                        _require_tokens(network.model, pipeline, photographs)
+                lines.append(f"{key} {place.path}: fits")
     return lines
 
 
-def _require_scorer(folder: Path, pipeline: Pipeline, photographs: Sequence[Photograph]) -> None:
-    model = abstract(CLIPModel, read_config(folder))
-    require_fit(open_folder(folder), model, str(folder))
-    read_preprocessing(folder, model.config["vision_config"]["image_size"])
+def _require_tokens(model: CLIPModel, pipeline: Pipeline, photographs: Sequence[Photograph]) -> None:
+    """Raises UserError where a model that reads captions does not know a token of one."""
     table = dict((key, x.shape) for key, x in zip(keys(model), parameters(model).values(), strict=True))
     words, positions = (table[f"text_model.embeddings.{name}_embedding.weight"][0] for name in ("token", "position"))
     if positions < POSITIONS:

@@ -10,10 +10,12 @@ import jax
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
+from hgdpo_jax.curriculum.forwards import saving
 from hgdpo_jax.curriculum.missing import why_no_pair
 from hgdpo_jax.curriculum.plan import ShardPlan, group_size, shards_to_make
 from hgdpo_jax.curriculum.prepared import Prepared, prepare
 from hgdpo_jax.curriculum.rated import keep_rated
+from hgdpo_jax.curriculum.store import Store, open_store
 from hgdpo_jax.curriculum.summary import summarise
 from hgdpo_jax.curriculum.winners import Finish, Group, Images, uses_pixels, winners_of
 from hgdpo_jax.data import shards
@@ -29,12 +31,13 @@ from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.faces.concepts import encoder_of
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.files import write_json
-from hgdpo_jax.run.folder import require_plain
+from hgdpo_jax.run.folder import BASE_STAGE, require_plain
 from hgdpo_jax.run.index import Index, index_of_run
 from hgdpo_jax.run.locks import lock_for_all
 from hgdpo_jax.run.progress import Progress
 from hgdpo_jax.run.settings import named
-from hgdpo_jax.scoring.preference import Scorer
+from hgdpo_jax.scoring.scorers import open_scorers
+from hgdpo_jax.training.finished import load_policy
 
 
 def build(config: ConfigDict, workdir: Path, more: Callable[[], None] | None = None) -> None:
@@ -61,10 +64,14 @@ def build(config: ConfigDict, workdir: Path, more: Callable[[], None] | None = N
             print(f"{folder}: already built")
             _keep(config, folder)
         else:
-            builder = Builder(prepared, content)
+            store = open_store(config, workdir, prepared.inputs)
+            builder = Builder(prepared, content, store)
             builder.summarise(index)
             own = todo[jax.process_index() :: jax.process_count()]
             builder.make(own, index, more if processes.is_first() else None)
+            if store:
+                made, read = store.counts()
+                print(f"{folder}: {made:,} candidates were made, {read:,} read from {store.folder}")
         index.save()
         if prepared.rated is not None and processes.is_first():
             keep_rated(config, prepared.rated, folder)
@@ -122,27 +129,31 @@ class Builder:
     Args:
         prepared: what they are made of.
         content: the index of the photographs' content, where their pixels are used.
+        store: keeps candidates for other stages, if any.
     """
 
-    def __init__(self, prepared: Prepared, content: Index | None) -> None:
+    def __init__(self, prepared: Prepared, content: Index | None, store: Store | None = None) -> None:
         config, plan, earlier = prepared.config, prepared.plan, prepared.earlier
         settings, model, mesh = config.pairs, config.model, local_mesh()
         print(f"{config.stage} pairs: {describe_mesh(mesh)}, {settings.batch} images at a time")
         self.config, self.plan, self.content, self.inputs = config, plan, content, prepared.inputs
         self.folder, self.claimed = plan[0].path.parent, False
-        self.pipeline = pipelines.load_pipeline(
-            model.base,
-            model.dtype,
-            vae=model.vae,
-            lora=model.lora,
-            param_dtype=model.dtype,
-            place=parameter_placer(mesh),
-        )
+        if settings.policy == BASE_STAGE:
+            self.pipeline = pipelines.load_pipeline(
+                model.base,
+                model.dtype,
+                vae=model.vae,
+                lora=model.lora,
+                param_dtype=model.dtype,
+                place=parameter_placer(mesh),
+            )
+        else:
+            self.pipeline = load_policy(config, prepared.workdir, settings.policy, mesh)
         self.sampler = Sampler.from_config(self.pipeline, mesh, settings, config.seed)
         with named("pairs.scorer", settings.scorer):
-            scorer = Scorer(settings.scorer, mesh) if settings.loser not in ("none", "given") else None
+            scorers = open_scorers(settings.scorer, mesh) if settings.loser not in ("none", "given") else []
         concepts = encoder_of(config) if config.train.params == "adapter" else None
-        self.winners = winners_of(config, self.sampler, scorer, concepts)
+        self.winners = winners_of(config, self.sampler, scorers, concepts, store)
         self.resolutions = configuration.resolutions(config)
         self.latents = {name: self.pipeline.latent_shape(size) for name, size in self.resolutions.items()}
         if earlier:
@@ -156,9 +167,10 @@ class Builder:
         self.size = group_size(config)
 
     def summarise(self, index: Index) -> None:
-        """Says what was read."""
+        """Says what was read, and what of the drawing is saved."""
         if processes.is_first():
-            for line in summarise(self.config, self.plan, self.pipeline.count_tokens, index):
+            read = summarise(self.config, self.plan, self.pipeline.count_tokens, index)
+            for line in read + saving(self.config, self.pipeline.schedule):
                 print(f"{self.config.stage} pairs: {line}")
 
     def draw(self, shard: ShardPlan, photographs: Sequence[Photograph]) -> list[Record]:

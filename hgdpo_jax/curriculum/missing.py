@@ -93,7 +93,7 @@ def why_no_record(
     pairs, kept = config.pairs, set(records)
     dropped = "no face is found in it"  # of those that are read, an adapter's concept images
     if pairs.keep_if_winner_scores_higher:
-        dropped = FILTERED
+        dropped = FILTERED if pairs.redraw == "all" else f"{dropped}, or {FILTERED}"
     unread = "it is no picture that can be read" if pairs.loser != "given" else "one of its pictures cannot be read"
     without = (example for example in examples if example.id not in kept)
     return {e.id: dropped if e.readable else unread if e.content else GONE for e in without}

@@ -14,13 +14,13 @@ from hgdpo_jax.data.pairs import Pairs
 from hgdpo_jax.data.photographs import Photograph, sort_by_shape
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.faces.concepts import encoder_hash
-from hgdpo_jax.models.convert import folder_hash
 from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import json_hash
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.progress import Progress
 from hgdpo_jax.run.settings import named
+from hgdpo_jax.scoring.scorers import scorers_hash
 
 Photographs = Mapping[str, Sequence[Photograph]]  # train and heldout
 
@@ -31,10 +31,17 @@ def depends_on(config: ConfigDict) -> list[str]:
     keys = ["seed", "model.dtype", "data.split", "data.mirror", "data.caption_prefix", "data.resolutions"]
     keys += ["pairs.winner", "pairs.loser", "pairs.keep_if_winner_scores_higher", "pairs.shard_size"]
     keys += ["pairs.pool_size"] if "pool" in (pairs.winner, pairs.loser) else []
-    keys += ["pairs.strengths"] if pairs.winner == "sdrecon" else []
-    drawn = pairs.winner not in ("photograph", "given") or pairs.loser == "pool"
+    keys += ["pairs.policy"] if pairs.policy != "base" else []
+    if configuration.has_finalists(config):
+        keys += ["pairs.race", "pairs.draft_steps", "pairs.finalists"]
+    keys += ["pairs.bucket", "pairs.buckets"] if pairs.bucket else []
+    keys += ["pairs.least_gap"] if pairs.least_gap else []
+    keys += ["pairs.strengths"] if "sdrecon" in (pairs.winner, pairs.loser) else []
+    keys += ["pairs.redraw"] if pairs.redraw != "all" else []
+    drawn = bool({"pool", "sdrecon"} & {pairs.winner, pairs.loser})
     keys += ["pairs.sampler", "pairs.steps", "pairs.guidance"] if drawn else []
     keys += ["pairs.negative_prompt"] if drawn and pairs.negative_prompt else []
+    keys += ["pairs.guidance_interval"] if drawn and tuple(pairs.guidance_interval) != configuration.ALWAYS else []
     return keys + (["adapter.kind"] if config.train.params == "adapter" else [])
 
 
@@ -46,7 +53,7 @@ def made_from(config: ConfigDict, photographs: Photographs, earlier: Pairs | Non
     }
     if config.pairs.loser not in ("none", "given"):
         with named("pairs.scorer", config.pairs.scorer):
-            inputs["pairs.scorer"] = processes.broadcast(lambda: folder_hash(config.pairs.scorer, index))
+            inputs["pairs.scorer"] = processes.broadcast(lambda: scorers_hash(config.pairs.scorer, index))
     if earlier:
         inputs[f"the pairs of {config.pairs.loser}"] = earlier.hash
     if config.train.params == "adapter":
@@ -86,8 +93,10 @@ def plan_shards(
 def group_size(config: ConfigDict) -> int:
     """The prompts of a shard that are made at once: as few as fill whole batches."""
     pairs = config.pairs
-    pooled = "pool" in (pairs.winner, pairs.loser)
-    return pairs.batch // math.gcd(pairs.batch, pairs.pool_size) if pooled else pairs.batch
+    if "pool" not in (pairs.winner, pairs.loser):
+        return pairs.batch
+    each = [pairs.pool_size] + [2 * pairs.finalists] * configuration.has_finalists(config)
+    return math.lcm(*(pairs.batch // math.gcd(pairs.batch, count) for count in each))
 
 
 def require_captions(plan: Sequence[ShardPlan], earlier: Pairs) -> None:

@@ -15,7 +15,9 @@ from hgdpo_jax.data.pairs import Pairs, open_stage
 from hgdpo_jax.data.photographs import choose_resolutions, list_examples
 from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.folder import BASE_STAGE, pair_stages
 from hgdpo_jax.run.index import Index, first_process_first
+from hgdpo_jax.training.finished import BASE, policy_hash, require_base
 
 
 class Prepared(NamedTuple):
@@ -23,6 +25,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         config: of the stage, with the resolutions of the run.
+        workdir: of the run.
         photographs: by their role.
         plan: all shards.
         earlier: the pairs whose winners lose here.
@@ -31,6 +34,7 @@ class Prepared(NamedTuple):
     """
 
     config: ConfigDict
+    workdir: Path
     photographs: Photographs
     plan: Sequence[ShardPlan]
     earlier: Pairs | None
@@ -40,7 +44,7 @@ class Prepared(NamedTuple):
 
 def require_own(config: ConfigDict) -> None:
     """Raises UserError where a stage has no pairs of its own, or nothing that chooses them."""
-    if config.train.pairs:
+    if config.stage not in pair_stages(config):
         raise UserError(f"{config.stage} learns from the pairs of {config.train.pairs}: build those")
     if config.pairs.loser not in ("none", "given") and not config.pairs.scorer:
         raise UserError("config key pairs.scorer: is empty; set it to the folder of a CLIPModel such as PickScore v1")
@@ -50,7 +54,7 @@ def earlier_pairs(config: ConfigDict, workdir: Path, index: Index) -> Pairs | No
     """The pairs whose winners lose in this stage; None where they come from elsewhere. Raises UserError where they are
     not finished."""
     loser = config.pairs.loser
-    return open_stage(workdir, loser, index) if loser.startswith("stage") else None
+    return None if loser in configuration.NO_STAGE else open_stage(workdir, loser, index)
 
 
 def read_photographs(config: ConfigDict, workdir: Path, index: Index) -> tuple[ConfigDict, Photographs]:
@@ -74,7 +78,12 @@ def _resolutions(config: ConfigDict, workdir: Path, index: Index) -> list[str]:
 
 
 def inputs_of(
-    asked: ConfigDict, config: ConfigDict, photographs: Photographs, earlier: Pairs | None, index: Index
+    asked: ConfigDict,
+    config: ConfigDict,
+    workdir: Path,
+    photographs: Photographs,
+    earlier: Pairs | None,
+    index: Index,
 ) -> dict[str, Any]:
     """What the pairs are made from; of resolutions that the run chooses, also `data.area`, by which the other stages of
     the run find them.
@@ -82,9 +91,13 @@ def inputs_of(
     Args:
         asked: the config as it was given.
         config: with the resolutions of the run.
+        workdir: of the run.
         photographs, earlier, index: see :func:`hgdpo_jax.curriculum.plan.made_from`.
     """
-    inputs = made_from(config, photographs, earlier, index)
+    inputs, drawer = made_from(config, photographs, earlier, index), config.pairs.policy
+    if drawer != BASE_STAGE:
+        require_base(workdir, drawer, inputs[BASE])
+        inputs[provenance.content_key(f"the policy of {drawer}")] = policy_hash(workdir, drawer)
     return inputs | ({"data.area": config.data.area} if configuration.is_auto(asked) else {})
 
 
@@ -116,9 +129,9 @@ def prepare(config: ConfigDict, workdir: Path, index: Index) -> Prepared:
     asked, earlier = config, earlier_pairs(config, workdir, index)
     config, photographs = read_photographs(config, workdir, index)
     rated = processes.broadcast(lambda: read_rated(config, {p.id for found in photographs.values() for p in found}))
-    inputs = inputs_of(asked, config, photographs, earlier, index)
+    inputs = inputs_of(asked, config, workdir, photographs, earlier, index)
     folder = workdir / config.stage / "pairs"
     plan = first_process_first(index, lambda: plan_shards(config, folder, photographs, earlier, index))
     if earlier:
         require_fit(config, plan, earlier, inputs)
-    return Prepared(config, photographs, plan, earlier, inputs, rated)
+    return Prepared(config, workdir, photographs, plan, earlier, inputs, rated)

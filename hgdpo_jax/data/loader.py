@@ -14,13 +14,13 @@ from hgdpo_jax.data.record import RecordSource
 
 Batch = dict[str, np.ndarray]
 Rows = Sequence[int] | Int[np.ndarray, "r"]
-_FIELDS = ("winner", "loser", "input_ids", "concept", "example", "reference")
+_FIELDS = ("winner", "loser", "input_ids", "concept", "example", "reference", "scores")
 _PASSES = 2**32  # without end; a length that Grain cannot count with is not taken
 
 
 def stack_records(source: RecordSource, numbers: Sequence[int | np.integer]) -> Batch:
     """What a step needs of some records, as they are stored: latents and concept features float16, token ids int32, and
-    perhaps what :class:`hgdpo_jax.training.reference_cache.Draws` adds.
+    perhaps what :class:`hgdpo_jax.training.reference_cache.Draws` or :class:`hgdpo_jax.data.record.WithScores` adds.
 
     Each is copied before the next is read: memory that the processor has at hand is used again.
     """

@@ -39,19 +39,15 @@ from hgdpo_jax.run.provenance import content_key, require_same
 class Pairs:
     """Verified shards. `sources["train"]` and `sources["heldout"]` hold the records, a source for each resolution.
 
-    Where people rated pairs, `manifest` and `sources` are of the pairs as rated, and `ratings` says how.
+    Where people rated pairs, `manifest` and `sources` are of the pairs as rated, and `ratings` says how. `hash` is the
+    sha256 of the manifest, which holds the hashes of all shards, and of what ratings change.
     """
 
     folder: Path
     manifest: dict[str, Any]
     sources: Mapping[str, Sequence[RecordSource]]
+    hash: str
     ratings: Ratings = field(default_factory=Ratings)
-
-    @property
-    def hash(self) -> str:
-        """sha256 of the manifest, which holds the hashes of all shards, and of what ratings change."""
-        manifest, rated = file_hash(self.folder / "manifest.json"), self.ratings.hash
-        return json_hash([manifest, rated]) if rated else manifest
 
     def require(self, latents: Mapping[str, Sequence[int]]) -> None:
         """Raises UserError unless the latents have the shapes that a model and its config work on.
@@ -196,7 +192,7 @@ def open_pairs(folder: Path, build_command: str, index: Index | None = None) -> 
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"pairs {folder}: TFDS cannot open them ({reason}); remove manifest.json there and run: "
                         f"{build_command}") from error  # fmt: skip
-    found = Pairs(folder, manifest, sources)
+    found = Pairs(folder, manifest, sources, file_hash(folder / "manifest.json"))
     ratings = Ratings(processes.broadcast(lambda: dict(read_kept(folder, found.hash).better)))
     return as_rated(found, ratings) if ratings.better else found
 
@@ -227,7 +223,8 @@ def as_rated(pairs: Pairs, ratings: Ratings) -> Pairs:
     if strangers:
         raise UserError(f"{pairs.folder / RATINGS}: rates {min(strangers)}, which is no pair there; remove it, and "
                         "give the ratings to pairs again")  # fmt: skip
-    return replace(pairs, manifest=pairs.manifest | {"splits": splits}, sources=sources, ratings=ratings)
+    rated = json_hash([pairs.hash, ratings.hash]) if ratings.hash else pairs.hash
+    return replace(pairs, manifest=pairs.manifest | {"splits": splits}, sources=sources, hash=rated, ratings=ratings)
 
 
 def _verified(folder: Path, build_command: str, index: Index) -> dict[str, Any]:
@@ -271,3 +268,71 @@ def build_command(stage: str, workdir: Path) -> str:
 def open_stage(workdir: Path, stage: str, index: Index | None = None) -> Pairs:
     """The finished shards of a stage; see :func:`open_pairs`."""
     return open_pairs(workdir / stage / "pairs", build_command(stage, workdir), index)
+
+
+def open_stages(workdir: Path, stages: Sequence[str], index: Index | None = None) -> Pairs:
+    """The finished pairs of one stage, or those of several as one.
+
+    Raises:
+        UserError: see :func:`open_pairs`; the stages have other bases, resolutions or latents.
+    """
+    parts = [open_stage(workdir, stage, index) for stage in stages]
+    return parts[0] if len(parts) == 1 else _joined(workdir, parts)
+
+
+def _joined(workdir: Path, parts: Sequence[Pairs]) -> Pairs:
+    """All records of a resolution become one source, so that each batch has pairs of all stages. Files are named from
+    the run's folder."""
+    first = parts[0]
+    for part in parts[1:]:
+        _require_alike(first, part)
+    splits: dict[str, Any] = {}
+    records: dict[str, list[RecordSource]] = {}
+    for part in parts:
+        opened = {role: iter(found) for role, found in part.sources.items()}
+        for name, split in part.manifest["splits"].items():
+            files = [e | {"file": str((part.folder / e["file"]).relative_to(workdir))} for e in split["shards"]]
+            whole = splits.setdefault(name, split | {"records": 0, "shards": []})
+            whole |= {"records": whole["records"] + split["records"], "shards": [*whole["shards"], *files]}
+            records.setdefault(name, []).append(next(opened[name.partition("_")[0]]))
+    sources: dict[str, list[RecordSource]] = {}
+    for name, found in records.items():
+        sources.setdefault(name.partition("_")[0], []).append(Joined(found, mixed=name.startswith("heldout_")))
+    common = {key: value for key, value in first.manifest["made_from"].items()
+              if all(part.manifest["made_from"].get(key) == value for part in parts)}  # fmt: skip
+    manifest = first.manifest | {"splits": splits, "made_from": common}
+    return Pairs(workdir, manifest, sources, json_hash([part.hash for part in parts]))
+
+
+def _require_alike(one: Pairs, other: Pairs) -> None:
+    """Raises UserError where the pairs of two stages cannot be learnt from together."""
+    same = ("data.resolutions", content_key("model.base"))
+    found, wanted = ({key: pairs.manifest["made_from"].get(key) for key in same} for pairs in (other, one))
+    require_same(found, wanted, f"pairs {other.folder}", f"as {one.folder}, beside which they are to be learnt from")
+    if one.manifest["schema"] != other.manifest["schema"]:
+        raise UserError(f"pairs {other.folder}: their records have other fields than those of {one.folder}; they "
+                        "cannot be learnt from together")  # fmt: skip
+
+
+class Joined:
+    """The records of several sources.
+
+    Args:
+        sources: one after the other.
+        mixed: they take turns, in proportion to their sizes: what looks at the first records sees all of them.
+    """
+
+    def __init__(self, sources: Sequence[RecordSource], mixed: bool = False) -> None:
+        self._sources, sizes = sources, [len(source) for source in sources]
+        number, row = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(size) for size in sizes])
+        turns = np.argsort((row + 0.5) / np.array(sizes)[number], kind="stable") if mixed else np.arange(sum(sizes))
+        self._places = np.stack([number, row], axis=1)[turns]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, i: int) -> Record:
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        number, row = self._places[i].tolist()
+        return self._sources[number][row]

@@ -17,6 +17,20 @@ class RecordSource(Protocol):
     def __getitem__(self, i: int, /) -> Record: ...
 
 
+class WithScores:
+    """Records that bring the scores of winner and loser, float32 [2], to the step as `scores`."""
+
+    def __init__(self, records: RecordSource) -> None:
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int, /) -> Record:
+        record = self._records[i]
+        return record | {"scores": np.array([record["winner_score"], record["loser_score"]], np.float32)}
+
+
 LATENT = np.float16
 
 

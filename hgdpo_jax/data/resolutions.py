@@ -18,7 +18,7 @@ from hgdpo_jax.config import AUTO, is_auto
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import as_written
-from hgdpo_jax.run.folder import stage_command
+from hgdpo_jax.run.folder import pair_stages, stage_command
 
 STEP = 64  # pixels between the sides that are chosen from: SD1.5 takes no finer ones
 MOST = 6  # resolutions that are chosen, each of which has to be compiled
@@ -136,7 +136,7 @@ def settled(config: ConfigDict, workdir: Path) -> ConfigDict:
     """
     if not is_auto(config):
         return config
-    area, stage = config.data.area, config.train.pairs or config.stage
+    area, stage = config.data.area, pair_stages(config)[0]
     found = processes.broadcast(lambda: found_in(workdir, area))
     if found is None:
         raise UserError(f"config key data.resolutions={AUTO}: no pairs of {workdir} were built with it and data.area="

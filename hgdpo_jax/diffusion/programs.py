@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from hgdpo_jax.devices.sharding import batch_sharding, heads_sharding, tree_shardings
 from hgdpo_jax.devices.transfer import place
-from hgdpo_jax.diffusion.guidance import Denoise, guided, side_by_side
+from hgdpo_jax.diffusion.guidance import Denoise, guided, guided_within, side_by_side
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.recipe import text_policy_acts
 from hgdpo_jax.diffusion.schedule import Latent, Timesteps
-from hgdpo_jax.diffusion.trajectory import Trajectory, sample
+from hgdpo_jax.diffusion.trajectory import Given, State, Trajectory, sample
 from hgdpo_jax.models.attention import Memory, set_sharding
 from hgdpo_jax.models.ip_adapter import join
 from hgdpo_jax.models.layers import in_rows
@@ -35,24 +35,30 @@ _AT_ONCE = 2**20
 
 class SamplerInputs(NamedTuple):
     """What images are drawn from, b rows each: concept features where the pipeline has an adapter, token ids, PRNG keys
-    and the scaled latents of photographs. A trajectory from noise uses the latents' shape alone."""
+    and the scaled latents of photographs, of which a trajectory from noise uses the shape alone; and 1 where a
+    photograph is redrawn, if not everywhere; and where a trajectory stands that goes on from its middle."""
 
     concept: Float[Array | np.ndarray, "b m f"] | None
     ids: Int[Array | np.ndarray, "b s"]
     key: Key[Array, "b"]
-    latent: Float[Array | np.ndarray, "b h w c"]
+    latent: Given
+    redrawn: Float[Array | np.ndarray, "b h w 1"] | None = None
+    state: tuple[Given, Given] | None = None
 
 
 class Guidance(NamedTuple):
-    """Scale of classifier-free guidance, and the token ids that stand for the empty caption, [1 s]."""
+    """Scale of classifier-free guidance; the token ids that stand for the empty caption, [1 s]; the timesteps between
+    which there is guidance, both included, if not at all."""
 
     scale: np.float32
     negative_ids: Int[np.ndarray, "1 s"]
+    interval: tuple[np.float32, np.float32] | None = None
 
 
 class Programs:
-    """Compiled `draw(weights, given, inputs, trajectory, guidance)`, `decode(weights, latents)` and
-    `encode(weights, images)`. What one gives, the next takes as it lies.
+    """Compiled `draw(weights, given, inputs, trajectory, guidance)`, which gives latents, `advance` of the same, which
+    gives the state after some of the steps, `decode(weights, latents)` and `encode(weights, images)`. What one gives,
+    the next takes as it lies.
 
     Args:
         pipeline: its weights are placed on the mesh, as `given`.
@@ -72,16 +78,21 @@ class Programs:
         self.shardings = tree_shardings(given, mesh)
         self.given: Weights = place(given, self.shardings)
         rows, self._ways = batch_sharding(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
-        self.draw, self.decode, self.encode = (
-            jax.jit(program, out_shardings=rows) for program in (self._draw, self._decode, self._encode)
-        )
+        programs = self._draw, self._advance, self._decode, self._encode
+        self.draw, self.advance, self.decode, self.encode = (jax.jit(each, out_shardings=rows) for each in programs)
 
     def _draw(
         self, weights: Weights, given: Weights, inputs: SamplerInputs, trajectory: Trajectory, guidance: Guidance
     ) -> Latent:
+        return self._advance(weights, given, inputs, trajectory, guidance)[0]
+
+    def _advance(
+        self, weights: Weights, given: Weights, inputs: SamplerInputs, trajectory: Trajectory, guidance: Guidance
+    ) -> State:
         denoise = self._denoiser(weights, inputs, guidance)
         anchor = self._denoiser(given, inputs, guidance) if self._normalise else None
-        return sample(denoise, self._pipeline.schedule, trajectory, inputs.latent, inputs.key, anchor)
+        schedule, (_, _, key, latent, redrawn, state) = self._pipeline.schedule, inputs
+        return sample(denoise, schedule, trajectory, latent, key, anchor, redrawn, state)
 
     def _decode(self, weights: Weights, latents: Latent) -> Images:
         vae = nnx.merge(self._graphs["vae"], weights["vae"])
@@ -104,17 +115,24 @@ class Programs:
             no_concept = jnp.repeat(self._pipeline.no_concept, len(inputs.concept), axis=0)
             concept = adapter(self._beside_empty(no_concept, inputs.concept))
 
-        def predict(x: Latent, t: Timesteps) -> Float[Array, "n h w c"]:
+        def read(t: Timesteps) -> tuple[Memory, Any]:
             memory, added = late
             if early is not None:
                 rows = 2 * len(t) if self._guide else len(t)
                 acts = in_rows(text_policy_acts(t), rows)  # the same in all, but each device has its own
                 memory, added = jax.tree.map(lambda *x: jax.vmap(jnp.where)(acts, *x), early, late)
-            if inputs.concept is not None:
-                memory = join(memory, concept, self._concept_scale)
-            return unet(x, t, memory, added)
+            return (memory if inputs.concept is None else join(memory, concept, self._concept_scale)), added
 
-        return guided(predict, guidance.scale) if self._guide else predict
+        def predict(x: Latent, t: Timesteps) -> Float[Array, "n h w c"]:
+            return unet(x, t, *read(t))
+
+        def alone(x: Latent, t: Timesteps) -> Latent:
+            return unet(x, t, *jax.tree.map(lambda both: both[1::2], read(t)))
+
+        if not self._guide:
+            return predict
+        with_guidance = guided(predict, guidance.scale)
+        return guided_within(guidance.interval, with_guidance, alone) if guidance.interval else with_guidance
 
     def _text(self, unet: Any, weights: PyTree[Array], inputs: SamplerInputs, guidance: Guidance) -> tuple[Memory, Any]:
         """What the UNet reads of the captions."""

@@ -17,13 +17,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
+from hgdpo_jax.config import ALWAYS
 from hgdpo_jax.devices.random import stream_keys
 from hgdpo_jax.devices.sharding import batch_sharding
 from hgdpo_jax.devices.transfer import one_ahead, place, to_host
 from hgdpo_jax.diffusion.pipeline import POSITIONS, Pipeline
 from hgdpo_jax.diffusion.programs import Guidance, Programs, SamplerInputs
 from hgdpo_jax.diffusion.sdrecon import sdrecon
-from hgdpo_jax.diffusion.trajectory import Trajectory, from_noise
+from hgdpo_jax.diffusion.trajectory import State, Trajectory, from_noise
 from hgdpo_jax.pictures.write import require_finite
 from hgdpo_jax.run.progress import Progress
 
@@ -33,6 +34,7 @@ Keys = Key[Array, "n"]
 TokenIds = Int[np.ndarray, "n s"]
 Images = Float[np.ndarray, "n H W 3"]
 Latents = Float[np.ndarray, "n h w c"]
+HostState = tuple[Latents, Latents]  # as trajectory.State
 Concepts = Float[np.ndarray, "n m f"]
 
 
@@ -50,6 +52,7 @@ class Sampler:
         normalise: latent adaptive normalisation: what is drawn keeps, step by step, the channel statistics of what the
             pipeline draws as it was given. Takes twice the time.
         concept_scale: strength of the pipeline's adapter, where it has one.
+        interval: the lowest and the highest timestep, of 1000, at which there is guidance; all unless given.
 
     Raises:
         UserError: see :func:`hgdpo_jax.diffusion.solvers.make_steps`.
@@ -68,14 +71,18 @@ class Sampler:
         negative: str = "",
         normalise: bool = False,
         concept_scale: float = 1.0,
+        interval: Sequence[int] | None = None,
     ) -> None:
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch, self.mesh, self.seed = -(-batch // ways) * ways, mesh, seed
-        self.tokenize, self._latent_shape, self._rows = pipeline.tokenize, pipeline.latent_shape, batch_sharding(mesh)
+        self.tokenize, self.latent_shape, self._rows = pipeline.tokenize, pipeline.latent_shape, batch_sharding(mesh)
         # One program, whatever is drawn from, by whichever solver, in how many steps and with what guidance.
         self._from_noise = from_noise(pipeline.schedule, solver, steps)
+        self._in_steps = lambda steps: from_noise(pipeline.schedule, solver, steps)
         self._sdrecon = lambda strength: sdrecon(pipeline.schedule, solver, steps, strength)
-        self._guidance = Guidance(np.float32(guidance), pipeline.tokenize([negative]))
+        unit = pipeline.schedule.num_train_timesteps / 1000
+        acts = (np.float32(interval[0] * unit), np.float32(interval[1] * unit)) if interval else None
+        self._guidance = Guidance(np.float32(guidance), pipeline.tokenize([negative]), acts)
         if negative and guidance <= 1.0:
             logging.warning("negative prompt %r: has no effect, guidance %g means none", negative, guidance)
         self._programs = Programs(pipeline, mesh, guidance > 1.0, normalise, concept_scale)
@@ -85,6 +92,8 @@ class Sampler:
     def from_config(cls, pipeline: Pipeline, mesh: Mesh, settings: ConfigDict, seed: int) -> "Sampler":
         """As the config's `pairs` or `evaluate` group says."""
         given = {name: settings[name] for name in ("steps", "guidance", "batch")}
+        if "guidance_interval" in settings and tuple(settings.guidance_interval) != ALWAYS:
+            given["interval"] = settings.guidance_interval
         return cls(pipeline, mesh, solver=settings.sampler, negative=settings.negative_prompt, seed=seed, **given)
 
     def use_policies(self, *policies: Any) -> None:
@@ -104,7 +113,7 @@ class Sampler:
 
     def traced(self, resolution: tuple[int, int]) -> tuple[jax.stages.Traced, jax.stages.Traced]:
         """The programs that draw and decode a batch of a resolution from noise; the pipeline may be one of shapes."""
-        rows = ((POSITIONS,), jnp.int32), ((), jax.random.key(0).dtype), (self._latent_shape(resolution), jnp.float32)
+        rows = ((POSITIONS,), jnp.int32), ((), jax.random.key(0).dtype), (self.latent_shape(resolution), jnp.float32)
         shapes = [jax.ShapeDtypeStruct((self.batch, *shape), dtype) for shape, dtype in rows]
         inputs, programs = SamplerInputs(None, *place(shapes, self._rows)), self._programs
         draw = programs.draw.trace(self._weights, programs.given, inputs, self._from_noise, self._guidance)
@@ -141,8 +150,69 @@ class Sampler:
 
         return self._run_ahead(program, self._fresh(ids, keys, resolution, concept), note)
 
+    def drafts(
+        self, ids: TokenIds, keys: Keys, resolution: tuple[int, int], steps: int, measure: ImageFunction, note: str
+    ) -> Any:
+        """What `measure` makes of candidates that are drawn in other steps than the sampler's."""
+        trajectory = self._in_steps(steps)
+
+        def program(part: Any) -> Any:
+            return measure(self._decode(self._draw(trajectory, part)), part.ids)
+
+        return self._run(program, self._fresh(ids, keys, resolution, None), note)
+
+    def part_way(
+        self,
+        ids: TokenIds,
+        keys: Keys,
+        state: HostState,
+        steps: tuple[int, int],
+        measure: ImageFunction,
+        note: str,
+    ) -> tuple[HostState, Any]:
+        """Some steps of candidates, from the first to before the last of `steps`.
+
+        Args:
+            ids, keys, measure, note: as in :meth:`candidates`.
+            state: where they stand before; of none of the steps, :meth:`start`.
+
+        Returns:
+            Where they stand then, and what `measure` makes of the images that they predict there.
+        """
+        first, last = map(np.int32, steps)
+        trajectory = self._from_noise._replace(first=first, length=last)
+
+        def program(part: Any) -> tuple[State, Any]:
+            after = self._advance(trajectory, part)
+            return after, measure(self._decode(after[1]), part.ids)
+
+        return self._run(program, SamplerInputs(None, ids, keys, state[0], state=state), note)
+
+    def rest(
+        self, ids: TokenIds, keys: Keys, state: HostState, first: int, measure: ImageFunction, note: str
+    ) -> tuple[Float[Array | np.ndarray, "n h w c"], Any]:
+        """As :meth:`candidates`, of such as stand where :meth:`part_way` has left them before step `first`."""
+        trajectory = self._from_noise._replace(first=np.int32(first))
+
+        def program(part: Any) -> tuple[jax.Array, Any]:
+            latents, _ = self._advance(trajectory, part)
+            return latents, measure(self._decode(latents), part.ids)
+
+        return self._run_ahead(program, SamplerInputs(None, ids, keys, state[0], state=state), note)
+
+    def start(self, count: int, resolution: tuple[int, int]) -> HostState:
+        """Where candidates stand before the first step: their noise comes from their keys."""
+        nothing = np.broadcast_to(np.float32(0), (count, *self.latent_shape(resolution)))
+        return nothing, nothing
+
     def reconstructions(
-        self, images: Images, ids: TokenIds, keys: Mapping[int, Keys], measure: ImageFunction, note: str
+        self,
+        images: Images,
+        ids: TokenIds,
+        keys: Mapping[int, Keys],
+        measure: ImageFunction,
+        note: str,
+        redrawn: Float[np.ndarray, "n h w 1"] | None = None,
     ) -> tuple[Float[Array | np.ndarray, "n m h w c"], Any]:
         """SDRecon of images in [-1, 1] at m strengths, and what `measure` makes of each; as in :meth:`candidates`.
 
@@ -150,17 +220,18 @@ class Sampler:
             images, ids: the photographs and their captions.
             keys: of each strength; strength 0 is the encoded photograph itself.
             measure, note: as in :meth:`candidates`.
+            redrawn: 1 in the cells of a latent that are redrawn, the others keep the photograph; all unless given.
         """
 
         def program(part: Any) -> tuple[jax.Array, Any]:
             encoded, found = self._encode(part["images"]), []
             for strength in keys:
-                inputs = SamplerInputs(None, part["ids"], part["keys"][strength], encoded)
+                inputs = SamplerInputs(None, part["ids"], part["keys"][strength], encoded, part["redrawn"])
                 latents = self._draw(self._sdrecon(strength), inputs) if strength else encoded
                 found.append((latents, measure(self._decode(latents), part["ids"])))
             return jax.tree.map(lambda *each: jnp.stack(each, axis=1), *found)
 
-        return self._run_ahead(program, {"images": images, "ids": ids, "keys": dict(keys)}, note)
+        return self._run_ahead(program, {"images": images, "ids": ids, "keys": dict(keys), "redrawn": redrawn}, note)
 
     def reconstruct(self, latents: Latents, ids: TokenIds, keys: Keys, strength: int, note: str) -> Latents:
         """SDRecon of each latent: noised to timestep 100 · strength and denoised from there."""
@@ -194,11 +265,14 @@ class Sampler:
     def _fresh(self, ids: TokenIds, keys: Keys, resolution: tuple[int, int], concept: Concepts | None) -> SamplerInputs:
         """Inputs of a trajectory from noise."""
         return SamplerInputs(
-            concept, ids, keys, np.broadcast_to(np.float32(0), (len(ids), *self._latent_shape(resolution)))
+            concept, ids, keys, np.broadcast_to(np.float32(0), (len(ids), *self.latent_shape(resolution)))
         )
 
     def _draw(self, trajectory: Trajectory, part: SamplerInputs) -> Float[Array, "b h w c"]:
         return self._programs.draw(self._weights, self._programs.given, part, trajectory, self._guidance)
+
+    def _advance(self, trajectory: Trajectory, part: SamplerInputs) -> State:
+        return self._programs.advance(self._weights, self._programs.given, part, trajectory, self._guidance)
 
     def _decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
         return self._programs.decode(self._weights, latents)

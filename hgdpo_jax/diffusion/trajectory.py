@@ -11,11 +11,13 @@ from hgdpo_jax.diffusion.guidance import Denoise
 from hgdpo_jax.diffusion.schedule import Latent, NoiseSchedule
 from hgdpo_jax.diffusion.solvers import Steps, make_steps
 
+Given = Float[Array | np.ndarray, "b h w c"]
 State = tuple[Latent, Latent]  # x_t, and the last x̂_0
 
 
 class Trajectory(NamedTuple):
-    """Where a solver starts, x = signal · latent + noise · ε, and the first `length` rows of the table that it runs.
+    """Where a solver starts, x = signal · latent + noise · ε, and the rows of the table that it runs: from `first` to
+    before `length`.
 
     All of it is an argument of the program that draws. The table has a row for every training timestep, so that one
     program does for all solvers, steps and strengths. Where the table says so, x̂_0 is clipped to [-clip, clip].
@@ -26,6 +28,7 @@ class Trajectory(NamedTuple):
     length: np.int32
     clip: np.float32
     table: Steps
+    first: np.int32 = np.int32(0)
 
     @classmethod
     def of_table(
@@ -51,10 +54,12 @@ def sample(
     denoise: Denoise,
     schedule: NoiseSchedule,
     trajectory: Trajectory,
-    latents: Latent | Float[np.ndarray, "b h w c"],
+    latents: Given,
     keys: Key[Array, "b"],
     anchor: Denoise | None = None,
-) -> Latent:
+    redrawn: Float[Array | np.ndarray, "b h w 1"] | None = None,
+    state: tuple[Given, Given] | None = None,
+) -> State:
     """Runs a trajectory.
 
     Args:
@@ -65,9 +70,12 @@ def sample(
         keys: one for each example, so that an example does not depend on its batch.
         anchor: ε_base for latent adaptive normalisation: it runs a second trajectory from the same latents and noise,
             to whose channel means and standard deviations the latents are brought in each step.
+        redrawn: 1 where a photograph is redrawn. Where it is 0 every step begins with the photograph's own latent,
+            noised to its timestep, and the result is that latent.
+        state: after the steps before the trajectory's first, where that is not 0; without `anchor`.
 
     Returns:
-        Scaled latents of the images, float32.
+        Scaled latents, float32: those of the images after the last step of the table; and the x̂_0 of the last step.
     """
     pair = jax.vmap(jax.random.split)(keys)
     denoisers = [denoise] if anchor is None else [denoise, anchor]
@@ -75,12 +83,20 @@ def sample(
     def normal(keys: Key[Array, "b"]) -> Latent:
         return jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
 
+    def beside(x: Latent, signal: Float[Array, ""] | float, sigma: Float[Array, ""] | float) -> Latent:
+        """x in what is redrawn, the photograph elsewhere."""
+        if redrawn is None:
+            return x
+        kept = signal * latents + sigma * normal(pair[:, 0])
+        return jnp.where(redrawn > 0, x, kept)
+
     def step(index: Int[Array, ""], states: tuple[State, ...]) -> tuple[State, ...]:
         now = jax.tree.map(lambda column: jnp.asarray(column)[index], trajectory.table)
         noise = now.noise * normal(jax.vmap(lambda key: jax.random.fold_in(key, index))(pair[:, 1]))
 
         def advance(denoise: Denoise, state: State) -> State:
             x, previous = state
+            x = beside(x, now.signal, now.sigma)
             t = jnp.full(x.shape[0], now.t)
             x_0 = schedule.x_0_at(denoise(x, t), x, now.signal, now.sigma)
             clipped = now.clipping * (jnp.clip(x_0, -trajectory.clip, trajectory.clip) - x_0)
@@ -92,9 +108,11 @@ def sample(
         return (x, x_0), *others
 
     start = trajectory.signal * latents + trajectory.noise * normal(pair[:, 0])
-    begin = ((start, jnp.zeros_like(start)),) * len(denoisers)
-    (x, _), *_ = jax.lax.fori_loop(0, trajectory.length, step, begin)
-    return x
+    begin = start, jnp.zeros_like(start)
+    if state is not None:
+        begin = jax.tree.map(lambda before, fresh: jnp.where(trajectory.first > 0, before, fresh), state, begin)
+    (x, x_0), *_ = jax.lax.fori_loop(trajectory.first, trajectory.length, step, (begin,) * len(denoisers))
+    return beside(x, 1.0, 0.0), x_0
 
 
 def match_statistics(x: Latent, like: Latent) -> Latent:

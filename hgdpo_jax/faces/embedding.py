@@ -1,6 +1,5 @@
 """Whose face an image shows: the face is found, cut out and embedded; nearer embeddings are more alike."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,8 +11,8 @@ from jaxtyping import Array, Bool, Float
 from hgdpo_jax.faces.alignment import ALIGNED_SIZE, align
 from hgdpo_jax.faces.detection import NETWORKS, Detection, FaceDetector, Images, crop
 from hgdpo_jax.faces.networks import FaceRecognition
+from hgdpo_jax.faces.onnx_network import AlignedFaceNetwork
 from hgdpo_jax.models.convert import load_model
-from hgdpo_jax.run.errors import UserError
 
 Embeddings = Float[np.ndarray, "n d"]
 
@@ -55,34 +54,14 @@ class _ArcFace:
     size = ALIGNED_SIZE
 
     def __init__(self, path: str) -> None:
-        if not Path(path).is_file():
-            raise UserError(f"face network {path}: no such file; give an ArcFace ONNX file, or none for the embedded")
-        import onnxruntime  # only who brings a network of that kind needs it
-
-        try:
-            # Without a second try on the same processor, of which it would print five lines.
-            self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"], enable_fallback=0)
-        except Exception as error:  # onnxruntime's errors have no class in common
-            reason = " ".join(str(error).split())
-            raise UserError(f"face network {path}: not an ONNX file that can be read ({reason})") from error
-        inputs = self._session.get_inputs()
-        count, *shape = inputs[0].shape
-        if len(inputs) > 1 or shape != [3, ALIGNED_SIZE, ALIGNED_SIZE] or (isinstance(count, int) and count != 1):
-            shapes = " and ".join(f"{entry.name} {entry.shape}" for entry in inputs)
-            raise UserError(
-                f"face network {path}: its input is {shapes}; give an ArcFace network, whose input is "
-                f"[n, 3, {ALIGNED_SIZE}, {ALIGNED_SIZE}]"
-            )
-        self._input = inputs[0].name
+        self._network = AlignedFaceNetwork(path, "an ArcFace")
 
     def cut(self, faces: FaceDetector, images: Images, at: Detection) -> Float[Array, "n 112 112 3"]:
         aligned = align(images, faces.points(images, at.boxes))
         return jnp.where(at.found[:, None, None, None], aligned, crop(images, at.boxes, ALIGNED_SIZE))
 
     def embed(self, faces: Float[Array, "n s s 3"]) -> Embeddings:
-        # One by one: many files are exported with a batch of one.
-        pixels = np.asarray(faces, np.float32).transpose(0, 3, 1, 2)
-        return np.concatenate([self._session.run(None, {self._input: face[None]})[0] for face in pixels])
+        return self._network(faces)
 
     def distance(self, a: Embeddings, b: Embeddings) -> Float[np.ndarray, "n"]:
         return 1.0 - (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))

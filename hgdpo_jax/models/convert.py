@@ -28,8 +28,8 @@ Model = TypeVar("Model", bound=nnx.Module)
 # (state path joined by dots, array) → the array on its devices.
 Place = Callable[[str, np.ndarray], jax.Array]
 on_default_device: Place = lambda name, value: jax.device_put(value)  # noqa: E731
-# Buffers that older transformers releases saved and newer ones compute.
-_BUFFERS = ("position_ids",)
+# Buffers that older transformers releases saved and newer ones compute, and PyTorch's count of a training.
+_BUFFERS = ("position_ids", "num_batches_tracked")
 # What a file of a whole CLIPModel has beside one of its towers.
 _OF_CLIP = {"text_model", "vision_model", "text_projection", "visual_projection", "logit_scale"}
 
@@ -37,8 +37,16 @@ _OF_CLIP = {"text_model", "vision_model", "text_projection", "visual_projection"
 # The attention of VAEs that diffusers wrote before 2023, among them the official SD 1.x and sd-vae-ft-mse.
 _BEFORE_2023 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
+# DINOv2 as transformers wrote it before its version 5, and as it is published; its layers are not BERT's, which lie
+# deeper where they are read here.
+_BEFORE_5 = {"attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj"}
+_BEFORE_5 |= {"attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj"}
+
 
 def _renamed(key: str) -> str:
+    if key.startswith("encoder.layer."):
+        for old, new in _BEFORE_5.items():
+            key = key.replace(old, new)
     *modules, leaf = key.split(".")
     if modules and "attentions" in modules:
         modules[-1] = _BEFORE_2023.get(modules[-1], modules[-1])

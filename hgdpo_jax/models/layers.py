@@ -198,20 +198,22 @@ class Layers:
         self,
         inputs: int,
         outputs: int,
-        size: int,
+        size: int | tuple[int, int],
         *,
         stride: int = 1,
         padding: int | str | Sequence[tuple[int, int]] | None = None,
         bias: bool = True,
     ) -> Conv:
-        """A square convolution, [b h w inputs] → [b h2 w2 outputs]; `padding` is Flax's.
+        """A convolution, [b h w inputs] → [b h2 w2 outputs]; `padding` is Flax's.
 
-        Unless it is given, a convolution of stride 1 and odd size keeps height and width.
+        Unless it is given, a square one of stride 1 and odd size keeps height and width. `size` is the side of a
+        square, or height and width.
         """
-        padding = (size - 1) // 2 if padding is None else padding
+        sizes = (size, size) if isinstance(size, int) else size
+        padding = (sizes[0] - 1) // 2 if padding is None else padding
         settings: dict[str, Any] = {"kernel_init": _fan_in, "bias_init": _zeros, "dtype": self.dtype}
         settings |= {"strides": stride, "padding": padding, "use_bias": bias}
-        return Conv(inputs, outputs, (size, size), **settings, rngs=self.rngs)
+        return Conv(inputs, outputs, sizes, **settings, rngs=self.rngs)
 
     def layer_norm(self, width: int, eps: float = 1e-5) -> nnx.LayerNorm:
         """LayerNorm over the last axis of [*b width]."""

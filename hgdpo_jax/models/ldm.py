@@ -140,7 +140,8 @@ def bare_clip(key: str, config: Mapping[str, Any]) -> Stored:
     return Stored(key)
 
 
-def _open_clip(key: str, config: Mapping[str, Any]) -> Stored:
+def open_clip_text(key: str, config: Mapping[str, Any]) -> Stored:
+    """Where a parameter of transformers' text encoder with projection is in OpenCLIP's names."""
     match = re.match(r"text_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", key)
     if match:
         third = "qkv".index(match[2])
@@ -162,7 +163,7 @@ SDXL_PARTS: dict[str, tuple[str, Translate]] = {
     "unet": ("model.diffusion_model.", _unet),
     "vae": (VAE_PREFIX, vae_part),
     "text_encoder": ("conditioner.embedders.0.transformer.", _clip),
-    "text_encoder_2": ("conditioner.embedders.1.model.", _open_clip),
+    "text_encoder_2": ("conditioner.embedders.1.model.", open_clip_text),
 }
 # Nobody needs these: buffers, the training loss of a VAE, the running mean of its weights, and what CLIP has beside a
 # text encoder.

@@ -23,12 +23,14 @@ class Preprocessing(NamedTuple):
         mean, std: of red, green and blue in [0, 1].
         short: the short side before the centre is cut out, in pixels; None: the side of what is cut out.
         method: of resizing.
+        whole: nothing is cut off: the long side becomes what the tower reads, and black fills up the short one.
     """
 
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     short: int | None = None
     method: str = "cubic"
+    whole: bool = False
 
 
 CLIP = Preprocessing()  # where a folder does not tell
@@ -95,14 +97,28 @@ def _is_number(value: Any) -> bool:
 def clip_pixels(
     images: Float[Array, "b H W 3"], size: int, how: Preprocessing = CLIP
 ) -> Float[Array, "b {size} {size} 3"]:
-    """Images in [-1, 1] as a tower reads them: resized to the short side, cut from the centre, normalised."""
-    b, height, width, _ = images.shape
+    """Images in [-1, 1] as a tower reads them: resized to the short side, cut from the centre, normalised.
+
+    With `how.whole` they are resized to the long side, and black is put around them.
+    """
+    _, height, width, _ = images.shape
+    if how.whole:
+        long = max(height, width)
+        new = (round(height * size / long), round(width * size / long))
+        images = _resized(images, new, how.method)
+        around = [((size - side) // 2, size - side - (size - side) // 2) for side in new]
+        return clip_normalised(jnp.pad(images, ((0, 0), *around, (0, 0)), constant_values=-1.0), how)
     short, to = min(height, width), how.short or size
     new = (int(height * to / short), int(width * to / short))  # rounded down, as the image processor does
-    if new != (height, width):
-        images = jnp.clip(jax.image.resize(images, (b, *new, 3), how.method), -1.0, 1.0)
+    images = _resized(images, new, how.method)
     top, left = (new[0] - size) // 2, (new[1] - size) // 2
     return clip_normalised(images[:, top : top + size, left : left + size], how)
+
+
+def _resized(images: Float[Array, "b H W 3"], size: tuple[int, int], method: str) -> Float[Array, "b h w 3"]:
+    if images.shape[1:3] == size:
+        return images
+    return jnp.clip(jax.image.resize(images, (len(images), *size, 3), method), -1.0, 1.0)
 
 
 def clip_normalised(images: Float[Array, "*b 3"], how: Preprocessing = CLIP) -> Float[Array, "*b 3"]:

@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +114,14 @@ class LazyWeights(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._makers)
+
+
+def under(weights: Weights, prefix: str, unused: str = "$^") -> LazyWeights:
+    """What lies under a prefix of the keys, without it, but for the keys in which a pattern is found."""
+    found = {key.removeprefix(prefix): key for key in weights if key.startswith(prefix)}
+    return LazyWeights(
+        {name: partial(weights.__getitem__, key) for name, key in found.items() if not re.search(unused, name)}
+    )
 
 
 def chosen(names: Container[str]) -> str | None:

@@ -29,8 +29,8 @@ from hgdpo_jax.models.architectures import SD15, SDXL
 from hgdpo_jax.models.clip import CLIPModel
 from hgdpo_jax.models.convert import abstract
 from hgdpo_jax.models.int8 import quantise
-from hgdpo_jax.models.model_config import read_config
 from hgdpo_jax.run.settings import named
+from hgdpo_jax.scoring.scorers import listed, parts
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.inputs import loss_of
@@ -134,19 +134,21 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
         quantise(pipeline.networks.values())
     denoiser, policy, frozen = steps.split_params(pipeline, settings.params)
     tx = make_optimizer(settings)
-    state = _placed(jax.eval_shape(lambda p: steps.init_state(p, tx, settings.ema), policy), mesh)
+    state = _placed(jax.eval_shape(lambda p: steps.init_state(p, tx, settings.ema, settings.auto_beta), policy), mesh)
     policy, frozen = _placed(policy, mesh), _placed(frozen, mesh)
-    latent = ("winner", "loser") if config.objective == "dpo" else ("winner",)
+    latent = ("winner", "loser") if settings.objective != "sft" else ("winner",)
     # Of several resolutions the largest: each has a program of its own.
     shape = max((pipeline.latent_shape(size) for size in configuration.resolutions(config).values()), key=np.prod)
     batch = {name: _rows(mesh, (settings.batch, *shape), np.float16) for name in latent}
     batch["input_ids"] = _rows(mesh, (settings.batch, POSITIONS), np.int32)
+    if settings.objective == "smpo":
+        batch["scores"] = _rows(mesh, (settings.batch, 2), np.float32)
     if settings.reference_cache:
         batch["example"] = _rows(mesh, (settings.batch,), np.int32)
         batch["reference"] = _rows(mesh, (settings.batch, 2, *shape), np.float32)
     if pipeline.no_concept is not None:
         batch["concept"] = _rows(mesh, (settings.batch, *pipeline.no_concept.shape[1:]), np.float16)
-    reference = policy if config.objective == "dpo" else {}
+    reference = policy if configuration.has_reference(config) else {}
     loss = loss_of(config, denoiser, pipeline.schedule)
     placed = jax.tree.map(lambda x: x.sharding, state)
 
@@ -156,7 +158,7 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
         return steps.make_step(loss, tx, settings.accumulate, placed).trace(*arguments)  # type: ignore[attr-defined]  # of jax.jit
 
     # The pipeline keeps the policy that it was loaded with; where it is the reference, that is all of it.
-    kept = config.objective != "dpo" or (settings.start != "base" and settings.reference != "base")
+    kept = not configuration.has_reference(config) or (settings.start != "base" and settings.reference != "base")
     beside = {"policy of the base": size(policy) if kept else 0, "VAE": size(_placed(nnx.state(pipeline.vae), mesh))}
     held = {
         "weights": size(frozen),
@@ -186,13 +188,15 @@ def drawing(config: ConfigDict, source: Source, mesh: Mesh) -> tuple[Program, Pr
 
 
 def _scorer_size(config: ConfigDict) -> int:
-    """Bytes of the network that chooses the pairs, of which every device has a copy; without a folder PickScore's."""
+    """Bytes of the networks that choose the pairs, of which every device has a copy; without a scorer PickScore's."""
     if config.pairs.loser in ("none", "given"):
         return 0
-    folder = config.pairs.scorer
-    with named("pairs.scorer", folder):
-        scorer = abstract(CLIPModel, read_config(Path(folder)) if folder else _PICKSCORE)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(scorer)))
+    with named("pairs.scorer", config.pairs.scorer):
+        models = [network.model for place in listed(config.pairs.scorer) for network in parts(place).networks]
+    states = (
+        [nnx.state(model) for model in models] if config.pairs.scorer else nnx.state(abstract(CLIPModel, _PICKSCORE))
+    )
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(states))
 
 
 def of_one_device(whole: Program, part: Program, mesh: Mesh) -> Program:

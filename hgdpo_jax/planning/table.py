@@ -13,7 +13,7 @@ from hgdpo_jax.planning.topologies import extra_of
 _GIB = 2**30
 _ESTIMATED = (
     "estimated, for the compiler is not installed (pip install -e '.[{extra}]'): beside compilers a LoRA step's memory "
-    "in all was 11 % too low to 19 % too high, its time 2 % too low to 5 % too high, on a T4 35 % too high; full "
+    "in all was 11 % too low to 18 % too high, its time 2 % too low to 5 % too high, on a T4 35 % too high; full "
     "fine-tuning's memory nearly twice too high; drawing took up to 1.3 GiB more (docs/plan.md)"
 )
 
@@ -56,7 +56,7 @@ def describe(
 
 
 def _unit(config: ConfigDict) -> str:
-    return "pairs" if config.objective == "dpo" else "photographs"
+    return "pairs" if config.train.objective != "sft" else "photographs"
 
 
 def _title(config: ConfigDict, base: str) -> str:

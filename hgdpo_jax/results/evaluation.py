@@ -21,7 +21,6 @@ from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.faces.embedding import FaceEmbedder
-from hgdpo_jax.models.convert import folder_hash
 from hgdpo_jax.pictures.write import to_uint8
 from hgdpo_jax.results import facts, portrait, report
 from hgdpo_jax.results.measured import BEST, differing, drawing_of, groups, measured, single
@@ -32,12 +31,15 @@ from hgdpo_jax.run.files import atomic_path, json_hash, retried, write_json
 from hgdpo_jax.run.folder import stage_config
 from hgdpo_jax.run.index import Index, first_process_first, index_of_run
 from hgdpo_jax.run.locks import lock_for_all
+from hgdpo_jax.run.places import SCORERS
 from hgdpo_jax.run.progress import Progress
 from hgdpo_jax.run.settings import get_setting, named
-from hgdpo_jax.scoring import personalised
-from hgdpo_jax.scoring.comparison import Seen, compare, differences, to_json
+from hgdpo_jax.scoring import personalised, sets
+from hgdpo_jax.scoring.comparison import SCORED, Seen, columns, compare, differences, to_json
 from hgdpo_jax.scoring.judges import VIEWS, Judges, views
 from hgdpo_jax.scoring.personalised import PeoplePictures, PersonalisedDrawing
+from hgdpo_jax.scoring.scorers import not_given, scorers_hash
+from hgdpo_jax.scoring.sets import SetFeatures
 from hgdpo_jax.training.checkpoints import tree_hash
 from hgdpo_jax.training.finished import require_base
 
@@ -73,16 +75,17 @@ def _evaluate(config: ConfigDict, workdir: Path, step: str | None) -> dict[str, 
     base = pipelines.base_hash(config.model.base, config.model.vae, config.model.lora, index)
     for stage in configs:
         require_base(workdir, stage, base)
-    held = first_process_first(index, lambda: _heldout(config, index))
-    inputs, drawn = _inputs(config, base, held, index), {}
-    judges = Judges(config.pairs.scorer, settings.scorer, settings.other_scorer, local_mesh())
+    held = first_process_first(index, lambda: heldout(config, index))
+    inputs, drawn = inputs_of(config, base, held, index), {}
+    judges = Judges(config.pairs.scorer, settings.scorer, settings.other_scorer, settings.scorers, local_mesh())
+    features = SetFeatures(config, local_mesh()) if sets.given(config) else None
     index.save()
     best = BEST if BEST in models else [*models][-1]
     shown = None
     for group in groups(models, configs):
         drawing = drawing_of(config, workdir, group, configs, step)
         shown = drawing if best in group else shown
-        evaluator = Evaluator(config, drawing.pipeline, drawing.sampler, judges, held)
+        evaluator = Evaluator(config, drawing.pipeline, drawing.sampler, judges, held, features)
         for name, used in drawing.policies.items():
             mark = json_hash([[tree_hash(policy) for policy in used], inputs])
             drawing.sampler.use_policies(*used)
@@ -97,6 +100,7 @@ def _evaluate(config: ConfigDict, workdir: Path, step: str | None) -> dict[str, 
         "images_per_model": len(held) * settings.images_per_prompt,
         "seed": config.seed,
         "config": configuration.to_json(config)["evaluate"],
+        "not_measured": not_given(*(get_setting(config, key) for key in SCORERS)),
     }
     people: dict[str, PeoplePictures] = {}
     if shown and shown.encoder:
@@ -107,7 +111,7 @@ def _evaluate(config: ConfigDict, workdir: Path, step: str | None) -> dict[str, 
         people = PersonalisedDrawing(shown.sampler, shown.encoder, identity, held, size, prompts).draw(chosen)
         results["personalised"] = personalised.measures(people)
     singles = single(models)
-    learnt = {name: stage for name in singles for stage in models[name] if configs[stage].objective == "dpo"}
+    learnt = {name: stage for name in singles for stage in models[name] if configs[stage].train.objective != "sft"}
     stages = {name: report.read_stage(workdir, stage, evaluator.sampler) for name, stage in learnt.items()}
     if processes.is_first():
         write_json(workdir / "results.json", results)
@@ -122,9 +126,10 @@ def _evaluate(config: ConfigDict, workdir: Path, step: str | None) -> dict[str, 
             captions=[photograph.caption for photograph in first],
             photographs=images,
             stages=stages,
-            compared=("base", facts.first_beside_base(singles, config.stage if config.train.pairs else "")),
+            compared=("base", facts.first_beside_base(singles, config.stage if config.stage in singles else "")),
             people=_persons(people, first, images, settings.concept_prompts),
             measured=personalised.lines(results.get("personalised", {})),
+            not_measured=results["not_measured"] if settings.scorers else (),
         )
         with atomic_path(workdir / "report.html") as temporary:
             temporary.write_text(report.page(found))
@@ -135,7 +140,7 @@ def _evaluate(config: ConfigDict, workdir: Path, step: str | None) -> dict[str, 
     return results
 
 
-def _heldout(config: ConfigDict, index: Index) -> list[Photograph]:
+def heldout(config: ConfigDict, index: Index) -> list[Photograph]:
     """The held-out photographs that can be read. Their pixels would not fit in memory: each is read where it is used.
 
     Raises:
@@ -153,21 +158,22 @@ def _heldout(config: ConfigDict, index: Index) -> list[Photograph]:
     return held
 
 
-def _inputs(config: ConfigDict, base: str, held: Sequence[Photograph], index: Index) -> dict[str, Any]:
+def inputs_of(config: ConfigDict, base: str, held: Sequence[Photograph], index: Index) -> dict[str, Any]:
     """What pictures and their measures are made from, beside policies."""
     keys = ["seed", "model.dtype", "data.resolutions", "evaluate.sampler", "evaluate.steps", "evaluate.guidance",
             "evaluate.images_per_prompt"]  # fmt: skip
     keys += ["evaluate.negative_prompt"] if config.evaluate.negative_prompt else []
 
     def content(key: str) -> str:
-        folder = get_setting(config, key)
-        with named(key, folder):
-            return processes.broadcast(lambda: folder_hash(folder, index)) if folder else ""
+        scorers = get_setting(config, key)
+        with named(key, scorers):
+            return processes.broadcast(lambda: scorers_hash(scorers, index)) if scorers else ""
 
     contents = {"model.base": base, "captions.jsonl": [[p.id, p.caption] for p in held]}
     contents |= {"pairs.scorer": content("pairs.scorer"), "evaluate.scorer": content("evaluate.scorer")}
-    if config.evaluate.other_scorer:
-        contents["evaluate.other_scorer"] = content("evaluate.other_scorer")
+    others = [name for name in ("other_scorer", "scorers") if config.evaluate[name]]
+    contents |= {f"evaluate.{name}": content(f"evaluate.{name}") for name in others}
+    contents |= processes.broadcast(lambda: sets.content(config, index))
     return provenance.settings(config, keys) | {provenance.content_key(name): value for name, value in contents.items()}
 
 
@@ -202,6 +208,7 @@ class Evaluator:
         pipeline, sampler: that draw.
         judges: gets images in [-1, 1] and `input_ids` and returns arrays, one row for each image.
         held: held-out photographs, with their captions.
+        features: gets the images and returns what distances between sets compare; None: there are none.
     """
 
     config: ConfigDict
@@ -209,6 +216,7 @@ class Evaluator:
     sampler: Sampler
     judges: Callable[..., Any]
     held: Sequence[Photograph]
+    features: Callable[..., dict[str, Any]] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -230,17 +238,18 @@ class Evaluator:
 
     def _draw(self, name: str, path: Path, mark: str) -> None:
         config, k = self.config, self.config.evaluate.images_per_prompt
-        folders = {"score": config.pairs.scorer, "second_score": config.evaluate.scorer}
-        folders["third_score"] = config.evaluate.other_scorer
+        scorers = {"score": config.pairs.scorer, "second_score": config.evaluate.scorer}
+        scorers["third_score"] = config.evaluate.other_scorer
+        scorers |= {SCORED + place.name: str(place) for place in columns(config.evaluate.scorers)}
         shown: list[np.ndarray] = []  # latents of the first picture of process 0's people, who are the first
 
         def measure(numbers: Int[np.ndarray, "n"]) -> Seen:
             people = [self.held[number] for number in numbers]
             ids, latents = self._generate(people, k, f"draw {name}")
-            seen = self.sampler.measure_latents(latents, ids, self.judges, f"measure {name}")
-            for key, folder in folders.items():
+            seen = self.sampler.measure_latents(latents, ids, self._measure, f"measure {name}")
+            for key, scorer in scorers.items():
                 if key in seen:
-                    require_finite_scores(seen[key], [p for p in people for _ in range(k)], folder)
+                    require_finite_scores(seen[key], [p for p in people for _ in range(k)], scorer)
             shown.append(latents[::k][:KEPT])
             return {key: value.reshape(len(people), k, *value.shape[1:]) for key, value in seen.items()}
 
@@ -254,6 +263,9 @@ class Evaluator:
                 captions = np.array([person.caption for person in self.held[:KEPT]])
                 np.savez(temporary, **found, pictures=pictures, captions=captions, mark=np.array(mark))
         processes.barrier()
+
+    def _measure(self, images: Any, ids: Any) -> dict[str, Any]:
+        return self.judges(images, ids) | (self.features(images) if self.features else {})
 
     def _generate(self, people: Sequence[Photograph], k: int, note: str) -> tuple[np.ndarray, np.ndarray]:
         """(token ids, latents) of k pictures for each caption."""
@@ -271,6 +283,9 @@ class Evaluator:
             ids = np.repeat(self.pipeline.tokenize([p.caption for p in people]), found.shape[1], axis=0)
             pictures = found.reshape(-1, *found.shape[2:])
             seen = self.sampler.measure_images(pictures, ids, self.judges, "views")
+            if self.features:  # of the photographs alone, as published
+                once, features = ids[:: found.shape[1]], self.features
+                seen |= self.sampler.measure_images(images, once, lambda images, _: features(images), "features")
             return {key: value.reshape(len(numbers), -1, *value.shape[1:]) for key, value in seen.items()}
 
         return processes.map_over_processes(len(self.held), measure, self.sampler.whole_batches(VIEWS), "photographs")

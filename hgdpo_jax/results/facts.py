@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 from hgdpo_jax import __version__
 from hgdpo_jax.config import resolutions
 from hgdpo_jax.results.measured import BEST, Stages
+from hgdpo_jax.run.folder import pair_stages
+from hgdpo_jax.run.places import places
 from hgdpo_jax.run.settings import CURRICULUM
 
 _MEANINGS = {
@@ -55,15 +57,16 @@ def _line(name: str, stages: Stages, configs: Mapping[str, ConfigDict]) -> str:
     if not stages:
         return _MEANINGS[name]
     config, paper = configs[stages[-1]], {stage: own for own, stage in CURRICULUM.items()}
-    pairs = config.train.pairs
-    other = f"trained on the pairs of {paper.get(pairs, pairs)}" if pairs else "a stage of this run"
+    named = [paper.get(stage, stage) for stage in pair_stages(config)]
+    listed = " and ".join([", ".join(named[:-1]), named[-1]] if named[1:] else named)
+    other = f"trained on the pairs of {listed}" if config.train.pairs else "a stage of this run"
     return f"{_MEANINGS.get(name, other)}. {_trained(config)}"
 
 
 def _trained(config: ConfigDict) -> str:
-    train, each = config.train, "pairs" if config.objective == "dpo" else "photographs"
+    train, each = config.train, "pairs" if config.train.objective != "sft" else "photographs"
     what = f"LoRA of rank {train.lora_rank}" if "lora" in train.params else "all parameters"
-    beta = f", β\u00a0{train.beta:g}" if config.objective == "dpo" else ""
+    beta = f", β\u00a0{train.beta:g}" if config.train.objective != "sft" else ""
     return f"{train.steps:,} steps of {train.batch} {each}, {what}, learning rate {train.lr:g}{beta}"
 
 
@@ -83,7 +86,9 @@ def head(
     asked, paper = config.evaluate, {stage: name for name, stage in CURRICULUM.items()}
     count, size = asked.images_per_prompt, next(iter(resolutions(config).values()))
     trained = [f"{paper.get(stage, stage.replace('_', ' '))} {each.train.steps:,}" for stage, each in configs.items()]
-    judges = [_name(folder) for folder in (asked.scorer, asked.other_scorer) if folder]
+    judges = [*_names(asked.scorer), *_names(asked.other_scorer)]
+    choosing = _names(config.pairs.scorer)
+    first = f"; its scores are {choosing[0]}'s" if len(choosing) > 1 else ""
     found = {
         "Base": f"{_name(config.model.base)}, sha256 {base[:12]}…",
         "Evaluated": f"{datetime.date.today()}, hgdpo_jax {__version__}",
@@ -94,9 +99,14 @@ def head(
         "Drawn with": f"{asked.sampler}, {asked.steps} steps, guidance {asked.guidance:g}, seed {config.seed}; "
         f"LoRA at weight {config.recipe.weight:g}, {_BLOCKS[config.recipe.blocks]}",
         "Judges": f"{' and '.join(judges)}; they chose no winners" if judges else "",
-        "Scorer": f"{_name(config.pairs.scorer)}, which chose the winners" if config.pairs.scorer else "",
+        "Scorer": f"{' and '.join(choosing)}, which chose the winners{first}" if choosing else "",
+        "Further scorers": ", ".join(_names(asked.scorers)),
     }
     return {title: fact for title, fact in found.items() if fact}
+
+
+def _names(scorers: str) -> list[str]:
+    return [str(place._replace(path=_name(place.path))) for place in places(scorers)]
 
 
 def _name(path: str) -> str:

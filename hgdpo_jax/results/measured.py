@@ -19,6 +19,8 @@ from hgdpo_jax.run.folder import (
     SFT,
     TEXT_ENCODER,
     blocks_of,
+    pair_stages,
+    stage_config,
     was_started,
 )
 from hgdpo_jax.training.finished import finished_policy, with_trained_adapter
@@ -40,32 +42,52 @@ _DIFFERENCES = (("hard", "base"), ("normal", "easy"), ("hard", "easy"), ("hard",
 def differing(config: ConfigDict) -> tuple[tuple[str, str], ...]:
     """The pairs of models whose differences have intervals of their own: what the stages and the curriculum are to
     bring, and a stage under another name against the one whose pairs it has."""
-    same = [(config.stage, name) for name, stage in _SINGLE.items() if stage == config.train.pairs]
+    same = [(config.stage, name) for name, stage in _SINGLE.items() if stage in pair_stages(config)]
     return (*_DIFFERENCES, *same, *((name, "base") for name, _ in same))
 
 
 def measured(config: ConfigDict, workdir: Path) -> dict[str, Stages]:
     """The models to be measured: of the curriculum up to the config's stage, beside it what was trained of the others.
+    Of the stages before, those have to be there that it started from, one from the other.
 
-    A config of another stage measures that stage: `text_encoder`, and a stage that learnt from another's pairs, with
-    what there is of the curriculum, `stage0` alone, since the others have another base.
+    A config of another stage measures that stage: `text_encoder`, and what stands beside the curriculum, with what
+    there is of that; `naive` and `given` without it, and `stage0` alone, since the others have another base.
     """
     models = dict(MODELS)
     if config.stage not in (PERSONALISE, *_SINGLE.values()):
         models |= {config.stage: (config.stage,)}
-    return {name: stages for name, stages in models.items() if _is_measured(config, workdir, stages)}
+    needed = starts(config, workdir)
+    return {name: stages for name, stages in models.items() if _is_measured(config, workdir, stages, needed)}
 
 
-def _is_measured(config: ConfigDict, workdir: Path, stages: Stages) -> bool:
-    """Whether a model is to be measured."""
+def starts(config: ConfigDict, workdir: Path) -> list[str]:
+    """The stages that a stage started from, one from the other, the last one first. Raises UserError where one was not
+    trained."""
+    found: list[str] = []
+    while config.train.start != "base" and config.train.start not in found:
+        found.append(config.train.start)
+        config = stage_config(workdir, found[-1])
+    return found
+
+
+def _is_measured(config: ConfigDict, workdir: Path, stages: Stages, needed: Sequence[str]) -> bool:
+    """Whether a model is to be measured.
+
+    Args:
+        config: of the evaluation.
+        workdir: of the run.
+        stages: of the model.
+        needed: stages that have to be there.
+    """
     curriculum = tuple(CURRICULUM.values())
     for stage in stages:
         if stage == config.stage:
             asked = True
         elif config.stage == SFT:
             asked = False
-        elif stage in curriculum and not (config.train.pairs or config.stage == TEXT_ENCODER):
-            asked = config.stage in curriculum and stage < config.stage
+        elif stage in curriculum and config.stage in (*curriculum, NAIVE, GIVEN, PERSONALISE):
+            before = config.stage in curriculum and stage < config.stage
+            asked = stage in needed or (before and was_started(workdir, stage))
         else:
             asked = was_started(workdir, stage)
         if not asked:

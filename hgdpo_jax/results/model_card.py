@@ -62,7 +62,7 @@ def _front(contents: Contents) -> list[str]:
     """Names the base only where that is on the hub."""
     repository, config = hub_repository(contents.config.model.base), contents.config
     tags = ["stable-diffusion-xl" if is_xl(contents.pipeline) else "stable-diffusion", "text-to-image", "hg-dpo"]
-    tags += ["dpo"] * (config.objective == "dpo") + ["lora"] * config.train.params.endswith("lora")
+    tags += ["dpo"] * (config.train.objective != "sft") + ["lora"] * config.train.params.endswith("lora")
     values: dict[str, Any] = {"base_model": repository[0]} if repository else {}
     values |= {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     values |= {"license": contents.pipeline.licence or "unknown", "tags": tags}
@@ -73,23 +73,23 @@ def _kind(contents: Contents) -> str:
     """What was done."""
     if contents.config.train.params == "adapter":
         return "An IP-Adapter for people, trained beside the frozen base model"
-    if contents.config.objective == "sft":
+    if contents.config.train.objective == "sft":
         return "Supervised fine-tuning on photographs"
     return "Preference training" if contents.stage == GIVEN else "Preference training towards real photographs"
 
 
 def _facts(contents: Contents, about: Mapping[str, Any]) -> list[str]:
-    """Where it comes from, a line for each fact."""
+    """Where it comes from, a line for each fact. Of files here the name alone: the rest concerns nobody else."""
     config, licence = contents.config, contents.pipeline.licence
     model, train = config.model, config.train
     known = f"`{licence}`" if licence else "not stated where the base was read from; it also binds this model"
-    more = (f", VAE `{model.vae}`" if model.vae else "") + (
-        f", with the LoRA `{model.lora}` merged" if model.lora else ""
-    )
-    each = "preference pairs" if config.objective == "dpo" else "photographs"
+    base = model.base if hub_repository(model.base) else Path(model.base).name
+    more = f", VAE `{Path(model.vae).name}`" if model.vae else ""
+    more += f", with the LoRA `{Path(model.lora).name}` merged" if model.lora else ""
+    each = "preference pairs" if config.train.objective != "sft" else "photographs"
     steps = f"{contents.step}" + (f" of {train.steps}" if contents.step < train.steps else "")
     return [
-        f"- Base model: `{model.base}`{more}; sha256 of its content `{about['base']}`",
+        f"- Base model: `{base}`{more}; sha256 of its content `{about['base']}`",
         f"- Licence of the base model: {known}",
         f"- Stage: `{contents.stage}`, {steps} steps of {train.batch} {each}, learning rate {train.lr:g}",
         f"- Trained: {_trained(contents, contents.stage)}",

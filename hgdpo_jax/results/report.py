@@ -13,13 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from hgdpo_jax.data.pairs import open_stage
+from hgdpo_jax.data.pairs import open_stages
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.pictures.write import jpeg, png, to_uint8
 from hgdpo_jax.results import curves, tables
 from hgdpo_jax.results.facts import PHOTOGRAPH
-from hgdpo_jax.run.folder import stage_config
-from hgdpo_jax.scoring.comparison import MEANINGS, Measures
+from hgdpo_jax.run.folder import pair_stages, stage_config
+from hgdpo_jax.scoring.comparison import Measures, meaning_of
 from hgdpo_jax.training import metrics
 
 COLUMNS = 10
@@ -84,10 +84,11 @@ class Report(NamedTuple):
         models: model → metric → measure.
         differences: `a - b` → metric → measure.
         pictures: model → images in [-1, 1] of the same prompts and seeds; `captions` are theirs, `photographs` the
-            originals.
+            originals, if there are any.
         stages: stages in order, under the names of their models.
         compared: the two rows of pictures that the report begins with.
         people: drawings of some people by models with an adapter; `measured` says how alike they are, in words.
+        not_measured: names of scorers whose weights were not given.
     """
 
     head: Mapping[str, str]
@@ -96,16 +97,17 @@ class Report(NamedTuple):
     differences: Mapping[str, Measures]
     pictures: Mapping[str, Pictures]
     captions: Sequence[str]
-    photographs: Pictures
+    photographs: Pictures | None
     stages: Mapping[str, Stage]
     compared: tuple[str, str]
     people: Sequence[ConceptPerson] = ()
     measured: Sequence[str] = ()
+    not_measured: Sequence[str] = ()
 
 
 def read_stage(workdir: Path, name: str, sampler: Sampler) -> Stage:
     """Reads a finished stage."""
-    source = open_stage(workdir, stage_config(workdir, name).train.pairs or name).sources["heldout"][0]
+    source = open_stages(workdir, pair_stages(stage_config(workdir, name))).sources["heldout"][0]
     rows = [source[i] for i in range(min(PAIRS, len(source)))]
     latents = {role: np.stack([row[role].astype(np.float32) for row in rows]) for role in ("winner", "loser")}
     return Stage(
@@ -189,12 +191,14 @@ def _curves(name: str, log: Sequence[Mapping[str, float]]) -> str:
 
 def page(report: Report) -> str:
     """The HTML of a report. A part that a run does not have is left out."""
-    rows, (left, right) = {**report.pictures, PHOTOGRAPH: report.photographs}, report.compared
+    rows, (left, right) = dict(report.pictures), report.compared
+    if report.photographs is not None:
+        rows[PHOTOGRAPH] = report.photographs
     lines = {name: report.lines.get(name, "") for name in rows}
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=f"{html.escape(right)} against {html.escape(left)}",
         head=_words(report.head),
-        kind="compare small" if _is_small(report.photographs[0]) else "compare",
+        kind="compare small" if _is_small(report.pictures[left][0]) else "compare",
         preferred=_preferred(left, right, report.models),
         left=_options(lines, left),
         right=_options(lines, right),
@@ -217,8 +221,12 @@ def _measures(report: Report) -> Iterator[str]:
     two = {left, right} <= report.models.keys()
     if two:
         yield _section("change", "What changed", _note(_CHANGE_TEXT), tables.of_two(left, right, report.models))
-    words = {title: MEANINGS[key] for key, title in tables.measured_titles(report.models).items()}
-    parts = [_words(report.lines), tables.of_models(report.models), _note(_MODELS_TEXT), "" if two else _words(words)]
+    words = {title: meaning_of(key) for key, title in tables.measured_titles(report.models).items()}
+    parts = [_words(report.lines), tables.of_models(report.models, report.not_measured)]
+    absent = (
+        f" Empty columns: no weights were given of {', '.join(report.not_measured)}." if report.not_measured else ""
+    )
+    parts += [_note(_MODELS_TEXT + absent), "" if two else _words(words)]
     if report.differences:
         parts += ["<h3>Differences</h3>", tables.of_differences(report.differences), _note(_DIFFERENCES_TEXT)]
     yield _section("measures", "All models", *parts)

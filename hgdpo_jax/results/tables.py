@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hgdpo_jax.scoring.bootstrap import Measure
-from hgdpo_jax.scoring.comparison import MEANINGS, METRICS, Measures
+from hgdpo_jax.scoring.comparison import Measures, meaning_of, title_of
 
 
 def measured_titles(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Metric → title, of the metrics that were measured of some models, all alike."""
     measured = next(iter(models.values()))
-    return {name: title for name, title in METRICS.items() if name in measured}
+    return {name: title_of(name) for name in measured if not name.endswith("_interval")}
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -64,7 +64,7 @@ def _sorted_table(first: str, titles: Mapping[str, str], rows: Mapping[str, Sequ
     """A table whose headings sort its rows; those of metrics say what they are."""
     heads = {"": first, **titles}
     cells = "".join(
-        f'<th scope="col" aria-sort="none"><button type="button" title="{html.escape(MEANINGS.get(key, ""))}">'
+        f'<th scope="col" aria-sort="none"><button type="button" title="{html.escape(meaning_of(key) if key else "")}">'
         f"{_title(title)}</button></th>"
         for key, title in heads.items()
     )
@@ -77,15 +77,19 @@ def _sorted_table(first: str, titles: Mapping[str, str], rows: Mapping[str, Sequ
     )
 
 
-def of_models(models: Mapping[str, Measures]) -> str:
-    """A row for each model; the best of each column is marked."""
+def of_models(models: Mapping[str, Measures], not_measured: Sequence[str] = ()) -> str:
+    """A row for each model; the best of each column is marked, the columns of what was not measured are empty."""
     titles, best = measured_titles(models), {}
     for key, title in titles.items():
         finite = [row[key].value for row in models.values() if math.isfinite(row[key].value)]
         if finite and ("↑" in title or "↓" in title):
             best[key] = max(finite) if "↑" in title else min(finite)
-    rows = {name: [_cell(row[key], row[key].value == best.get(key)) for key in titles] for name, row in models.items()}
-    return _sorted_table("model", titles, rows)
+    empty = ["<td></td>"] * len(not_measured)
+    rows = {
+        name: [_cell(row[key], row[key].value == best.get(key)) for key in titles] + empty
+        for name, row in models.items()
+    }
+    return _sorted_table("model", titles | {name: title_of(name) for name in not_measured}, rows)
 
 
 def of_differences(differences: Mapping[str, Measures]) -> str:
@@ -103,7 +107,7 @@ def of_two(left: str, right: str, models: Mapping[str, Measures]) -> str:
     rows = []
     for key, title in measured_titles(models).items():
         a, b = models[left][key], models[right][key]
-        head = f'<th scope="row">{_title(title)}<small>{html.escape(MEANINGS[key])}</small></th>'
+        head = f'<th scope="row">{_title(title)}<small>{html.escape(meaning_of(key))}</small></th>'
         rows.append(f"<tr>{head}{_cell(a)}{_cell(b)}{_difference(b - a, title, _bar(b - a))}</tr>")
     names = [html.escape(name) for name in (left, right)]
     heads = "".join(f'<th scope="col">{head}</th>' for head in ("", *names, f"{names[1]} − {names[0]}"))

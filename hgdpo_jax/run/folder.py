@@ -61,11 +61,16 @@ def blocks_of(config: ConfigDict, blocks: str) -> str:
     Args:
         config: of the stage.
         blocks: `recipe.blocks`. As the paper: `up` for the hard stage and the naive run, and what learnt from their
-            pairs, `all` before.
+            pairs (of several stages, the last of them), `all` before.
     """
     if blocks != "paper":
         return blocks
-    return "up" if (config.train.pairs or config.stage) in (CURRICULUM["hard"], NAIVE) else "all"
+    return "up" if pair_stages(config)[-1] in (CURRICULUM["hard"], NAIVE) else "all"
+
+
+def pair_stages(config: ConfigDict) -> list[str]:
+    """The stages whose pairs a stage learns from: itself unless `train.pairs` names others."""
+    return [name.strip() for name in config.train.pairs.split(",")] if config.train.pairs else [config.stage]
 
 
 def stage_folder(name: str) -> str:
@@ -76,8 +81,9 @@ def stage_folder(name: str) -> str:
 def stage_command(command: str, stage: str, workdir: Path) -> str:
     """The command, `pairs` or `main`, for a stage."""
     script = "stage0_sft" if stage == SFT else stage
-    if (CONFIGS / f"{script}.py").is_file():
-        return f"python -m hgdpo_jax.{command} --config configs/{script}.py[:variant] --workdir {workdir}"
+    for file in (f"{script}.py", f"ablations/{script}.py", f"baselines/{script}.py"):
+        if (CONFIGS / file).is_file():
+            return f"python -m hgdpo_jax.{command} --config configs/{file}[:variant] --workdir {workdir}"
     return f"python -m hgdpo_jax.{command} --config FILE --workdir {workdir}, where FILE is the config of {stage}"
 
 

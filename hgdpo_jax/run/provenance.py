@@ -13,6 +13,7 @@ from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.settings import get_setting, setting_keys
 
 MadeFrom = Mapping[str, Any]
+_RENAMED = {"objective": "train.objective"}  # as a setting was called → its name
 _DEFAULTS = {s.key: list(s.default) if isinstance(s.default, tuple) else s.default for s in SETTINGS}
 
 
@@ -50,6 +51,7 @@ class Difference(NamedTuple):
 def differences(found: MadeFrom, wanted: MadeFrom) -> list[Difference]:
     """Where what a result was made from is not what it would be made from now. A setting that one of them does not
     name, such as one that there was not yet, has its default there."""
+    found, wanted = ({_RENAMED.get(key, key): value for key, value in side.items()} for side in (found, wanted))
     keys = {**found, **wanted}
     both = [(key, *(side.get(key, _DEFAULTS.get(key, "nothing")) for side in (found, wanted))) for key in keys]
     return [Difference(*each) for each in both if each[1] != each[2]]

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from hgdpo_jax.config import AUTO
 from hgdpo_jax.run.errors import Stopped, UserError
 from hgdpo_jax.run.files import as_written, write_json
+from hgdpo_jax.run.places import SCORERS, absolute
 from hgdpo_jax.run.settings import get_setting
 
 FILE = "run.json"
@@ -25,7 +26,8 @@ KEYS = (
     "seed", "model.base", "model.vae", "model.lora", "model.dtype", "data.photographs", "data.caption_prefix",
     "data.heldout", "data.resolutions", "data.area", "data.smallest", "pairs.scorer", "pairs.batch", "adapter.kind",
     "adapter.image_encoder", "adapter.identity", "adapter.weights", "evaluate.scorer", "evaluate.other_scorer",
-    "evaluate.images_per_prompt", "evaluate.batch", "evaluate.negative_prompt",
+    "evaluate.scorers", "evaluate.inception", "evaluate.dinov2", "evaluate.cmmd", "evaluate.images_per_prompt",
+    "evaluate.batch", "evaluate.negative_prompt",
 )  # fmt: skip
 
 
@@ -104,7 +106,9 @@ def _write(workdir: Path, config: ConfigDict, given: Sequence[str], writes: bool
         if key in given:
             group, _, leaf = key.rpartition(".")
             value = get_setting(config, key)
-            if isinstance(value, str) and value and Path(value).exists():
+            if key in SCORERS:
+                value = absolute(value)
+            elif isinstance(value, str) and value and Path(value).exists():
                 value = str(Path(value).absolute())  # later commands may run in another folder
             (values.setdefault(group, {}) if group else values)[leaf] = value
     if writes and values:

@@ -15,14 +15,26 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hgdpo_jax.config import AUTO, SETTINGS, Range, Setting, default, is_auto
+from hgdpo_jax.config import (
+    AUTO,
+    NO_STAGE,
+    SETTINGS,
+    Range,
+    Setting,
+    default,
+    has_finalists,
+    has_reference,
+    is_auto,
+    rank_gaps,
+)
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import as_written, shipped
+from hgdpo_jax.run.places import places
 
 CONFIGS = shipped("configs")
 CURRICULUM = {"easy": "stage1", "normal": "stage2", "hard": "stage3"}  # the paper's name → our folder
 _LOWEST_FACTOR = 0.01  # of Prodigy's rate: less is the rate of another optimizer
-_RESERVED = {"base", "evaluation", *CURRICULUM}  # names that a run has for something else
+_RESERVED = {"base", "candidates", "evaluation", *CURRICULUM}  # names that a run has for something else
 
 
 def config_from_json(values: Mapping[str, Any]) -> ConfigDict:
@@ -32,6 +44,8 @@ def config_from_json(values: Mapping[str, Any]) -> ConfigDict:
         UserError: a setting has a value that it cannot have.
     """
     found = ConfigDict(values)
+    if "objective" in found:  # as it was called
+        found.train.objective = found.pop("objective")
     for setting in SETTINGS:
         group, _, leaf = setting.key.rpartition(".")
         if group and group not in found:
@@ -54,18 +68,19 @@ def read_config(path: Path) -> ConfigDict:
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Reads ``path/to/config.py[:variant]``, applies ``key=value`` overrides and validates.
+    """Reads ``path/to/config.py[:variant[,value]]``, applies ``key=value`` overrides and validates.
 
     Args:
-        spec: path of a config file, with its variant after a colon. ``configs/NAME.py`` is one of the package's where
-            the working directory has no folder ``configs``.
+        spec: path of a config file, with its variant after a colon, and after a comma what a row of a table differs by.
+            ``configs/NAME.py`` and ``configs/ablations/NAME.py`` are the package's where the working directory has no
+            folder ``configs``.
         overrides: such as ``["train.lr=1e-4", "mesh.fsdp=8"]``.
 
     Raises:
         UserError: no such file or variant; a file with an error in it; an unknown key (the nearest is named); a value
             of another type or out of range.
     """
-    path, _, variant = spec.rpartition(":") if re.search(r":\w+$", spec) else (spec, "", "")
+    path, _, variant = spec.rpartition(":") if re.search(r":\w+(,[\w.]+)?$", spec) else (spec, "", "")
     file = _config_file(path)
     try:
         module = _import(file)
@@ -90,24 +105,40 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
+def overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """A copy of a config, such as one that a training kept, with some ``key=value`` in place of its own.
+
+    Raises:
+        UserError: as :func:`load_config` does for an override.
+    """
+    found = config.copy_and_resolve_references()
+    for override in overrides:
+        _override(found, override)
+    for setting in SETTINGS:
+        _check(setting, get_setting(found, setting.key))
+    return found
+
+
 def _config_file(path: str) -> Path:
     """The file itself; or the package's own, for configs/NAME.py where there is no folder configs."""
-    given = Path(path)
+    given, folder = Path(path), Path("configs")
     if given.is_file():
         return given.absolute()
-    own = CONFIGS / given.name
-    if given.parent != Path("configs") or not own.is_file():
+    name = given.relative_to(folder) if given.is_relative_to(folder) else None
+    if name is None or not (CONFIGS / name).is_file():
         raise UserError(f"config {path}: no such file; try configs/stage1.py")
-    if given.parent.is_dir():
-        raise UserError(f"config {path}: your folder configs has no {given.name}; copy or give {own}")
-    return own
+    if folder.is_dir():
+        raise UserError(f"config {path}: your folder configs has no {name}; copy or give {CONFIGS / name}")
+    return CONFIGS / name
 
 
 def _import(file: Path) -> ModuleType:
-    """A config's module. What it imports from `.` comes from its own folder, never from another folder of configs."""
-    package = ModuleType(f"hgdpo_jax_configs_{hashlib.sha256(str(file.parent).encode()).hexdigest()[:12]}")
-    package.__path__ = [str(file.parent)]
-    sys.modules[package.__name__] = package
+    """A config's module. What it imports from `.` and `..` comes from its own folder and the one around that, and never
+    from another folder of configs."""
+    name = f"hgdpo_jax_configs_{hashlib.sha256(str(file.parent).encode()).hexdigest()[:12]}"
+    around, package = ModuleType(name), ModuleType(f"{name}.own")
+    around.__path__, package.__path__ = [str(file.parent.parent)], [str(file.parent)]
+    sys.modules |= {module.__name__: module for module in (around, package)}
     spec = importlib.util.spec_from_file_location(f"{package.__name__}.{file.stem}", file)
     if spec is None or spec.loader is None:
         raise UserError(f"config {file}: is no Python file")
@@ -192,7 +223,7 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config key {key}: missing; start the config from hgdpo_jax.config.default()")
     for setting in SETTINGS:
         _check(setting, get_setting(config, setting.key))
-    train, pairs, mesh, objective = config.train, config.pairs, config.mesh, config.objective
+    train, pairs, mesh, objective = config.train, config.pairs, config.mesh, config.train.objective
     for wrong, message in (
         (AUTO in config.data.resolutions and not is_auto(config),
          f" data.resolutions={','.join(config.data.resolutions)}: {AUTO} stands alone; the run chooses all or none"),
@@ -206,51 +237,120 @@ def validate(config: ConfigDict) -> None:
         ((pairs.winner == "given") != (pairs.loser == "given"),
          f"s pairs.winner={pairs.winner} and pairs.loser={pairs.loser}: pairs are given whole; expects given for both "
          "or for neither"),
+        (pairs.loser == "sdrecon" and pairs.winner != "photograph",
+         f" pairs.loser=sdrecon: goes with pairs.winner=photograph, not with {pairs.winner}"),
+        (pairs.policy != "base" and (pairs.winner == "sdrecon" or pairs.keep_candidates),
+         f" pairs.policy={pairs.policy}: goes with neither pairs.winner=sdrecon nor pairs.keep_candidates, where the "
+         "base draws"),
+        (pairs.bucket > pairs.buckets, f" pairs.bucket={pairs.bucket}: expects at most pairs.buckets={pairs.buckets}"),
+        (0 < pairs.bucket <= pairs.buckets and not rank_gaps(pairs.pool_size, pairs.bucket, pairs.buckets),
+         f" pairs.bucket={pairs.bucket}: no two of {pairs.pool_size} pictures are so far apart in rank; choose fewer "
+         "pairs.buckets or another bucket"),
         (pairs.loser == "none" and pairs.winner != "photograph",
          f" pairs.loser=none: {pairs.winner} is chosen against a loser; expects pool or a stage"),
         ((pairs.loser == "none") != (objective == "sft"),
-         f"s objective={objective} and pairs.loser={pairs.loser}: sft learns from photographs without losers, dpo from "
-         "pairs"),
-        (train.blocks == "up" and (train.params, train.reference, objective) != ("lora", "start", "dpo"),
-         " train.blocks=up: goes with train.params=lora, train.reference=start and objective=dpo: policy and reference "
-         "share the blocks below"),
+         f"s train.objective={objective} and pairs.loser={pairs.loser}: sft learns from photographs without losers, "
+         "the others from pairs"),
+        (objective == "smpo" and pairs.loser == "given" and not train.pairs,
+         " train.objective=smpo: needs the scores of pairs, which given ones have not"),
+        (train.blocks == "up" and not (train.params == "lora" and train.reference == "start" and has_reference(config)),
+         " train.blocks=up: goes with train.params=lora, train.reference=start and an objective with a reference: it "
+         "shares the blocks below with the policy"),
         (train.blocks == "up" and train.weight_decay,
          f" train.weight_decay={train.weight_decay}: with train.blocks=up the blocks below would decay, which do not "
          "learn; expects 0"),
-        (train.params == "adapter" and objective != "sft", " train.params=adapter: goes with objective=sft"),
+        (train.params == "adapter" and objective != "sft", " train.params=adapter: goes with train.objective=sft"),
         (train.optimizer == "adamw8bit" and train.params.endswith("lora"),
          " train.optimizer=adamw8bit: goes with train.params=all or adapter: a LoRA's state is small"),
         (train.optimizer == "prodigy" and train.lr < _LOWEST_FACTOR,
          f" train.lr={train.lr}: with train.optimizer=prodigy it multiplies the rate that is found; expects 1, or from "
          f"{_LOWEST_FACTOR}"),
+        *((len(places(config.evaluate[key])) > 1,
+           f" evaluate.{key}={config.evaluate[key]}: is one judge; name further scorers in evaluate.scorers")
+          for key in ("scorer", "other_scorer")),
         (config.stage in _RESERVED, f" stage={config.stage}: has another meaning in a run; choose another name"),
     ):  # fmt: skip
         if wrong:
             raise UserError(f"config key{message}")
-    for key in ("train.start", "train.pairs"):
-        stage = get_setting(config, key)
-        if stage in CURRICULUM:
-            raise UserError(f"config key {key}={stage}: the {stage} stage is called {CURRICULUM[stage]} in settings")
-        if stage == config.stage:
-            raise UserError(f"config key {key}={stage}: is this stage itself; expects another one")
+    _require_stages(config)
+    _require_less_drawing(config)
     _refuse_idle(config)
+
+
+def _require_stages(config: ConfigDict) -> None:
+    """Raises UserError where a setting that names stages names the config's own, one twice, or one by the paper's
+    name."""
+    for key in ("train.start", "train.pairs", "pairs.loser", "pairs.policy"):
+        value = get_setting(config, key)
+        stages = [name.strip() for name in value.split(",")] if key == "train.pairs" else [value]
+        for stage in stages:
+            if stage in CURRICULUM:
+                own = CURRICULUM[stage]
+                raise UserError(f"config key {key}={value}: the {stage} stage is called {own} in settings")
+            if stages.count(stage) > 1 or (value and not stage):
+                raise UserError(f"config key {key}={value}: expects each stage once, with commas between")
+        if value == config.stage and not (key == "pairs.loser" and value in NO_STAGE):
+            raise UserError(f"config key {key}={value}: is this stage itself; expects another one")
+
+
+def _require_less_drawing(config: ConfigDict) -> None:
+    """Raises UserError where the settings that save drawing do not go together, or save none."""
+    pairs, dropped = config.pairs, has_finalists(config)
+    early = f"pairs.race={pairs.race}" if pairs.race else f"pairs.draft_steps={pairs.draft_steps}"
+    for wrong, message in (
+        (bool(pairs.race and pairs.draft_steps),
+         f"s pairs.race={pairs.race} and pairs.draft_steps={pairs.draft_steps}: are two ways to do the same; choose "
+         "one"),
+        (dropped and pairs.draft_steps > 0 and pairs.sampler == "ddpm",
+         f" {early}: in other steps ddpm draws other pictures from the same noise; goes with pairs.sampler=dpmpp_2m or "
+         "ddim"),
+        (dropped and pairs.bucket > 0,
+         f" pairs.bucket={pairs.bucket}: needs the ranks of the whole pool; goes without {early}"),
+        (dropped and pairs.keep_candidates,
+         f" pairs.keep_candidates=True: keeps whole pools; goes without {early}"),
+        (dropped and 2 * pairs.finalists >= pairs.pool_size,
+         f" pairs.finalists={pairs.finalists}: so many of the highest and of the lowest are all of "
+         f"pairs.pool_size={pairs.pool_size}; with {early} expects fewer"),
+        (pairs.draft_steps >= pairs.steps or round(pairs.race * pairs.steps) >= pairs.steps,
+         f" {early}: these are all of pairs.steps={pairs.steps}; expects fewer"),
+        (len(pairs.guidance_interval) != 2 or pairs.guidance_interval[0] > pairs.guidance_interval[-1],
+         f" pairs.guidance_interval={tuple(pairs.guidance_interval)}: expects two timesteps, the lower one first, like "
+         "(200, 900)"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(f"config key{message}")
 
 
 def _refuse_idle(config: ConfigDict) -> None:
     """Raises UserError for a setting that has another value than its default and does nothing beside the others. Not
     for those that all commands of a run are given alike, such as the size of pools and the rank of LoRA."""
-    train, pairs, dpo = config.train, config.pairs, config.objective == "dpo"
+    train, pairs, learns_pairs = config.train, config.pairs, config.train.objective != "sft"
+    compares, another = has_reference(config), "a train.objective with a reference"
     scored = pairs.loser not in ("none", "given") and not pairs.winner == pairs.loser == "pool"
+    redrawn = "sdrecon" in (pairs.winner, pairs.loser)
     acts = {
         "data.pairs": (pairs.winner == "given", "pairs.winner=given"),
-        "data.caption_dropout": (not dpo, "objective=sft"),
+        "data.caption_dropout": (not learns_pairs, "train.objective=sft"),
         "data.concept_dropout": (train.params == "adapter", "train.params=adapter"),
-        "pairs.strengths": (pairs.winner == "sdrecon", "pairs.winner=sdrecon"),
+        "pairs.strengths": (redrawn, "pairs.winner=sdrecon or pairs.loser=sdrecon"),
+        "pairs.redraw": (redrawn, "pairs.winner=sdrecon or pairs.loser=sdrecon"),
         "pairs.keep_if_winner_scores_higher": (scored, "a winner that is chosen beside its loser"),
-        "train.reference": (dpo, "objective=dpo"),
-        "train.reference_cache": (dpo, "objective=dpo; sft has no reference"),
-        "train.beta": (dpo, "objective=dpo"),
-        "train.lambda_stat": (dpo, "objective=dpo"),
+        "pairs.policy": ("pool" in (pairs.winner, pairs.loser), "pairs.winner=pool or pairs.loser=pool"),
+        "pairs.least_gap": (pairs.keep_if_winner_scores_higher, "pairs.keep_if_winner_scores_higher=true"),
+        "pairs.bucket": (pairs.winner == pairs.loser == "pool", "pairs.winner=pool and pairs.loser=pool"),
+        "pairs.buckets": (pairs.bucket > 0, "pairs.bucket from 1"),
+        "pairs.guidance_interval": (pairs.guidance > 1, "pairs.guidance above 1"),
+        "pairs.finalists": (bool(pairs.race or pairs.draft_steps), "pairs.race or pairs.draft_steps"),
+        "pairs.keep_candidates": (pairs.loser not in ("none", "given"), "candidates that are drawn and scored"),
+        "train.objective_weight": (train.objective in ("dspo", "mapo", "smpo"), "train.objective=dspo, mapo or smpo"),
+        "train.label_smoothing": (train.objective == "dpo", "train.objective=dpo"),
+        "train.safeguard": (learns_pairs, "a train.objective for pairs"),
+        "train.sft_weight": (learns_pairs, "a train.objective for pairs"),
+        "train.auto_beta": (compares and train.objective != "dspo", f"{another} but dspo"),
+        "train.reference": (compares, another),
+        "train.reference_cache": (compares, another),
+        "train.beta": (compares, another),  # of dspo it is that of margins in the log
+        "train.lambda_stat": (compares, another),
         "train.quantize": (train.params.endswith("lora"), "train.params=lora or text_lora"),
         "train.lora_dropout": (train.params.endswith("lora"), "train.params=lora or text_lora"),
         "train.adam": (train.optimizer != "adafactor", "train.optimizer=adamw, adamw8bit or prodigy"),

@@ -4,7 +4,7 @@ The sets show the same `n` people: `k` embeddings of each in one set, `v` in the
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,6 +15,7 @@ from hgdpo_jax.run.progress import Progress
 from hgdpo_jax.scoring.bootstrap import Measure, Weights
 
 _THREADS = min(8, os.cpu_count() or 1)
+_SIGMA = 10.0  # of CMMD's kernel
 
 
 def frechet_distances(
@@ -29,17 +30,17 @@ def frechet_distances(
     b, sets = b - centre, {name: a - centre for name, a in sets.items()}
 
     def distances(people: Float[np.ndarray, "n"]) -> list[float]:
-        mean, covariance = _moments(b, people)
-        root, found = _root(covariance), []
+        mean, rows = _spread(b, people)
+        found = []
         for a in sets.values():
-            its_mean, its_covariance = _moments(a, people)
-            # The roots of the eigenvalues of Σ_a Σ_b, which are those of the symmetric Σ_b^½ Σ_a Σ_b^½.
-            cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ its_covariance @ root), 0.0)).sum()
-            traces = np.trace(its_covariance) + np.trace(covariance)
+            its_mean, its_rows = _spread(a, people)
+            # The roots of the eigenvalues of Σ_a Σ_b are the singular values of this product.
+            cross = np.linalg.svd(its_rows @ rows.T, compute_uv=False).sum()
+            traces = np.square(its_rows).sum() + np.square(rows).sum()
             found.append(np.square(its_mean - mean).sum() + traces - 2.0 * cross)
         return found
 
-    # A few at a time: all would not fit in memory. Threads within a product of this size wait for each other.
+    # A few at a time: all would not fit in memory. Threads within products of this size wait for each other.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(_THREADS) as threads:
         rows = threads.map(distances, weights)
         bar = Progress(rows, "Fréchet distance", len(weights), unit="resample", leave=False)
@@ -47,18 +48,14 @@ def frechet_distances(
     return dict(zip(sets, map(Measure, values.T), strict=True))
 
 
-def _moments(x: Float[np.ndarray, "n k p"], people: Float[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [p] and unbiased covariance [p p] of a resample."""
-    count = people.sum() * x.shape[1]
-    mean = people @ x.sum(1) / count
-    rows = x.reshape(-1, x.shape[2])
-    squares = (rows * np.repeat(people, x.shape[1])[:, None]).T @ rows
-    return mean, (squares / count - np.outer(mean, mean)) * (count / (count - 1))
-
-
-def _root(covariance: Float[np.ndarray, "p p"]) -> Float[np.ndarray, "p p"]:
-    values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+def _spread(x: Float[np.ndarray, "n k p"], people: Float[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [p] of a resample, and rows R [m p], m ≤ p, with RᵀR its unbiased covariance: far fewer than p where there
+    are few embeddings."""
+    drawn = people > 0
+    rows, times = x[drawn].reshape(-1, x.shape[2]), np.repeat(people[drawn], x.shape[1])
+    mean = times @ rows / times.sum()
+    rows = (rows - mean) * np.sqrt(times / (times.sum() - 1.0))[:, None]
+    return mean, np.asarray(np.linalg.qr(rows, mode="r")) if len(rows) > rows.shape[1] else rows
 
 
 def kernel_distance(a: Float[np.ndarray, "n k p"], b: Float[np.ndarray, "n v p"], weights: Weights) -> Measure:
@@ -67,14 +64,37 @@ def kernel_distance(a: Float[np.ndarray, "n k p"], b: Float[np.ndarray, "n v p"]
     Means of the kernel are over pairs of different people: two embeddings of one person are not independent. The
     distance may be slightly negative.
     """
+    width = a.shape[2]
+    return _mmd(a, b, weights, lambda products: (products / width + 1.0) ** 3, itself=False)
+
+
+def gaussian_distance(a: Float[np.ndarray, "n k p"], b: Float[np.ndarray, "n v p"], weights: Weights) -> Measure:
+    """1000 times the squared MMD with the kernel exp(−‖x − y‖² / 2σ²), σ = 10, of embeddings brought to length 1 (CMMD,
+    Jayasumana et al. 2024) for each resample of the people. As published it counts an embedding's pair with itself, and
+    so is never negative."""
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
+    found = _mmd(a, b, weights, lambda products: np.exp((products - 1.0) / _SIGMA**2), itself=True)
+    return Measure(1000.0 * found.values, least=0.0)
+
+
+def _mmd(
+    a: Float[np.ndarray, "n k p"],
+    b: Float[np.ndarray, "n v p"],
+    weights: Weights,
+    kernel: Callable[[np.ndarray], np.ndarray],
+    itself: bool,
+) -> Measure:
+    """Squared MMD with a kernel of inner products; pairs of a person with `itself` count, or do not."""
 
     def between(x: Float[np.ndarray, "n i p"], y: Float[np.ndarray, "n j p"]) -> Float[np.ndarray, "r"]:
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         columns = y.reshape(-1, y.shape[2]).T
-        rows = [((one @ columns / x.shape[2] + 1.0) ** 3).mean(0).reshape(y.shape[:2]).mean(1) for one in x]
-        people = np.stack(rows)
-        np.fill_diagonal(people, 0.0)  # nor are two copies of one person in a resample
-        pairs = weights.sum(1) ** 2 - np.square(weights).sum(1)
+        rows = [kernel(one @ columns).mean(0).reshape(y.shape[:2]).mean(1) for one in x]
+        people, pairs = np.stack(rows), weights.sum(1) ** 2
+        if not itself:
+            np.fill_diagonal(people, 0.0)  # nor do two copies of one person in a resample
+            pairs = pairs - np.square(weights).sum(1)
         return ((weights @ people) * weights).sum(1) / pairs
 
     return Measure(between(a, a) + between(b, b) - 2.0 * between(a, b))

@@ -15,7 +15,9 @@ from PIL import Image
 from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.faces.embedding import FaceEmbedder
 from hgdpo_jax.scoring.appearance import hue_vector, sharpness
-from hgdpo_jax.scoring.preference import Images, Scorer, TokenIds
+from hgdpo_jax.scoring.comparison import SCORED, columns
+from hgdpo_jax.scoring.preference import Images, TokenIds
+from hgdpo_jax.scoring.scorers import listed, open_scorer
 
 VIEWS = 12  # of each photograph, for distances between sets
 _NEAREST = 0.85  # side of the smallest view, in sides of the photograph
@@ -25,32 +27,37 @@ class Judges:
     """Compiled judges of pictures on a mesh.
 
     Args:
-        scorer: folder of the CLIPModel that chose the winners; empty where none did.
-        second, third: folders of two that did not; empty for none.
+        scorer: the scorer that chose the winners, see :mod:`hgdpo_jax.scoring.scorers`; empty where none did. Of
+            several the first.
+        second, third: two that did not; empty for none.
+        more: further scorers, each under its own name.
         mesh: where the pictures lie.
 
     Raises:
-        UserError: no such folder, or weights that do not fit its config.json.
+        UserError: no such file or folder, or it does not hold what its scorer is made of.
     """
 
-    def __init__(self, scorer: str, second: str, third: str, mesh: Mesh) -> None:
-        self._scorer = Scorer(scorer, mesh) if scorer else None
-        folders = {"second_score": second, "third_score": third}
-        self._others = {name: Scorer(folder, mesh) for name, folder in folders.items() if folder}
+    def __init__(self, scorer: str, second: str, third: str, more: str, mesh: Mesh) -> None:
+        self._scorer = next((open_scorer(place, mesh) for place in listed(scorer)), None)
+        places = {"second_score": listed(second), "third_score": listed(third)}
+        places |= {SCORED + place.name: [place] for place in columns(more)}
+        self._others = {key: open_scorer(place, mesh) for key, found in places.items() for place in found}
         self._identity = FaceEmbedder()
         self._appearance = jax.jit(lambda images: {"sharpness": sharpness(images), "hue": hue_vector(images)})
 
     def __call__(self, images: Images, input_ids: TokenIds) -> dict[str, PyTree[Array]]:
         """What the judges see in pictures in [-1, 1] of these captions, arrays of b rows.
 
-        `score` and `embedding` are the choosing scorer's, `second_score` and `third_score` the others'. `face_found` is
-        0 or 1, `face_score` the detector's best score in [0, 1], `face_embedding` of the best face, or of the central
-        square. `sharpness` and `hue` are those of :mod:`hgdpo_jax.scoring.appearance`.
+        `score` and `embedding` are the choosing scorer's, `second_score` and `third_score` the judges', `scored_NAME`
+        those of each further scorer. `face_found` is 0 or 1, `face_score` the detector's best score in [0, 1],
+        `face_embedding` of the best face, or of the central square. `sharpness` and `hue` are those of
+        :mod:`hgdpo_jax.scoring.appearance`.
         """
         seen, faces = self._appearance(images), self._identity.embed(images)
         if self._scorer:
-            seen |= self._scorer(images, input_ids)._asdict()
-        seen |= {name: scorer(images, input_ids).score for name, scorer in self._others.items()}
+            judged = self._scorer.judge(images, input_ids)
+            seen |= {name: value for name, value in judged._asdict().items() if value is not None}
+        seen |= {name: scorer.score(images, input_ids) for name, scorer in self._others.items()}
         found = faces.found.astype(np.float32)
         return seen | {"face_found": found, "face_score": faces.scores, "face_embedding": faces.embedding}
 

@@ -14,11 +14,12 @@ from hgdpo_jax.diffusion.source import open_source
 from hgdpo_jax.faces.concepts import ConceptEncoder
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.files import json_hash
 from hgdpo_jax.run.folder import PERSONALISE, stage_config, train_command
 from hgdpo_jax.run.index import index_of_run
 from hgdpo_jax.run.provenance import content_key, require_same
 from hgdpo_jax.training.checkpoints import LATEST, Checkpoints
-from hgdpo_jax.training.policy import policy_of, set_policy, with_fresh_adapter
+from hgdpo_jax.training.policy import load_trainable, policy_of, set_policy, with_fresh_adapter
 from hgdpo_jax.training.step import Params
 
 BASE, PAIRS = content_key("model.base"), content_key("the pairs")  # their names in what a checkpoint is made from
@@ -119,6 +120,34 @@ def finished_policy(workdir: Path, stage: str, like: Params, config: ConfigDict,
         return policy
     own, given = (train.lora_alpha / train.lora_rank for train in (wanted, config.train))
     return policy if own == given else weighted(policy, own / given)
+
+
+def policy_hash(workdir: Path, stage: str) -> str:
+    """Tells the policy that a stage handed on: what its checkpoint was made from, and its step. Raises UserError as
+    :func:`finished_policy`."""
+    wanted = stage_config(workdir, stage).train
+    with Checkpoints(workdir / stage, wanted.checkpoints) as checkpoints:
+        step = _step(checkpoints, wanted, workdir, stage, None)
+        meta = checkpoints.meta(step)
+        return json_hash([step, meta["made_from"], *meta.get("changes", [])])
+
+
+def load_policy(config: ConfigDict, workdir: Path, stage: str, mesh: Mesh) -> pipelines.Pipeline:
+    """ε_base with the whole policy that a stage of a run handed on.
+
+    Args:
+        config: that names ε_base.
+        workdir, stage: of the run.
+        mesh: to put the weights on.
+
+    Raises:
+        UserError: see :func:`finished_policy`.
+    """
+    own, trained = config.copy_and_resolve_references(), stage_config(workdir, stage).train
+    own.train.update({name: trained[name] for name in ("params", "lora_rank", "lora_alpha", "lora_modules")})
+    pipeline = load_trainable(own, mesh)
+    set_policy(pipeline, finished_policy(workdir, stage, policy_of(pipeline, own), own))
+    return pipeline
 
 
 def finished_step(workdir: Path, stage: str, step: str | None = None) -> int:

@@ -1,6 +1,7 @@
 """What a stage is trained with: devices, ε_base, pairs, loss and optimizer; and what its checkpoints depend on."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax.data.pairs import Pairs, open_stage
+from hgdpo_jax.data.pairs import Pairs, open_stage, open_stages
+from hgdpo_jax.data.record import WithScores
 from hgdpo_jax.devices.mesh import make_mesh, require_divisible
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.pipeline import Pipeline
@@ -17,11 +19,13 @@ from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.faces.concepts import encoder_hash
 from hgdpo_jax.models.int8 import quantise
 from hgdpo_jax.run import provenance
+from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.folder import pair_stages
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.prompts import read_prompts
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.board import require_package
-from hgdpo_jax.training.optimizer import make_optimizer
+from hgdpo_jax.training.optimizer import ADDED, make_optimizer
 from hgdpo_jax.training.policy import load_trainable
 
 
@@ -58,7 +62,7 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
         require_package(settings.wandb)
     mesh = make_mesh(config.mesh)
     require_divisible(settings.batch // settings.accumulate, mesh, "train.batch / train.accumulate")
-    pairs = open_stage(workdir, settings.pairs or config.stage, index)
+    pairs = open_stages(workdir, pair_stages(config), index)
     pipeline = load_trainable(config, mesh)
     pairs.require({name: pipeline.latent_shape(size) for name, size in configuration.resolutions(config).items()})
     if settings.quantize == "int8":
@@ -70,6 +74,9 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
         "the pairs": pairs.hash,
     }
     pairs.require_from({"model.base": inputs["model.base"]})
+    if settings.objective == "smpo":
+        _require_scores(config, workdir, index)
+        pairs = replace(pairs, sources={role: [*map(WithScores, found)] for role, found in pairs.sources.items()})
     if settings.params == "adapter":
         inputs["the concept encoder"] = encoder_hash(config, index)
     made_from = provenance.settings(config, depends_on(config))
@@ -77,24 +84,38 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
     return Inputs(mesh, pipeline, policy, frozen, pairs, loss, make_optimizer(settings), made_from, prompts)
 
 
+def _require_scores(config: ConfigDict, workdir: Path, index: Index) -> None:
+    """Raises UserError where pairs that a stage learns from have no scores, or people chose among them."""
+    for stage in pair_stages(config):
+        pairs = open_stage(workdir, stage, index)
+        if pairs.manifest["made_from"].get("pairs.loser") == "given":
+            raise UserError(f"config key train.objective=smpo: needs scores, and the pairs of {stage} are given")
+        if pairs.ratings.better:
+            raise UserError("config key train.objective=smpo: learns from scores alone, and people have rated the "
+                            f"pairs of {stage}; take another objective")  # fmt: skip
+
+
 def loss_of(config: ConfigDict, denoiser: steps.Denoiser, schedule: NoiseSchedule) -> steps.Loss:
     """The loss that a stage minimises."""
-    if config.objective == "sft":
+    if config.train.objective == "sft":
         return steps.sft_loss(denoiser, schedule)
-    return steps.dpo_loss(denoiser, schedule, config.train.blocks)
+    return steps.preference_loss(denoiser, schedule, config.train.blocks, config.train.objective)
 
 
 def depends_on(config: ConfigDict) -> list[str]:
     """The settings that decide what a stage learns. Only rounding depends on the mesh, on `train.accumulate` and on
     `train.checkpointing`."""
     train = config.train
-    keys = ["stage", "seed", "objective", "model.dtype", "train.start", "train.reference", "train.params"]
+    keys = ["stage", "seed", "model.dtype", "train.objective", "train.start", "train.reference", "train.params"]
     keys += ["train.blocks"] if train.params == "lora" else []
     lora = ["train.lora_rank", "train.lora_alpha", "train.lora_modules", "train.lora_dropout", "train.quantize"]
     keys += lora if train.params in ("lora", "text_lora") else []
-    keys += ["train.beta", "train.lambda_stat"] if config.objective == "dpo" else []
+    if train.objective != "sft":
+        keys += ["train.beta", "train.lambda_stat", "train.objective_weight", *(f"train.{name}" for name in ADDED)]
+    of_batch = train.objective in ("kto", "smpo") or train.auto_beta  # they take something of a microbatch's pairs
+    keys += ["train.accumulate"] if of_batch else []
     keys += ["train.reference_cache"] if train.reference_cache else []
-    keys += ["data.caption_dropout", "data.concept_dropout"] if config.objective == "sft" else []
+    keys += ["data.caption_dropout", "data.concept_dropout"] if train.objective == "sft" else []
     keys += ["train.batch", "train.lr", "train.optimizer", "train.schedule", "train.warmup", "train.weight_decay"]
     keys += ["train.clip_norm", "train.ema"] + (["train.adam"] if train.optimizer != "adafactor" else [])
     keys += ["train.steps"] if train.schedule == "cosine" else []

@@ -162,7 +162,7 @@ def _run(
                 monitor.report(values, step)
                 figures = ", ".join(form.format(values[name]) for name, form in _SHOWN.items() if name in values)
                 bar.tell(figures, values.get("speed/hours_left"))
-            if last and config.objective == "dpo" and tree_hash(reference) != start.reference_hash:
+            if last and configuration.has_reference(config) and tree_hash(reference) != start.reference_hash:
                 raise RuntimeError("the reference changed during training")
             if save:
                 checkpoints.save(step, state, meta | {"position": position})

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from hgdpo_jax.config import PREFERENCE
 from hgdpo_jax.pictures.write import write_png
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
@@ -24,7 +25,8 @@ from hgdpo_jax.training.step import GRADIENT_NORM, TIMESTEP_BINS
 if TYPE_CHECKING:
     import tensorboardX
 
-HELDOUT_LOSSES = "heldout/loss/total", "heldout/loss/dpo"  # the latter where there is one
+# The latter ones where there is one.
+HELDOUT_LOSSES = ("heldout/loss/total", *(f"heldout/loss/{objective}" for objective in PREFERENCE))
 SAMPLES, PROMPTS = "samples", "prompts"  # of what a look draws
 FACES = "heldout/faces_found"  # share of these pictures
 Line = Mapping[str, float]  # of a log

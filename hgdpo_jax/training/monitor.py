@@ -133,15 +133,14 @@ class Monitor:
     def _print_noise(self, policy: Params) -> None:
         """Prints how far rounding and an optimizer step in a random direction move the margins, times κ."""
 
-        def moved(policy: Params, rate: Float[Array, ""]) -> Params:  # an argument: stages share the program
-            def one(path: tuple, x: jax.Array) -> jax.Array:
-                key = stream_key(0, "noise", path_name(path))
-                return x + rate * jax.random.rademacher(key, x.shape, x.dtype)
+        def moved(x: Array, key: Array, rate: Float[Array, ""]) -> Array:
+            return x + rate * jax.random.rademacher(key, x.shape, x.dtype)
 
-            return jax.tree.map_with_path(one, policy)
+        def one(path: tuple, x: jax.Array) -> jax.Array:  # a small program for each shape, not one of all parameters
+            key = place(stream_key(0, "noise", path_name(path)), replicated(self._sampler.mesh))
+            return jax.jit(moved, out_shardings=x.sharding)(x, key, np.float32(self._rate))
 
-        shardings = jax.tree.map(lambda x: x.sharding, policy)
-        perturbed = jax.jit(moved, out_shardings=shardings)(policy, np.float32(self._rate))
+        perturbed = jax.tree.map_with_path(one, policy)
         found = [self._measured(perturbed, policy, i) for i in range(min(_NOISY, len(self._held)))]
         mean, deviation = (np.array([m[f"dpo/margin{x}"] for m in found], np.float64) for x in ("", "_deviation"))
         noise = float(np.sqrt(np.mean(deviation**2) + mean.var()))  # over all of them
@@ -152,7 +151,7 @@ class Monitor:
 def announce(config: ConfigDict, inputs: Inputs, state: TrainState) -> None:
     """Prints where a stage is trained, which parameters, and on which batches."""
     trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.policy, inputs.frozen))
-    unit = "pairs" if config.objective == "dpo" else "photographs"
+    unit = "pairs" if config.train.objective != "sft" else "photographs"
     print(f"{config.stage}: {describe_mesh(inputs.mesh)}, {config.train.batch} {unit} a step")
     if config.model.lora:
         print(f"{config.stage}: {config.model.lora} is merged into the base of policy and reference")

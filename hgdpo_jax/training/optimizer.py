@@ -1,6 +1,7 @@
 """The optimizer and the scalars of a step, as the config says."""
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,9 @@ from hgdpo_jax.training.adam8bit import adamw_8bit
 from hgdpo_jax.training.loss_scale import with_loss_scale
 from hgdpo_jax.training.step import GRADIENT_NORM, Numbers
 
+# Beside `train.beta` and `train.lambda_stat`; in the step only where it is above 0.
+ADDED = ("label_smoothing", "safeguard", "sft_weight", "auto_beta")
+_PUBLISHED = {"dspo": 0.001, "mapo": 0.1, "smpo": 10.0}  # `train.objective_weight`
 _FIRST_ESTIMATE = 1e-6  # Prodigy's, of the rate: it only ever rises
 
 
@@ -64,4 +68,8 @@ def numbers_of(config: ConfigDict, step: int) -> Numbers:
     key = np.asarray(jax.random.key_data(stream_key(config.seed, config.stage, "step")))
     least_scale = 1.0 if config.model.dtype == "float16" else math.inf
     scalars = (train.ema, least_scale, train.beta, train.lambda_stat, data.caption_dropout, data.concept_dropout)
-    return Numbers(key, np.float32(learning_rate(train, step)), *map(np.float32, scalars))
+    numbers = Numbers(key, np.float32(learning_rate(train, step)), *map(np.float32, scalars))
+    added: dict[str, Any] = {name: np.float32(train[name]) for name in ADDED if train[name]}
+    if train.objective in _PUBLISHED:
+        added["objective_weight"] = np.float32(train.objective_weight or _PUBLISHED[train.objective])
+    return numbers._replace(**added)

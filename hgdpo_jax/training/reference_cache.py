@@ -5,7 +5,7 @@
     W/stageN/reference_cache/SHARD.npy.json   its hash, written once the file is complete
 
 A draw of a pair takes 8 · h · w · c bytes, 128 KiB at 512x512 and 512 KiB at 1024x1024. Predictions are kept and not
-errors, whose differences would cancel, see :func:`hgdpo_jax.training.objectives.diffusion_dpo`.
+errors, whose differences would cancel, see :func:`hgdpo_jax.training.objectives.Compared`.
 """
 
 import json
@@ -95,7 +95,7 @@ def _shards(cache: Path, manifest: Mapping[str, Any]) -> list[Shard]:
     for resolution, split in enumerate(splits):
         begin = 0
         for entry in split["shards"]:
-            path = cache / f"{entry['file']}.npy"
+            path = cache / f"{entry['file'].replace('/', '.')}.npy"  # of joined pairs, in several folders
             found.append(Shard(path, resolution, begin, entry["records"], tuple(split["latent"])))
             begin += entry["records"]
     return found

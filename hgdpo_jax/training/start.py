@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from hgdpo_jax import config as configuration
 from hgdpo_jax.devices.sharding import tree_shardings
 from hgdpo_jax.devices.transfer import place
 from hgdpo_jax.run.errors import UserError
@@ -22,7 +23,7 @@ class Start(NamedTuple):
 
     Attributes:
         state: of the policy.
-        reference: {} for supervised fine-tuning.
+        reference: {} where the objective has none.
         reference_hash: its hash.
         position: how many examples were drawn.
         changes: settings that changed on the way, in order: `{"step": after which, setting: [before, now], …}`.
@@ -60,7 +61,7 @@ def shardings(config: ConfigDict, inputs: Inputs) -> TrainState:
 
 
 def _init(config: ConfigDict, inputs: Inputs) -> Callable[[Params], TrainState]:
-    return lambda policy: init_state(policy, inputs.optimizer, config.train.ema)
+    return lambda policy: init_state(policy, inputs.optimizer, config.train.ema, config.train.auto_beta)
 
 
 def _first_start(config: ConfigDict, workdir: Path, inputs: Inputs, checkpoints: Checkpoints) -> Start:
@@ -70,7 +71,7 @@ def _first_start(config: ConfigDict, workdir: Path, inputs: Inputs, checkpoints:
         require_base(workdir, train.start, inputs.made_from[BASE])
         policy = finished_policy(workdir, train.start, base, config)
     state = jax.jit(_init(config, inputs), out_shardings=shardings(config, inputs))(policy)
-    if config.objective == "sft":
+    if not configuration.has_reference(config):
         return Start(state, {}, "", 0)
     reference = policy if train.reference == "start" else base
     return Start(state, reference, checkpoints.save_reference(reference), 0)
@@ -91,7 +92,7 @@ def _resumed(
         print(f"{config.stage}: goes on with {key}={now}, which was {was}")
     history = [*meta.get("changes", []), *([{"step": step, **changed}] if changed else [])]
     reference: Any = {}
-    if config.objective == "dpo":
+    if configuration.has_reference(config):
         reference = checkpoints.restore_reference(inputs.policy, meta["reference"])
         if tree_hash(inputs.policy) == meta["reference"]:
             reference = inputs.policy  # one copy is enough

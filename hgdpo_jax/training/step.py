@@ -22,7 +22,7 @@ from hgdpo_jax.models.ip_adapter import join
 from hgdpo_jax.models.lora import drop as drop_inputs
 from hgdpo_jax.training import objectives
 from hgdpo_jax.training.loss_scale import LOSS_SCALE, SKIPPED
-from hgdpo_jax.training.objectives import WinnerLoser
+from hgdpo_jax.training.objectives import Compared, WinnerLoser
 
 Params = Mapping[Any, Any]  # nested by name; the leaves are arrays, or shapes where a program is planned
 Batch = dict[str, Array]
@@ -30,6 +30,7 @@ Metrics = dict[str, Array]
 TIMESTEP_BINS = 10
 GRADIENT_NORM = "gradient_norm"  # in the optimizer's state, before clipping
 ESTIMATE = "estim_lr"  # there, of Prodigy
+LEAD = "dpo/lead"  # mean of |u|
 
 
 class Numbers(NamedTuple):
@@ -43,6 +44,9 @@ class Numbers(NamedTuple):
             the dtype has room enough.
         beta, lambda_stat: `train.beta` and `train.lambda_stat`.
         caption_dropout, concept_dropout: those of the group `data`.
+        objective_weight, label_smoothing, safeguard, sft_weight, auto_beta: the settings of the group `train`; None is
+            without, and then not in the program.
+        lead: running mean of |u|, from which `auto_beta` finds β; None: β is `beta`.
     """
 
     key: UInt32[np.ndarray, "2"]
@@ -53,6 +57,12 @@ class Numbers(NamedTuple):
     lambda_stat: np.float32
     caption_dropout: np.float32
     concept_dropout: np.float32
+    objective_weight: Any = None
+    label_smoothing: Any = None
+    safeguard: Any = None
+    sft_weight: Any = None
+    auto_beta: Any = None
+    lead: Any = None
 
     @property
     def stage_key(self) -> Key[Array, ""]:
@@ -174,16 +184,39 @@ def _noised(batch: Batch, schedule: NoiseSchedule) -> Noised:
 def predict_pairs(
     denoiser: Denoiser, schedule: NoiseSchedule, params: Params, frozen: Params, batch: Batch
 ) -> Float[Array, "b 2 h w c"]:
-    """Predictions for winners and losers of a batch of :func:`dpo_loss`, float32."""
+    """Predictions for winners and losers of a batch of :func:`preference_loss`, float32."""
     batch = _float32(batch)
     noised = _noised(batch, schedule)
     pred = denoiser(params, frozen, noised.x_t, noised.t_pair, batch["input_ids"])
     return pred.reshape(-1, 2, *pred.shape[1:])
 
 
-def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all") -> Loss:
-    """L_D-DPO + λ_stat · L_stat on batches {winner, loser [b h w c], input_ids [b s], key [b]}. The policy's LoRA
-    drops numbers where they bring `dropout` [b], keys of their own; the reference's never does.
+PerPair = Float[Array, "b"]
+# `train.objective` → the loss of each pair, of what the models make of it, its margin, the numbers and the batch.
+_OBJECTIVES: dict[str, Callable[[Compared, PerPair, Numbers, Batch], PerPair]] = {
+    "dpo": lambda pairs, z, numbers, _: objectives.dpo(z, numbers.label_smoothing),
+    "hinge": lambda pairs, z, numbers, _: objectives.hinge(z),
+    "ipo": lambda pairs, z, numbers, _: jnp.square(0.5 * numbers.beta) * objectives.ipo(pairs.gain, numbers.beta),
+    "kto": lambda pairs, z, numbers, _: objectives.kto(pairs.gain, numbers.beta),
+    "dspo": lambda pairs, z, numbers, _: objectives.dspo(pairs, numbers.objective_weight),
+    "mapo": lambda pairs, z, numbers, _: objectives.mapo(pairs.error, numbers.objective_weight),
+    "smpo": lambda pairs, z, numbers, batch: objectives.smpo(z, _scores(batch), numbers.objective_weight),
+}
+
+
+def _sides(x: Float[Array, "n h w c"]) -> WinnerLoser:
+    """What :class:`Noised` has side by side."""
+    return WinnerLoser(x[::2], x[1::2])
+
+
+def _scores(batch: Batch) -> WinnerLoser:
+    return objectives.scaled_scores(WinnerLoser(*batch["scores"].T))
+
+
+def preference_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all", objective: str = "dpo") -> Loss:
+    """An objective on pairs, L_D-DPO unless told, + λ_stat · L_stat, on batches {winner, loser [b h w c], input_ids
+    [b s], key [b]}; `smpo` needs scores [b 2] too. The policy's LoRA drops numbers where they bring `dropout` [b], keys
+    of their own; the reference's never does.
 
     Batches that bring the reference's :func:`predict_pairs`, `reference` [b 2 h w c], spare computing them.
 
@@ -191,6 +224,7 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all") -
         denoiser, schedule: of ε_base.
         blocks: `up`: only the UNet's up blocks learn. The policy is the reference's below them, so that the compiler
             finds both passes the same as far as that and computes one, and no gradient goes there.
+        objective: `train.objective`; `mapo` has no reference, and computes none.
     """
 
     def loss(
@@ -201,30 +235,45 @@ def dpo_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all") -
         if blocks == "up":
             policy = in_up_blocks(policy, reference)
         pred = denoiser(policy, frozen, x_t, t_pair, batch["input_ids"], dropout=batch.get("dropout"))
+        ref = None
         if "reference" in batch:
             ref = batch["reference"].reshape(pred.shape)
-        else:  # where the text encoder is frozen both are given the same embeddings, which XLA computes once
+        elif objective != "mapo":  # where the text encoder is frozen both get the same embeddings, computed once by XLA
             ref = jax.lax.stop_gradient(denoiser(reference, frozen, x_t, t_pair, batch["input_ids"]))
-        policy_of, reference_of, target_of = (WinnerLoser(x[::2], x[1::2]) for x in (pred, ref, target))
-        dpo = objectives.diffusion_dpo(policy_of, reference_of, target_of, numbers.beta)
-        stat = objectives.statistics_loss(policy_of.winner, reference_of.winner, schedule.mean_shift(t))
+        pairs = Compared(_sides(pred), None if ref is None else _sides(ref), _sides(target))
+        added = {}
+        if numbers.safeguard is not None:
+            guarded, share = objectives.safeguard(pairs.policy, pairs.target, numbers.safeguard)
+            pairs, added["dpo/safeguard"] = pairs._replace(policy=guarded), share.mean()
+        if numbers.lead is not None:
+            lead = objectives.mean_lead(pairs.gain)
+            beta = objectives.beta_for(objectives.running_lead(numbers.lead, lead), numbers.auto_beta, numbers.beta)
+            numbers = numbers._replace(beta=beta)  # type: ignore[arg-type]  # an array of JAX inside the program
+            added |= {LEAD: lead, "dpo/beta": beta}
+        z = objectives.mapo_margin(pairs.error) if ref is None else objectives.margin(pairs, numbers.beta)
+        preference = _OBJECTIVES[objective](pairs, z, numbers, batch)
+        accuracy = 0.5 * (1.0 + jnp.sign(z))  # a tie counts half
+        errors = {"": pairs.error} | ({} if ref is None else {"_reference": pairs.error_reference})
+        stat = None
+        if ref is not None:
+            stat = objectives.statistics_loss(pairs.policy.winner, pairs.reference.winner, schedule.mean_shift(t))
         bins = jax.nn.one_hot(t * TIMESTEP_BINS // schedule.num_train_timesteps, TIMESTEP_BINS)
-        metrics = {
-            "loss/dpo": dpo.loss.mean(),
-            "loss/statistics": stat.mean(),
-            "error/winner": dpo.error_winner.mean(),
-            "error/loser": dpo.error_loser.mean(),
-            "error/winner_reference": dpo.error_winner_reference.mean(),
-            "error/loser_reference": dpo.error_loser_reference.mean(),
-            "dpo/margin": dpo.margin.mean(),
-            "dpo/margin_deviation": dpo.margin.std(),
-            "dpo/sigmoid_minus_z": jax.nn.sigmoid(-dpo.margin).mean(),
-            "dpo/accuracy": dpo.accuracy.mean(),
-            "bins/accuracy": dpo.accuracy @ bins / len(t),
+        metrics = {f"loss/{objective}": preference.mean()} | ({} if stat is None else {"loss/statistics": stat.mean()})
+        metrics |= {f"error/{side}{of}": x.mean() for of, both in errors.items() for side, x in both._asdict().items()}
+        metrics |= {
+            "dpo/margin": z.mean(),
+            "dpo/margin_deviation": z.std(),
+            "dpo/sigmoid_minus_z": jax.nn.sigmoid(-z).mean(),
+            "dpo/accuracy": accuracy.mean(),
+            "bins/accuracy": accuracy @ bins / len(t),
             "bins/share": bins.mean(0),
         }
-        total = dpo.loss.mean() + numbers.lambda_stat * stat.mean()
-        return total, {"loss/total": total, **metrics}
+        total = preference.mean()
+        if stat is not None:
+            total += numbers.lambda_stat * stat.mean()
+        if numbers.sft_weight is not None:
+            total += numbers.sft_weight * errors[""].winner.mean()
+        return total, {"loss/total": total, **metrics, **added}
 
     return loss
 
@@ -263,12 +312,14 @@ def example_keys(numbers: Numbers, examples: Int[Array, "b"]) -> Key[Array, "b"]
 
 
 class TrainState(NamedTuple):
-    """What a step changes: policy, its running average (None without EMA), optimizer state, step count."""
+    """What a step changes: policy, its running average (None without EMA), optimizer state, step count, and the running
+    mean of |u| (None without `train.auto_beta`)."""
 
     policy: Params
     ema: Params | None
     optimizer: optax.OptState
     step: Int[Array, ""]
+    lead: Float[Array, ""] | None = None
 
     @property
     def result(self) -> Params:
@@ -276,10 +327,13 @@ class TrainState(NamedTuple):
         return self.policy if self.ema is None else self.ema
 
 
-def init_state(policy: Params, tx: optax.GradientTransformationExtraArgs, ema: float) -> TrainState:
+def init_state(
+    policy: Params, tx: optax.GradientTransformationExtraArgs, ema: float, auto_beta: float = 0.0
+) -> TrainState:
     """The state before the first step. Copies the policy, since a step donates its input."""
     average = jax.tree.map(jnp.copy, policy) if ema else None
-    return TrainState(jax.tree.map(jnp.copy, policy), average, tx.init(policy), jnp.zeros((), jnp.int32))
+    lead = jnp.zeros(()) if auto_beta else None
+    return TrainState(jax.tree.map(jnp.copy, policy), average, tx.init(policy), jnp.zeros((), jnp.int32), lead)
 
 
 def make_step(
@@ -308,6 +362,7 @@ def make_step(
             keys = example_keys(numbers, batch["example"])
         batch = batch | {"key": keys, "dropout": dropout}
         scale = optax.tree.get(state.optimizer, LOSS_SCALE)
+        numbers = numbers._replace(lead=state.lead)
 
         def scaled(policy: Params, part: Batch) -> tuple[Float[Array, ""], Metrics]:
             total, metrics = loss(policy, reference, frozen, part, numbers)
@@ -330,10 +385,11 @@ def make_step(
         average = None
         if state.ema is not None:
             average = optax.incremental_update(policy, state.ema, 1.0 - numbers.ema)
+        lead = None if state.lead is None else objectives.running_lead(state.lead, metrics.pop(LEAD))
         metrics |= {name: optax.tree.get(optimizer, name) for name in (GRADIENT_NORM, LOSS_SCALE, SKIPPED)}
         if (estimate := optax.tree.get(optimizer, ESTIMATE)) is not None:
             metrics["estimated_rate"] = estimate
-        return TrainState(policy, average, optimizer, state.step + 1), metrics
+        return TrainState(policy, average, optimizer, state.step + 1, lead), metrics
 
     out_shardings: Any = None
     if shardings is not None:  # metrics are on every device, since all hosts read them

@@ -57,11 +57,12 @@ def reasons(looks: Sequence[Line]) -> str:
             if last[name] > max(RISEN * lowest, first.get(name, math.inf)):
                 found.append(f"the held-out loss rose from {lowest:.3g} to {last[name]:.3g}")
             break
-    ratio = last.get("heldout/error/winner", 0.0) / max(last.get("heldout/error/winner_reference", 1.0), 1e-12)
+    usual = last.get("heldout/error/winner_reference", first.get("heldout/error/winner", 1.0))
+    ratio = last.get("heldout/error/winner", 0.0) / max(usual, 1e-12)
     if ratio > UNLEARNT:
         found.append(f"the winner's error is {ratio:.2f} times the reference's")
     margin = last.get("heldout/dpo/margin", 0.0)
-    if abs(margin) > EXPLODED:
+    if abs(margin) > EXPLODED and "heldout/error/winner_reference" in last:  # MaPO's is of errors, and may begin there
         found.append(f"the margin is {margin:.0f}")
     faces, before = last.get(FACES, 1.0), first.get(FACES, 0.0)
     if before >= 0.5 and faces < LOST * before:

@@ -21,9 +21,10 @@ from hgdpo_jax.curriculum.candidates import Candidates, best, worst
 from hgdpo_jax.curriculum.dry_run import dry_run, grouped, report
 from hgdpo_jax.curriculum.plan import ShardPlan, plan_shards
 from hgdpo_jax.curriculum.prepared import read_photographs
-from hgdpo_jax.curriculum.winners import Group, Reconstruction
+from hgdpo_jax.curriculum.store import FOLDER
+from hgdpo_jax.curriculum.winners import Group, Pending, Pool, Reconstruction
 from hgdpo_jax.data import shards
-from hgdpo_jax.data.pairs import open_stage
+from hgdpo_jax.data.pairs import open_stage, open_stages
 from hgdpo_jax.data.photographs import Photograph, choose_resolutions, list_photographs
 from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.data.record import features
@@ -38,7 +39,7 @@ from hgdpo_jax.run.files import file_hash, write_json
 from hgdpo_jax.run.folder import stage_config
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.locks import lock
-from hgdpo_jax.scoring.preference import Scorer
+from hgdpo_jax.scoring.scorers import open_scorers
 from hgdpo_jax.training import loop
 from hgdpo_jax.training.loop import train
 from tests import tiny
@@ -89,8 +90,8 @@ def test_easy_pairs_are_the_best_and_the_worst_of_the_pool(workdir: Path, inputs
     photograph = list_photographs(config.data.photographs, "train")[3]
     ids = np.repeat(pipeline.tokenize([photograph.caption]), 3, axis=0)
     latents = sampler.generate(ids, sampler.keys("pool", [photograph.id] * 3, [0, 1, 2]), (32, 32), "")
-    scorer = Scorer(inputs / "scorer", mesh)
-    scores = np.asarray(scorer(jnp.asarray(sampler.decode(latents, "")), jnp.asarray(ids)).score)
+    (scorer,) = open_scorers(str(inputs / "scorer"), mesh)
+    scores = np.asarray(scorer.score(jnp.asarray(sampler.decode(latents, "")), jnp.asarray(ids)))
     record = found[photograph.id]
     # Each of four steps adds the UNet's rounding, guidance 2 times that of one half of its batch and once the other's.
     drawn = 4 * 3 * NETWORK
@@ -132,15 +133,15 @@ def test_a_winner_that_scores_as_high_as_its_loser_is_in_k(make: Make) -> None:
     latents = np.arange(3 * 2 * 4, dtype=np.float32).reshape(3, 2, 1, 1, 4)
 
     class Fixed(Reconstruction):
-        def candidates(self, group: Group) -> Candidates:
-            return Candidates(latents, scores, np.array([4, 5]))
+        def candidates(self, group: Group) -> Pending:
+            return lambda: Candidates(latents, scores, np.array([4, 5]))
 
     photographs = [Photograph(name, Path(), name) for name in "abc"]
     lost = [{"winner": np.full((1, 1, 4), i, np.float16), "winner_score": score} for i, score in enumerate(earlier)]
     group = Group(photographs, np.zeros((3, 77), np.int32), (8, 8), earlier=lost)
     settings = make("stage2", winner="sdrecon", loser="stage1", keep_if_winner_scores_higher=True).pairs
     fixed = object.__new__(Fixed)
-    fixed.settings = settings
+    fixed.settings, fixed.scorers = settings, [None]
     records = fixed.begin(group)()
     assert [record["id"] for record in records] == ["b", "c"]  # a tie stays; the first of equals wins
     assert [record["winner_number"] for record in records] == [4, 4]
@@ -148,11 +149,36 @@ def test_a_winner_that_scores_as_high_as_its_loser_is_in_k(make: Make) -> None:
     assert np.array_equal(records[1]["winner"], latents[2, 0].astype(np.float16))
 
 
+def test_pairs_are_the_same_where_candidates_are_kept_and_all_stages_draw_one_pool(
+    workdir: Path, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def made(stage: str, **settings: Any) -> tuple[int, int]:
+        build.build(make(stage, keep_candidates=True, **settings), tmp_path)
+        found = re.search(rf"{stage}/pairs: (\d+) candidates were made, (\d+) read from .*", capsys.readouterr().out)
+        assert found
+        return int(found[1]), int(found[2])
+
+    assert made("stage1") == (21, 0)
+    usual, easy = (open_stage(folder, "stage1") for folder in (workdir, tmp_path))
+    assert usual.manifest["splits"] == easy.manifest["splits"]  # with the hashes of all shards
+    assert made("small", pool_size=2) == (0, 14)
+    for role in ("train", "heldout"):
+        for record in open_stage(tmp_path, "small").by_id(role).values():
+            assert record["winner_number"] in (0, 1) and record["winner_score"] >= record["loser_score"]
+    # What is lost is made again: of two prompts or of one. Neighbours in rank, of Curriculum-DPO.
+    next((tmp_path / FOLDER).glob("*.safetensors")).unlink()
+    again = made("near", bucket=2, buckets=2)
+    assert again in ((6, 15), (3, 18))
+    joined = open_stages(tmp_path, ["stage1", "near"]).sources["train"][0]
+    same = [np.array_equal(joined[i][side], joined[i + 5][side]) for i in range(5) for side in ("winner", "loser")]
+    assert len(joined) == 10 and sum(same) == 5  # of three in a row one end stays
+
+
 def test_candidates_are_what_is_drawn_decoded_and_scored_by_themselves(inputs: Path, make: Make) -> None:
     pipeline, mesh = pipelines.load_pipeline(inputs / "base"), tiny.mesh()
     sampler = Sampler(pipeline, mesh, solver="dpmpp_2m", steps=4, guidance=2.0, batch=2, seed=0)
-    scorer, (photographs, images) = (
-        Scorer(inputs / "scorer", mesh),
+    scorers, (photographs, images) = (
+        open_scorers(str(inputs / "scorer"), mesh),
         load_images(list_photographs(inputs / "photographs", "train")[:3], (32, 32)),
     )
     names = [photograph.id for photograph in photographs]
@@ -160,34 +186,78 @@ def test_candidates_are_what_is_drawn_decoded_and_scored_by_themselves(inputs: P
     keys, encoded = sampler.keys("sdrecon", names, [3] * 3), sampler.encode(images, "")
     latents = np.stack([encoded, sampler.reconstruct(encoded, ids, keys, 3, "")], axis=1)
     flat = latents.reshape(6, *latents.shape[2:])
-    scores = sampler.measure_latents(flat, ids.repeat(2, axis=0), scorer, "").score.reshape(3, 2)
+    scores = sampler.measure_latents(flat, ids.repeat(2, axis=0), scorers[0].score, "").reshape(3, 2)
     settings = make("stage2", winner="sdrecon", strengths=(0, 3), loser="stage1").pairs
     group = Group(photographs, ids, (32, 32), images)
-    found = Reconstruction(settings, sampler, scorer).candidates(group)
-    np.testing.assert_array_equal(found.latents, latents)
+    found = Reconstruction(settings, sampler, scorers).candidates(group)()
+    np.testing.assert_array_equal(found.latents, latents.astype(np.float16))
     np.testing.assert_array_equal(found.scores, scores)
     for choose, index in ((best, scores.argmax(1)), (worst, scores.argmin(1))):
         chosen = choose(found)
-        np.testing.assert_array_equal(chosen.latents, latents[np.arange(3), index])
+        np.testing.assert_array_equal(chosen.latents, found.latents[np.arange(3), index])
         np.testing.assert_array_equal(chosen.scores, scores[np.arange(3), index])
         np.testing.assert_array_equal(chosen.numbers, np.array([0, 3])[index])
 
 
-def test_devices_exchange_nothing_for_pairs(inputs: Path) -> None:
-    """They draw, decode, score and choose their own rows."""
-    pipeline, mesh = pipelines.load_pipeline(inputs / "base"), tiny.mesh(data=2)
+def test_most_of_a_pool_is_dropped_early_and_the_rest_is_as_without(inputs: Path, make: Make) -> None:
+    pipeline, mesh, size = pipelines.load_pipeline(inputs / "base"), tiny.mesh(), (32, 32)
     sampler = Sampler(pipeline, mesh, solver="dpmpp_2m", steps=4, guidance=2.0, batch=4, seed=0)
-    scorer, rows = Scorer(inputs / "scorer", mesh), batch_sharding(mesh)
+    photographs, scorers = (
+        list_photographs(inputs / "photographs", "train")[:2],
+        open_scorers(str(inputs / "scorer"), mesh),
+    )
+    group = Group(photographs, pipeline.tokenize([photograph.caption for photograph in photographs]), size)
+
+    def pool(**settings: Any) -> Pool:
+        return Pool(make("stage1", pool_size=5, **settings).pairs, sampler, scorers)
+
+    whole, (ids, keys) = pool().candidates(group)(), pool()._inputs(group, range(5))
+    state, _ = sampler.part_way(ids, keys, sampler.start(10, size), (0, 1), pool()._score, "")
+    (_, predicted), scores = sampler.part_way(ids, keys, state, (1, 2), pool()._score, "")
+    drawn = 4 * 3 * NETWORK  # as above
+    np.testing.assert_allclose(scores, sampler.measure_latents(predicted, ids, pool()._score, ""), atol=drawn)
+    drafts = sampler.drafts(ids, keys, size, 2, pool()._score, "")
+    assert min(np.abs(early - whole.scores.ravel()).max() for early in (scores, drafts)) > 10 * drawn
+    for settings, early in (({"race": 0.5}, scores), ({"draft_steps": 2}, drafts)):
+        raced = pool(**settings, finalists=1)
+        found, ranked = raced.candidates(group)(), early.reshape(2, 5)
+        assert found.numbers.tolist() == [sorted((row.argmin(), row.argmax())) for row in ranked]
+        expected = (np.stack([x[i, found.numbers[i]] for i in range(2)]) for x in (whole.latents, whole.scores))
+        for part, other in zip(found[:2], expected, strict=True):
+            assert_close(part, other, 2**-11 + drawn)
+        (first, _), records = best(found).numbers, raced.begin(group)()
+        assert records[0]["winner_number"] == first and records[0]["winner_score"] == found.scores[0].max()
+        assert np.array_equal(records[0]["loser"], found.latents[0, found.scores[0].argmin()])
+
+
+def test_guidance_outside_its_interval_is_none(inputs: Path) -> None:
+    pipeline, settings = pipelines.load_pipeline(inputs / "base"), {"solver": "ddim", "steps": 4, "batch": 2, "seed": 0}
+    ids = pipeline.tokenize(["a woman", "a man"])
+
+    def drawn(sampler: Sampler) -> np.ndarray:
+        return sampler.generate(ids, sampler.keys("pool", ["a", "b"], [0, 0]), (32, 32), "")
+
+    within = Sampler(pipeline, tiny.mesh(), guidance=4.0, interval=(0, 999), **settings)
+    guided, alone = (drawn(Sampler(pipeline, tiny.mesh(), guidance=scale, **settings)) for scale in (4.0, 1.0))
+    assert_close(drawn(within), guided, 4 * 7 * NETWORK)
+    within._guidance = within._guidance._replace(interval=(np.float32(0.5), np.float32(0.5)))  # between two
+    assert_close(drawn(within), alone, 4 * NETWORK)
+    assert np.abs(guided - alone).max() > 10 * 4 * 7 * NETWORK
+
+
+def test_devices_exchange_nothing_for_pairs(inputs: Path) -> None:
+    """They draw, decode and score their own rows."""
+    pipeline, mesh = pipelines.load_pipeline(inputs / "base"), tiny.mesh(data=2)
+    settings = {"steps": 4, "guidance": 2.0, "interval": (200, 800)}  # with guidance and without, in one program
+    sampler = Sampler(pipeline, mesh, solver="dpmpp_2m", batch=4, seed=0, **settings)
+    (scorer,), rows = open_scorers(str(inputs / "scorer"), mesh), batch_sharding(mesh)
 
     def shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
-    candidates = Candidates(shape(4, 3, *tiny.LATENT), shape(4, 3), jnp.arange(3))
     traced = [
         *sampler.traced((32, 32)),
-        jax.jit(scorer).trace(shape(4, 32, 32, 3), shape(4, 77, dtype=jnp.int32)),
-        best.trace(candidates),
-        worst.trace(candidates),
+        jax.jit(scorer.judge).trace(shape(4, 32, 32, 3), shape(4, 77, dtype=jnp.int32)),
     ]
     for program in traced:
         text = program.lower().compile().as_text()
@@ -270,6 +340,7 @@ def test_the_disk_that_pairs_will_take_is_foretold(workdir: Path, make: Make, tm
     pipeline = pipelines.of_shapes(open_source(config.model.base))
     there = sum(part.path.stat().st_size for part in plan)
     assert disk.bytes_of_pairs(config, plan, pipeline) == there + largest  # whole blocks of 64 KiB
+    assert disk.bytes_of_candidates(config, plan, pipeline) == 7 * 3 * 4 * 4 * 8 * 2
     many = [ShardPlan(tmp_path / "shard", "train", "32x32", list(photographs["train"]) * 200)]
     record = next(iter(open_stage(workdir, "stage1").by_id("train").values()))
     shards.write_shard(many[0].path, features(8, 77, loser=True), [record | {"id": f"{i:030}"} for i in range(1000)])

@@ -12,9 +12,10 @@ import pytest
 import tensorflow_datasets as tfds
 
 from hgdpo_jax.data import shards
-from hgdpo_jax.data.pairs import RecordsById, open_stage
+from hgdpo_jax.data.pairs import RecordsById, open_stage, open_stages
 from hgdpo_jax.data.record import Record, features
 from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.training.reference_cache import _shards
 from tests import tiny
 
 
@@ -199,3 +200,58 @@ def test_another_process_writes_the_same_bytes(workdir: Path, tmp_path: Path) ->
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "again")], env=environment, check=True)
     for path in (workdir / "stage1" / "pairs").glob("*.array_record*"):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_pairs_of_several_stages_are_learnt_from_as_one(workdir: Path) -> None:
+    tiny.write_pairs(workdir / "stage2" / "pairs", train=4, heldout=6)
+    one, two = (open_stage(workdir, stage) for stage in ("stage1", "stage2"))
+    joined = open_stages(workdir, ["stage1", "stage2"])
+    for role, mixed in (("train", False), ("heldout", True)):
+        (source,), (a,), (b,) = joined.sources[role], one.sources[role], two.sources[role]
+        found = [bytes(record["winner"].tobytes()) for record in (source[i] for i in range(len(source)))]
+        parts = [[bytes(records[i]["winner"].tobytes()) for i in range(len(records))] for records in (a, b)]
+        if mixed:  # 2 and 6: whoever looks at the first sees both
+            assert [part for value in found for part in (0, 1) if value == parts[part][0]][:2] == [1, 0]
+            assert sorted(found) == sorted(parts[0] + parts[1])
+        else:
+            assert found == parts[0] + parts[1]
+        with pytest.raises(IndexError):
+            source[len(source)]
+    split = joined.manifest["splits"]["train_32x32"]
+    assert split["records"] == 10 == sum(entry["records"] for entry in split["shards"])
+    assert all((workdir / entry["file"]).is_file() for entry in split["shards"])
+    paths = [shard.path.name for shard in _shards(workdir / "cache", joined.manifest)]
+    assert len(set(paths)) == 4 and paths[0].startswith("stage1.pairs.pairs-train")
+    assert len({pairs.hash for pairs in (one, two, joined, open_stages(workdir, ["stage2", "stage1"]))}) == 4
+    assert open_stages(workdir, ["stage1"]).hash == one.hash
+    joined.require({"32x32": tiny.LATENT})
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("content of model.base", r"content of model\.base=sha256 .*…: pairs .*stage2/pairs was made with sha256"),
+        ("data.resolutions", r"config key data\.resolutions=\['a'\]: pairs .*stage2/pairs was made with \['b'\]"),
+    ],
+)
+def test_pairs_of_another_base_resolution_or_kind_are_not_joined(workdir: Path, key: str, line: str) -> None:
+    tiny.write_pairs(workdir / "stage2" / "pairs", train=4, heldout=2)
+    for stage, value in (("stage1", "a"), ("stage2", "b")):
+        path = workdir / stage / "pairs" / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["made_from"][key] = [value] if key == "data.resolutions" else value
+        path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=line):
+        open_stages(workdir, ["stage1", "stage2"])
+
+
+def test_pairs_and_photographs_without_losers_are_not_joined(workdir: Path) -> None:
+    folder, schema = workdir / "sft" / "pairs", features(tiny.LATENT[-1], 77, loser=False)
+    assert not shards.begin(folder, {"test": 1})
+    record = {name: value for name, value in tiny.record("a", np.random.default_rng(0)).items() if name in schema}
+    paths = {f"{role}_32x32": [shards.shard_path(folder, f"{role}_32x32", 0, 1)] for role in ("train", "heldout")}
+    for (path,) in paths.values():
+        shards.write_shard(path, schema, [record])
+    shards.finish(folder, schema, paths, {"32x32": tiny.LATENT})
+    with pytest.raises(UserError, match="sft/pairs: their records have other fields than those of .*stage1/pairs"):
+        open_stages(workdir, ["stage1", "sft"])

@@ -154,8 +154,8 @@ def test_pairs_are_given_whole() -> None:
 class Glance:
     """In place of the judges: what can be seen without a network."""
 
-    def __init__(self, scorer: str, second: str, third: str, mesh: object) -> None:
-        assert scorer == second == third == ""
+    def __init__(self, scorer: str, second: str, third: str, more: str, mesh: object) -> None:
+        assert scorer == second == third == more == ""
 
     def __call__(self, images: np.ndarray, input_ids: np.ndarray) -> dict[str, np.ndarray]:
         images = np.asarray(images)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, schedulers
 
-from hgdpo_jax.diffusion.guidance import guided, side_by_side
+from hgdpo_jax.diffusion.guidance import guided, guided_within, side_by_side
 from hgdpo_jax.diffusion.schedule import _BETAS, NoiseSchedule
 from hgdpo_jax.diffusion.sdrecon import sdrecon
 from hgdpo_jax.diffusion.solvers import make_steps
@@ -178,7 +178,7 @@ def test_more_steps_than_there_are_timesteps_are_refused() -> None:
 
 def drawing(schedule: NoiseSchedule, denoise=lambda x, t: jnp.tanh(x)):
     """The program of trajectories, latents and keys."""
-    return jax.jit(lambda trajectory, x, keys: sample(denoise, schedule, trajectory, x, keys))
+    return jax.jit(lambda trajectory, x, keys: sample(denoise, schedule, trajectory, x, keys)[0])
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm"])
@@ -213,6 +213,25 @@ def test_one_program_draws_with_every_sampler_from_everywhere_and_an_example_doe
     assert draw._cache_size() == 1
     assert all(np.isfinite(a).all() for a in found)
     assert len({a.tobytes() for a in found}) == len(found)
+
+
+@pytest.mark.parametrize("sampler", CLASSES)
+def test_a_trajectory_goes_on_from_where_it_stood(sampler: str) -> None:
+    """The noise of each step, and the x̂_0 of the step before, which the multistep solver uses again."""
+    schedule, denoise = NoiseSchedule.from_config(SD), lambda x, t: jnp.tanh(x)
+    run = jax.jit(lambda *given: sample(denoise, schedule, *given[:3], state=given[3]))
+    x, keys = jnp.zeros((4, 3, 3, 2)), jax.random.split(jax.random.key(0), 4)
+    whole = from_noise(schedule, sampler, 7)
+    expected = run(whole, x, keys, (x, x))
+    np.testing.assert_array_equal(expected[0], drawing(schedule, denoise)(whole, x, keys))
+    state = run(whole._replace(length=np.int32(3)), x, keys, (x, x))
+    rows = np.array([2, 0])  # of which the others are dropped
+    state = [part[rows] for part in state]
+    found = run(whole._replace(first=np.int32(3)), x[rows], keys[rows], (state[0], state[1]))
+    np.testing.assert_array_equal(found[0], expected[0][rows])
+    for lost in ((0 * state[0], state[1]), (state[0], 0 * state[1])):
+        other, _ = run(whole._replace(first=np.int32(3)), x[rows], keys[rows], lost)
+        assert (np.asarray(other) != found[0]).any() == (sampler == "dpmpp_2m" or lost[0] is not state[0])
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -265,12 +284,20 @@ def test_guidance_extrapolates_from_unconditional_to_conditional() -> None:
     np.testing.assert_array_equal(side_by_side(both[0::2], both[1::2]), both)
 
 
+def test_guidance_acts_in_an_interval_whose_ends_are_in_it() -> None:
+    interval = np.float32(200), np.float32(800)
+    denoise = jax.jit(guided_within(interval, lambda x, _: x + 2, lambda x, _: x + 1))
+    found = [float(denoise(jnp.zeros((2, 1, 1, 1)), jnp.full(2, t))[0, 0, 0, 0]) for t in (0, 199, 200, 800, 801)]
+    assert found == [1, 1, 2, 2, 1]
+
+
 def test_normalised_latents_have_the_statistics_of_the_anchors() -> None:
     schedule, keys = NoiseSchedule.from_config(SD), jax.random.split(jax.random.key(0), 2)
     x, trajectory = jnp.zeros((2, 3, 3, 2)), from_noise(schedule, "ddim", 4)
     policy, anchor = lambda x, t: jnp.sin(2 * x) + 0.3, lambda x, t: jnp.sin(x)
-    draw = jax.jit(lambda: [sample(*one) for one in ((anchor, *common), (policy, *common), (policy, *common, anchor))])
     common = (schedule, trajectory, x, keys)
+    each = (anchor, *common), (policy, *common), (policy, *common, anchor)
+    draw = jax.jit(lambda: [sample(*one)[0] for one in each])
     wanted, drifted, found = (np.asarray(latents) for latents in draw())
     for statistic in (np.mean, np.std):
         a, b, c = (statistic(latents, axis=(1, 2)) for latents in (wanted, drifted, found))

@@ -13,6 +13,7 @@ from PIL import Image
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.data.photographs import list_photographs
 from hgdpo_jax.data.pixels import load_images
+from hgdpo_jax.faces import quality
 from hgdpo_jax.faces.alignment import align, similarity
 from hgdpo_jax.faces.detection import FaceDetector, crop
 from hgdpo_jax.faces.embedding import Embedded, FaceEmbedder
@@ -40,11 +41,11 @@ def turned(degrees: float, scale: float = 1.0) -> np.ndarray:
     return scale * np.array([[cos, -sin], [sin, cos]])
 
 
-def network(path: Path, size: int = 112, count: int | str = "n", inputs: int = 1) -> str:
+def network(path: Path, size: int = 112, count: int | str = "n", inputs: int = 1, outputs: int = 5) -> str:
     """An ONNX file: mean of each channel times a matrix, plus a bias."""
     names = [f"data{i}" for i in range(inputs)]
     rng = np.random.default_rng(0)
-    weights = [rng.standard_normal((3, 5)).astype(np.float32), rng.standard_normal(5).astype(np.float32)]
+    weights = [rng.standard_normal(shape).astype(np.float32) for shape in ((3, outputs), outputs)]
     graph = helper.make_graph(
         [
             helper.make_node("GlobalAveragePool", [names[0]], ["mean"]),
@@ -53,7 +54,7 @@ def network(path: Path, size: int = 112, count: int | str = "n", inputs: int = 1
         ],
         "arcface",
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, [count, 3, size, size]) for name in names],
-        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [count, 5])],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [count, outputs])],
         [numpy_helper.from_array(value, name) for value, name in zip(weights, "wc", strict=True)],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
@@ -237,3 +238,21 @@ def test_a_network_that_is_none_is_named(tmp_path: Path, mistake: str) -> None:
     assert "\n" not in str(error.value)
     reason = {"missing": "no such file", "text": "not an ONNX file", "empty": "not an ONNX file"}
     assert reason.get(mistake, "give an ArcFace network") in str(error.value)
+
+
+def test_the_quality_of_a_face_is_the_networks_number_and_that_of_none_zero(
+    tmp_path: Path, faces: FaceDetector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a network whose formula is known: of each channel's mean over the aligned face."""
+    monkeypatch.setattr(quality, "FaceDetector", lambda: faces)  # which is compiled
+    pictures = np.concatenate([PORTRAITS[:-1], NOISE[:1]])
+    rng = np.random.default_rng(0)
+    weights, bias = rng.standard_normal((3, 1)), rng.standard_normal(1)
+    at = faces.detect(pictures)
+    aligned = np.asarray(align(pictures, faces.points(pictures, at.boxes)), np.float64)
+    expected = np.where(at.found, (aligned.mean((1, 2)) @ weights + bias)[:, 0], 0.0)
+    found = quality.FaceQuality(network(tmp_path / "quality.onnx", outputs=1))(jnp.asarray(pictures))
+    assert_close(found, expected, 10 * EPS, size=3)
+    assert found[-1] == 0 and (found != 0).mean() > 0.9
+    with pytest.raises(UserError, match=r"arcface\.onnx: gives \(5,\) for a face; expected one number"):
+        quality.FaceQuality(network(tmp_path / "arcface.onnx"))(jnp.asarray(pictures))

@@ -53,4 +53,4 @@ def test_the_embedded_models_fit_each_other(tmp_path: Path) -> None:
     pipeline, encoder = with_trained_adapter(load_trainable(config, mesh), config.adapter, tmp_path, mesh)
     assert pipeline.adapter is not None and encoder is not None
     assert pipeline.licence == "apache-2.0"  # what the card of the demo's export says
-    Judges(config.pairs.scorer, config.evaluate.scorer, config.evaluate.other_scorer, mesh)
+    Judges(config.pairs.scorer, config.evaluate.scorer, config.evaluate.other_scorer, config.evaluate.scorers, mesh)

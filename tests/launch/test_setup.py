@@ -50,12 +50,14 @@ def test_a_curriculum_stays_in_the_callers_folder(
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    done = shell.run(repository / "launch" / "curriculum.sh", "portraits", workdir, "--config.x=1", VIRTUAL_ENV="here")
+    script, own = repository / "launch" / "curriculum.sh", ("--browse", "--config.x=1")
+    done = shell.run(script, "portraits", workdir, *own, VIRTUAL_ENV="here")
     assert done.returncode == 0, done.stderr
     assert (shell.folder / "place").read_text() == f"{here}|{repository}"
     found = commands(shell)
     assert [call[2] for call in found] == [f"configs/{stage}.py:portraits" for stage in STAGES]
     assert all(call[3:6] == ["--workdir", workdir, "--config.x=1"] for call in found)
+    assert [call[0] for call in found if "--browse" in call] == ["hgdpo_jax.pairs"] * 3
     assert not list(here.iterdir()) and not (repository / ".venv").exists()
 
 

@@ -148,7 +148,7 @@ def test_every_kind_of_policy_is_planned_and_split_over_the_mesh(
     config = tiny.config(base)
     config.train.params = params
     if params == "adapter":
-        config.objective, config.pairs.winner, config.pairs.loser = "sft", "photograph", "none"
+        config.train.objective, config.pairs.winner, config.pairs.loser = "sft", "photograph", "none"
         config.adapter.image_encoder = str(tiny.write_scorer(tmp_path / "scorer"))
     source, mesh = program.open_architecture(config, ""), tiny.mesh(data=2, fsdp=4)
     step = program.step(config, source, mesh)
@@ -159,7 +159,7 @@ def test_every_kind_of_policy_is_planned_and_split_over_the_mesh(
     assert (held["policy"] == whole) == params.endswith("lora")  # LoRA is too small to be split
     assert whole / 4 <= held["policy"] <= whole and held["optimizer"] == pytest.approx(2 * held["policy"], abs=32)
     # The policy lies there twice: the base's, which is the reference of the first stage, and what is trained.
-    twice = (held["policy"], 0) if config.objective == "dpo" else (0, held["policy"])
+    twice = (held["policy"], 0) if config.train.objective == "dpo" else (0, held["policy"])
     assert (held["reference"], held["policy of the base"]) == twice
 
 

@@ -187,18 +187,24 @@ command.run(main)
 """
 
 
-@pytest.mark.parametrize(
-    ("own", "message"),
-    [
-        (["--config.train.lr=0.5"], "its --config.train.lr is 0.5, that of process 0 on .* is 0.001"),
-        (["--workdir", "elsewhere"], "elsewhere: process 1 on .* does not see the folder that process 0 sees"),
-    ],
-)
-def test_an_error_at_one_is_the_same_line_at_all(own: list[str], message: str, tmp_path: Path) -> None:
-    own = [str(tmp_path / argument) if argument == "elsewhere" else argument for argument in own]
-    arguments = [*STAGE, *at(tmp_path / "run"), "--config.train.lr=0.001"]
-    (line,) = lines_of(Started(tmp_path / "logs", 2, 1, arguments, own={1: own}, program=PARSES).ended(), 1)
-    assert re.search(message, line)
+def all_at_once(started: list[Started]) -> list[str]:
+    """The last line of each, which is the same in all its processes. They mostly wait, so they do so together."""
+    found = [lines_of(each.ended(), 1) for each in started]
+    assert all(len(lines) == 1 for lines in found), found
+    return [line for (line,) in found]
+
+
+def test_an_error_at_one_is_the_same_line_at_all(tmp_path: Path) -> None:
+    messages = {
+        ("--config.train.lr=0.5",): "its --config.train.lr is 0.5, that of process 0 on .* is 0.001",
+        tuple(at(tmp_path / "elsewhere")): "elsewhere: process 1 on .* does not see the folder that process 0 sees",
+    }
+    started = []
+    for number, own in enumerate(messages):
+        arguments = [*STAGE, *at(tmp_path / f"run{number}"), "--config.train.lr=0.001"]
+        started.append(Started(tmp_path / f"{number}.logs", 2, 1, arguments, own={1: list(own)}, program=PARSES))
+    for line, message in zip(all_at_once(started), messages.values(), strict=True):
+        assert re.search(message, line)
 
 
 BUSY = """
@@ -217,12 +223,12 @@ command.run(work)
 """
 
 
-@pytest.mark.parametrize("mistaken", ["0", "1"])
-def test_a_mistake_at_one_ends_another_that_is_busy_with_the_same_line(mistaken: str, tmp_path: Path) -> None:
+def test_a_mistake_at_one_ends_another_that_is_busy_with_the_same_line(tmp_path: Path) -> None:
     """What it does in Python keeps it from hearing of it at once; process 0's service has to wait for that."""
-    arguments = [mistaken, *STAGE, *at(tmp_path / "run"), "--config.train.learning=1"]
-    (line,) = lines_of(Started(tmp_path / "logs", 2, 1, arguments, program=BUSY).ended(), 1)
-    assert line.startswith("error: config key train.learning: unknown")
+    arguments = [*STAGE, *at(tmp_path / "run"), "--config.train.learning=1"]
+    mistaken = [Started(tmp_path / index, 2, 1, [index, *arguments], program=BUSY) for index in ("0", "1")]
+    for line in all_at_once(mistaken):
+        assert line.startswith("error: config key train.learning: unknown")
 
 
 LATE = """
@@ -233,13 +239,13 @@ command.run(start)
 """
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_who_comes_names_that_not_all_do(index: int, tmp_path: Path) -> None:
+def test_who_comes_names_that_not_all_do(tmp_path: Path) -> None:
     """JAX aborts it, in C++; ours is the last word."""
-    started = Started(tmp_path / "logs", 2, 1, program=LATE, missing=1 - index)
-    (line,) = lines_of(started.ended(), 1)
-    come = rf"error: process {index} on .*: not all 2 processes came to {started.address} within 3 s; those that do not"
-    assert re.match(come, line)
+    alone = [Started(tmp_path / str(index), 2, 1, program=LATE, missing=1 - index) for index in (0, 1)]
+    for index, line in enumerate(all_at_once(alone)):
+        address = alone[index].address
+        come = rf"error: process {index} on .*: not all 2 processes came to {address} within 3 s; those that do not"
+        assert re.match(come, line)
 
 
 HELP = f"""{WITHOUT_TORCH}

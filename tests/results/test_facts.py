@@ -30,7 +30,7 @@ def test_each_model_says_what_it_is_and_how_it_was_trained(tmp_path: Path) -> No
     configs = {stage: tiny.config(tmp_path, stage=stage) for stage in ("stage3", "text_encoder", "mine")}
     configs["stage3"].train.update(steps=20_000, batch=16, lora_rank=8, lr=1e-5, beta=500.0)
     configs["text_encoder"].train.update(params="text_lora", lora_rank=64)
-    configs["mine"].objective, configs["mine"].train.params = "sft", "all"
+    configs["mine"].train.objective, configs["mine"].train.params = "sft", "all"
     configs["slow"] = tiny.config(tmp_path, stage="slow")
     configs["slow"].train.pairs = "stage3"
     models = {"base": (), "hard": ("stage3",), BEST: ("stage3", "text_encoder"), "mine": ("mine",), "slow": ("slow",)}

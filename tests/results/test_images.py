@@ -235,7 +235,7 @@ def test_lan_restores_the_statistics_of_a_policy_that_shifts_channels() -> None:
     trajectory = from_noise(schedule, "dpmpp_2m", 10)
 
     def draw(denoise: Any, anchor: Any = None) -> np.ndarray:
-        return np.asarray(draw_latents(denoise, schedule, trajectory, x, keys, anchor))
+        return np.asarray(draw_latents(denoise, schedule, trajectory, x, keys, anchor)[0])
 
     wanted, drifted, restored = draw(base), draw(shifted), draw(shifted, base)
     for statistic in (np.mean, np.std):

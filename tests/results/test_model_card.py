@@ -266,6 +266,8 @@ def test_the_front_matter_names_a_base_on_the_hub_or_none(
     front = card.split("---")[1]
     assert re.findall(r"^base_model: (.*)$", front, re.MULTILINE) == (['"owner/name"'] if form == "hub" else [])
     assert hub_repository(str(name)) == (("owner/name", "0" * 40) if form == "hub" else None)
+    said = HUB if form == "hub" else Path(name).name  # not the folders of this machine
+    assert f"\n- Base model: `{said}`; sha256" in card
     if form == "hub":
         line = f'pipeline = DiffusionPipeline.from_pretrained("owner/name", revision="{"0" * 40}", dtype=torch.float32)'
         assert line in code_of(card).splitlines() and card.splitlines()[8].startswith("# name, stage1 of")

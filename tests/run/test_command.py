@@ -17,10 +17,10 @@ from hgdpo_jax.training import metrics
 from hgdpo_jax.training.checkpoints import Checkpoints
 from tests import tiny
 from tests.patience import patience
+from tests.processes.start import WITHOUT_TORCH
 
 STOPPED = "stopped; the same command goes on from what is finished"
-TRAIN = """
-import sys
+TRAIN = f"""{WITHOUT_TORCH}
 from pathlib import Path
 from hgdpo_jax.devices.start import start
 from hgdpo_jax.run import command
@@ -34,15 +34,16 @@ command.run(lambda: (start(), train(tiny.config(base, steps=100_000), workdir)))
 
 
 def begin(code: str, *arguments: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "XLA_FLAGS": flags}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, text=True, **pipes)
 
 
-def test_a_signal_saves_the_step_and_is_one_line(base: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_the_step_and_is_one_line(one_level: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     tiny.write_pairs(workdir / "stage1" / "pairs")
-    process = begin(TRAIN, str(base), str(workdir))
+    process = begin(TRAIN, str(one_level), str(workdir))
     deadline = time.monotonic() + patience(50)
     while not (workdir / "stage1" / "policy" / "2.sha256.json").exists():
         assert process.poll() is None and time.monotonic() < deadline

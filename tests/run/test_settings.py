@@ -48,7 +48,8 @@ def test_a_list_may_hold_commas() -> None:
         ("train.steps", "write --config.key=value"),
         ("train.steps=0", "train.steps=0: expects a whole number from 1"),
         ("train.accumulate=3", "must divide train.batch"),
-        ("objective=ppo", "objective='ppo': expects one of dpo, sft"),
+        ("train.objective=ppo", "train.objective='ppo': expects one of dpo, hinge, ipo, kto, dspo, mapo, smpo, sft"),
+        ("objective=hinge", "config key objective: unknown; did you mean train.objective"),
         ("pairs.strengths=11", "pairs.strengths=11: expects a whole number from 1 to 10"),
         ("pairs.strengths=", "pairs.strengths: is empty"),
         ("mesh.fsdp=0", "mesh.fsdp=0: expects a whole number from 1, or -1"),
@@ -63,7 +64,7 @@ def test_a_list_may_hold_commas() -> None:
         ("train.ema=1", "train.ema=1.0: expects a number from 0 to below 1"),
         ("pairs.pool_size=1", "winner and loser both come from the pool"),
         ("pairs.loser=none", "pairs.loser=none: pool is chosen against a loser"),
-        ("objective=sft", "objective=sft and pairs.loser=pool: sft learns from photographs without losers"),
+        ("train.objective=sft", "train.objective=sft and pairs.loser=pool: sft learns from photographs without losers"),
         ("train.lambda_stat=-1", "train.lambda_stat=-1.0: expects a number from 0"),
         ("train.warmup=-1", "train.warmup=-1: expects a whole number from 0"),
         ("data.caption_dropout=1.1", "data.caption_dropout=1.1: expects a number from 0 to 1"),
@@ -82,12 +83,23 @@ def test_a_list_may_hold_commas() -> None:
         ),
         ("data.resolutions=auto,64x64", "data.resolutions=auto,64x64: auto stands alone"),
         ("data.area=64x64", "data.area=64x64: does nothing here, it goes with data.resolutions=auto"),
+        ("pairs.race=0.3 pairs.draft_steps=4", "s pairs.race=0.3 and pairs.draft_steps=4: are two ways to do the same"),
+        ("pairs.race=0.3 pairs.bucket=1", "pairs.bucket=1: needs the ranks of the whole pool; goes without pairs.race"),
+        ("pairs.draft_steps=9 pairs.keep_candidates=true", "keeps whole pools; goes without pairs.draft_steps=9"),
+        ("pairs.race=0.3 pairs.finalists=10", "pairs.finalists=10: so many of the highest and of the lowest are all"),
+        ("pairs.draft_steps=9 pairs.sampler=ddpm", "pairs.draft_steps=9: in other steps ddpm draws other pictures"),
+        ("pairs.finalists=3", "pairs.finalists=3: does nothing here, it goes with pairs.race or pairs.draft_steps"),
+        ("pairs.draft_steps=50", "pairs.draft_steps=50: these are all of pairs.steps=50; expects fewer"),
+        ("pairs.race=0.995", "pairs.race=0.995: these are all of pairs.steps=50; expects fewer"),
+        ("pairs.guidance_interval=800,200", "pairs.guidance_interval=(800, 200): expects two timesteps, the lower one"),
+        ("pairs.guidance_interval=200", "pairs.guidance_interval=(200,): expects two timesteps"),
+        ("pairs.guidance=1 pairs.guidance_interval=0,800", "does nothing here, it goes with pairs.guidance above 1"),
         ("data.area=4096", "data.area='4096': expects HEIGHTxWIDTH in pixels, the height first"),
     ],
 )
 def test_a_bad_override_is_one_line_that_names_it(override: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        load(override)
+        load(*override.split(" "))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -107,14 +119,18 @@ def test_until_a_run_has_chosen_its_resolutions_their_area_stands_for_them(varia
         (
             "stage1",
             "data.caption_dropout=0.1",
-            "data.caption_dropout=0.1: does nothing here, it goes with objective=sft",
+            "data.caption_dropout=0.1: does nothing here, it goes with train.objective=sft",
         ),
         (
             "stage2",
             "data.concept_dropout=0.1",
             "data.concept_dropout=0.1: does nothing here, it goes with train.params=",
         ),
-        ("stage0_sft", "train.lambda_stat=1", "train.lambda_stat=1.0: does nothing here, it goes with objective=dpo"),
+        (
+            "stage0_sft",
+            "train.lambda_stat=1",
+            "train.lambda_stat=1.0: does nothing here, it goes with a train.objective with a reference",
+        ),
         ("stage0_sft", "train.beta=10", "train.beta=10.0: does nothing here"),
         ("personalise", "train.reference=base", "train.reference=base: does nothing here"),
         (
@@ -129,6 +145,7 @@ def test_until_a_run_has_chosen_its_resolutions_their_area_stands_for_them(varia
             "does nothing here, it goes with a winner that is chosen",
         ),
         ("given", "pairs.keep_if_winner_scores_higher=true", "does nothing here"),
+        ("stage3", "evaluate.scorer=a,hps=b", "evaluate.scorer=a,hps=b: is one judge; name further scorers in"),
         (
             "stage3",
             "data.pairs=pairs.jsonl",

@@ -16,6 +16,9 @@ def seen() -> dict[str, np.ndarray]:
         "third_score": np.zeros((4, 1)),
         "embedding": RNG.standard_normal((4, 1, 3)),
         "face_embedding": RNG.standard_normal((4, 1, 3)),
+        "inception_features": RNG.standard_normal((4, 1, 5)),
+        "dinov2_features": RNG.standard_normal((4, 1, 3)),
+        "cmmd_features": RNG.standard_normal((4, 1, 3)),
         "face_found": np.array([[1.0], [0.0], [1.0], [0.0]]),
         "face_score": np.full((4, 1), 0.5),
         "sharpness": np.array([[1.0], [1.0], [1.0], [5.0]]),
@@ -30,6 +33,7 @@ def test_metrics_of_a_model_against_base() -> None:
         "second_score": np.array([[1.0], [1.0], [1.0], [-1.0]]),
         "third_score": np.array([[3.0], [-1.0], [-1.0], [-1.0]]),
         "embedding": base["embedding"] + np.array([2.0, 0, 0]),
+        "inception_features": base["inception_features"] + np.array([0, 3.0, 0, 0, 0]),
         "face_found": np.ones((4, 1)),
         "hue": np.tile([0.0, 1.0], (4, 1, 1)),
     }
@@ -42,6 +46,8 @@ def test_metrics_of_a_model_against_base() -> None:
     assert found["easy"]["preference_score"] == 2.75
     assert found["easy"]["frechet_distance"] == pytest.approx(4.0)
     assert found["easy"]["face_frechet_distance"] == pytest.approx(0.0, abs=1e-6)
+    assert found["easy"]["fid"] == pytest.approx(9.0) and found["easy"]["kid"] > 500 * 9.0 / 5
+    assert found["easy"]["fd_dinov2"] == pytest.approx(0.0, abs=1e-6) and found["easy"]["cmmd"] == pytest.approx(0.0)
     assert (found["base"]["faces_found"], found["easy"]["faces_found"]) == (0.5, 1.0)
     assert found["easy"]["hue_distance"] == pytest.approx(90.0)
     assert found["easy"]["sharpness"] == 2.0

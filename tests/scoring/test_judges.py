@@ -8,29 +8,33 @@ import pytest
 
 from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.faces.embedding import Embedded
+from hgdpo_jax.run.places import Place, places
 from hgdpo_jax.scoring import judges
 from hgdpo_jax.scoring.judges import VIEWS, Judges, views
 from hgdpo_jax.scoring.preference import Judgement
+from hgdpo_jax.scoring.scorers import Scorer
 from tests import tiny
 
 
-@pytest.mark.parametrize("second, third", [("2", "3"), ("2", ""), ("", "3")])
+@pytest.mark.parametrize("second, third, more", [("2", "3", ""), ("2", "", "hps=4,clip_score=5"), ("", "3", "hps=4")])
 def test_each_scorer_says_its_own_and_an_absent_one_nothing(
-    second: str, third: str, monkeypatch: pytest.MonkeyPatch
+    second: str, third: str, more: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With scorers that say the number that their folder is named."""
+    """With scorers that say the number that their folder is named; of several that chose the first is asked."""
 
-    def scorer(folder: str, mesh: object) -> object:
-        return lambda images, ids: Judgement(
-            np.full(len(images), float(folder), np.float32), np.zeros((len(images), 1))
-        )
+    def scorer(place: Place, mesh: object) -> Scorer:
+        said = np.float32(place.path)
+        return Scorer(place.name, lambda images, ids: Judgement(np.full(len(images), said), np.zeros((len(images), 1))))
 
     faces = Embedded(np.zeros((2, 1)), np.ones(2, bool), np.ones(2))
-    monkeypatch.setattr(judges, "Scorer", scorer)
+    monkeypatch.setattr(judges, "open_scorer", scorer)
     monkeypatch.setattr(judges, "FaceEmbedder", lambda: SimpleNamespace(embed=lambda images: faces))
-    seen = Judges("1", second, third, tiny.mesh())(np.zeros((2, 8, 8, 3), np.float32), np.zeros((2, 3), np.int32))
-    scores = {name: list(value) for name, value in seen.items() if name in ("score", "second_score", "third_score")}
+    seen = Judges("1,9", second, third, more, tiny.mesh())(
+        np.zeros((2, 8, 8, 3), np.float32), np.zeros((2, 3), np.int32)
+    )
+    scores = {name: list(value) for name, value in seen.items() if "score" in name and name != "face_score"}
     expected = {"score": "1", "second_score": second, "third_score": third}
+    expected |= {f"scored_{place.name}": place.path for place in places(more)}
     assert scores == {name: [float(folder)] * 2 for name, folder in expected.items() if folder}
 
 

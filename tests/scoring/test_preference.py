@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from transformers import CLIPModel as TorchCLIP
 
 from hgdpo_jax.models.text import both
-from hgdpo_jax.scoring.preference import Scorer
+from hgdpo_jax.scoring.scorers import open_scorers
 from tests import tiny
 from tests.rounding import NETWORK, assert_close
 
@@ -41,6 +41,7 @@ def test_score_is_the_scaled_cosine_of_transformers(kind: str, tmp_path: Path) -
     pixels = torch.tensor(processor(list(images), return_tensors="np")["pixel_values"])
     with torch.no_grad():
         expected = theirs(torch.tensor(ids).long(), pixels).logits_per_image.diag()
-    found = Scorer(tmp_path, tiny.mesh())(jnp.asarray(images / 127.5 - 1.0, jnp.float32), jnp.asarray(both(ids, ids)))
+    (scorer,) = open_scorers(str(tmp_path), tiny.mesh())
+    found = scorer.judge(jnp.asarray(images / 127.5 - 1.0, jnp.float32), jnp.asarray(both(ids, ids)))
     assert_close(found.score, expected, NETWORK, size=theirs.logit_scale.exp().item())  # which multiplies the cosine
     assert found.embedding.shape == (3, 8)

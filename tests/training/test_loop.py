@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import Mock
 
@@ -23,6 +24,8 @@ import pytest
 from hgdpo_jax.data import ratings
 from hgdpo_jax.data.loader import PairLoader
 from hgdpo_jax.data.pairs import open_stage
+from hgdpo_jax.devices.sharding import replicated
+from hgdpo_jax.devices.transfer import place
 from hgdpo_jax.main import main
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import file_hash, write_json
@@ -43,10 +46,11 @@ from hgdpo_jax.training.policy import load_trainable, policy_of
 from hgdpo_jax.training.speed import Speed
 from tests import tiny
 from tests.patience import patience
+from tests.processes.start import WITHOUT_TORCH
 
 # Step 6 waits for the batch after its own until the process is killed.
-RUN = """
-import sys, time
+RUN = f"""{WITHOUT_TORCH}
+import time
 from pathlib import Path
 from tests import tiny
 from hgdpo_jax.data.loader import PairLoader
@@ -131,6 +135,26 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     assert f"{newest}: incomplete or altered" in caplog.text
     train(tiny.config(base, steps=6), tmp_path)
     assert everything(tmp_path, base, 6) == everything(finished, base, 6)
+
+
+def test_an_objective_with_a_state_of_its_own_goes_on_as_if_it_had_not_stopped(base: Path, tmp_path: Path) -> None:
+    """SmPO takes the scores of the records; auto β keeps a running mean."""
+    added = {"objective": "smpo", "auto_beta": 0.2, "safeguard": 0.9, "sft_weight": 0.5}
+    found = []
+    for name, counts in (("whole", (4,)), ("stopped", (2, 4))):
+        tiny.write_pairs(tmp_path / name / "stage1" / "pairs")
+        for count in counts:
+            train(tiny.config(base, steps=count, **added), tmp_path / name)
+        found.append((metrics_of(tmp_path / name), made_from(tmp_path / name, "stage1")))
+    whole, stopped = found
+    assert whole == stopped and whole[0]["dpo/beta"] != 5000.0
+    assert whole[1]["train.objective"] == "smpo" and whole[1]["train.safeguard"] == 0.9
+
+
+def metrics_of(workdir: Path) -> dict[str, float]:
+    """Of the last step, but for speeds."""
+    last = metrics.read(workdir / "stage1" / "logs")[-1]
+    return {name: value for name, value in last.items() if not name.startswith("speed/")}
 
 
 def test_the_log_says_how_fast_it_is(finished: Path) -> None:
@@ -434,7 +458,7 @@ def test_what_a_stage_depends_on_is_all_of_its_training_but_what_only_rounds_and
     aside |= {"keep", "keep_every", "hand_on", "alarms", "prompts", "wandb"}
     found = set(depends_on(config))
     assert {f"train.{name}" for name in config.train} - found == {f"train.{name}" for name in aside | {"eval_every"}}
-    assert found - {f"train.{name}" for name in config.train} == {"stage", "seed", "objective", "model.dtype"}
+    assert found - {f"train.{name}" for name in config.train} == {"stage", "seed", "model.dtype"}
     config.train.schedule = "cosine"
     assert set(depends_on(config)) - found == {"train.steps"}
 
@@ -504,7 +528,8 @@ def test_noise_is_that_of_all_margins_however_few_a_batch_has(capsys: pytest.Cap
     found = object.__new__(Monitor)
     found._stage, found._dtype, found._rate, found._held = "stage1", "bfloat16", 0.0, [None] * 20
     found._measured = lambda policy, reference, i: {"dpo/margin": 3.0 * (-1) ** i, "dpo/margin_deviation": 4.0}
-    found._print_noise({"x": jnp.ones(1)})
+    found._sampler = SimpleNamespace(mesh=tiny.mesh())
+    found._print_noise({"x": place(jnp.ones(1), replicated(tiny.mesh()))})
     assert "rounding in bfloat16 and a step of 0 in a random direction move margins by 5:" in capsys.readouterr().out
 
 

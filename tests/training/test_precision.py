@@ -31,7 +31,9 @@ def step(two_levels: Path, dtype: str, loss_scale: float | None = None, **number
     numbers = {name: np.float32(value) for name, value in numbers.items()}
     state = compiled.start(policy)
     if loss_scale is not None:
-        state = state._replace(optimizer=optax.tree.set(state.optimizer, loss_scale=jnp.float32(loss_scale)))
+        where = optax.tree.get(state.optimizer, "loss_scale").sharding  # elsewhere the step would be compiled again
+        scale = jax.device_put(np.float32(loss_scale), where)
+        state = state._replace(optimizer=optax.tree.set(state.optimizer, loss_scale=scale))
     return compiled.step(state, *arguments, lambda_stat=np.float32(0.0), **numbers)
 
 

@@ -138,7 +138,9 @@ def test_what_is_not_finite_is_not_kept(finished: Path, base: Path, tmp_path: Pa
 
 
 def test_supervised_fine_tuning_has_no_reference() -> None:
-    with pytest.raises(UserError, match="train.reference_cache=1: does nothing here, it goes with objective=dpo"):
+    with pytest.raises(
+        UserError, match="train.reference_cache=1: does nothing here, it goes with a train.objective with a reference"
+    ):
         load_config("configs/stage0_sft.py:portraits", ["train.reference_cache=1"])
 
 

@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel as TorchUNet
 from flax import nnx
 from jax.sharding import Mesh
 
+from hgdpo_jax.config import PREFERENCE
 from hgdpo_jax.devices.sharding import path_name, replicated, tree_shardings
 from hgdpo_jax.devices.transfer import place, to_devices
 from hgdpo_jax.diffusion.pipeline import Pipeline
@@ -79,7 +80,7 @@ def program(base: Path, mesh: Mesh, loss: steps.Loss | None = None, dtype: str =
     tx = make_optimizer(config.train)
     placed = tree_shardings(jax.eval_shape(lambda p: steps.init_state(p, tx, config.train.ema), policy), mesh)
     start = jax.jit(lambda p: steps.init_state(p, tx, config.train.ema), out_shardings=placed)
-    loss = loss or steps.dpo_loss(denoiser, pipeline.schedule, config.train.blocks)
+    loss = loss or steps.preference_loss(denoiser, pipeline.schedule, config.train.blocks)
     step = steps.make_step(loss, tx, config.train.accumulate, placed)
 
     def numbered(state: steps.TrainState, *arguments: Any, **numbers: Any) -> tuple[steps.TrainState, dict]:
@@ -133,7 +134,7 @@ class Scaled(steps.Denoiser):
 SCALED = Scaled(None, 8, None)
 
 
-@pytest.mark.parametrize("make", [steps.dpo_loss, steps.sft_loss])
+@pytest.mark.parametrize("make", [steps.preference_loss, steps.sft_loss])
 def test_what_comes_as_float16_is_computed_in_float32(make: Callable, base: Path) -> None:
     half = jax.tree.map(jnp.asarray, batch() | {"concept": np.ones((8, 1, 2), np.float16)})
     whole = {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in half.items()}
@@ -141,6 +142,68 @@ def test_what_comes_as_float16_is_computed_in_float32(make: Callable, base: Path
     loss, (policy, reference) = make(SCALED, SCHEDULE), ({"x": jnp.full(tiny.LATENT[-1], x)} for x in (0.9, 1.1))
     a, b = (loss(policy, reference, {}, data | key, numbers)[1] for data in (half, whole))
     assert tree_hash(a) == tree_hash(b)
+
+
+@pytest.mark.parametrize("objective", PREFERENCE)
+def test_an_objective_learns_and_says_what_it_minimises(objective: str) -> None:
+    """With the policy nearer to the latents than its reference; MaPO is given none."""
+    key = {"key": jax.random.split(jax.random.key(3), 8), "scores": jnp.arange(16.0).reshape(8, 2)}
+    config = tiny.config(Path(), objective=objective, lambda_stat=0.0)
+    numbers, loss = numbers_of(config, 0), steps.preference_loss(SCALED, SCHEDULE, objective=objective)
+    policy, reference = {"x": jnp.full(tiny.LATENT[-1], 0.9)}, {"x": jnp.full(tiny.LATENT[-1], 1.1)}
+    reference = {} if objective == "mapo" else reference
+
+    def total(policy: Any, numbers: steps.Numbers) -> tuple[jax.Array, dict]:
+        return loss(policy, reference, {}, jax.tree.map(jnp.asarray, batch()) | key, numbers)
+
+    (value, metrics), slope = jax.value_and_grad(total, has_aux=True)(policy, numbers)
+    assert metrics[f"loss/{objective}"] == value
+    assert np.isfinite(slope["x"]).all() and np.any(slope["x"])
+    assert ("error/winner_reference" in metrics) == (objective != "mapo")
+    more, with_sft = total(policy, numbers._replace(sft_weight=np.float32(2.0)))
+    assert_close(more, value + 2.0 * metrics["error/winner"], 4 * EPS)
+    guarded = jax.grad(lambda policy: total(policy, numbers._replace(safeguard=np.float32(1.0)))[0])(policy)
+    assert np.any(guarded["x"] != slope["x"]) != (objective == "dspo")  # whose loser teaches nothing but how much
+    assert with_sft.keys() == metrics.keys()
+
+
+def test_auto_beta_is_kept_in_the_state(base: Path) -> None:
+    """Each step takes the running mean of |u| with its own batch in it; held-out pairs are measured at train.beta."""
+    config = tiny.config(base, auto_beta=0.2, beta=300.0, lambda_stat=0.0, clip_norm=0.0)
+    tx = make_optimizer(config.train)
+    policy, reference = {"x": jnp.full(tiny.LATENT[-1], 0.9)}, {"x": jnp.full(tiny.LATENT[-1], 1.1)}
+    loss = steps.preference_loss(SCALED, SCHEDULE)
+    for accumulate in (1, 2):
+        step, state = steps.make_step(loss, tx, accumulate), steps.init_state(policy, tx, 0.0, 0.2)
+        leads = [0.0]
+        for number in range(3):
+            state, metrics = step(state, reference, {}, jax.tree.map(jnp.asarray, batch()), numbers_of(config, number))
+            if accumulate == 1:
+                assert_close(metrics["dpo/beta"], 2.0 * np.log(4.0) / state.lead, 8 * EPS)
+            leads.append(float(state.lead))
+        assert len({*leads}) == 4 and "dpo/lead" not in metrics
+        assert abs(leads[2] / leads[1] - 1.0) < 0.02  # of which the newest batch is a hundredth
+    key = {"key": jax.random.split(jax.random.key(3), 8)}
+    _, held = loss(policy, reference, {}, jax.tree.map(jnp.asarray, batch()) | key, numbers_of(config, 0))
+    _, plain = loss(policy, reference, {}, jax.tree.map(jnp.asarray, batch()) | key, numbers_of(tiny.config(base), 0))
+    assert_close(held["dpo/margin"], 300.0 / 5000.0 * plain["dpo/margin"], 8 * EPS)
+
+
+def test_an_objective_without_a_reference_computes_none(base: Path) -> None:
+    """MaPO's step is that of DPO less the reference's pass, which is a quarter of both passes and the gradient."""
+    counted = {}
+    for objective in ("dpo", "mapo"):
+        config = tiny.config(base, objective=objective, lambda_stat=0.0)
+        pipeline = load_trainable(config, tiny.mesh(), weights=False)
+        denoiser, policy, frozen = steps.split_params(pipeline, "lora")
+        loss = steps.preference_loss(denoiser, pipeline.schedule, objective=objective)
+        data = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(2).items()}
+        data["key"] = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+        reference = policy if objective == "dpo" else {}
+        gradient = jax.jit(jax.grad(loss, has_aux=True))
+        traced = gradient.trace(policy, reference, frozen, data, numbers_of(config, 0))
+        counted[objective] = cost.operations(traced.jaxpr)
+    assert 0.6 < counted["mapo"] / counted["dpo"] < 0.76
 
 
 class OneCaption(nnx.Module):
@@ -205,7 +268,7 @@ def test_lora_of_the_policy_drops_numbers_where_it_learns_and_nothing_else_does(
         config = tiny.config(base, **settings)
         pipeline = load_trainable(config, tiny.mesh(), weights=False)
         denoiser, policy, frozen = steps.split_params(pipeline, "lora")
-        loss = steps.dpo_loss(denoiser, pipeline.schedule, config.train.blocks)
+        loss = steps.preference_loss(denoiser, pipeline.schedule, config.train.blocks)
         given, masks = data | {"key": keys} | ({"dropout": keys} if learns else {}), []
         jax.eval_shape(loss, policy, policy, frozen, given, numbers_of(config, 0))
         drawn.append(len(masks))
@@ -301,7 +364,7 @@ def test_fully_sharded_training_keeps_an_eighth_of_everything_on_each_of_eight_d
 
 def test_microbatches_give_the_gradient_of_the_whole_batch_on_every_mesh(base: Path) -> None:
     config = tiny.config(base, beta=10.0, clip_norm=0.0)
-    tx, loss = make_optimizer(config.train), steps.dpo_loss(SCALED, SCHEDULE)
+    tx, loss = make_optimizer(config.train), steps.preference_loss(SCALED, SCHEDULE)
     policy, reference = ({"x": jnp.full(tiny.LATENT[-1], x)} for x in (0.9, 1.1))
     found = []
     for mesh, accumulate in ((tiny.mesh(), 1), (tiny.mesh(), 4), (tiny.mesh(2, 2, 2), 2)):

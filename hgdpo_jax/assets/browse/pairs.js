@@ -29,7 +29,7 @@ const about = () => {
     given: "as given",
   };
   const titles = Object.fromEntries(data.stages.map(({ name, title }) => [name, title]));
-  const losers = { pool: stage.winner === "pool" ? "the worst" : "a drawing", given: "as given" };
+  const losers = { pool: stage.winner === "pool" ? "the worst" : "a drawing", given: "as given", sdrecon: "the photograph, redrawn" };
   const loser = losers[stage.loser] ?? `the winner of ${titles[stage.loser] ?? stage.loser}`;
   const train = stage.rows.filter((row) => row[SPLIT].startsWith("train_")).length;
   const lines = [

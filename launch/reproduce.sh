@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Rows of the paper's tables and of ours (docs/rows.md), for each seed. bash launch/reproduce.sh VARIANT WORKDIR [--config.key=value ...]
+# SEEDS="0 1 2" by default. Run again after a stop, as often as you like: what is finished is not done again.
+variant=${1:?which variant: portraits, sd15 or sdxl} workdir=${2:?folder of the runs}
+shift 2
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt "$variant"
+
+once() { # RUN COMMAND SPEC ARGUMENTS ...: unless RUN/done says that it is finished
+  local mark
+  mark=$1/done/$(sha256sum <<<"${*:2}" | cut -c1-16)
+  [ ! -e "$mark" ] || return 0
+  [ "$2" != main ] || set -- "$@" --config.train.alarms=0  # some rows are there to collapse
+  python -m "hgdpo_jax.$2" --config "$3" --workdir "$1" --config.seed="$seed" "${@:4}" </dev/null
+  mkdir -p "$1/done" && echo "${*:2}" > "$mark"
+}
+
+lines=$(python -m tools.reproduction.rows "$variant")
+case $variant in sd15 | sdxl) python -m tools.reproduction.cost "$variant" ;; esac
+for seed in ${SEEDS:-0 1 2}; do
+  while read -r line; do
+    # shellcheck disable=SC2086  # a line is several arguments
+    once "$workdir/$seed" $line "$@"
+  done <<<"$lines"
+  mapfile -t drawn < <(python -m tools.reproduction.rows "$variant" "$workdir/$seed")
+  python -m hgdpo_jax.evaluate --runs "${drawn[@]}" --seeds 4 --out "$workdir/$seed/rows"
+  [ "$variant" = portraits ] || continue
+  fewer=()  # people to learn from
+  for count in 8 16 32 64; do
+    run=$workdir/$seed-people-$count
+    fewer+=("$run:hard")
+    python -m tools.reproduction.people "$count" "$run/captions.jsonl"
+    for stage in stage1 stage2 stage3; do
+      for command in pairs main; do
+        once "$run" $command "configs/$stage.py:portraits" --config.data.photographs="$run/captions.jsonl" "$@"
+      done
+    done
+  done
+  python -m hgdpo_jax.evaluate --runs "$workdir/$seed:base" "${fewer[@]}" "$workdir/$seed:hard" \
+    --seeds 4 --out "$workdir/$seed/people"
+done
+python -m tools.reproduction.document "$variant" "$workdir" > "$workdir/reproduction.part"
+mv "$workdir/reproduction.part" "$workdir/reproduction.md"
+echo "$workdir/reproduction.md"

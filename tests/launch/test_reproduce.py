@@ -1,0 +1,57 @@
+"""launch/reproduce.sh, with a stand-in of python."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.launch.stand_in import StandIns
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "reproduce.sh"
+PYTHON = """
+case $2 in
+  tools.reproduction.rows) if [ -n "${4:-}" ]; then printf '%s\\n' "$4:base" "$4:hard+lan"; else
+    printf '%s\\n' "pairs a.py:portraits --config.x=1" "main a.py:portraits"; fi ;;
+  tools.reproduction.document) echo "# page" ;;
+  hgdpo_jax.main) [ ! -e "$STAND_INS/broken" ] ;;
+esac
+"""
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> StandIns:
+    return StandIns(tmp_path / "shell", {"python": PYTHON})
+
+
+def test_each_command_runs_once_for_each_seed_and_a_stopped_reproduction_goes_on(
+    shell: StandIns, tmp_path: Path
+) -> None:
+    """In a folder whose name has a blank."""
+    folder, given = tmp_path / "my rows", {"VIRTUAL_ENV": "here", "SEEDS": "3 5"}
+    shell.tell("broken", ["yes"])
+    stopped = shell.run(SCRIPT, "sd15", str(folder), "--config.y=2", JAX_PLATFORMS="cpu", **given)
+    assert stopped.returncode == 1
+    (shell.folder / "broken").unlink()
+    done = shell.run(SCRIPT, "sd15", str(folder), "--config.y=2", JAX_PLATFORMS="cpu", **given)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "reproduction.md").read_text() == "# page\n"
+    trained = [call[2:] for call in shell.calls("python") if call[2] in ("hgdpo_jax.pairs", "hgdpo_jax.main")]
+    expected = []
+    for seed, commands in (("3", ("pairs", "main", "main")), ("5", ("pairs", "main"))):  # the first main failed
+        for command in commands:
+            own, more = (["--config.x=1"], []) if command == "pairs" else ([], ["--config.train.alarms=0"])
+            place = ["--workdir", f"{folder}/{seed}", f"--config.seed={seed}"]
+            expected.append([f"hgdpo_jax.{command}", "--config", "a.py:portraits", *place, *own, "--config.y=2", *more])
+    assert trained == expected
+    measured = [call[3:] for call in shell.calls("python") if call[2] == "hgdpo_jax.evaluate"]
+    assert measured == [
+        [
+            "--runs",
+            f"{folder}/{seed}:base",
+            f"{folder}/{seed}:hard+lan",
+            "--seeds",
+            "4",
+            "--out",
+            f"{folder}/{seed}/rows",
+        ]
+        for seed in "35"
+    ]

@@ -1,0 +1,43 @@
+"""The rows of the reproduction: every command is one that this package takes, and every row trains what it is named."""
+
+import pytest
+
+from hgdpo_jax.run.command import add_name, parse, run_parser
+from hgdpo_jax.run.folder import pair_stages, stage_folder
+from hgdpo_jax.scoring.reproduction import read_paper
+from tools.reproduction.cost import examples_of, pictures_of
+from tools.reproduction.rows import command_lines, rows
+
+
+@pytest.mark.parametrize("variant", ["portraits", "sd15", "sdxl"])
+def test_each_row_is_trained_after_what_it_needs(variant: str) -> None:
+    built, trained = set(), {"base"}
+    for line in command_lines(variant):
+        command, spec, *arguments = line.split()
+        parser = run_parser("")
+        if command == "main":
+            add_name(parser)
+        config, _ = parse(parser, ["--config", spec, "--workdir", "W", *arguments])
+        if command == "pairs":
+            needed = {config.pairs.loser} - {"pool", "sdrecon", "given", "none"}
+            assert needed <= built, line
+            built.add(config.stage)
+        else:
+            assert {*pair_stages(config)} <= built and config.train.start in trained, line
+            trained.add(config.stage)
+    drawn = [row.drawn.split("+")[0] for row in rows(variant)]
+    assert {stage_folder(stage) for stage in drawn} <= trained
+    names, paper = [row.name for row in rows(variant)], read_paper()
+    assert len({*names}) == len(names) and {*paper.rows} <= {*names}
+
+
+def test_the_first_pool_is_the_largest() -> None:
+    """So that all others are read from it."""
+    pools = [line for line in command_lines("sd15") if line.startswith("pairs ") and "stage1.py" in line]
+    assert pools == [command_lines("sd15")[0]] and "--config.pairs.pool_size=20" in pools[0]
+
+
+def test_the_cost_counts_each_candidate_once_and_every_step() -> None:
+    assert pictures_of("sd15") == 20 + (1 + 2 + 4 + 5 + 6 + 7) / 10 + 1  # RealAlign's face is a whole trajectory
+    of_objectives = 10 * 16 * (300_000 + 20_000 + 20_000)
+    assert examples_of("sd15") > of_objectives

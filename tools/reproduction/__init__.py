@@ -1,0 +1,1 @@
+"""The rows of the paper's tables and of ours, trained and measured side by side: launch/reproduce.sh."""

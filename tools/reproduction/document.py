@@ -1,0 +1,133 @@
+"""What the rows of all seeds say beside the paper's, as Markdown.
+
+python -m tools.reproduction.document VARIANT FOLDER
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hgdpo_jax.scoring import reproduction
+from hgdpo_jax.scoring.bootstrap import Measure
+from hgdpo_jax.scoring.comparison import title_of
+from hgdpo_jax.scoring.reproduction import Paper, Samples
+from tools.reproduction.rows import rows
+
+# The paper's column → our metrics of the same kind; the first that was measured stands for it.
+NEAREST = {
+    "P": ("preference_score",),
+    "HPS": ("hps",),
+    "IR": ("image_reward",),
+    "AES": ("aesthetic",),
+    "CLIP": ("clip_score",),
+    "FID": ("fid", "frechet_distance"),
+    "CI-Q": ("clip_iqa_quality", "second_score"),
+    "CI-S": ("clip_iqa_sharpness",),
+    "ATHEC": ("sharpness",),
+    "hue": ("hue_distance",),
+}
+_SHOWN = ("faces_found", "second_win_rate", "third_win_rate", "face_kernel_distance", "kernel_distance",
+          "frechet_distance", "preference_score", "second_score", "sharpness", "hue_distance")  # fmt: skip
+
+
+def read(paths: Sequence[Path], names: Mapping[str, str]) -> dict[str, dict[str, np.ndarray]]:
+    """Row → metric → value and resamples of each seed, [s r].
+
+    Args:
+        paths: a file of resamples for each seed.
+        names: the end of a run as `evaluate --runs` takes it → its row.
+    """
+    per_seed = [reproduction.read_resamples([path]) for path in paths]
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for end, name in names.items():
+        seeds = [row for seed in per_seed for run, row in seed.items() if run.endswith(end)]
+        if seeds:
+            found[name] = {metric: np.concatenate([seed[metric] for seed in seeds]) for metric in seeds[0]}
+    return found
+
+
+def cell(samples: np.ndarray) -> str:
+    """The mean over seeds, and the middle 95 % over seeds and prompts."""
+    drawn = np.random.default_rng(0).integers(len(samples), size=(2000, len(samples)))
+    column = np.random.default_rng(1).integers(1, samples.shape[1], size=2000)
+    measure = Measure(np.concatenate([[samples[:, 0].mean()], samples[drawn, column[:, None]].mean(1)]))
+    low, high = measure.interval
+    return f"{measure.value:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def table(ours: Samples) -> list[str]:
+    """A row for each of ours."""
+    shown = [metric for metric in _SHOWN if metric in next(iter(ours.values()))]
+    lines = ["| row | " + " | ".join(title_of(metric) for metric in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    return lines + [
+        f"| {name} | " + " | ".join(cell(row[metric]) for metric in shown) + " |" for name, row in ours.items()
+    ]
+
+
+def standing(ours: Samples) -> dict[str, str]:
+    """The paper's column → the metric that stands for it, of those that were measured."""
+    measured = next(iter(ours.values()))
+    found = {column: [metric for metric in metrics if metric in measured] for column, metrics in NEAREST.items()}
+    return {column: metrics[0] for column, metrics in found.items() if metrics}
+
+
+def beside(paper: Paper, ours: Mapping[str, Mapping[str, np.ndarray]], stands: Mapping[str, str]) -> list[str]:
+    """The paper's numbers, and ours, row by row."""
+    titles = [f"{column}, paper | {title_of(metric).rstrip(' ↑↓')}" for column, metric in stands.items()]
+    lines = ["| row | " + " | ".join(titles) + " |", "|---" * (2 * len(titles) + 1) + "|"]
+    for name, numbers in paper.rows.items():
+        if name in ours:
+            theirs = [f"{numbers[column]:.4g}" if column in numbers else "–" for column in stands]
+            own = [f"{ours[name][column][:, 0].mean():.4g}" for column in stands]
+            cells = " | ".join(f"{a} | {b}" for a, b in zip(theirs, own, strict=True))
+            lines.append(f"| {name} | {cells} |")
+    return lines
+
+
+def judged(paper: Paper, ours: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    """The statistic of each column, and the orders that must hold and do not."""
+    lines = [
+        "| column | pairs decided | in the same order | 95 % | p | τ-b | passes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, column in reproduction.columns(paper, ours).items():
+        low, high = column.interval
+        lines.append(f"| {name} | {column.decided} | {column.share:.2f} | {low:.2f} to {high:.2f} | {column.p:.4f} | "
+                     f"{column.tau:.2f} | {'yes' if column.passes else 'no'} |")  # fmt: skip
+    orders = reproduction.must_hold(paper, ours)
+    held = [order for order in orders if order.holds]
+    lines += ["", f"Orders that must hold and can be measured: {len(held)} of {len(orders)} do. Those that do not:", ""]
+    for order in orders:
+        if not order.holds:
+            barely = ", barely decided by the paper" if order.barely else ""
+            lines.append(
+                f"- {order.column}: {order.more} above {order.less} (in {order.share:.0%} of the draws){barely}"
+            )
+    return lines
+
+
+def document(variant: str, folder: Path) -> str:
+    """The page."""
+    names = {f":{row.drawn}": row.name for row in rows(variant)}
+    paper, ours = reproduction.read_paper(), read(sorted(folder.glob("*/rows/resamples.npz")), names)
+    people = {f"-people-{count}:hard": f"{count} people" for count in (8, 16, 32, 64)}
+    fewer = read(sorted(folder.glob("*/people/resamples.npz")), people)
+    seeds = len(next(iter(next(iter(ours.values())).values())))
+    stands = standing(ours)
+    named = {name: {column: row[metric] for column, metric in stands.items()} for name, row in ours.items()}
+    parts: Sequence[list[str]] = (
+        [f"## All rows: {seeds} training seeds, {variant}, mean and 95 % over seeds and prompts"],
+        table(ours),
+        ["## Beside the paper's numbers"],
+        beside(paper, named, stands),
+        ["## Order"],
+        judged(paper, named),
+        *([["## Fewer people to learn from, hard"], table(fewer)] if fewer else []),
+    )
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+if __name__ == "__main__":
+    print(document(sys.argv[1], Path(sys.argv[2])), end="")
