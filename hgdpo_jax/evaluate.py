@@ -71,8 +71,9 @@ def _several() -> None:
         epilog="How is drawn and measured: --config.evaluate.steps=20 (python -m hgdpo_jax.config lists them).",
     )
     parser.add_argument("--runs", nargs="+", required=True, metavar="WORKDIR[:STAGE]", help="the others are compared "
-                        "with the first. STAGE: base, easy, normal, hard, or its folder, with +text_encoder and +lan "
-                        "behind it; what sample draws unless given")  # fmt: skip
+                        "with the first. STAGE: base, easy, normal, hard, or its folder, with +text_encoder, +lan, "
+                        "+0.5 (its LoRA's weight), +all or +up (blocks) behind it; what sample draws unless "
+                        "given")  # fmt: skip
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line; the first run's held-out "
                         "captions unless given")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="pictures of each prompt, from seeds 0, 1, …")

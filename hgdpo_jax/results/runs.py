@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from hgdpo_jax.scoring.comparison import METRICS, OF_PHOTOGRAPHS, Measures, Seen
 from hgdpo_jax.scoring.judges import Judges
 
 _DRAWN = "drawn"  # folder of what was drawn, which no command draws again
-_ALSO = ("text_encoder", "lan")
+_ALSO = ("text_encoder", "lan", "all", "up")  # behind a stage; or a number, the weight of its LoRA
 # What an override may change: how is drawn and measured. The rest is what the runs were trained with.
 _CHANGED = ("evaluate.", "pairs.scorer", "data.photographs")
 _SCORERS = {"preference_score": "pairs.scorer", "win_rate": "pairs.scorer", "second_score": "evaluate.scorer"}
@@ -48,6 +49,7 @@ class Run(NamedTuple):
         stage: its folder in there, or `base`.
         text_encoder: draws with the text encoder's LoRA too.
         normalise: draws with latent adaptive normalisation.
+        weight, blocks: of its LoRA, see :func:`hgdpo_jax.results.images.from_run`; the recipe's where None.
     """
 
     name: str
@@ -55,6 +57,8 @@ class Run(NamedTuple):
     stage: str
     text_encoder: bool
     normalise: bool
+    weight: float | None = None
+    blocks: str | None = None
 
     @property
     def config(self) -> ConfigDict:
@@ -64,17 +68,20 @@ class Run(NamedTuple):
 
 
 def parse_run(text: str) -> Run:
-    """`WORKDIR[:STAGE[+text_encoder][+lan]]`. STAGE is base, easy, normal, hard or a stage's folder; without it what
-    `sample` draws: the last stage, with the text encoder where it was trained.
+    """`WORKDIR[:STAGE[+text_encoder][+lan][+WEIGHT][+all|up]]`. STAGE is base, easy, normal, hard or a stage's folder;
+    without it what `sample` draws: the last stage, with the text encoder where it was trained.
 
     Raises:
         UserError: no stage was trained in such a folder, or not that one.
     """
     folder, stage = (text, "") if Path(text).is_dir() or ":" not in text else text.rsplit(":", 1)
     workdir, (name, *also) = Path(folder), stage.split("+")
-    unknown = sorted({*also} - {*_ALSO})
-    if unknown:
-        raise UserError(f"--runs {text}: +{unknown[0]} is unknown; expects {' or '.join(f'+{x}' for x in _ALSO)}")
+    weights = [float(part) for part in also if re.fullmatch(r"\d+(\.\d+)?", part)]
+    blocks = [part for part in also if part in ("all", "up")]
+    unknown = [part for part in also if part not in _ALSO and not re.fullmatch(r"\d+(\.\d+)?", part)]
+    if unknown or len(weights) > 1 or len(blocks) > 1:
+        wrong = f"+{unknown[0]} is unknown" if unknown else "one weight and one kind of blocks are enough"
+        raise UserError(f"--runs {text}: {wrong}; expects {', '.join(f'+{x}' for x in _ALSO)} or a weight such as +0.5")
     found = stage_folder(name) if name else last_stage(workdir)
     if found == PERSONALISE:
         raise UserError(f"--runs {text}: {PERSONALISE} draws people from photographs; choose another stage")
@@ -82,7 +89,9 @@ def parse_run(text: str) -> Run:
         stage_config(workdir, found)
     if "text_encoder" in also:
         stage_config(workdir, TEXT_ENCODER)
-    return Run(text.rstrip("/"), workdir, found, not name or "text_encoder" in also, "lan" in also)
+    with_text = not name or "text_encoder" in also
+    weight, where = weights[0] if weights else None, blocks[0] if blocks else None
+    return Run(text.rstrip("/"), workdir, found, with_text, "lan" in also, weight, where)
 
 
 def compare_runs(
@@ -186,7 +195,7 @@ def _evaluator(
     features: sets.SetFeatures | None,
 ) -> tuple[images.Generator, Evaluator]:
     """What draws a run as the comparison's config says, and measures it."""
-    source = images.from_run(run.workdir, run.stage, text_encoder=run.text_encoder, base=base)
+    source = images.from_run(run.workdir, run.stage, run.weight, run.blocks, run.text_encoder, base)
     asked, own = config.evaluate, config.copy_and_resolve_references()
     own.model.dtype = run.config.model.dtype
     given = {name: asked[name] for name in ("steps", "guidance", "batch")}
@@ -219,12 +228,11 @@ def absent(measured: Measures, config: ConfigDict, photographs: bool) -> dict[st
     found = {}
     for name in METRICS:
         if name not in measured:
-            reason = f"{keys[name]} is not set"
             if name in OF_PHOTOGRAPHS and not photographs:
-                reason = "needs photographs of the prompts"
-            elif get_setting(config, keys[name]):
-                reason = f"{keys[name]} has no embeddings"
-            found[name] = reason
+                found[name] = "needs photographs of the prompts"
+            else:
+                key = keys[name]
+                found[name] = f"{key} {'has no embeddings' if get_setting(config, key) else 'is not set'}"
     return found
 
 

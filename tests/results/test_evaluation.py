@@ -158,12 +158,16 @@ def runs_are_compared(
     )
     drawn_otherwise = runs.parse_run(f"{asked[1]}+lan")
     assert drawn_otherwise.normalise and drawn_otherwise.stage == "stage1" and not drawn_otherwise.text_encoder
+    whole = runs.parse_run(f"{asked[1]}+1+all")
+    assert (whole.weight, whole.blocks, drawn_otherwise.weight, drawn_otherwise.blocks) == (1.0, "all", None, None)
     for rows, seeds, where, own, line in (
         (asked[:1], 1, out, [], "expects two or more runs, each once"),
         (asked, 0, out, [], "--seeds 0: expects a number"),
         (asked, 1, folder / "scorer", [], "--out .*: holds something else; choose another folder"),
         (asked, 1, out, ["train.lr=1"], "override train.lr=1: does nothing with --runs"),
-        ([asked[0], f"{asked[1]}+x"], 1, out, [], r"\+x is unknown; expects \+text_encoder or \+lan"),
+        ([asked[0], f"{asked[1]}+x"], 1, out, [], r"\+x is unknown; expects \+text_encoder, \+lan"),
+        ([asked[0], f"{asked[1]}+up+all"], 1, out, [], "one weight and one kind of blocks are enough"),
+        (asked, 1, out, ["evaluate.images_per_prompt=8"], "does nothing with --runs, which draws each prompt once"),
         ([asked[0], asked[0].replace(":base", ":hard")], 1, out, [], "stage3 was not trained in"),
         ([asked[0], str(folder / "nothing")], 1, out, [], "no stage was trained in"),
     ):

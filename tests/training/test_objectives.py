@@ -173,10 +173,9 @@ def in_torch(name: str, p: list[Tensor], o: list[Tensor], t: list[Tensor], score
 
 
 def in_jax(name: str, pairs: Compared, scores: WinnerLoser) -> Array:
-    if name == "mapo":
-        return objectives.mapo(pairs.error, 0.1).mean()
     z = objectives.margin(pairs, BETA)
-    return {
+    found = {
+        "mapo": lambda: objectives.mapo(pairs.error, 0.1),
         "dpo": lambda: objectives.dpo(z),
         "smoothed": lambda: objectives.dpo(z, 0.1),
         "hinge": lambda: objectives.hinge(z),
@@ -184,7 +183,9 @@ def in_jax(name: str, pairs: Compared, scores: WinnerLoser) -> Array:
         "kto": lambda: objectives.kto(pairs.gain, BETA),
         "dspo": lambda: objectives.dspo(pairs, 0.5),
         "smpo": lambda: objectives.smpo(z, objectives.scaled_scores(scores), 10.0),
-    }[name]().mean()
+    }[name]()
+    assert found.shape == SHAPE[:1]  # of each pair
+    return found.mean()
 
 
 @pytest.mark.parametrize("name", [*PREFERENCE, "smoothed"])
@@ -208,6 +209,11 @@ def test_values_and_gradients_are_those_of_the_formula_in_pytorch(name: str) -> 
         for found, expected in zip(gradient, theirs, strict=True):
             # DSPO's loser teaches through σ alone.
             np.testing.assert_allclose(found, expected.grad, rtol=1e-8, atol=1e-14)
+
+
+def test_scores_of_a_batch_become_0_to_1() -> None:
+    scaled = objectives.scaled_scores(sides(np.array([3.0, 1.0]), np.array([2.0, 5.0])))
+    np.testing.assert_allclose(np.stack(scaled), [[0.5, 0.0], [0.25, 1.0]])
 
 
 def test_the_safeguard_changes_no_value_and_no_gradient_of_the_winner() -> None:
