@@ -9,8 +9,8 @@ once() { # RUN COMMAND SPEC ARGUMENTS ...: unless RUN/done says that it is finis
   local mark
   mark=$1/done/$(sha256sum <<<"${*:2}" | cut -c1-16)
   [ ! -e "$mark" ] || return 0
-  [ "$2" != main ] || set -- "$@" --config.train.alarms=0  # some rows are there to collapse
-  python -m "hgdpo_jax.$2" --config "$3" --workdir "$1" --config.seed="$seed" "${@:4}" </dev/null
+  [ "$2" != main ] || set -- "${@:1:3}" --config.train.alarms=0 "${@:4}"  # some rows are there to collapse
+  python -m "hgdpo_jax.$2" --config "$3" --workdir "$1" --config.seed="$seed" "${@:4}" </dev/null || [ $? = 3 ]
   mkdir -p "$1/done" && echo "${*:2}" > "$mark"
 }
 

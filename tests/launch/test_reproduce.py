@@ -12,7 +12,7 @@ case $2 in
   tools.reproduction.rows) if [ -n "${4:-}" ]; then printf '%s\\n' "$4:base" "$4:hard+lan"; else
     printf '%s\\n' "pairs a.py:portraits --config.x=1" "main a.py:portraits"; fi ;;
   tools.reproduction.document) echo "# page" ;;
-  hgdpo_jax.main) [ ! -e "$STAND_INS/broken" ] ;;
+  hgdpo_jax.main) [ ! -e "$STAND_INS/broken" ] || exit 1; exit 3 ;;
 esac
 """
 
@@ -25,7 +25,7 @@ def shell(tmp_path: Path) -> StandIns:
 def test_each_command_runs_once_for_each_seed_and_a_stopped_reproduction_goes_on(
     shell: StandIns, tmp_path: Path
 ) -> None:
-    """In a folder whose name has a blank."""
+    """In a folder whose name has a blank. That the watchdog stopped a training is an answer, too."""
     folder, given = tmp_path / "my rows", {"VIRTUAL_ENV": "here", "SEEDS": "3 5"}
     shell.tell("broken", ["yes"])
     stopped = shell.run(SCRIPT, "sd15", str(folder), "--config.y=2", JAX_PLATFORMS="cpu", **given)
@@ -38,9 +38,9 @@ def test_each_command_runs_once_for_each_seed_and_a_stopped_reproduction_goes_on
     expected = []
     for seed, commands in (("3", ("pairs", "main", "main")), ("5", ("pairs", "main"))):  # the first main failed
         for command in commands:
-            own, more = (["--config.x=1"], []) if command == "pairs" else ([], ["--config.train.alarms=0"])
+            own = ["--config.x=1"] if command == "pairs" else ["--config.train.alarms=0"]
             place = ["--workdir", f"{folder}/{seed}", f"--config.seed={seed}"]
-            expected.append([f"hgdpo_jax.{command}", "--config", "a.py:portraits", *place, *own, "--config.y=2", *more])
+            expected.append([f"hgdpo_jax.{command}", "--config", "a.py:portraits", *place, *own, "--config.y=2"])
     assert trained == expected
     measured = [call[3:] for call in shell.calls("python") if call[2] == "hgdpo_jax.evaluate"]
     assert measured == [

@@ -13,7 +13,9 @@ from hgdpo_jax.scoring import reproduction
 from hgdpo_jax.scoring.bootstrap import Measure
 from hgdpo_jax.scoring.comparison import title_of
 from hgdpo_jax.scoring.reproduction import Paper, Samples
-from tools.reproduction.rows import rows
+from hgdpo_jax.training import metrics
+from hgdpo_jax.training.watchdog import watch
+from tools.reproduction.rows import rows, too_fast
 
 # The paper's column → our metrics of the same kind; the first that was measured stands for it.
 NEAREST = {
@@ -108,6 +110,27 @@ def judged(paper: Paper, ours: Mapping[str, Mapping[str, np.ndarray]]) -> list[s
     return lines
 
 
+def collapses(folder: Path, variant: str) -> list[str]:
+    """After how many steps each objective gives its first alarm at ten times the rate, in each run; – where it gives
+    none."""
+    found = [f"| {name} | {' | '.join(_first_alarm(run / f'fast_{name}') for run in _runs(folder))} |"
+             for name in too_fast(variant)]  # fmt: skip
+    return [
+        "| objective | " + " | ".join(run.name for run in _runs(folder)) + " |",
+        "|---" * (len(_runs(folder)) + 1) + "|",
+        *found,
+    ]
+
+
+def _runs(folder: Path) -> list[Path]:
+    return sorted(path.parent.parent for path in folder.glob("*/rows/resamples.npz"))
+
+
+def _first_alarm(stage: Path) -> str:
+    alarms = watch(metrics.read(stage / "logs")).alarms
+    return f"{alarms[0][0]}: {alarms[0][1]}" if alarms else "–"
+
+
 def document(variant: str, folder: Path) -> str:
     """The page."""
     names = {f":{row.drawn}": row.name for row in rows(variant)}
@@ -124,6 +147,8 @@ def document(variant: str, folder: Path) -> str:
         beside(paper, named, stands),
         ["## Order"],
         judged(paper, named),
+        ["## Ten times the rate: the step of the first alarm, by seed, and why"],
+        collapses(folder, variant),
         *([["## Fewer people to learn from, hard"], table(fewer)] if fewer else []),
     )
     return "\n\n".join("\n".join(part) for part in parts) + "\n"

@@ -109,10 +109,21 @@ def _longer(variant: str, factor: float) -> Row:
     return _again(f"hard, steps × {factor:g}", f"steps_{factor:g}", *settings)
 
 
+def too_fast(variant: str) -> dict[str, str]:
+    """Objective → the normal stage with it, at ten times its rate, until the first alarm of the watchdog."""
+    train = load_config(f"configs/stage2.py:{variant}").train
+    looks = max(1, train.steps // 30)
+    given = f"--config.train.lr={10 * train.lr:g} --config.train.eval_every={looks} --config.train.alarms=1"
+    return {
+        name: " ".join([f"main stage2 --as fast_{name} {given}", *(f"--config.train.{s}" for s in settings.split())])
+        for name, settings in {"dpo": "", **_OBJECTIVES}.items()
+    }
+
+
 def command_lines(variant: str) -> list[str]:
-    """What trains all rows."""
+    """What trains all rows, and what collapses."""
     lines = []
-    for line in (line for row in rows(variant) for line in row.commands):
+    for line in [line for row in rows(variant) for line in row.commands] + [*too_fast(variant).values()]:
         command, config, *arguments = line.split()
         file, comma, value = config.partition(",")
         lines.append(" ".join([command, f"configs/{file}.py:{variant}{comma}{value}", *arguments]))
