@@ -127,6 +127,8 @@ def _runs(folder: Path) -> list[Path]:
 
 
 def _first_alarm(stage: Path) -> str:
+    if not stage.is_dir():
+        return "not run"
     alarms = watch(metrics.read(stage / "logs")).alarms
     return f"{alarms[0][0]}: {alarms[0][1]}" if alarms else "–"
 
@@ -141,7 +143,7 @@ def document(variant: str, folder: Path) -> str:
     stands = standing(ours)
     named = {name: {column: row[metric] for column, metric in stands.items()} for name, row in ours.items()}
     parts: Sequence[list[str]] = (
-        [f"## All rows: {seeds} training seeds, {variant}, mean and 95 % over seeds and prompts"],
+        [f"## All rows: {seeds} training seed{'s' * (seeds > 1)}, {variant}, mean and 95 % over seeds and prompts"],
         table(ours),
         ["## Beside the paper's numbers"],
         beside(paper, named, stands),
