@@ -43,9 +43,10 @@ def config_from_json(values: Mapping[str, Any]) -> ConfigDict:
     Raises:
         UserError: a setting has a value that it cannot have.
     """
+    values = dict(values)
+    if "objective" in values:  # as it was called
+        values["train"] = {**values["train"], "objective": values.pop("objective")}
     found = ConfigDict(values)
-    if "objective" in found:  # as it was called
-        found.train.objective = found.pop("objective")
     for setting in SETTINGS:
         group, _, leaf = setting.key.rpartition(".")
         if group and group not in found:

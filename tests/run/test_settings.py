@@ -8,8 +8,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
+from hgdpo_jax.run import provenance
 from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.settings import CONFIGS, load_config, named, read_config
+from hgdpo_jax.run.settings import CONFIGS, config_from_json, load_config, named, read_config
 
 ROOT = Path(__file__).parent.parent.parent
 STAGES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "common"))
@@ -282,3 +283,15 @@ def test_the_hash_is_of_the_content() -> None:
     first, second = (load_config(f"{CONFIGS}/stage1.py") for _ in range(2))
     other = load_config(f"{CONFIGS}/stage1.py", ["seed=1"])
     assert configuration.config_hash(first) == configuration.config_hash(second) != configuration.config_hash(other)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "sft"])
+def test_a_config_of_an_earlier_version_is_read_and_its_training_goes_on(objective: str) -> None:
+    """`train.objective` was `objective`, beside which later settings were not there."""
+    now = load_config("configs/stage0_sft.py:portraits" if objective == "sft" else "configs/stage1.py:portraits")
+    values = configuration.to_json(now)
+    values["objective"] = values["train"].pop("objective")
+    del values["train"]["safeguard"]
+    assert configuration.to_json(config_from_json(values)) == configuration.to_json(now)
+    was = {"objective": objective, "train.lr": now.train.lr}
+    assert not provenance.differences(was, {"train.objective": objective, "train.lr": now.train.lr})
