@@ -5,8 +5,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from hgdpo_jax.config import ALWAYS, has_finalists
-from hgdpo_jax.diffusion.schedule import NoiseSchedule
-from hgdpo_jax.diffusion.solvers import make_steps
+from hgdpo_jax.diffusion.process import Process
 
 
 def race_steps(pairs: ConfigDict) -> int:
@@ -14,12 +13,12 @@ def race_steps(pairs: ConfigDict) -> int:
     return max(1, round(pairs.race * pairs.steps))
 
 
-def pool_forwards(config: ConfigDict, schedule: NoiseSchedule) -> int:
+def pool_forwards(config: ConfigDict, schedule: Process) -> int:
     """Forward passes for one prompt's pool: one for each step of each picture, and another for the empty caption where
     there is guidance.
 
     Raises:
-        UserError: see :func:`hgdpo_jax.diffusion.solvers.make_steps`.
+        UserError: see :class:`hgdpo_jax.diffusion.process.Process`.
     """
     pairs = config.pairs
     full, finalists = _of_steps(pairs, schedule, pairs.steps), 2 * pairs.finalists
@@ -42,7 +41,7 @@ def pool_drawings(config: ConfigDict) -> float:
     return pairs.pool_size * first + finalists * (1 - first)
 
 
-def saving(config: ConfigDict, schedule: NoiseSchedule) -> list[str]:
+def saving(config: ConfigDict, schedule: Process) -> list[str]:
     """A line that says what a pool takes beside one that is drawn whole; none where it is."""
     whole = config.copy_and_resolve_references()
     whole.pairs.update(race=0.0, draft_steps=0, guidance_interval=ALWAYS)
@@ -51,8 +50,8 @@ def saving(config: ConfigDict, schedule: NoiseSchedule) -> list[str]:
     return [f"a pool takes {least:,} forward passes instead of {most:,}"] if pooled and least < most else []
 
 
-def _of_steps(pairs: ConfigDict, schedule: NoiseSchedule, steps: int) -> Int[np.ndarray, "n"]:
+def _of_steps(pairs: ConfigDict, schedule: Process, steps: int) -> Int[np.ndarray, "n"]:
     """The passes of each step of a picture."""
-    t = make_steps(schedule, pairs.sampler, steps).t * 1000 / schedule.num_train_timesteps
-    low, high = pairs.guidance_interval
+    t = schedule.make_steps(pairs.sampler, steps).t
+    low, high = map(schedule.level, pairs.guidance_interval)
     return 1 + ((pairs.guidance > 1) & (low <= t) & (t <= high))

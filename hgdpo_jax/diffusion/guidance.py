@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from hgdpo_jax.diffusion.schedule import Latent, Timesteps
+from hgdpo_jax.diffusion.process import Latent, Timesteps
 
 Denoise = Callable[[Latent, Timesteps], Latent]  # (x_t, t) → what the network predicts
 Number = float | np.float32 | Float[Array, ""]

@@ -18,8 +18,8 @@ from hgdpo_jax.devices.sharding import batch_sharding, heads_sharding, tree_shar
 from hgdpo_jax.devices.transfer import place
 from hgdpo_jax.diffusion.guidance import Denoise, guided, guided_within, side_by_side
 from hgdpo_jax.diffusion.pipeline import Pipeline
+from hgdpo_jax.diffusion.process import Latent, Timesteps
 from hgdpo_jax.diffusion.recipe import text_policy_acts
-from hgdpo_jax.diffusion.schedule import Latent, Timesteps
 from hgdpo_jax.diffusion.trajectory import Given, State, Trajectory, sample
 from hgdpo_jax.models.attention import Memory, set_sharding
 from hgdpo_jax.models.ip_adapter import join

@@ -55,7 +55,7 @@ class Sampler:
         interval: the lowest and the highest timestep, of 1000, at which there is guidance; all unless given.
 
     Raises:
-        UserError: see :func:`hgdpo_jax.diffusion.solvers.make_steps`.
+        UserError: see :class:`hgdpo_jax.diffusion.process.Process`.
     """
 
     def __init__(
@@ -76,12 +76,10 @@ class Sampler:
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch, self.mesh, self.seed = -(-batch // ways) * ways, mesh, seed
         self.tokenize, self.latent_shape, self._rows = pipeline.tokenize, pipeline.latent_shape, batch_sharding(mesh)
-        # One program, whatever is drawn from, by whichever solver, in how many steps and with what guidance.
-        self._from_noise = from_noise(pipeline.schedule, solver, steps)
-        self._in_steps = lambda steps: from_noise(pipeline.schedule, solver, steps)
-        self._sdrecon = lambda strength: sdrecon(pipeline.schedule, solver, steps, strength)
-        unit = pipeline.schedule.num_train_timesteps / 1000
-        acts = (np.float32(interval[0] * unit), np.float32(interval[1] * unit)) if interval else None
+        self._process, self._solver, self._steps = pipeline.schedule, solver, steps
+        self._trajectory((1, 1))  # raises for steps that there are not
+        level = pipeline.schedule.level
+        acts = (np.float32(level(interval[0])), np.float32(level(interval[1]))) if interval else None
         self._guidance = Guidance(np.float32(guidance), pipeline.tokenize([negative]), acts)
         if negative and guidance <= 1.0:
             logging.warning("negative prompt %r: has no effect, guidance %g means none", negative, guidance)
@@ -116,7 +114,9 @@ class Sampler:
         rows = ((POSITIONS,), jnp.int32), ((), jax.random.key(0).dtype), (self.latent_shape(resolution), jnp.float32)
         shapes = [jax.ShapeDtypeStruct((self.batch, *shape), dtype) for shape, dtype in rows]
         inputs, programs = SamplerInputs(None, *place(shapes, self._rows)), self._programs
-        draw = programs.draw.trace(self._weights, programs.given, inputs, self._from_noise, self._guidance)
+        draw = programs.draw.trace(
+            self._weights, programs.given, inputs, self._trajectory(self.latent_shape(resolution)), self._guidance
+        )
         return draw, programs.decode.trace(self._weights, inputs.latent)
 
     def keys(self, stream: str, example_ids: Sequence[str], numbers: Sequence[int]) -> Keys:
@@ -128,7 +128,8 @@ class Sampler:
     ) -> Latents:
         """Latents drawn for each row of token ids, and of concept features where the pipeline has an adapter."""
         inputs = self._fresh(ids, keys, resolution, concept)
-        return self._run(lambda part: self._draw(self._from_noise, part), inputs, note)
+        trajectory = self._trajectory(self.latent_shape(resolution))
+        return self._run(lambda part: self._draw(trajectory, part), inputs, note)
 
     def candidates(
         self,
@@ -144,8 +145,10 @@ class Sampler:
         Whole batches stay on the devices, which may still compute the last ones.
         """
 
+        trajectory = self._trajectory(self.latent_shape(resolution))
+
         def program(part: Any) -> tuple[jax.Array, Any]:
-            latents = self._draw(self._from_noise, part)
+            latents = self._draw(trajectory, part)
             return latents, measure(self._decode(latents), part.ids)
 
         return self._run_ahead(program, self._fresh(ids, keys, resolution, concept), note)
@@ -154,7 +157,7 @@ class Sampler:
         self, ids: TokenIds, keys: Keys, resolution: tuple[int, int], steps: int, measure: ImageFunction, note: str
     ) -> Any:
         """What `measure` makes of candidates that are drawn in other steps than the sampler's."""
-        trajectory = self._in_steps(steps)
+        trajectory = self._trajectory(self.latent_shape(resolution), steps)
 
         def program(part: Any) -> Any:
             return measure(self._decode(self._draw(trajectory, part)), part.ids)
@@ -180,7 +183,7 @@ class Sampler:
             Where they stand then, and what `measure` makes of the images that they predict there.
         """
         first, last = map(np.int32, steps)
-        trajectory = self._from_noise._replace(first=first, length=last)
+        trajectory = self._trajectory(state[0].shape[1:])._replace(first=first, length=last)
 
         def program(part: Any) -> tuple[State, Any]:
             after = self._advance(trajectory, part)
@@ -192,7 +195,7 @@ class Sampler:
         self, ids: TokenIds, keys: Keys, state: HostState, first: int, measure: ImageFunction, note: str
     ) -> tuple[Float[Array | np.ndarray, "n h w c"], Any]:
         """As :meth:`candidates`, of such as stand where :meth:`part_way` has left them before step `first`."""
-        trajectory = self._from_noise._replace(first=np.int32(first))
+        trajectory = self._trajectory(state[0].shape[1:])._replace(first=np.int32(first))
 
         def program(part: Any) -> tuple[jax.Array, Any]:
             latents, _ = self._advance(trajectory, part)
@@ -227,7 +230,7 @@ class Sampler:
             encoded, found = self._encode(part["images"]), []
             for strength in keys:
                 inputs = SamplerInputs(None, part["ids"], part["keys"][strength], encoded, part["redrawn"])
-                latents = self._draw(self._sdrecon(strength), inputs) if strength else encoded
+                latents = self._draw(self._sdrecon(strength, encoded.shape[1:]), inputs) if strength else encoded
                 found.append((latents, measure(self._decode(latents), part["ids"])))
             return jax.tree.map(lambda *each: jnp.stack(each, axis=1), *found)
 
@@ -235,7 +238,7 @@ class Sampler:
 
     def reconstruct(self, latents: Latents, ids: TokenIds, keys: Keys, strength: int, note: str) -> Latents:
         """SDRecon of each latent: noised to timestep 100 · strength and denoised from there."""
-        trajectory = self._sdrecon(strength)
+        trajectory = self._sdrecon(strength, latents.shape[1:])
         return self._run(lambda part: self._draw(trajectory, part), SamplerInputs(None, ids, keys, latents), note)
 
     def decode(self, latents: Latents, note: str) -> Images:
@@ -267,6 +270,13 @@ class Sampler:
         return SamplerInputs(
             concept, ids, keys, np.broadcast_to(np.float32(0), (len(ids), *self.latent_shape(resolution)))
         )
+
+    def _trajectory(self, latent: Sequence[int], steps: int | None = None) -> Trajectory:
+        """From noise to a latent of this shape. One program does for every solver, number of steps and guidance."""
+        return from_noise(self._process.of_latents(*latent[:2]), self._solver, steps or self._steps)
+
+    def _sdrecon(self, strength: int, latent: Sequence[int]) -> Trajectory:
+        return sdrecon(self._process.of_latents(*latent[:2]), self._solver, self._steps, strength)
 
     def _draw(self, trajectory: Trajectory, part: SamplerInputs) -> Float[Array, "b h w c"]:
         return self._programs.draw(self._weights, self._programs.given, part, trajectory, self._guidance)

@@ -8,15 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
+from hgdpo_jax.diffusion import solvers
+from hgdpo_jax.diffusion.process import Latent, Scale, Steps, Timesteps
 from hgdpo_jax.run.errors import UserError
-
-Latent = Float[Array, "b h w c"]
-Timesteps = Int[Array, "b"]
-Scale = Float[Array, ""] | Float[Array, "b 1 1 1"]  # multiplies latents
 
 # diffusers' classes for networks that were trained on steps of β, and what each takes for keys that the file leaves
 # out: beta_start, beta_end, beta_schedule.
@@ -103,6 +102,14 @@ class NoiseSchedule:
         """T, 1000 for every Stable Diffusion."""
         return len(self.alphas_cumprod)
 
+    def draw_times(self, keys: Key[Array, "b"]) -> Timesteps:
+        """All timesteps are drawn alike."""
+        return jax.vmap(lambda key: jax.random.randint(key, (), 0, self.num_train_timesteps))(keys)
+
+    def bin_of(self, t: Timesteps, count: int) -> Int[Array, "b"]:
+        """See :class:`hgdpo_jax.diffusion.process.Process`."""
+        return t * count // self.num_train_timesteps
+
     def signal_and_noise(self, t: Timesteps) -> tuple[Float[Array, "b 1 1 1"], Float[Array, "b 1 1 1"]]:
         """(√ᾱ_t, √(1−ᾱ_t)), shaped to multiply latents."""
         alpha = jnp.asarray(self.alphas_cumprod)[t][:, None, None, None]
@@ -140,3 +147,16 @@ class NoiseSchedule:
         if self.prediction_type == "epsilon":
             per_prediction = per_prediction / np.sqrt(table)
         return jnp.asarray(x_0 * per_prediction, jnp.float32)[t][:, None, None, None]
+
+    def of_latents(self, height: int, width: int) -> "NoiseSchedule":
+        """The same for images of every size."""
+        del height, width
+        return self
+
+    def make_steps(self, solver: str, steps: int, last: int | None = None) -> Steps:
+        """DDPM, DDIM or DPM-Solver++(2M); see :class:`hgdpo_jax.diffusion.process.Process`."""
+        return solvers.make_steps(self.alphas_cumprod, self.config, solver, steps, last)
+
+    def level(self, thousandths: float) -> float:
+        """See :class:`hgdpo_jax.diffusion.process.Process`."""
+        return thousandths * self.num_train_timesteps / 1000

@@ -6,12 +6,13 @@ Tables are made in float64 and equal diffusers' schedulers step by step. Each of
 way of its own.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.diffusion.process import Steps
 from hgdpo_jax.run.errors import UserError
 
 # What scheduler_config.json may say to diffusers' class of a solver. The first value is the class's default. The class
@@ -43,78 +44,66 @@ _READ: dict[str, dict[str, tuple[Any, ...]]] = {
 _KARRAS_RHO = 7.0
 _ALMOST_NO_SIGNAL = 2.0**-24  # ᾱ where there is none, so that the solver's σ/√ᾱ is finite
 
+Config = Mapping[str, Any]  # scheduler_config.json
 Alphas = Float[np.ndarray, "n"]
 Coefficients = tuple[Alphas, Alphas, Alphas | float, Alphas | float, Alphas | float]  # a, b, c, d, e of the update
 
 
-class Steps(NamedTuple):
-    """The n steps of a solver, from noise to image.
+def make_steps(table: Alphas, config: Config, solver: str, steps: int, last: int | None = None) -> Steps:
+    """The table of a solver; see :class:`hgdpo_jax.diffusion.process.Process`.
 
-    Attributes:
-        t: timesteps, int32 [n].
-        signal, sigma: of x = signal · x_0 + sigma · ε at each, float32 [n].
-        x, x_0, previous_x_0, noise, clipping: the coefficients a…e of the update, float32 [n].
-    """
-
-    t: np.ndarray
-    signal: np.ndarray
-    sigma: np.ndarray
-    x: np.ndarray
-    x_0: np.ndarray
-    previous_x_0: np.ndarray
-    noise: np.ndarray
-    clipping: np.ndarray
-
-
-def make_steps(schedule: NoiseSchedule, solver: str, steps: int, last: int | None = None) -> Steps:
-    """The table of a solver; `last` keeps only that many steps at the end, for starting from a noised image.
+    Args:
+        table: ᾱ_t of all training timesteps.
+        config: scheduler_config.json.
+        solver: `ddpm`, `ddim` or `dpmpp_2m`.
+        steps: of a whole trajectory.
+        last: as many at its end are kept.
 
     Raises:
         UserError: an unknown solver, a setting that it does not compute, or more steps than training timesteps.
     """
-    settings = _settings(schedule, solver)
-    t, alphas = _timesteps(schedule, solver, steps, settings["timestep_spacing"]), schedule.alphas_cumprod
-    alphas = alphas.astype(np.float64)
+    settings = _settings(config, solver, len(table))
+    t, alphas = _timesteps(config, solver, steps, settings["timestep_spacing"], len(table)), table.astype(np.float64)
     if solver == "dpmpp_2m":
         alphas = np.maximum(alphas, _ALMOST_NO_SIGNAL)
-    t, now = _karras(schedule, alphas, steps) if settings.get("use_karras_sigmas") else (t, alphas[t])
+    t, now = _karras(config, alphas, steps) if settings.get("use_karras_sigmas") else (t, alphas[t])
     t, now = t[-(last or steps) :], now[-(last or steps) :]
     if solver == "dpmpp_2m":
         *coefficients, clipping = _dpmpp_2m(now)
     elif solver == "ddpm":
         *coefficients, clipping = _ddpm(now, np.append(alphas[t[1:]], 1.0), t)
     else:
-        after, final = t - schedule.num_train_timesteps // steps, 1.0 if settings["set_alpha_to_one"] else alphas[0]
+        after, final = t - len(table) // steps, 1.0 if settings["set_alpha_to_one"] else alphas[0]
         *coefficients, clipping = _ddim(now, np.where(after >= 0, alphas[np.maximum(after, 0)], final))
     columns = (np.sqrt(now), np.sqrt(1 - now), *coefficients, settings.get("clip_sample", False) * clipping)
     return Steps(t.astype(np.int32), *(np.broadcast_to(column, t.shape).astype(np.float32) for column in columns))
 
 
-def _settings(schedule: NoiseSchedule, solver: str) -> dict[str, Any]:
+def _settings(config: Config, solver: str, total: int) -> dict[str, Any]:
     """What scheduler_config.json says to a solver."""
     if solver not in _READ:
         raise UserError(f"sampler {solver!r}: expects {', '.join(_READ)}")
-    found = {key: schedule.config.get(key, values[0]) for key, values in _READ[solver].items()}
+    found = {key: config.get(key, values[0]) for key, values in _READ[solver].items()}
     for key, values in _READ[solver].items():
         if found[key] not in values:
             expected = " or ".join(map(repr, values))
             raise UserError(f"scheduler_config.json {key}={found[key]!r}: {solver} expects {expected}")
-    offset = schedule.config.get("steps_offset", 0)
-    if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset <= schedule.num_train_timesteps:
+    offset = config.get("steps_offset", 0)
+    if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset <= total:
         raise UserError(f"scheduler_config.json steps_offset={offset!r}: expects a whole number from 0")
-    limit = schedule.config.get("clip_sample_range", 1.0)
+    limit = config.get("clip_sample_range", 1.0)
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < float("inf"):
         raise UserError(f"scheduler_config.json clip_sample_range={limit!r}: expects a number above 0")
     for key in ("sigma_min", "sigma_max") if found.get("use_karras_sigmas") else ():
-        sigma = schedule.config.get(key)
+        sigma = config.get(key)
         if sigma is not None and (not isinstance(sigma, int | float) or not 0 <= sigma < float("inf")):
             raise UserError(f"scheduler_config.json {key}={sigma!r}: expects a number above 0, or null")
     return found
 
 
-def _timesteps(schedule: NoiseSchedule, solver: str, steps: int, spacing: str) -> Int[np.ndarray, "n"]:
+def _timesteps(config: Config, solver: str, steps: int, spacing: str, total: int) -> Int[np.ndarray, "n"]:
     """The timesteps, decreasing, as diffusers lays them out."""
-    total, offset = schedule.num_train_timesteps, schedule.config.get("steps_offset", 0)
+    offset = config.get("steps_offset", 0)
     if not 1 <= steps <= total:
         raise UserError(f"sampler steps={steps}: expects 1 to {total}")
     if spacing == "trailing":
@@ -130,10 +119,10 @@ def _timesteps(schedule: NoiseSchedule, solver: str, steps: int, spacing: str) -
     return grid[::-1][:steps].astype(np.int64)
 
 
-def _karras(schedule: NoiseSchedule, alphas: Alphas, steps: int) -> tuple[Int[np.ndarray, "m"], Float[np.ndarray, "m"]]:
+def _karras(config: Config, alphas: Alphas, steps: int) -> tuple[Int[np.ndarray, "m"], Float[np.ndarray, "m"]]:
     """The timesteps nearest to Karras et al.'s (2022, eq. 5) σ between the smallest and the largest, and ᾱ at the σ."""
     sigmas = np.sqrt((1 - alphas) / alphas)
-    low, high = (schedule.config.get(key) or sigmas[i] for key, i in (("sigma_min", 0), ("sigma_max", -1)))
+    low, high = (config.get(key) or sigmas[i] for key, i in (("sigma_min", 0), ("sigma_max", -1)))
     ends = np.array([high, low]) ** (1 / _KARRAS_RHO)
     wanted = np.linspace(ends[0], ends[1], steps) ** _KARRAS_RHO
     t = np.interp(np.log(wanted), np.log(sigmas), np.arange(len(sigmas)))

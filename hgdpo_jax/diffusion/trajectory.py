@@ -8,8 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from hgdpo_jax.diffusion.guidance import Denoise
-from hgdpo_jax.diffusion.schedule import Latent, NoiseSchedule
-from hgdpo_jax.diffusion.solvers import Steps, make_steps
+from hgdpo_jax.diffusion.process import Latent, Process, Steps
 
 Given = Float[Array | np.ndarray, "b h w c"]
 State = tuple[Latent, Latent]  # x_t, and the last x̂_0
@@ -32,7 +31,7 @@ class Trajectory(NamedTuple):
 
     @classmethod
     def of_table(
-        cls, schedule: NoiseSchedule, table: Steps, signal: float | np.float32, noise: float | np.float32
+        cls, schedule: Process, table: Steps, signal: float | np.float32, noise: float | np.float32
     ) -> "Trajectory":
         """A trajectory that runs a whole table."""
         rest = schedule.num_train_timesteps - len(table.t)
@@ -41,18 +40,18 @@ class Trajectory(NamedTuple):
         return cls(np.float32(signal), np.float32(noise), np.int32(len(table.t)), np.float32(clip), padded)
 
 
-def from_noise(schedule: NoiseSchedule, solver: str, steps: int) -> Trajectory:
+def from_noise(schedule: Process, solver: str, steps: int) -> Trajectory:
     """A fresh sample: all steps of a solver.
 
     Raises:
-        UserError: see :func:`hgdpo_jax.diffusion.solvers.make_steps`.
+        UserError: see :class:`hgdpo_jax.diffusion.process.Process`.
     """
-    return Trajectory.of_table(schedule, make_steps(schedule, solver, steps), signal=0.0, noise=1.0)
+    return Trajectory.of_table(schedule, schedule.make_steps(solver, steps), signal=0.0, noise=1.0)
 
 
 def sample(
     denoise: Denoise,
-    schedule: NoiseSchedule,
+    schedule: Process,
     trajectory: Trajectory,
     latents: Given,
     keys: Key[Array, "b"],

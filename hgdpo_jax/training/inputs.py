@@ -15,7 +15,7 @@ from hgdpo_jax.data.record import WithScores
 from hgdpo_jax.devices.mesh import make_mesh, require_divisible
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.pipeline import Pipeline
-from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.diffusion.process import Process
 from hgdpo_jax.faces.concepts import encoder_hash
 from hgdpo_jax.models.int8 import quantise
 from hgdpo_jax.run import provenance
@@ -95,7 +95,7 @@ def _require_scores(config: ConfigDict, workdir: Path, index: Index) -> None:
                             f"pairs of {stage}; take another objective")  # fmt: skip
 
 
-def loss_of(config: ConfigDict, denoiser: steps.Denoiser, schedule: NoiseSchedule) -> steps.Loss:
+def loss_of(config: ConfigDict, denoiser: steps.Denoiser, schedule: Process) -> steps.Loss:
     """The loss that a stage minimises."""
     if config.train.objective == "sft":
         return steps.sft_loss(denoiser, schedule)

@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from hgdpo_jax.diffusion.pipeline import Pipeline
+from hgdpo_jax.diffusion.process import Process, Timesteps
 from hgdpo_jax.diffusion.recipe import in_up_blocks
-from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.models.ip_adapter import join
 from hgdpo_jax.models.lora import drop as drop_inputs
 from hgdpo_jax.training import objectives
@@ -86,7 +86,7 @@ class Denoiser(NamedTuple):
         policy: Params,
         frozen: Params,
         x_t: Float[Array, "n h w c"],
-        t: Int[Array, "n"],
+        t: Timesteps,
         input_ids: Int[Array, "b s"],
         concept: Float[Array, "b m f"] | None = None,
         drop: tuple[Bool[Array, "b"], Bool[Array, "b"]] | None = None,
@@ -146,10 +146,10 @@ def split_params(pipeline: Pipeline, params: str) -> tuple[Denoiser, Params, Par
 Loss = Callable[[Params, Params, Params, Batch, Numbers], tuple[Float[Array, ""], Metrics]]
 
 
-def _noise(key: Key[Array, "b"], shape: tuple[int, ...], steps: int) -> tuple[Int[Array, "b"], Float[Array, "b h w c"]]:
+def _noise(key: Key[Array, "b"], shape: tuple[int, ...], process: Process) -> tuple[Timesteps, Float[Array, "b h w c"]]:
     """Timestep and noise of each example, from its own key."""
     keys = jax.vmap(jax.random.split)(key)
-    t = jax.vmap(lambda k: jax.random.randint(k, (), 0, steps))(keys[:, 0])
+    t = process.draw_times(keys[:, 0])
     return t, jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 1])
 
 
@@ -166,15 +166,15 @@ class Noised(NamedTuple):
         t_pair, x_t, target: timesteps [2b], noisy latents and what is to be predicted of them [2b h w c].
     """
 
-    t: Int[Array, "b"]
-    t_pair: Int[Array, "2b"]
+    t: Timesteps
+    t_pair: Timesteps
     x_t: Float[Array, "2b h w c"]
     target: Float[Array, "2b h w c"]
 
 
-def _noised(batch: Batch, schedule: NoiseSchedule) -> Noised:
+def _noised(batch: Batch, schedule: Process) -> Noised:
     """A batch of pairs at the noise of its keys, which winner and loser share."""
-    t, noise = _noise(batch["key"], batch["winner"].shape[1:], schedule.num_train_timesteps)
+    t, noise = _noise(batch["key"], batch["winner"].shape[1:], schedule)
     pair = jnp.stack([batch["winner"], batch["loser"]], 1).reshape(-1, *noise.shape[1:])
     t_pair, noise_pair = jnp.repeat(t, 2), jnp.repeat(noise, 2, 0)
     x_t = schedule.add_noise(pair, noise_pair, t_pair)
@@ -182,7 +182,7 @@ def _noised(batch: Batch, schedule: NoiseSchedule) -> Noised:
 
 
 def predict_pairs(
-    denoiser: Denoiser, schedule: NoiseSchedule, params: Params, frozen: Params, batch: Batch
+    denoiser: Denoiser, schedule: Process, params: Params, frozen: Params, batch: Batch
 ) -> Float[Array, "b 2 h w c"]:
     """Predictions for winners and losers of a batch of :func:`preference_loss`, float32."""
     batch = _float32(batch)
@@ -213,7 +213,7 @@ def _scores(batch: Batch) -> WinnerLoser:
     return objectives.scaled_scores(WinnerLoser(*batch["scores"].T))
 
 
-def preference_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "all", objective: str = "dpo") -> Loss:
+def preference_loss(denoiser: Denoiser, schedule: Process, blocks: str = "all", objective: str = "dpo") -> Loss:
     """An objective on pairs, L_D-DPO unless told, + λ_stat · L_stat, on batches {winner, loser [b h w c], input_ids
     [b s], key [b]}; `smpo` needs scores [b 2] too. The policy's LoRA drops numbers where they bring `dropout` [b], keys
     of their own; the reference's never does.
@@ -257,7 +257,7 @@ def preference_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "
         stat = None
         if ref is not None:
             stat = objectives.statistics_loss(pairs.policy.winner, pairs.reference.winner, schedule.mean_shift(t))
-        bins = jax.nn.one_hot(t * TIMESTEP_BINS // schedule.num_train_timesteps, TIMESTEP_BINS)
+        bins = jax.nn.one_hot(schedule.bin_of(t, TIMESTEP_BINS), TIMESTEP_BINS)
         metrics = {f"loss/{objective}": preference.mean()} | ({} if stat is None else {"loss/statistics": stat.mean()})
         metrics |= {f"error/{side}{of}": x.mean() for of, both in errors.items() for side, x in both._asdict().items()}
         metrics |= {
@@ -278,7 +278,7 @@ def preference_loss(denoiser: Denoiser, schedule: NoiseSchedule, blocks: str = "
     return loss
 
 
-def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule) -> Loss:
+def sft_loss(denoiser: Denoiser, schedule: Process) -> Loss:
     """‖ε − ε_θ(x_t, t, c)‖² (Ho et al. 2020, eq. 14) on the winners of batches {winner [b h w c], input_ids [b s],
     key [b]}, without a reference; with an adapter they hold concept [b m f] too.
 
@@ -293,7 +293,7 @@ def sft_loss(denoiser: Denoiser, schedule: NoiseSchedule) -> Loss:
         del reference
         batch = _float32(batch)
         latent = batch["winner"]
-        t, noise = _noise(batch["key"], latent.shape[1:], schedule.num_train_timesteps)
+        t, noise = _noise(batch["key"], latent.shape[1:], schedule)
         x_t = schedule.add_noise(latent, noise, t)
         u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 2)))(batch["key"])
         begin = 0.5 * numbers.caption_dropout

@@ -13,7 +13,6 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from hgdpo_jax.diffusion.guidance import guided, guided_within, side_by_side
 from hgdpo_jax.diffusion.schedule import _BETAS, NoiseSchedule
 from hgdpo_jax.diffusion.sdrecon import sdrecon
-from hgdpo_jax.diffusion.solvers import make_steps
 from hgdpo_jax.diffusion.trajectory import from_noise, sample
 from hgdpo_jax.run.errors import UserError
 from tests.rounding import EPS, assert_close
@@ -43,7 +42,7 @@ def assert_every_step_is(theirs, config: dict, sampler: str, steps: int, monkeyp
     """Our table of a config against a scheduler of diffusers, each step from where theirs is."""
     theirs.set_timesteps(steps)
     schedule = NoiseSchedule.from_config(config)
-    table, clip = make_steps(schedule, sampler, steps), from_noise(schedule, sampler, steps).clip
+    table, clip = schedule.make_steps(sampler, steps), from_noise(schedule, sampler, steps).clip
     np.testing.assert_array_equal(table.t, theirs.timesteps.numpy())
     noise = np.random.default_rng(1).standard_normal((steps, 2, 4, 3, 3)).astype(np.float32)
     drawn = iter(noise)
@@ -120,7 +119,7 @@ def test_a_config_is_read_as_its_class_reads_it(sampler: str, config: str, monke
 def test_what_is_not_computed_is_refused(sampler: str, key: str, value: object) -> None:
     schedule = NoiseSchedule.from_config(PNDM | {key: value})
     with pytest.raises(UserError, match=re.escape(f"scheduler_config.json {key}={value!r}: {sampler} expects")):
-        make_steps(schedule, sampler, 20)
+        schedule.make_steps(sampler, 20)
 
 
 @pytest.mark.parametrize(
@@ -166,14 +165,14 @@ def test_every_class_of_diffusers_is_computed_with_its_own_defaults_or_refused_b
 def test_a_number_that_no_scheduler_has_is_named(key: str, value: object) -> None:
     with pytest.raises(UserError, match=f"{key}={re.escape(repr(value))}"):
         schedule = NoiseSchedule.from_config(PNDM | {"use_karras_sigmas": True, key: value})
-        make_steps(schedule, "dpmpp_2m", 4)
+        schedule.make_steps("dpmpp_2m", 4)
 
 
 def test_more_steps_than_there_are_timesteps_are_refused() -> None:
     schedule = NoiseSchedule.from_config(PNDM)
     for steps, reason in ((1000, "with steps_offset=1 they begin beyond the 1000"), (1001, "expects 1 to 1000")):
         with pytest.raises(UserError, match=reason):
-            make_steps(schedule, "ddpm", steps)
+            schedule.make_steps("ddpm", steps)
 
 
 def drawing(schedule: NoiseSchedule, denoise=lambda x, t: jnp.tanh(x)):
