@@ -244,7 +244,7 @@ def test_an_adapter_is_trained_and_used_and_exported(base: Path, tmp_path: Path)
     assert not any(np.array_equal(a, b) for a, b in pairs_of_leaves)
 
     export(workdir, tmp_path / "out", stage="personalise", formats=["peft"])
-    read = ip_adapter.load(tmp_path / "out" / ADAPTER_FILE, source.pipeline.unet)
+    read = ip_adapter.load(tmp_path / "out" / ADAPTER_FILE, source.pipeline.denoiser)
     for a, b in zip(jax.tree.leaves(nnx.state(read, nnx.Param)), jax.tree.leaves(trained), strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 from hgdpo_jax import config as configuration
 from hgdpo_jax.data.photographs import Photograph
 from hgdpo_jax.diffusion import pipeline as pipelines
-from hgdpo_jax.diffusion.pipeline import POSITIONS, Pipeline
+from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.sdrecon import sdrecon
 from hgdpo_jax.diffusion.source import Source
+from hgdpo_jax.diffusion.stable_diffusion import POSITIONS, tokenize
 from hgdpo_jax.diffusion.trajectory import from_noise
 from hgdpo_jax.faces.concepts import encoder_hash
 from hgdpo_jax.models.clip import CLIPModel
@@ -90,7 +91,7 @@ def _require_tokens(model: CLIPModel, pipeline: Pipeline, photographs: Sequence[
     if max(tokenizer.get_vocab().values()) < words:
         return
     for photograph in photographs:
-        if pipelines.tokenize(tokenizer, [photograph.caption]).max() >= words:
+        if tokenize(tokenizer, [photograph.caption]).max() >= words:
             raise UserError(f"does not know all tokens of the caption {photograph.caption!r} of {photograph.id}, which "
                             "the base's tokenizer has for itself; write it in other words")  # fmt: skip
 

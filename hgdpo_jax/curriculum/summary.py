@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from hgdpo_jax import config as configuration
 from hgdpo_jax.curriculum.plan import ShardPlan
 from hgdpo_jax.data.photographs import Photograph, form_of, shapes_of
-from hgdpo_jax.diffusion.pipeline import POSITIONS
+from hgdpo_jax.diffusion.stable_diffusion import POSITIONS
 from hgdpo_jax.run.files import Member
 from hgdpo_jax.run.index import Index
 

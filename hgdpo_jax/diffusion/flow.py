@@ -55,6 +55,7 @@ class FlowSchedule:
     tokens: int = 0
     spread: str = "uniform"
     train_shift: float = 1.0
+    prediction_type: str = "flow"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str = "") -> "FlowSchedule":

@@ -42,6 +42,7 @@ class Process(Protocol):
     Attributes:
         config: scheduler_config.json.
         num_train_timesteps: T.
+        prediction_type: `epsilon`, `v_prediction` or `flow`.
     """
 
     @property
@@ -49,6 +50,9 @@ class Process(Protocol):
 
     @property
     def num_train_timesteps(self) -> int: ...
+
+    @property
+    def prediction_type(self) -> str: ...
 
     def draw_times(self, keys: Key[Array, "b"]) -> Timesteps:
         """A noise level for each key, as training draws them."""

@@ -26,8 +26,8 @@ from hgdpo_jax.models.ip_adapter import join
 from hgdpo_jax.models.layers import in_rows
 
 Images = Float[Array, "b H W 3"]  # in [-1, 1]
-# States by name: `unet`, `text`, `vae`, `adapter` where there is one, and `early text` where a text encoder's policy is
-# used at early timesteps.
+# States by name: `unet` or `transformer`, `text`, `vae`, `adapter` where there is one, and `early text` where a text
+# encoder's policy is used at early timesteps.
 Weights = dict[str, PyTree[Array]]
 # Pixels that a device decodes or encodes at once, in float32: one image of 1024x704, four of 512x512, 2.5 GiB.
 _AT_ONCE = 2**20
@@ -106,9 +106,10 @@ class Programs:
 
     def _denoiser(self, weights: Weights, inputs: SamplerInputs, guidance: Guidance) -> Denoise:
         """The prediction for these captions and concepts; what does not depend on the step is computed here."""
-        unet = nnx.merge(self._graphs["unet"], weights["unet"])
-        late = self._text(unet, weights["text"], inputs, guidance)
-        early = self._text(unet, weights["early text"], inputs, guidance) if "early text" in weights else None
+        name = self._pipeline.family.denoiser
+        denoiser = nnx.merge(self._graphs[name], weights[name])
+        late = self._text(denoiser, weights["text"], inputs, guidance)
+        early = self._text(denoiser, weights["early text"], inputs, guidance) if "early text" in weights else None
         if inputs.concept is not None:
             adapter = nnx.merge(self._graphs["adapter"], weights["adapter"])
             assert self._pipeline.no_concept is not None  # an adapter comes with it
@@ -124,23 +125,25 @@ class Programs:
             return (memory if inputs.concept is None else join(memory, concept, self._concept_scale)), added
 
         def predict(x: Latent, t: Timesteps) -> Float[Array, "n h w c"]:
-            return unet(x, t, *read(t))
+            return denoiser(x, t, *read(t))
 
         def alone(x: Latent, t: Timesteps) -> Latent:
-            return unet(x, t, *jax.tree.map(lambda both: both[1::2], read(t)))
+            return denoiser(x, t, *jax.tree.map(lambda both: both[1::2], read(t)))
 
         if not self._guide:
             return predict
         with_guidance = guided(predict, guidance.scale)
         return guided_within(guidance.interval, with_guidance, alone) if guidance.interval else with_guidance
 
-    def _text(self, unet: Any, weights: PyTree[Array], inputs: SamplerInputs, guidance: Guidance) -> tuple[Memory, Any]:
-        """What the UNet reads of the captions."""
+    def _text(
+        self, denoiser: Any, weights: PyTree[Array], inputs: SamplerInputs, guidance: Guidance
+    ) -> tuple[Memory, Any]:
+        """What the denoiser reads of the captions."""
         height, width = (self._pipeline.vae.pixels_per_latent * side for side in inputs.latent.shape[1:3])
         encode = nnx.merge(self._graphs["text"], weights)
         empty = encode.empty(len(inputs.ids), (height, width), guidance.negative_ids)
         condition = self._beside_empty(empty, encode(inputs.ids, (height, width)))
-        return unet.keys_values(condition.encoder_hidden_states), condition.added_cond
+        return denoiser.read_text(condition.encoder_hidden_states), condition.added_cond
 
     def _beside_empty(self, empty: PyTree[Array], given: PyTree[Array]) -> Any:
         return jax.tree.map(side_by_side, empty, given) if self._guide else given

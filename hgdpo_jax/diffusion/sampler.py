@@ -21,7 +21,7 @@ from hgdpo_jax.config import ALWAYS
 from hgdpo_jax.devices.random import stream_keys
 from hgdpo_jax.devices.sharding import batch_sharding
 from hgdpo_jax.devices.transfer import one_ahead, place, to_host
-from hgdpo_jax.diffusion.pipeline import POSITIONS, Pipeline
+from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.programs import Guidance, Programs, SamplerInputs
 from hgdpo_jax.diffusion.sdrecon import sdrecon
 from hgdpo_jax.diffusion.trajectory import State, Trajectory, from_noise
@@ -76,6 +76,7 @@ class Sampler:
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch, self.mesh, self.seed = -(-batch // ways) * ways, mesh, seed
         self.tokenize, self.latent_shape, self._rows = pipeline.tokenize, pipeline.latent_shape, batch_sharding(mesh)
+        self._positions = pipeline.family.positions
         self._process, self._solver, self._steps = pipeline.schedule, solver, steps
         self._trajectory((1, 1))  # raises for steps that there are not
         level = pipeline.schedule.level
@@ -111,7 +112,8 @@ class Sampler:
 
     def traced(self, resolution: tuple[int, int]) -> tuple[jax.stages.Traced, jax.stages.Traced]:
         """The programs that draw and decode a batch of a resolution from noise; the pipeline may be one of shapes."""
-        rows = ((POSITIONS,), jnp.int32), ((), jax.random.key(0).dtype), (self.latent_shape(resolution), jnp.float32)
+        latent = (self.latent_shape(resolution), jnp.float32)
+        rows = ((self._positions,), jnp.int32), ((), jax.random.key(0).dtype), latent
         shapes = [jax.ShapeDtypeStruct((self.batch, *shape), dtype) for shape, dtype in rows]
         inputs, programs = SamplerInputs(None, *place(shapes, self._rows)), self._programs
         draw = programs.draw.trace(

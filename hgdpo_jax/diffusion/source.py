@@ -12,35 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import CLIPTokenizer
 
 from hgdpo_jax.config import ASSETS
-from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.diffusion.family import Family, Tokenizers
+from hgdpo_jax.diffusion.stable_diffusion import STABLE_DIFFUSION
 from hgdpo_jax.models import ldm
 from hgdpo_jax.models.architectures import Architecture, recognise
-from hgdpo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from hgdpo_jax.models.convert import abstract, shapes
 from hgdpo_jax.models.merged import LoRAFile
 from hgdpo_jax.models.model_config import read_config, read_json
-from hgdpo_jax.models.unet import UNet2DConditionModel
-from hgdpo_jax.models.vae import AutoencoderKL
 from hgdpo_jax.models.weights import Weights, chosen, open_folder, refuse_pickle, shards
 from hgdpo_jax.run.errors import UserError
 
-MODELS: dict[str, type[nnx.Module]] = {
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-}
-_TOKENIZERS = ("tokenizer", "tokenizer_2")
-POSITIONS = 77  # of CLIP's text encoders
+FAMILIES = {"StableDiffusion": STABLE_DIFFUSION}  # by how the name of diffusers' pipeline begins
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)@(\w+)")
 _TOP = ("model_index.json", "README.md")
-_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -52,6 +41,7 @@ class Source:
         configs: config.json of each model.
         open: part, keys of its model → its weights.
         files: all its safetensors files.
+        family: which kind of checkpoint it is.
         tokenizers, scheduler, index, licence: see :class:`hgdpo_jax.diffusion.pipeline.Pipeline`.
         fit: part → what its weights must fit, for errors; its config.json where nothing is said.
     """
@@ -60,7 +50,8 @@ class Source:
     configs: Mapping[str, Mapping[str, Any]]
     open: Callable[[str, Sequence[str]], Mapping[str, np.ndarray]]
     files: Sequence[Path]
-    tokenizers: Mapping[str, CLIPTokenizer]
+    family: Family
+    tokenizers: Tokenizers
     scheduler: Mapping[str, Any]
     index: Mapping[str, Any]
     licence: str | None
@@ -97,8 +88,8 @@ def open_source(base: str, vae: str = "", lora: str = "") -> Source:
             f"model {base}: no such folder or file; from the hub write owner/name@revision, with the revision's hash"
         )
     source = _with_vae(source, Path(vae)) if vae else source
-    _check_fit(source)
-    NoiseSchedule.from_config(source.scheduler, f"model {source.name}: ")  # raises for one that is not computed
+    source.family.check(source.name, source.configs, source.tokenizers)
+    source.family.process(source.scheduler, f"model {source.name}: ")  # raises for one that is not computed
     return _with_lora(source, Path(lora)) if lora else source
 
 
@@ -113,24 +104,34 @@ def _folder(folder: Path) -> Source:
     if not index_path.is_file():
         raise UserError(f"model {folder}: has no model_index.json; give a folder as diffusers writes it")
     index = read_json(index_path)
-    for part in (*MODELS, *_TOKENIZERS, "scheduler"):
+    family = _family(index)
+    for part in (*family.models, *family.tokenizers, "scheduler"):
         if _class_of(index, part) and not (folder / part).is_dir():
             raise UserError(f"model {folder}: has no folder {part}; its model_index.json names one")
-    parts = [part for part in MODELS if _class_of(index, part)]
-    for part in ("unet", "vae", "text_encoder"):
+    parts = [part for part in family.models if _class_of(index, part)]
+    for part in family.needed:
         if part not in parts:
-            raise UserError(f"model {folder}: {index.get('_class_name')} has no {part}; expected Stable Diffusion")
+            raise UserError(f"model {folder}: {index.get('_class_name')} has no {part}; expected {family.title}")
     weights = {part: open_folder(folder / part) for part in parts}
     return Source(
         name=str(folder),
         configs={part: read_config(folder / part) for part in parts},
         open=lambda part, keys: weights[part],
         files=[file for part in parts for file in weights[part].files],
-        tokenizers={name: _tokenizer(folder / name) for name in _TOKENIZERS if (folder / name).is_dir()},
+        family=family,
+        tokenizers={
+            name: family.read_tokenizer(folder / name) for name in family.tokenizers if (folder / name).is_dir()
+        },
         scheduler=_scheduler(folder, index),
         index=index,
         licence=_licence(folder / "README.md"),
     )
+
+
+def _family(index: Mapping[str, Any]) -> Family:
+    """The kind of checkpoint that model_index.json describes; Stable Diffusion where it names no other."""
+    name = str(index.get("_class_name"))
+    return next((family for start, family in FAMILIES.items() if name.startswith(start)), STABLE_DIFFUSION)
 
 
 def _class_of(index: Mapping[str, Any], part: str) -> str | None:
@@ -143,26 +144,6 @@ def _scheduler(folder: Path, index: Mapping[str, Any]) -> Mapping[str, Any]:
     """scheduler_config.json, for the class that model_index.json names, as diffusers reads it."""
     config, name = read_json(folder / "scheduler" / "scheduler_config.json"), _class_of(index, "scheduler")
     return {**config, "_class_name": name} if name else config
-
-
-def _tokenizer(folder: Path) -> CLIPTokenizer:
-    names = {path.name for path in folder.iterdir()}
-    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
-        raise UserError(f"{folder}: has neither tokenizer.json nor vocab.json and merges.txt; copy the folder again")
-    for name in sorted(names):
-        with (folder / name).open("rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise UserError(f"{folder / name}: is a pointer of Git LFS, not the file; run git lfs pull where it is")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-        length = min(tokenizer.model_max_length, POSITIONS)
-        (ids,) = tokenizer(["a photo"], padding="max_length", max_length=length, truncation=True).input_ids
-        if not 2 < len(ids) == length or not {tokenizer.bos_token_id, tokenizer.eos_token_id} <= {*ids}:
-            raise ValueError(f"of a text it makes {len(ids)} ids, not {length} with begin and end")
-        return tokenizer
-    except Exception as error:  # transformers' and tokenizers' errors have no class in common
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: not a tokenizer that can be read ({reason}); copy the folder again") from error
 
 
 def _licence(card: Path) -> str | None:
@@ -203,6 +184,7 @@ def without_weights(architecture: Architecture) -> Source:
         configs=architecture.configs,
         open=lambda part, keys: {},
         files=[],
+        family=STABLE_DIFFUSION,
         tokenizers=tokenizers,
         scheduler=architecture.scheduler,
         index=architecture.index,
@@ -214,8 +196,8 @@ def _download(repository: str, revision: str) -> Path:
     """Downloads the files of a repository that will be read, and no others: many hold each weight in several forms."""
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise UserError(f"model {repository}@{revision}: give the 40 characters of a commit; a branch can change")
-    folders = (*MODELS, *_TOKENIZERS, "scheduler")
-    small = [f"{folder}/*{kind}" for folder in folders for kind in (".json", ".txt")]
+    folders = {*(part for family in FAMILIES.values() for part in (*family.models, *family.tokenizers)), "scheduler"}
+    small = [f"{folder}/*{kind}" for folder in sorted(folders) for kind in (".json", ".txt")]
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[*_TOP, *small]))
         try:
@@ -225,7 +207,7 @@ def _download(repository: str, revision: str) -> Path:
             logging.warning("model %s@%s: the hub does not answer (%s); what was fetched before is used", repository,
                             revision, " ".join(str(error).split())[:200])  # fmt: skip
             return folder
-        for part in MODELS:
+        for part in _family(read_json(folder / "model_index.json")).models:
             name = chosen({path.removeprefix(f"{part}/") for path in names if path.startswith(f"{part}/")})
             files = [] if name is None else shards(folder / part / name) if name.endswith(".json") else [name]
             weights += [f"{part}/{file}" for file in files]
@@ -284,52 +266,12 @@ def _require_vae(folder: Path) -> None:
 
 
 def _with_lora(source: Source, path: Path) -> Source:
-    """The source with a LoRA merged into its UNet and text encoders."""
-    configs = {part: config for part, config in source.configs.items() if part != "vae"}
-    lora = LoRAFile(path, {part: (config, shapes(abstract(MODELS[part], config))) for part, config in configs.items()})
+    """The source with a LoRA merged into its denoiser and text encoders."""
+    kinds, configs = source.family.models, {part: x for part, x in source.configs.items() if part != "vae"}
+    lora = LoRAFile(path, {part: (x, shapes(abstract(kinds[part], x))) for part, x in configs.items()})
 
     def part(name: str, keys: Sequence[str]) -> Mapping[str, np.ndarray]:
         weights = source.open(name, keys)
         return weights if name == "vae" else lora.into(name, weights)
 
     return replace(source, open=part, files=[*source.files, *lora.weights.files])
-
-
-def _check_fit(source: Source) -> None:
-    """Raises UserError where the parts of a checkpoint are not of one model."""
-    unet, vae = source.configs["unet"], source.configs["vae"]
-    texts = [config for part, config in source.configs.items() if part.startswith("text_encoder")]
-    channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    if channels != latent:
-        kind = "as inpainting models do; " if channels == 9 else ""
-        raise UserError(f"model {source.name}: its UNet takes {channels} channels, {kind}the latents of its VAE have "
-                        f"{latent}")  # fmt: skip
-    lengths = {min(tokenizer.model_max_length, POSITIONS) for tokenizer in source.tokenizers.values()}
-    if len(lengths) > 1:
-        raise UserError(f"model {source.name}: its tokenizers have model_max_length "
-                        f"{' and '.join(map(str, sorted(lengths)))}; expected the same")  # fmt: skip
-    for name, tokenizer in source.tokenizers.items():
-        config = source.configs.get(name.replace("tokenizer", "text_encoder"), {})
-        last, words = max(tokenizer.get_vocab().values()), config.get("vocab_size") or 49408
-        if last >= words:
-            raise UserError(f"model {source.name}: its {name} gives ids up to {last}, the text encoder has {words} "
-                            "words; they belong to different models")  # fmt: skip
-    width, given = unet["cross_attention_dim"], sum(config.get("hidden_size") or 512 for config in texts)
-    if width != given:
-        raise UserError(f"model {source.name}: its text encoders give embeddings of width {given}, its UNet reads "
-                        f"{width}; they belong to different models")  # fmt: skip
-    if unet.get("addition_embed_type") == "text_time":
-        _check_addition(source)
-
-
-def _check_addition(source: Source) -> None:
-    """Raises UserError unless XL's UNet reads the pooled text of the second encoder, and six sizes."""
-    unet, second = source.configs["unet"], source.configs.get("text_encoder_2")
-    if second is None:
-        raise UserError(f"model {source.name}: its UNet is XL's, and it has no text_encoder_2; copy the folder again")
-    width = 6 * (unet["addition_time_embed_dim"] or 0) + (second.get("projection_dim") or 512)
-    given = unet["projection_class_embeddings_input_dim"]
-    if width != given:
-        raise UserError(f"model {source.name}: its UNet has projection_class_embeddings_input_dim={given}, its "
-                        f"addition_time_embed_dim and text_encoder_2 make {width}; they belong to different "
-                        "models")  # fmt: skip

@@ -187,10 +187,15 @@ class UNet2DConditionModel(nnx.Module):
         modules = nnx.iter_modules(self)
         return {".".join(map(str, path)): m for path, m in modules if isinstance(m, BasicTransformerBlock)}
 
-    def keys_values(self, encoder_hidden_states: Float[Array, "b s d"]) -> Memory:
+    def read_text(self, encoder_hidden_states: Float[Array, "b s d"]) -> Memory:
         """The text's keys and values in each cross-attention. Sampling computes them once, not in each step."""
         context = encoder_hidden_states.astype(self.dtype)
         return {name: [block.attn2.keys_values(context)] for name, block in self.transformer_blocks().items()}
+
+    @property
+    def latent_multiple(self) -> int:
+        """Height and width of a latent are multiples of this: each level but one halves them."""
+        return 2 ** (len(self.config["block_out_channels"]) - 1)
 
     def checkpoint(self, policy: str) -> None:
         """Gradient checkpointing from now on; it changes memory and time, not the result.
@@ -226,13 +231,13 @@ class UNet2DConditionModel(nnx.Module):
         Args:
             sample: noisy latents; h and w are multiples of 2 to the number of downsamplings.
             timesteps: 0…999.
-            encoder_hidden_states: text embeddings, or what :meth:`keys_values` made of them. `n` is a multiple of `b`;
+            encoder_hidden_states: text embeddings, or what :meth:`read_text` made of them. `n` is a multiple of `b`;
                 n / b rows in turn belong to each sample, and what comes before the text is computed once for them.
             added_cond: SDXL only: `text_embeds` [n, p] (pooled) and `time_ids` [n, 6] (sizes and crop in pixels).
         """
         dtype, memory = self.dtype, encoder_hidden_states
         if not isinstance(memory, Mapping):
-            memory = self.keys_values(memory)
+            memory = self.read_text(memory)
         temb = self.time_embedding(sinusoidal(timesteps, self.conv_in.out_features).astype(dtype))
         if self.addition == "text_time":
             if added_cond is None:

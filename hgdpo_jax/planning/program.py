@@ -20,7 +20,7 @@ from hgdpo_jax.devices.mesh import require_divisible
 from hgdpo_jax.devices.sharding import batch_sharding, tree_shardings
 from hgdpo_jax.devices.transfer import place
 from hgdpo_jax.diffusion import pipeline as pipelines
-from hgdpo_jax.diffusion.pipeline import POSITIONS, Pipeline
+from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.diffusion.source import Source, open_source, without_weights
 from hgdpo_jax.faces.concepts import encoder_of
@@ -35,7 +35,7 @@ from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.inputs import loss_of
 from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
-from hgdpo_jax.training.policy import add_fresh_lora, configure_unet, parameter_dtypes
+from hgdpo_jax.training.policy import add_fresh_lora, configure_denoiser, parameter_dtypes
 
 # The image encoder of the published adapters.
 _VIT_H = {"hidden_size": 1280, "image_size": 224, "patch_size": 14, "projection_dim": 1024}
@@ -98,14 +98,14 @@ def open_architecture(config: ConfigDict, variant: str) -> Source:
 def pipeline_of(config: ConfigDict, source: Source, mesh: Mesh) -> Pipeline:
     """The pipeline that :func:`hgdpo_jax.training.policy.load_trainable` gives, of shapes."""
     pipeline = pipelines.of_shapes(source, config.model.dtype, parameter_dtypes(config))
-    configure_unet(pipeline.unet, config, mesh)
+    configure_denoiser(pipeline.denoiser, config, mesh)
     add_fresh_lora(pipeline, config)
     for network in pipeline.networks.values():  # LoRA has values, which no described device can take
         nnx.update(network, jax.eval_shape(nnx.state, network))
     if config.train.params == "adapter":
         concept = concept_shape(config)
-        about = ip_adapter.default_config(pipeline.unet, config.adapter.kind, concept[1])
-        adapter = abstract(ip_adapter.IPAdapter, about, pipeline.unet.dtype)
+        about = ip_adapter.default_config(pipeline.denoiser, config.adapter.kind, concept[1])
+        adapter = abstract(ip_adapter.IPAdapter, about, pipeline.denoiser.dtype)
         pipeline = replace(pipeline, adapter=adapter, no_concept=np.zeros((1, *concept), np.float32))
     return pipeline
 
@@ -140,7 +140,7 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
     # Of several resolutions the largest: each has a program of its own.
     shape = max((pipeline.latent_shape(size) for size in configuration.resolutions(config).values()), key=np.prod)
     batch = {name: _rows(mesh, (settings.batch, *shape), np.float16) for name in latent}
-    batch["input_ids"] = _rows(mesh, (settings.batch, POSITIONS), np.int32)
+    batch["input_ids"] = _rows(mesh, (settings.batch, pipeline.family.positions), np.int32)
     if settings.objective == "smpo":
         batch["scores"] = _rows(mesh, (settings.batch, 2), np.float32)
     if settings.reference_cache:

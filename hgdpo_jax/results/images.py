@@ -125,7 +125,7 @@ def from_checkpoint(model: str) -> Generator:
     dtype = dtype_on(jax.default_backend())
     use_precision(dtype)
     pipeline = pipelines.load_pipeline(model, dtype, param_dtype=dtype, place=parameter_placer(local_mesh()))
-    size = pipeline.unet.config.get("sample_size") or 64  # a number, or height and width
+    size = pipeline.denoiser.config.get("sample_size") or 64  # a number, or height and width
     height, width = (side * pipeline.vae.pixels_per_latent for side in (size if isinstance(size, list) else [size] * 2))
     return Generator(pipeline, [], (height, width), {"model": model, "base": pipelines.base_hash(model)})
 
@@ -216,9 +216,10 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
     if processes.is_first():
         require_own(out, about)
     processes.barrier()
+    most = source.pipeline.family.positions
     for prompt, count in zip(prompts, source.pipeline.count_tokens(prompts), strict=True):
-        if count > pipelines.POSITIONS:
-            logging.warning("prompt %r has %d tokens: the first %d are used", prompt, count, pipelines.POSITIONS)
+        if count > most:
+            logging.warning("prompt %r has %d tokens: the first %d are used", prompt, count, most)
     work = [(i, seed, out / f"{i:05d}_{seed}.png") for i in range(len(prompts)) for seed in seeds]
     mine, mesh = work[jax.process_index() :: jax.process_count()], local_mesh()
     sampler = Sampler(

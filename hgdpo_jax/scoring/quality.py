@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from transformers import CLIPTokenizer
 
-from hgdpo_jax.diffusion.pipeline import tokenize
+from hgdpo_jax.diffusion.stable_diffusion import tokenize
 from hgdpo_jax.models.clip import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from hgdpo_jax.models.clip_resnet import CLIPResNet
 from hgdpo_jax.models.preprocessing import Preprocessing, clip_normalised, clip_pixels

@@ -42,7 +42,7 @@ def with_trained_adapter(
             makes features of another width.
     """
     if settings.weights:
-        adapter = ip_adapter.load(settings.weights, pipeline.unet, place=parameter_placer(mesh))
+        adapter = ip_adapter.load(settings.weights, pipeline.denoiser, place=parameter_placer(mesh))
         encoder = ConceptEncoder(adapter.config["kind"], settings.image_encoder, settings.identity)
         width, wanted = encoder.nothing.shape[-1], adapter.config["features"]
         if width != wanted:

@@ -1,6 +1,7 @@
 """The policy: which part of ε_base is trained."""
 
 from dataclasses import replace
+from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -15,7 +16,6 @@ from hgdpo_jax.faces.concepts import ConceptEncoder, encoder_of
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.attention import set_sharding
 from hgdpo_jax.models.lora import add_lora, lora_layers
-from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.training.step import Params, split_params
 
 
@@ -42,7 +42,7 @@ def load_trainable(config: ConfigDict, mesh: Mesh, *others: ConfigDict, weights:
         )
     else:
         pipeline = pipelines.of_shapes(open_source(model.base, model.vae, model.lora), model.dtype, param_dtype)
-    configure_unet(pipeline.unet, config, mesh)
+    configure_denoiser(pipeline.denoiser, config, mesh)
     for stage in (config, *others):
         add_fresh_lora(pipeline, stage, mesh)
         if stage.train.params == "adapter":
@@ -50,12 +50,12 @@ def load_trainable(config: ConfigDict, mesh: Mesh, *others: ConfigDict, weights:
     return pipeline
 
 
-def configure_unet(unet: UNet2DConditionModel, config: ConfigDict, mesh: Mesh) -> None:
-    """Sets how the UNet is computed on the mesh, and which activations are kept for its gradient."""
-    unet.checkpoint(config.train.checkpointing)
+def configure_denoiser(denoiser: Any, config: ConfigDict, mesh: Mesh) -> None:
+    """Sets how the UNet (or transformer) is computed on the mesh, and which activations are kept for its gradient."""
+    denoiser.checkpoint(config.train.checkpointing)
     if config.train.blocks == "up":
-        unet.share_skips()
-    set_sharding(unet, heads_sharding(mesh))
+        denoiser.share_skips()
+    set_sharding(denoiser, heads_sharding(mesh))
 
 
 def parameter_dtypes(config: ConfigDict) -> dict[str, str]:
@@ -70,7 +70,7 @@ def with_fresh_adapter(
 ) -> pipelines.Pipeline:
     """The pipeline with an adapter that has learnt nothing yet, for the features of `encoder`."""
     key = stream_key(config.seed, "adapter")
-    adapter = ip_adapter.fresh(pipeline.unet, config.adapter.kind, encoder.nothing.shape[-1], nnx.Rngs(key))
+    adapter = ip_adapter.fresh(pipeline.denoiser, config.adapter.kind, encoder.nothing.shape[-1], nnx.Rngs(key))
     state = nnx.state(adapter)
     nnx.update(adapter, place(state, tree_shardings(state, mesh)))
     return replace(pipeline, adapter=adapter, no_concept=encoder.nothing)

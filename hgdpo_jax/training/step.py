@@ -71,13 +71,20 @@ class Numbers(NamedTuple):
 
 
 class Denoiser(NamedTuple):
-    """UNet, text encoders and perhaps an adapter as one pure function of their weights.
+    """UNet (or transformer), text encoders and perhaps an adapter as one pure function of their weights.
 
     The weights are {"unet": ..., "text": ..., "adapter": ...} in two parts: the policy is what is trained, `frozen` the
     rest.
+
+    Attributes:
+        networks: all of them.
+        name: of the one that predicts, the family's `denoiser`.
+        pixels_per_latent: of the VAE.
+        no_concept: see :class:`hgdpo_jax.diffusion.pipeline.Pipeline`.
     """
 
     networks: nnx.GraphDef
+    name: str
     pixels_per_latent: int
     no_concept: Float[np.ndarray, "1 m f"] | None
 
@@ -92,7 +99,7 @@ class Denoiser(NamedTuple):
         drop: tuple[Bool[Array, "b"], Bool[Array, "b"]] | None = None,
         dropout: Key[Array, "b"] | None = None,
     ) -> Float[Array, "n h w c"]:
-        """The UNet's prediction, float32.
+        """The prediction, float32.
 
         Args:
             policy, frozen: the weights.
@@ -116,17 +123,17 @@ class Denoiser(NamedTuple):
             )
         repeats = x_t.shape[0] // input_ids.shape[0]
         condition, concept = jax.tree.map(lambda x: jnp.repeat(x, repeats, 0), given)
-        memory = networks["unet"].keys_values(condition.encoder_hidden_states)
+        memory = networks[self.name].read_text(condition.encoder_hidden_states)
         if concept is not None:
             memory = join(memory, networks["adapter"](concept), 1.0)
-        return networks["unet"](x_t, t, memory, condition.added_cond)
+        return networks[self.name](x_t, t, memory, condition.added_cond)
 
 
-def policy_filter(params: str) -> nnx.filterlib.Filter:
-    """Which weights are the policy, as `train.params` says."""
+def policy_filter(params: str, denoiser: str) -> nnx.filterlib.Filter:
+    """Which weights are the policy, as `train.params` says; `denoiser` is the name of the model that predicts."""
     part, kind = {
-        "lora": ("unet", nnx.LoRAParam),
-        "all": ("unet", nnx.Param),
+        "lora": (denoiser, nnx.LoRAParam),
+        "all": (denoiser, nnx.Param),
         "text_lora": ("text", nnx.LoRAParam),
         "adapter": ("adapter", nnx.Param),
     }[params]
@@ -138,9 +145,10 @@ def split_params(pipeline: Pipeline, params: str) -> tuple[Denoiser, Params, Par
 
     The states are copies of the containers, not of the arrays: a later write into the pipeline does not show in them.
     """
-    networks, *states = nnx.split(pipeline.networks, policy_filter(params), ...)
+    name = pipeline.family.denoiser
+    networks, *states = nnx.split(pipeline.networks, policy_filter(params, name), ...)
     policy, frozen = jax.tree.map(lambda x: x, states)
-    return Denoiser(networks, pipeline.vae.pixels_per_latent, pipeline.no_concept), policy, frozen
+    return Denoiser(networks, name, pipeline.vae.pixels_per_latent, pipeline.no_concept), policy, frozen
 
 
 Loss = Callable[[Params, Params, Params, Batch, Numbers], tuple[Float[Array, ""], Metrics]]

@@ -26,7 +26,9 @@ from transformers import CLIPTokenizer
 
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import source as sources
+from hgdpo_jax.diffusion import stable_diffusion
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.diffusion.stable_diffusion import STABLE_DIFFUSION
 from hgdpo_jax.models import architectures
 from hgdpo_jax.models.architectures import SD15
 from hgdpo_jax.models.convert import abstract, from_torch, keys, load_model, to_torch
@@ -67,12 +69,12 @@ class EmptyUNet(UNet2DConditionModel):
 @pytest.fixture
 def no_unet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pipelines have an empty UNet, the largest of their models, where a test is about another."""
-    monkeypatch.setitem(sources.MODELS, "unet", EmptyUNet)
+    monkeypatch.setitem(STABLE_DIFFUSION.models, "unet", EmptyUNet)
 
 
 @functools.cache
 def keys_of(part: str, config: str) -> list[str]:
-    return keys(abstract(sources.MODELS[part], json.loads(config)))
+    return keys(abstract(STABLE_DIFFUSION.models[part], json.loads(config)))
 
 
 def weights_of(path: Path, part: str, vae: Path | str = "") -> dict[str, np.ndarray]:
@@ -265,7 +267,7 @@ def _tokenizer_config(folder: Path, change: Callable[[dict], dict]) -> None:
 def test_a_tokenizer_without_a_length_has_clips(base: Path, tmp_path: Path) -> None:
     folder, long = shutil.copytree(base / "tokenizer", tmp_path / "tokenizer"), ["a cat " * 100, "a cat"]
     _tokenizer_config(folder, lambda config: config.pop("model_max_length") and config)
-    expected, found = (pipelines.tokenize(CLIPTokenizer.from_pretrained(path), long)
+    expected, found = (stable_diffusion.tokenize(CLIPTokenizer.from_pretrained(path), long)
                        for path in (base / "tokenizer", folder))  # fmt: skip
     assert expected.shape == (2, 77) and np.array_equal(found, expected)
 
@@ -433,7 +435,8 @@ def test_of_a_repository_only_what_will_be_read_is_fetched(
     weights = {name for name in sent if name.endswith(".safetensors")}
     assert weights == {"unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
                        "text_encoder/model.safetensors"}  # fmt: skip
-    assert sources.MODELS.keys() >= {"unet", "vae", "text_encoder"} <= {name.partition("/")[0] for name in sent}
+    parts = STABLE_DIFFUSION.models.keys()
+    assert parts >= {"unet", "vae", "text_encoder"} <= {name.partition("/")[0] for name in sent}
     before = dict(sent)
     assert open_at("http://127.0.0.1:9").files == found.files and sent == before  # where nobody answers
     assert "the hub does not answer" in caplog.text

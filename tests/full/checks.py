@@ -14,6 +14,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from hgdpo_jax.diffusion import pipeline as pipelines
+from hgdpo_jax.diffusion.stable_diffusion import STABLE_DIFFUSION
 from hgdpo_jax.models.convert import load_model, save_model
 from hgdpo_jax.models.weights import Weights
 from tests.full.components import torch_model
@@ -87,7 +88,7 @@ def largest_error(part: str, config: Mapping[str, Any], folder: Path) -> float:
     expected = _theirs(part, model.double() if part == "vae" else model, given)
     del model
     gc.collect()
-    ours = load_model(pipelines.MODELS[part], folder)
+    ours = load_model(STABLE_DIFFUSION.models[part], folder)
     found = nnx.jit(lambda m, values: _ours(part, m, values))(ours, jax.tree.map(jnp.asarray, given))
     return max(float(np.abs(a - b).max() / b.std()) for a, b in zip(map(np.asarray, found), expected, strict=True))
 

@@ -103,7 +103,7 @@ def read_by_diffusers(theirs: TorchUNet, folder: Path) -> None:
 
 @nnx.jit
 def ours_with(unet: UNet2DConditionModel, image: ip_adapter.Memory, x, t, context, added) -> jax.Array:
-    return unet(x, t, ip_adapter.join(unet.keys_values(context), image, SCALE), added)
+    return unet(x, t, ip_adapter.join(unet.read_text(context), image, SCALE), added)
 
 
 def compare(theirs: TorchUNet, ours: UNet2DConditionModel, adapter: ip_adapter.IPAdapter) -> float:

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from hgdpo_jax.diffusion import pipeline as pipelines
-from hgdpo_jax.diffusion.source import MODELS, open_source
+from hgdpo_jax.diffusion.source import open_source
+from hgdpo_jax.diffusion.stable_diffusion import STABLE_DIFFUSION
 from hgdpo_jax.models.convert import load_model, to_torch
 from hgdpo_jax.models.lora import add_lora, lora_layers
 from hgdpo_jax.models.weights import open_folder
@@ -46,7 +47,7 @@ def taught(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.
     for name in configs:
         if name == "vae":
             continue
-        model = models[name] = load_model(MODELS[name], base / name)
+        model = models[name] = load_model(STABLE_DIFFUSION.models[name], base / name)
         add_lora(model, 4, 2.0, nnx.Rngs(0))
         merged[name] = to_torch(model)
         for path, layer in lora_layers(model).items():

@@ -16,7 +16,8 @@ from safetensors.numpy import load, save
 from transformers import CLIPTokenizer
 
 from hgdpo_jax.diffusion.pipeline import Pipeline, load_pipeline
-from hgdpo_jax.diffusion.source import MODELS, open_source
+from hgdpo_jax.diffusion.source import open_source
+from hgdpo_jax.diffusion.stable_diffusion import STABLE_DIFFUSION
 from hgdpo_jax.diffusion.trajectory import from_noise
 from hgdpo_jax.models import architectures
 from hgdpo_jax.models.convert import abstract, from_torch, keys, to_torch
@@ -77,7 +78,7 @@ def _trace(pipeline: Pipeline) -> None:
     def drawn(ids: jax.Array, latents: jax.Array) -> jax.Array:
         pipeline.text.empty(2, (64, 64))
         conditioning = pipeline.text(ids, (64, 64))
-        predicted = pipeline.unet(latents, jnp.zeros(2, jnp.int32), *conditioning)
+        predicted = pipeline.denoiser(latents, jnp.zeros(2, jnp.int32), *conditioning)
         return pipeline.vae.decode(predicted)
 
     found = jax.eval_shape(drawn, ids, jax.ShapeDtypeStruct((2, height, width, channels), jnp.float32))
@@ -90,13 +91,14 @@ def read_single(folder: Path, architecture: str, configs: Mapping[str, dict[str,
     with mock.patch.object(architectures, architecture, known):
         source = open_source(str(folder / "a.safetensors"))
     for part, config in source.configs.items():
-        from_source(source, part, abstract(MODELS[part], config))
+        from_source(source, part, abstract(STABLE_DIFFUSION.models[part], config))
     return True
 
 
 def single(configs: Mapping[str, dict[str, Any]], parts: Mapping[str, tuple[str, Translate]]) -> bytes:
     """A single file with random weights."""
-    weights = {part: to_torch(tiny.random_model(MODELS[part], config, 0)) for part, config in configs.items()}
+    models = {part: tiny.random_model(STABLE_DIFFUSION.models[part], config, 0) for part, config in configs.items()}
+    weights = {part: to_torch(model) for part, model in models.items()}
     tensors = to_single_file(weights, configs, parts)
     return save({key: np.ascontiguousarray(x) for key, x in tensors.items()}, {"modelspec.prediction_type": "epsilon"})
 
@@ -110,7 +112,7 @@ def read_lora(folder: Path, base: Path, name: str) -> bool:
     """Reads a base with a LoRA merged."""
     source = open_source(str(base), lora=str(folder / name))
     for part, config in source.configs.items():
-        from_source(source, part, abstract(MODELS[part], config))
+        from_source(source, part, abstract(STABLE_DIFFUSION.models[part], config))
     return True
 
 
@@ -118,7 +120,7 @@ def loras(configs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, bytes]]:
     """LoRA files in the forms in which people have them, of models by their configs."""
     models, rng = {}, np.random.default_rng(0)
     for part, config in configs.items():
-        model = models[part] = tiny.random_model(MODELS[part], config, 0)
+        model = models[part] = tiny.random_model(STABLE_DIFFUSION.models[part], config, 0)
         add_lora(model, 2, 1.0, nnx.Rngs(0))
         for layer in lora_layers(model).values():
             layer.lora_B[...] = jnp.asarray(rng.standard_normal(layer.lora_B.shape), jnp.float32)

@@ -186,17 +186,17 @@ def test_each_step_of_drawing_is_counted(base: Path, tmp_path: Path) -> None:
     sampler = Sampler.from_config(pipeline, mesh, config.pairs, seed=0)
     before = sum(program.counted(lambda: sampler.traced((32, 32))[0], trips=0))
     assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves(nnx.state(pipeline.networks)))  # for any device
-    graph, weights = nnx.split(pipeline.unet)
+    graph, weights = nnx.split(pipeline.denoiser)
 
     def step(weights: nnx.State, x: jax.Array, text: jax.Array) -> jax.Array:
         unet = nnx.merge(graph, weights)
-        return unet(x, jnp.zeros(len(x), jnp.int32), unet.keys_values(text))
+        return unet(x, jnp.zeros(len(x), jnp.int32), unet.read_text(text))
 
     text = jax.ShapeDtypeStruct((8, 77, 8), jnp.float32)  # four images, with and without a caption
     both = sum(
         program.counted(jax.jit(step).trace, weights, jax.ShapeDtypeStruct((4, *tiny.LATENT), jnp.float32), text)
     )
-    memory = jax.jit(lambda weights, text: nnx.merge(graph, weights).keys_values(text)).trace
+    memory = jax.jit(lambda weights, text: nnx.merge(graph, weights).read_text(text)).trace
     assert sum(draw.operations) - before == 9 * (both - sum(program.counted(memory, weights, text)))
 
 

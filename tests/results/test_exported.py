@@ -169,7 +169,7 @@ def test_a_lora_of_all_layers_of_the_text_encoders_too_gives_our_images_in_diffu
         add_lora(model, 4, 2.0, nnx.Rngs(i), ("attention", "feed_forward", "convolutions"))
         lora = nnx.state(model, nnx.LoRAParam)
         nnx.update(model, jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), lora))
-    start, (images,) = draw(pipeline, {"unet": nnx.state(pipeline.unet, nnx.LoRAParam)})
+    start, (images,) = draw(pipeline, {"unet": nnx.state(pipeline.denoiser, nnx.LoRAParam)})
     reference = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     assert np.abs(theirs(reference, start) - images).max() > 10 * DRAWN
     for kind in ("peft", "kohya"):

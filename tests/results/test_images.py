@@ -195,7 +195,7 @@ def test_a_concept_image_gives_the_images_of_diffusers_with_and_without_lora(
     """tests/models/test_ip_adapter.py compares the other kinds, and SDXL's UNet."""
     base, pipeline, policies, folder, sampler = setups("sd15")
     encoder = ConceptEncoder("ip_adapter_plus", str(tiny.write_scorer(tmp_path / "clip")))
-    adapter = ip_adapter.fresh(pipeline.unet, "ip_adapter_plus", encoder.nothing.shape[-1], nnx.Rngs(5))
+    adapter = ip_adapter.fresh(pipeline.denoiser, "ip_adapter_plus", encoder.nothing.shape[-1], nnx.Rngs(5))
     ip_adapter.save(adapter, tmp_path / "adapter.safetensors")
     settings = configuration.default().adapter
     settings.update(weights=str(tmp_path / "adapter.safetensors"), image_encoder=str(tmp_path / "clip"))
@@ -486,7 +486,8 @@ def test_concept_images_and_adapters_that_do_not_fit_are_named(source: images.Ge
     settings.weights = str(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"other.safetensors: is for another UNet: it has"):
         images.with_concept(source, photograph, settings, None)
-    ip_adapter.save(ip_adapter.fresh(source.pipeline.unet, "face_id", 128, nnx.Rngs(0)), tmp_path / "face.safetensors")
+    adapter = ip_adapter.fresh(source.pipeline.denoiser, "face_id", 128, nnx.Rngs(0))
+    ip_adapter.save(adapter, tmp_path / "face.safetensors")
     settings.weights = str(tmp_path / "face.safetensors")
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from hgdpo_jax.diffusion.pipeline import tokenize
+from hgdpo_jax.diffusion.stable_diffusion import tokenize
 from hgdpo_jax.models.clip import CLIPModel
 from hgdpo_jax.models.convert import folder_hash
 from hgdpo_jax.models.model_config import ModelConfig

@@ -131,7 +131,7 @@ class Scaled(steps.Denoiser):
         return policy["x"] * x_t
 
 
-SCALED = Scaled(None, 8, None)
+SCALED = Scaled(None, "unet", 8, None)
 
 
 @pytest.mark.parametrize("make", [steps.preference_loss, steps.sft_loss])
@@ -226,7 +226,7 @@ class Twice(nnx.Module):
 class Sum(nnx.Module):
     """A UNet that predicts the sum of what it is conditioned on."""
 
-    def keys_values(self, states: Any) -> dict:
+    def read_text(self, states: Any) -> dict:
         return {"": [(states[:, None], states[:, None])]}
 
     def __call__(self, x: Any, t: Any, memory: Any, added: Any) -> jax.Array:
@@ -243,7 +243,7 @@ def test_captions_and_concepts_are_dropped_as_often_as_asked(
 ) -> None:
     rows = 1000
     networks = nnx.graphdef({"unet": Sum(), "text": OneCaption(), "adapter": Twice()})
-    denoiser = steps.Denoiser(networks, 8, np.zeros((1, 1, 1), np.float32))
+    denoiser = steps.Denoiser(networks, "unet", 8, np.zeros((1, 1, 1), np.float32))
     data = {"winner": jnp.zeros((rows, 1, 1, 1)), "input_ids": jnp.zeros((rows, 2), int)}
     data |= {"concept": jnp.ones((rows, 1, 1)), "key": jax.random.split(jax.random.key(0), rows)}
     numbers = numbers_of(tiny.config(base), 0)
@@ -272,7 +272,7 @@ def test_lora_of_the_policy_drops_numbers_where_it_learns_and_nothing_else_does(
         given, masks = data | {"key": keys} | ({"dropout": keys} if learns else {}), []
         jax.eval_shape(loss, policy, policy, frozen, given, numbers_of(config, 0))
         drawn.append(len(masks))
-    blocks = {name.partition(".attn")[0] for name in lora_layers(pipeline.unet)}
+    blocks = {name.partition(".attn")[0] for name in lora_layers(pipeline.denoiser)}
     up = sum("up_blocks" in name for name in blocks)
     # Queries, keys and values of the same tokens, their output; queries, keys and values of text, their output.
     assert drawn == [0, 0, 5 * len(blocks), 5 * up]
@@ -406,7 +406,7 @@ def test_gradient_through_the_unet_equals_pytorch(base: Path) -> None:
     def torch_unet(state: Any) -> TorchUNet:
         set_policy(pipeline, state)
         unet = TorchUNet(**{k: v for k, v in tiny.ONE_LEVEL.items() if not k.startswith("_")})
-        unet.load_state_dict({key: torch.tensor(value) for key, value in to_torch(pipeline.unet).items()})
+        unet.load_state_dict({key: torch.tensor(value) for key, value in to_torch(pipeline.denoiser).items()})
         return unet.double()
 
     def error_and_mean(unet: TorchUNet, latent: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,7 @@ from transformers import CLIPTokenizer
 from hgdpo_jax.data.photographs import list_photographs
 from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.devices.start import start
-from hgdpo_jax.diffusion.pipeline import tokenize
+from hgdpo_jax.diffusion.stable_diffusion import tokenize
 from hgdpo_jax.models.clip import CLIPModel
 from hgdpo_jax.models.convert import load_model, save_model
 from hgdpo_jax.models.vae import AutoencoderKL

@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 from hgdpo_jax.data.photographs import Photograph, list_photographs
 from hgdpo_jax.data.pixels import load_images
 from hgdpo_jax.devices.start import start
-from hgdpo_jax.diffusion.pipeline import tokenize
+from hgdpo_jax.diffusion.stable_diffusion import tokenize
 from hgdpo_jax.models.clip import CLIPModel
 from hgdpo_jax.models.convert import save_model
 from hgdpo_jax.models.preprocessing import clip_pixels
