@@ -76,7 +76,6 @@ class Sampler:
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch, self.mesh, self.seed = -(-batch // ways) * ways, mesh, seed
         self.tokenize, self.latent_shape, self._rows = pipeline.tokenize, pipeline.latent_shape, batch_sharding(mesh)
-        self._positions = pipeline.family.positions
         self._process, self._solver, self._steps = pipeline.schedule, solver, steps
         self._trajectory((1, 1))  # raises for steps that there are not
         level = pipeline.schedule.level
@@ -113,7 +112,7 @@ class Sampler:
     def traced(self, resolution: tuple[int, int]) -> tuple[jax.stages.Traced, jax.stages.Traced]:
         """The programs that draw and decode a batch of a resolution from noise; the pipeline may be one of shapes."""
         latent = (self.latent_shape(resolution), jnp.float32)
-        rows = ((self._positions,), jnp.int32), ((), jax.random.key(0).dtype), latent
+        rows = (self.tokenize([""]).shape[1:], jnp.int32), ((), jax.random.key(0).dtype), latent
         shapes = [jax.ShapeDtypeStruct((self.batch, *shape), dtype) for shape, dtype in rows]
         inputs, programs = SamplerInputs(None, *place(shapes, self._rows)), self._programs
         draw = programs.draw.trace(

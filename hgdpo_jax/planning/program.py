@@ -140,7 +140,7 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
     # Of several resolutions the largest: each has a program of its own.
     shape = max((pipeline.latent_shape(size) for size in configuration.resolutions(config).values()), key=np.prod)
     batch = {name: _rows(mesh, (settings.batch, *shape), np.float16) for name in latent}
-    batch["input_ids"] = _rows(mesh, (settings.batch, pipeline.family.positions), np.int32)
+    batch["input_ids"] = _rows(mesh, (settings.batch, *pipeline.tokenize([""]).shape[1:]), np.int32)
     if settings.objective == "smpo":
         batch["scores"] = _rows(mesh, (settings.batch, 2), np.float32)
     if settings.reference_cache:

@@ -93,7 +93,7 @@ class Denoiser(NamedTuple):
         policy: Params,
         frozen: Params,
         x_t: Float[Array, "n h w c"],
-        t: Timesteps,
+        t: Int[Array, "n"] | Float[Array, "n"],
         input_ids: Int[Array, "b s"],
         concept: Float[Array, "b m f"] | None = None,
         drop: tuple[Bool[Array, "b"], Bool[Array, "b"]] | None = None,
@@ -175,7 +175,7 @@ class Noised(NamedTuple):
     """
 
     t: Timesteps
-    t_pair: Timesteps
+    t_pair: Int[Array, "2b"] | Float[Array, "2b"]
     x_t: Float[Array, "2b h w c"]
     target: Float[Array, "2b h w c"]
 

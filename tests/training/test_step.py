@@ -399,7 +399,7 @@ def test_gradient_through_the_unet_equals_pytorch(base: Path) -> None:
 
     first_step = jax.random.fold_in(numbers_of(tiny.config(base), 0).stage_key, 0)
     keys = jax.vmap(lambda i: jax.random.fold_in(first_step, i))(jnp.arange(8))
-    t, noise = steps._noise(keys, tiny.LATENT, 1000)
+    t, noise = steps._noise(keys, tiny.LATENT, pipeline.schedule)
     context = torch.tensor(np.asarray(pipeline.text(jnp.asarray(data["input_ids"]), (32, 32)).encoder_hidden_states))
     alpha = torch.tensor(pipeline.schedule.alphas_cumprod[np.asarray(t)], dtype=torch.float64)[:, None, None, None]
 
