@@ -110,15 +110,16 @@ class FluxText(nnx.Module):
 
     Args:
         text_encoder: Qwen3.
-        empty_ids: of the empty prompt, [s], see :func:`hgdpo_jax.models.chat.chat_ids`; the last one is padding.
+        empty_ids: of the empty prompt, [s], see :func:`hgdpo_jax.models.chat.chat_ids`.
+        padding: token id with which prompts are padded.
     """
 
-    def __init__(self, text_encoder: Qwen3Model, empty_ids: tuple[int, ...]) -> None:
-        self.text_encoder, self.empty_ids = text_encoder, empty_ids
+    def __init__(self, text_encoder: Qwen3Model, *, empty_ids: tuple[int, ...], padding: int) -> None:
+        self.text_encoder, self.empty_ids, self.padding = text_encoder, empty_ids, padding
 
     def __call__(self, input_ids: Int[Array, "b s"], size: tuple[int, int]) -> Conditioning:
         """Conditioning of prompts, for images of whatever size."""
-        return Conditioning(self.text_encoder(input_ids, before_padding(input_ids, self.empty_ids[-1])))
+        return Conditioning(self.text_encoder(input_ids, before_padding(input_ids, self.padding)))
 
     def empty(self, count: int, size: tuple[int, int], negative_ids: Int[Array, "1 s"] | None = None) -> Conditioning:
         """The conditioning of the empty prompt, or of a negative one in its place, `count` times."""
@@ -127,5 +128,8 @@ class FluxText(nnx.Module):
 
 
 def before_padding(ids: Int[Array, "b s"], padding: int | Int[Array, ""]) -> Bool[Array, "b s"]:
-    """False where there is nothing but padding to the end of a row: the same token within a prompt is read."""
+    """False where there is nothing but padding to the end of a row: the same token within a prompt is read.
+
+    (At the end of a prompt that fills the row too it is taken for padding: only its own state changes.)
+    """
     return jax.lax.cummax((ids != padding).astype(jnp.int32), axis=1, reverse=True) > 0

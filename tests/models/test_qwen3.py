@@ -167,6 +167,11 @@ def test_the_base_of_the_angles_is_found_where_either_transformers_writes_it() -
     assert abstract(small, older).theta == transformers.Qwen3Config(**older).rope_parameters["rope_theta"] == 5e5
 
 
+def test_an_abstract_model_has_the_shapes_of_one_with_values() -> None:
+    real = nnx.eval_shape(lambda: one_layer(CONFIG, rngs=nnx.Rngs(0)))
+    assert nnx.state(real).flat_state() == nnx.state(abstract(one_layer, CONFIG)).flat_state()
+
+
 def test_padding_is_what_follows_the_text() -> None:
     assert before_padding(jnp.asarray([[9, PAD, 8, PAD, PAD], [9, 9, 9, 9, 9]]), PAD).tolist() == [
         [True, True, True, False, False],
@@ -177,7 +182,7 @@ def test_padding_is_what_follows_the_text() -> None:
 def test_the_empty_prompt_and_a_negative_one_stand_for_all_images(theirs: torch.nn.Module) -> None:
     model = abstract(one_layer, CONFIG)
     from_torch(numpy_weights(theirs), model)
-    text = FluxText(model, tuple(IDS[0].tolist()))
+    text = FluxText(model, empty_ids=tuple(IDS[0].tolist()), padding=PAD)
     ids, size = jnp.asarray(IDS), (64, 64)
     both, empty, negative = nnx.jit(lambda m: (m(ids, size), m.empty(3, size), m.empty(1, size, ids[1:])))(text)
     assert empty.added_cond is None and empty.encoder_hidden_states.shape == (3, 24, 32)
