@@ -25,10 +25,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 Queries = Float[Array, "b n heads d"]
 Keys = Float[Array, "b m heads d"]
+_Grouped = Float[Array, "b m groups d"]
 _Sized = Array | jax.ShapeDtypeStruct
 _SPLASH, _RECOMPUTED, _CUDNN = 1024, 4096, 512  # tokens from which each is taken
 # XLA may hold 256 MB of probabilities at once on a device, in float32. With as few keys as these they take no more than
@@ -82,9 +83,13 @@ def kernel(
     return recomputed if device.platform == "tpu" and n >= _RECOMPUTED else xla
 
 
-def xla(q: Queries, k: Keys, v: Keys, is_causal: bool = False) -> Queries:
-    """JAX's own attention; with `is_causal` a query sees the keys up to its own place."""
-    own = partial(jax.nn.dot_product_attention, is_causal=is_causal)
+def xla(
+    q: Queries, k: _Grouped, v: _Grouped, is_causal: bool = False, mask: Bool[Array, "b m"] | None = None
+) -> Queries:
+    """JAX's own attention; with `is_causal` a query sees the keys up to its own place, with `mask` those of its row
+    where it is true. A head of keys and values may serve several of queries, one after the other."""
+    seen = None if mask is None else mask[:, None, None]
+    own = partial(jax.nn.dot_product_attention, is_causal=is_causal, mask=seen)
 
     def wide(*inputs: Array) -> Array:
         return own(*(x.astype(jnp.float32) for x in inputs)).astype(jnp.float16)

@@ -164,12 +164,15 @@ def _matched(
     """Torch key → key in the weights, and → path and parameter. Raises UserError as :func:`from_torch` does."""
     stored = {_renamed(key): key for key in weights if key.rpartition(".")[2] not in _BUFFERS}
     expected = {torch_key(path): (path, leaf) for path, leaf in parameters(model).items()}
-    # Older CLIP text checkpoints carry a prefix that transformers 5 dropped, and the other way round.
-    for change in (lambda key: key.removeprefix("text_model."), lambda key: f"text_model.{key}"):
+    # Older CLIP text checkpoints carry a prefix that transformers 5 dropped, and the other way round. A language model
+    # has its text encoder under one.
+    changes = (lambda key: key.removeprefix("text_model."), lambda key: f"text_model.{key}")
+    for change in (*changes, lambda key: key.removeprefix("model.")):
         renamed = {change(key): key for key in stored}
         if not expected.keys() & stored.keys() and expected.keys() & renamed.keys():
             stored = renamed
-    missing, superfluous = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    unused: set[str] = getattr(model, "unused", set())  # what a whole file has beside what such a model is made of
+    missing, superfluous = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys() - unused)
     if any(key.endswith("embeddings.position_embedding.weight") for key in expected):  # a tower of CLIP
         beside = _OF_CLIP - {key.partition(".")[0] for key in expected}
         superfluous = [key for key in superfluous if key.partition(".")[0] not in beside]

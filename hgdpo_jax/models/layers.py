@@ -194,6 +194,10 @@ class Layers:
         """A parameter, normally distributed."""
         return nnx.Param(_initialiser(nnx.initializers.normal(deviation))(self.rngs.params(), shape))
 
+    def ones(self, shape: Sequence[int]) -> nnx.Param:
+        """A parameter that begins with ones."""
+        return nnx.Param(_ones(self.rngs.params(), shape))
+
     def conv(
         self,
         inputs: int,

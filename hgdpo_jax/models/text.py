@@ -1,4 +1,5 @@
-"""What the UNet is conditioned on: one CLIP text encoder (Stable Diffusion 1.x, 2.x), or two and the size (XL).
+"""What the denoiser is conditioned on: one CLIP text encoder (Stable Diffusion 1.x, 2.x), two and the size (XL), or
+Qwen3 (FLUX.2 klein).
 
 Legend: `b` captions, `s` tokens, `d` width of the text embeddings, `p` of the pooled one.
 
@@ -14,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hgdpo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from hgdpo_jax.models.qwen3 import Qwen3Model
 from hgdpo_jax.run.errors import UserError
 
 _BITS = 16  # of a token id
@@ -101,3 +103,33 @@ class TextConditioner(nnx.Module):
             added = result.added_cond and result.added_cond | {"text_embeds": given * result.added_cond["text_embeds"]}
             result = Conditioning(given * result.encoder_hidden_states, added)
         return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), result)
+
+
+class FluxText(nnx.Module):
+    """Token ids → :class:`Conditioning` of FLUX.2 klein: the states of Qwen3, those of the padding too.
+
+    Args:
+        text_encoder: Qwen3.
+        empty_ids: of the empty prompt, [s], see :func:`hgdpo_jax.models.chat.chat_ids`.
+        padding: token id with which prompts are padded.
+    """
+
+    def __init__(self, text_encoder: Qwen3Model, *, empty_ids: tuple[int, ...], padding: int) -> None:
+        self.text_encoder, self.empty_ids, self.padding = text_encoder, empty_ids, padding
+
+    def __call__(self, input_ids: Int[Array, "b s"], size: tuple[int, int]) -> Conditioning:
+        """Conditioning of prompts, for images of whatever size."""
+        return Conditioning(self.text_encoder(input_ids, before_padding(input_ids, self.padding)))
+
+    def empty(self, count: int, size: tuple[int, int], negative_ids: Int[Array, "1 s"] | None = None) -> Conditioning:
+        """The conditioning of the empty prompt, or of a negative one in its place, `count` times."""
+        ids = jnp.asarray([self.empty_ids], jnp.int32) if negative_ids is None else negative_ids
+        return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), self(ids, size))
+
+
+def before_padding(ids: Int[Array, "b s"], padding: int | Int[Array, ""]) -> Bool[Array, "b s"]:
+    """False where there is nothing but padding to the end of a row: the same token within a prompt is read.
+
+    (At the end of a prompt that fills the row too it is taken for padding: only its own state changes.)
+    """
+    return jax.lax.cummax((ids != padding).astype(jnp.int32), axis=1, reverse=True) > 0

@@ -40,6 +40,12 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused() -> None:
         ("unet.down_blocks.0.resnets.0.conv1.kernel", (3, 3, 8, 8), P(None, None, None, "fsdp")),
         ("unet.down_blocks.0.attentions.0.proj_in.kernel", (1, 1, 8, 8), P(None, None, "tensor", "fsdp")),
         ("unet.down_blocks.0.resnets.0.norm1.scale", (8,), P()),
+        ("text.text_encoder.layers.0.self_attn.k_proj.kernel", (8, 4), P("fsdp", "tensor")),
+        ("text.text_encoder.layers.0.self_attn.o_proj.kernel", (8, 8), P("tensor", "fsdp")),
+        ("text.text_encoder.layers.0.mlp.gate_proj.kernel", (8, 8), P("fsdp", "tensor")),
+        ("text.text_encoder.layers.0.mlp.down_proj.kernel", (8, 8), P("tensor", "fsdp")),
+        ("text.text_encoder.layers.0.self_attn.q_norm.scale", (8,), P()),
+        ("text.text_encoder.embed_tokens.embedding", (8, 8), P("fsdp", None)),
         ("unet.conv_out.kernel", (3, 3, 8, 3), P(None, None, None, None)),
     ],
 )

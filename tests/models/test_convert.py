@@ -1,5 +1,6 @@
 """Conversion is total and bijective."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
 from hgdpo_jax.run.errors import UserError
 from tests import tiny
-from tests.models import test_clip, test_vae
+from tests.models import test_clip, test_qwen3, test_vae
 from tests.models.parity import numpy_weights, randomise
 
 SD15, SDXL = tiny.TINY_UNET, tiny.TINY_XL
@@ -35,10 +36,10 @@ CLIP = {"text_config": test_clip.TEXT, "vision_config": test_clip.VISION, "proje
 
 @pytest.mark.parametrize(
     ("cls", "config"),
-    [(AutoencoderKL, test_vae.CONFIG), (CLIPModel, CLIP)],
-    ids=["vae", "clip"],
+    [(AutoencoderKL, test_vae.CONFIG), (CLIPModel, CLIP), (test_qwen3.small, test_qwen3.CONFIG)],
+    ids=["vae", "clip", "qwen3"],
 )
-def test_an_abstract_model_has_the_shapes_of_one_with_values(cls: type[nnx.Module], config: dict) -> None:
+def test_an_abstract_model_has_the_shapes_of_one_with_values(cls: Callable[..., nnx.Module], config: dict) -> None:
     real = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
     expected, found = (nnx.to_flat_state(nnx.state(model)) for model in (real, abstract(cls, config)))
     assert [path for path, _ in found] == [path for path, _ in expected]

@@ -1,0 +1,54 @@
+"""What FLUX.2 klein's text encoder reads: a prompt as the user's turn of a chat, and the token ids of that."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from transformers import Qwen2Tokenizer
+
+from hgdpo_jax.run.errors import UserError
+
+LENGTH = 512  # tokens of a prompt in the pipeline of diffusers
+_MARKS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+
+
+def chat(prompt: str) -> str:
+    """The prompt in the chat template of Qwen3, whose answer begins without a thought; also of the empty prompt."""
+    return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+def chat_ids(tokenizer: Qwen2Tokenizer, prompts: Sequence[str], length: int = LENGTH) -> Int[np.ndarray, "b s"]:
+    """Token ids int32 [b, length] of :func:`chat`, padded on the right. Of a longer prompt the end is lost, and with it
+    the template's.
+
+    `<|im_end|>` and others of Qwen3's marks in a prompt are these marks, not their letters, as in diffusers.
+    """
+    ids = tokenizer(
+        [chat(prompt) for prompt in prompts],
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_tensors="np",
+    ).input_ids
+    return ids.astype(np.int32)
+
+
+def open_tokenizer(folder: Path) -> Qwen2Tokenizer:
+    """Qwen3's tokenizer from its folder, as transformers writes it.
+
+    Raises:
+        UserError: it is none, or pads on the left.
+    """
+    try:
+        tokenizer = Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+        chat_ids(tokenizer, [""])
+    except Exception as error:  # transformers' and tokenizers' errors have no class in common
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: not a tokenizer that can be read ({reason}); copy the folder again") from error
+    for mark in _MARKS:
+        if mark not in tokenizer.added_tokens_encoder:
+            raise UserError(f"{folder}: its tokenizer has no token {mark}; expected Qwen3's, copy the folder again")
+    if tokenizer.padding_side != "right":
+        raise UserError(f"{folder}: its tokenizer pads on the {tokenizer.padding_side}; expected on the right")
+    return tokenizer
