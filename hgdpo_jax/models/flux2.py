@@ -247,7 +247,7 @@ class Flux2Transformer2DModel(nnx.Module):
     """
 
     def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
-        values = _DEFAULTS | config
+        values = {**_DEFAULTS, **config}
         only = {"patch_size": (1,), "guidance_embeds": (False,), "out_channels": (None, values["in_channels"])}
         check_only(values, only, "transformer")
         self.config = ModelConfig(config)
@@ -306,7 +306,7 @@ class Flux2Transformer2DModel(nnx.Module):
         """The velocity in float32.
 
         Args:
-            sample: noisy latents, normalised and of patches, see :class:`hgdpo_jax.models.flux2_vae.AutoencoderKLFlux2`.
+            sample: noisy latents of patches, normalised, see :meth:`AutoencoderKLFlux2.to_latents`.
             sigma: share of noise, 0…1.
             encoder_hidden_states: text embeddings, of padding too. `n` is a multiple of `b`; n / b rows in turn belong
                 to each sample.

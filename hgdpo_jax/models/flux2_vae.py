@@ -1,7 +1,7 @@
 """The variational autoencoder of FLUX.2, driven by the config.json that diffusers writes.
 
-Networks as Stable Diffusion's. What a flow model sees are patches of 2×2 of its latents, normalised by mean and variance
-of each of their channels, which are kept as a batch normalisation.
+Its networks are Stable Diffusion's. What a flow model sees are patches of 2×2 of its latents, normalised by mean and
+variance of each of their channels, which are kept as a batch normalisation.
 """
 
 from collections.abc import Mapping

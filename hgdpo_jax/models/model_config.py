@@ -111,7 +111,11 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "a number above 0",
     ),
     ("logit_scale_init_value", _is_number, "a number"),
-    ("guidance_embeds use_linear_projection use_post_quant_conv use_quant_conv", lambda x: isinstance(x, bool), "true or false"),
+    (
+        "guidance_embeds use_linear_projection use_post_quant_conv use_quant_conv",
+        lambda x: isinstance(x, bool),
+        "true or false",
+    ),
     ("_class_name hidden_act", lambda x: isinstance(x, str), "a name"),
 )
 _VALUES = {key: (allowed, words) for keys, allowed, words in _KINDS for key in keys.split()}
