@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from hgdpo_jax.models.attend import attend
+from hgdpo_jax.models.attend import attend, fitting
 from hgdpo_jax.models.attention import Passthrough
 from hgdpo_jax.models.layers import Layers, in_rows, platform
 from hgdpo_jax.models.lora import fused_linear
@@ -35,8 +35,8 @@ _DEFAULTS |= {"joint_attention_dim": 15360, "timestep_guidance_channels": 256, "
 _DEFAULTS |= {"rope_theta": 2000, "eps": 1e-6, "guidance_embeds": True}
 _AXES = 4  # time, row, column, place in the text
 
-# Cosine and sine of the angle by which each channel of a head is turned.
-Rotation = tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]
+# Cosine and sine of the angle by which each channel of a head is turned, for each of all tokens.
+Rotation = tuple[Float[np.ndarray, "tokens d_head"], Float[np.ndarray, "tokens d_head"]]
 
 
 class Sizes(NamedTuple):
@@ -67,13 +67,30 @@ def rotation(text: int, height: int, width: int, axes: Sequence[int], theta: flo
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def rotated(x: Float[Array, "b n heads d"], by: Rotation) -> Float[Array, "b n heads d"]:
+def rotated(x: Float[Array, "b tokens heads d_head"], by: Rotation) -> Float[Array, "b tokens heads d_head"]:
     """Each pair of neighbouring channels (a, c) becomes (a cos - c sin, c cos + a sin), in float32."""
     cos, sin = (jnp.asarray(table)[:, None] for table in by)
     wide, is_first = x.astype(jnp.float32), jnp.arange(x.shape[-1]) % 2 == 0
     # Shifts, and not an axis of pairs: TPUs would fill its two numbers up to 128.
     other = jnp.where(is_first, -jnp.roll(wide, -1, -1), jnp.roll(wide, 1, -1))
     return (wide * cos + other * sin).astype(x.dtype)
+
+
+def whole(x: Float[Array, "b *n"], sharding: NamedSharding | None) -> Float[Array, "b *n"]:
+    """x, of which each device holds its rows whole: `tensor` splits heads and hidden units, no token.
+
+    What goes into a product and what comes out of it has to say so. Else the compiler may split the width as well, and
+    XLA of jaxlib 0.10.2 then mixes up the rows: on data 2, fsdp 2, tensor 2 of a product of (data fsdp, tensor) with
+    (tensor, fsdp) that is to be (data fsdp, tensor).
+
+    Args:
+        x: the input or output of a product, or a gradient's.
+        sharding: as for :func:`hgdpo_jax.models.attend.attend`.
+    """
+    if sharding is None or sharding.mesh.size == 1:
+        return x
+    rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+    return jax.lax.with_sharding_constraint(x, fitting(rows, x.shape))
 
 
 def swiglu(x: Float[Array, "b n f"]) -> Float[Array, "b n h"]:
@@ -89,15 +106,19 @@ def _split_heads(x: Float[Array, "b n d"], heads: int) -> Float[Array, "b n head
 class Modulation(nnx.Module):
     """Shift, scale and gate of the parts of a block, from the time embedding: `triples` of them."""
 
+    sharding: NamedSharding | None = None
+
     def __init__(self, width: int, triples: int, make: Layers) -> None:
         self.linear = make.linear(width, 3 * triples * width, bias=False)
 
     def __call__(self, temb: Float[Array, "b d"]) -> Float[Array, "b 1 m"]:
-        return self.linear(jax.nn.silu(temb))[:, None]
+        return whole(self.linear(jax.nn.silu(temb)), self.sharding)[:, None]
 
 
 class AdaLayerNormContinuous(nnx.Module):
     """LayerNorm, scaled and shifted as the time embedding says."""
+
+    sharding: NamedSharding | None = None
 
     def __init__(self, width: int, eps: float, make: Layers) -> None:
         self.linear = make.linear(width, 2 * width, bias=False)
@@ -105,8 +126,8 @@ class AdaLayerNormContinuous(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"], temb: Float[Array, "b d"]) -> Float[Array, "b n d"]:
         """The scale comes first, other than in the blocks."""
-        scale, shift = jnp.split(self.linear(jax.nn.silu(temb))[:, None], 2, axis=-1)
-        return self.norm(x) * (1 + scale) + shift
+        scale, shift = jnp.split(whole(self.linear(jax.nn.silu(temb)), self.sharding)[:, None], 2, axis=-1)
+        return whole(self.norm(x) * (1 + scale) + shift, self.sharding)
 
 
 class Flux2FeedForward(nnx.Module):
@@ -158,7 +179,21 @@ class Flux2Attention(nnx.Module):
         return self.to_add_out(text), self.to_out[0](image)
 
 
-class Flux2TransformerBlock(nnx.Module):
+class _Block(nnx.Module):
+    """What double and single blocks have in common."""
+
+    sharding: NamedSharding | None = None
+
+    def modulated(self, norm: nnx.LayerNorm, x: Array, shift: Array, scale: Array) -> Array:
+        """The input of a part of the block."""
+        return whole((1 + scale) * norm(x) + shift, self.sharding)
+
+    def gated(self, gate: Array, more: Array) -> Array:
+        """What is added to the input."""
+        return gate * whole(more, self.sharding)
+
+
+class Flux2TransformerBlock(_Block):
     """A double block: attention over both, then a feed-forward part for each of text and image."""
 
     def __init__(self, sizes: Sizes, make: Layers) -> None:
@@ -177,16 +212,18 @@ class Flux2TransformerBlock(nnx.Module):
     ) -> tuple[Float[Array, "b s d"], Float[Array, "b n d"]]:
         """Text and image after the block; `x` and `modulation` are of text and image too."""
         text, image = x
-        shift_t, scale_t, gate_t, *of_ff_t = jnp.split(modulation[0], 6, axis=-1)
-        shift_i, scale_i, gate_i, *of_ff_i = jnp.split(modulation[1], 6, axis=-1)
-        more_text, more_image = self.attn(
-            (1 + scale_t) * self.norm1_context(text) + shift_t, (1 + scale_i) * self.norm1(image) + shift_i, by
+        (shift_t, scale_t, gate_t, *ff_t), (shift_i, scale_i, gate_i, *ff_i) = (
+            jnp.split(both, 6, axis=-1) for both in modulation
         )
-        text, image = text + gate_t * more_text, image + gate_i * more_image
-        shift_t, scale_t, gate_t = of_ff_t
-        shift_i, scale_i, gate_i = of_ff_i
-        text += gate_t * self.ff_context((1 + scale_t) * self.norm2_context(text) + shift_t)
-        image += gate_i * self.ff((1 + scale_i) * self.norm2(image) + shift_i)
+        more_text, more_image = self.attn(
+            self.modulated(self.norm1_context, text, shift_t, scale_t),
+            self.modulated(self.norm1, image, shift_i, scale_i),
+            by,
+        )
+        text, image = text + self.gated(gate_t, more_text), image + self.gated(gate_i, more_image)
+        (shift_t, scale_t, gate_t), (shift_i, scale_i, gate_i) = ff_t, ff_i
+        text += self.gated(gate_t, self.ff_context(self.modulated(self.norm2_context, text, shift_t, scale_t)))
+        image += self.gated(gate_i, self.ff(self.modulated(self.norm2, image, shift_i, scale_i)))
         return text, image
 
 
@@ -208,7 +245,7 @@ class Flux2ParallelSelfAttention(nnx.Module):
         return self.to_out(jnp.concatenate([out.reshape(x.shape), swiglu(hidden)], axis=-1))
 
 
-class Flux2SingleTransformerBlock(nnx.Module):
+class Flux2SingleTransformerBlock(_Block):
     """A single block, over all tokens."""
 
     def __init__(self, sizes: Sizes, make: Layers) -> None:
@@ -219,7 +256,7 @@ class Flux2SingleTransformerBlock(nnx.Module):
         self, x: Float[Array, "b n d"], modulation: Float[Array, "b 1 m"], by: Rotation
     ) -> Float[Array, "b n d"]:
         shift, scale, gate = jnp.split(modulation, 3, axis=-1)
-        return x + gate * self.attn((1 + scale) * self.norm(x) + shift, by)
+        return x + self.gated(gate, self.attn(self.modulated(self.norm, x, shift, scale), by))
 
 
 class TimeEmbedding(nnx.Module):
@@ -245,6 +282,8 @@ class Flux2Transformer2DModel(nnx.Module):
     Raises:
         UserError: a config value that changes the computation in a way that is not implemented.
     """
+
+    sharding: NamedSharding | None = None
 
     def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         values = {**_DEFAULTS, **config}
@@ -312,12 +351,14 @@ class Flux2Transformer2DModel(nnx.Module):
                 to each sample.
         """
         (_, height, width, channels), (rows, tokens, _) = sample.shape, encoder_hidden_states.shape
-        temb = in_rows(self.time_guidance_embed(sigma, self.dtype), rows)
-        image = in_rows(self.x_embedder(sample.astype(self.dtype)).reshape(len(sample), height * width, -1), rows)
-        text = self.context_embedder(encoder_hidden_states.astype(self.dtype))
+        temb = in_rows(whole(self.time_guidance_embed(sigma, self.dtype), self.sharding), rows)
+        image = self.x_embedder(sample.astype(self.dtype).reshape(len(sample), height * width, channels))
+        image = in_rows(whole(image, self.sharding), rows)
+        text = whole(self.context_embedder(encoder_hidden_states.astype(self.dtype)), self.sharding)
         by = rotation(tokens, height, width, self.axes, self.theta)
         modulation = self.double_stream_modulation_txt(temb), self.double_stream_modulation_img(temb)
         both = self._through(self.transformer_blocks, (text, image), modulation, by)
         x = jnp.concatenate(both, axis=1)
         x = self._through(self.single_transformer_blocks, x, self.single_stream_modulation(temb), by)
-        return self.proj_out(self.norm_out(x[:, tokens:], temb)).reshape(rows, height, width, channels)
+        out = whole(self.proj_out(self.norm_out(x[:, tokens:], temb)), self.sharding)
+        return out.reshape(rows, height, width, channels)
