@@ -70,8 +70,8 @@ def random_model(cls: Callable[..., nnx.Module], config: dict[str, Any], seed: i
 
     def value(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         fan_in = max(1, math.prod(leaf.shape[:-1]))
-        offset = 1.0 if path_name(path).endswith("scale") else 0.0
-        return jnp.asarray(offset + rng.standard_normal(leaf.shape) * fan_in**-0.5 * (leaf.ndim > 1), jnp.float32)
+        offset = 1.0 if path_name(path).endswith(("scale", "running_var")) else 0.0
+        return jnp.asarray(offset + rng.standard_normal(leaf.shape) * fan_in**-0.5 * (leaf.ndim > 1), leaf.dtype)
 
     nnx.update(model, jax.tree.map_with_path(value, nnx.state(model)))
     return model

@@ -14,8 +14,12 @@ from jaxtyping import PyTree
 # a block needs one all-reduce. LoRA and all others are on every device whole.
 SHARDING_TABLE: dict[str, PartitionSpec] = {
     r"(self_attn\.o_proj|down_proj)\.kernel$": PartitionSpec("tensor", "fsdp"),  # above the row that takes every `proj`
-    r"(to_q|to_kv?|to_v|to_k_ip|to_v_ip|[qkv]_proj|proj|fc1|linear_1)\.kernel$": PartitionSpec("fsdp", "tensor"),
+    r"(to_q|to_kv?|to_v|to_k_ip|to_v_ip|[qkv]_proj|proj|fc1|linear_(1|in))\.kernel$": PartitionSpec("fsdp", "tensor"),
     r"(to_out\.0|out_proj|net\.2|fc2|linear_2|proj_in|proj_out)\.kernel$": PartitionSpec("tensor", "fsdp"),
+    r"(attn\.to_out|to_add_out|linear_out)\.kernel$": PartitionSpec("tensor", "fsdp"),
+    # Of a flow transformer: what reads or makes all channels of a token, which `tensor` does not split.
+    r"(modulation\w*|norm_out)\.linear\.kernel$": PartitionSpec("fsdp", None),
+    r"(x|context)_embedder\.kernel$": PartitionSpec(None, "fsdp"),
     r"conv\w*\.kernel$": PartitionSpec(None, None, None, "fsdp"),
     r"\.embedding$": PartitionSpec("fsdp", None),
 }

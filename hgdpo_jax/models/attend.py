@@ -16,7 +16,7 @@ Legend: `b n heads d` queries, `b m heads d` keys and values.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -52,17 +52,22 @@ def attend(q: Queries, k: Keys, v: Keys, sharding: NamedSharding | None = None) 
     """
     if sharding is None:
         return kernel(jax.devices()[0], q, k)(q, k, v)
-    mesh = sharding.mesh
-    axes = [(entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec]
-    ways = [math.prod(mesh.shape[axis] for axis in some) for some in axes]
-    spec = PartitionSpec(*(some if n % w == 0 else None for some, n, w in zip(axes, q.shape, ways, strict=False)))
-    part = NamedSharding(mesh, spec).shard_shape
-    q_part, k_part = (jax.ShapeDtypeStruct(part(x.shape), x.dtype) for x in (q, k))
+    mesh, spec = sharding.mesh, (fitted := fitting(sharding, q.shape)).spec
+    q_part, k_part = (jax.ShapeDtypeStruct(fitted.shard_shape(x.shape), x.dtype) for x in (q, k))
     found = kernel(mesh.devices.flat[0], q_part, k_part)
     if mesh.size == 1 or found in (xla, recomputed, divided_last):  # which the compiler splits by itself
         return found(q, k, v)
     # A Pallas kernel does not tell replicated from varying values.
     return jax.shard_map(found, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+
+def fitting(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """The same without the axes that do not divide their dimension."""
+    mesh = sharding.mesh
+    axes = [(entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec]
+    ways = [math.prod(mesh.shape[axis] for axis in some) for some in axes]
+    spec = (some if n % w == 0 else None for some, n, w in zip(axes, shape, ways, strict=False))
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def kernel(

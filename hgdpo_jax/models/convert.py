@@ -78,11 +78,11 @@ def from_torch_layout(leaf: str, value: np.ndarray) -> np.ndarray:
     return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
 
 
-def parameters(model: nnx.Module) -> dict[tuple[Any, ...], nnx.Param]:
-    """Path → parameter, LoRA left out: what a checkpoint of the model holds."""
+def parameters(model: nnx.Module) -> dict[tuple[Any, ...], nnx.Variable]:
+    """Path → parameter or buffer, LoRA left out: what a checkpoint of the model holds."""
     return {
         path: leaf
-        for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
         if not isinstance(leaf, nnx.LoRAParam)
     }
 
@@ -111,7 +111,7 @@ def from_torch(
         weights: torch key → array in torch's layout; a lazy mapping is read tensor by tensor.
         model: its parameters decide which keys and shapes are expected.
         source: named in errors.
-        dtype: of the parameters.
+        dtype: of the parameters; buffers have their own.
         place: puts a parameter on its devices.
         expected_by: what the weights have to fit, for errors.
 
@@ -128,11 +128,12 @@ def from_torch(
         value = from_torch_layout(kind, value.reshape(shape))
         # The device's client copies transposed arrays. It might take over the others as they are, and the model would
         # then change with the file.
-        narrower = jnp.dtype(dtype).itemsize < value.dtype.itemsize
+        own = jnp.dtype(dtype if isinstance(leaf, nnx.Param) else leaf.dtype)
+        narrower = own.itemsize < value.dtype.itemsize
         with np.errstate(over="ignore"):
-            value = value.astype(dtype, copy=value.flags.c_contiguous)
+            value = value.astype(own, copy=value.flags.c_contiguous)
         if narrower and not np.isfinite(value).all():
-            raise UserError(f"{source}: weight {key} is too large for {jnp.dtype(dtype)}; take bfloat16")
+            raise UserError(f"{source}: weight {key} is too large for {own}; take bfloat16")
         return path, leaf.replace(place(".".join(map(str, path)), value))
 
     # Reading and transposing release the GIL.
@@ -160,10 +161,10 @@ def _require_shape(key: str, found: tuple[int, ...], shape: tuple[int, ...], sou
 
 def _matched(
     weights: Mapping[str, np.ndarray], model: nnx.Module, source: str, expected_by: str
-) -> tuple[dict[str, str], dict[str, tuple[tuple[Any, ...], nnx.Param]]]:
+) -> tuple[dict[str, str], dict[str, tuple[tuple[Any, ...], nnx.Variable]]]:
     """Torch key → key in the weights, and → path and parameter. Raises UserError as :func:`from_torch` does."""
-    stored = {_renamed(key): key for key in weights if key.rpartition(".")[2] not in _BUFFERS}
     expected = {torch_key(path): (path, leaf) for path, leaf in parameters(model).items()}
+    stored = {_renamed(key): key for key in weights if key in expected or key.rpartition(".")[2] not in _BUFFERS}
     # Older CLIP text checkpoints carry a prefix that transformers 5 dropped, and the other way round. A language model
     # has its text encoder under one.
     changes = (lambda key: key.removeprefix("text_model."), lambda key: f"text_model.{key}")
@@ -188,10 +189,9 @@ def _matched(
 
 def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
     """Torch key → array in torch's layout, a view where the parameter is on CPU; LoRA weights are left out."""
-    return {
-        torch_key(path): to_torch_layout(str(path[-1]), np.asarray(leaf[...]))
-        for path, leaf in parameters(model).items()
-    }
+    values = {path: np.asarray(leaf[...]) for path, leaf in parameters(model).items()}
+    counts = {path: value.astype(np.int64) for path, value in values.items() if value.dtype == np.int32}  # PyTorch's
+    return {torch_key(path): to_torch_layout(str(path[-1]), value) for path, value in (values | counts).items()}
 
 
 def abstract(cls: Callable[..., Model], config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> Model:

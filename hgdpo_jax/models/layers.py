@@ -219,9 +219,17 @@ class Layers:
         settings |= {"strides": stride, "padding": padding, "use_bias": bias}
         return Conv(inputs, outputs, sizes, **settings, rngs=self.rngs)
 
-    def layer_norm(self, width: int, eps: float = 1e-5) -> nnx.LayerNorm:
-        """LayerNorm over the last axis of [*b width]."""
-        return nnx.LayerNorm(width, epsilon=eps, **self._norm())
+    def statistic(self, shape: Sequence[int], value: float, dtype: DTypeLike = jnp.float32) -> nnx.BatchStat:
+        """A buffer: read and written with the weights in a dtype of its own, and never trained."""
+        return nnx.BatchStat(_initialiser(nnx.initializers.constant(value))(self.rngs.params(), shape, dtype))
+
+    def layer_norm(self, width: int, eps: float = 1e-5, affine: bool = True) -> nnx.LayerNorm:
+        """LayerNorm over the last axis of [*b width]; one that is not `affine` has no parameters."""
+        return nnx.LayerNorm(width, epsilon=eps, use_scale=affine, use_bias=affine, **self._norm())
+
+    def rms_norm(self, width: int, eps: float) -> nnx.RMSNorm:
+        """RMSNorm (Zhang and Sennrich 2019) over the last axis of [*b width]; float32 until after the scale."""
+        return nnx.RMSNorm(width, epsilon=eps, scale_init=_ones, dtype=self.dtype, rngs=self.rngs)
 
     def group_norm(self, channels: int, eps: float | None = None) -> GroupNorm:
         return GroupNorm(channels, self.groups, epsilon=self.eps if eps is None else eps, **self._norm())

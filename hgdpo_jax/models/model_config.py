@@ -87,17 +87,17 @@ def _each(allowed: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and 0 < len(value) <= 100 and all(map(allowed, value))
 
 
-_COUNTS = """addition_time_embed_dim head_dim hidden_size image_size in_channels intermediate_size latent_channels
-max_position_embeddings norm_num_groups num_attention_heads num_key_value_heads out_channels patch_size
-projection_class_embeddings_input_dim projection_dim vocab_size"""
+_COUNTS = """addition_time_embed_dim head_dim hidden_size image_size in_channels intermediate_size joint_attention_dim
+latent_channels max_position_embeddings norm_num_groups num_attention_heads num_key_value_heads out_channels
+projection_class_embeddings_input_dim projection_dim timestep_guidance_channels vocab_size"""
 _COUNT, _DEPTH = "a whole number from 1", "a whole number from 1 to 1000"
 # Keys, what their values have to be, and that in words; null stands for a key that is left out.
 _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (_COUNTS, _is_count, _COUNT),
-    ("num_hidden_layers", _is_depth, _DEPTH),
-    ("block_out_channels", _each(_is_count), f"a list, each {_COUNT}"),
+    ("num_hidden_layers num_layers num_single_layers", _is_depth, _DEPTH),
+    ("axes_dims_rope block_out_channels decoder_block_out_channels", _each(_is_count), f"a list, each {_COUNT}"),
     (
-        "attention_head_dim cross_attention_dim sample_size",
+        "attention_head_dim cross_attention_dim patch_size sample_size",
         lambda x: _is_count(x) or _each(_is_count)(x),
         f"{_COUNT}, or a list",
     ),
@@ -106,13 +106,17 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("architectures down_block_types up_block_types", _each(lambda x: isinstance(x, str)), "a list of names"),
     ("eos_token_id", lambda x: _is_count(x, least=0), "a whole number from 0"),
     (
-        "layer_norm_eps norm_eps rms_norm_eps rope_theta scaling_factor",
+        "batch_norm_eps eps layer_norm_eps mlp_ratio norm_eps rms_norm_eps rope_theta scaling_factor",
         lambda x: _is_number(x) and x > 0,
         "a number above 0",
     ),
     ("logit_scale_init_value", _is_number, "a number"),
     ("rope_parameters rope_scaling", lambda x: isinstance(x, dict), "an object"),
-    ("use_linear_projection use_post_quant_conv use_quant_conv", lambda x: isinstance(x, bool), "true or false"),
+    (
+        "guidance_embeds use_linear_projection use_post_quant_conv use_quant_conv",
+        lambda x: isinstance(x, bool),
+        "true or false",
+    ),
     ("_class_name hidden_act", lambda x: isinstance(x, str), "a name"),
 )
 _VALUES = {key: (allowed, words) for keys, allowed, words in _KINDS for key in keys.split()}

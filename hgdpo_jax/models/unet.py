@@ -49,9 +49,9 @@ def sinusoidal(t: Float[Array, "b"] | Int[Array, "b"], width: int) -> Float[Arra
 class TimestepEmbedding(nnx.Module):
     """Two linear layers around a SiLU."""
 
-    def __init__(self, inputs: int, width: int, make: Layers) -> None:
-        self.linear_1 = make.linear(inputs, width)
-        self.linear_2 = make.linear(width, width)
+    def __init__(self, inputs: int, width: int, make: Layers, bias: bool = True) -> None:
+        self.linear_1 = make.linear(inputs, width, bias)
+        self.linear_2 = make.linear(width, width, bias)
 
     def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b d"]:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))

@@ -175,21 +175,27 @@ def write_weights(
     Args:
         path: of the file.
         tensors: key → array.
-        dtype: that of the file.
+        dtype: that of the file; whole numbers keep their own.
         metadata: of the header, beside the format.
     """
-    name = next(name for name, known in _DTYPES.items() if jnp.dtype(known) == jnp.dtype(dtype))
+
+    def own(tensor: np.ndarray) -> np.dtype:
+        return tensor.dtype if np.issubdtype(tensor.dtype, np.integer) else jnp.dtype(dtype)
+
+    names = {jnp.dtype(known): name for name, known in _DTYPES.items()}
+    # Wide numbers first, as safetensors writes them: all begin at multiples of their size.
+    ordered = sorted(tensors.items(), key=lambda item: (-own(item[1]).itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
-    for key, tensor in sorted(tensors.items()):
-        begin, end = end, end + tensor.size * jnp.dtype(dtype).itemsize
-        header[key] = {"dtype": name, "shape": tensor.shape, "data_offsets": [begin, end]}
+    for key, tensor in ordered:
+        begin, end = end, end + tensor.size * own(tensor).itemsize
+        header[key] = {"dtype": names[own(tensor)], "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in sorted(tensors.items()):
-            file.write(np.ascontiguousarray(tensor, jnp.dtype(dtype)).tobytes())
+        for _, tensor in ordered:
+            file.write(np.ascontiguousarray(tensor, own(tensor)).tobytes())
 
 
 def refuse_pickle(*paths: Path) -> None:

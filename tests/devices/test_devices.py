@@ -47,6 +47,17 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused() -> None:
         ("text.text_encoder.layers.0.self_attn.q_norm.scale", (8,), P()),
         ("text.text_encoder.embed_tokens.embedding", (8, 8), P("fsdp", None)),
         ("unet.conv_out.kernel", (3, 3, 8, 3), P(None, None, None, None)),
+        ("unet.transformer_blocks.0.attn.add_q_proj.kernel", (8, 8), P("fsdp", "tensor")),
+        ("unet.transformer_blocks.0.attn.to_add_out.kernel", (8, 8), P("tensor", "fsdp")),
+        ("unet.transformer_blocks.0.ff_context.linear_in.kernel", (8, 48), P("fsdp", "tensor")),
+        ("unet.transformer_blocks.0.ff.linear_out.kernel", (24, 8), P("tensor", "fsdp")),
+        ("unet.transformer_blocks.0.attn.norm_added_q.scale", (4,), P()),
+        ("unet.single_transformer_blocks.0.attn.to_qkv_mlp_proj.kernel", (8, 72), P("fsdp", "tensor")),
+        ("unet.single_transformer_blocks.0.attn.to_out.kernel", (32, 8), P("tensor", "fsdp")),
+        ("unet.double_stream_modulation_txt.linear.kernel", (8, 48), P("fsdp", None)),
+        ("unet.norm_out.linear.kernel", (8, 16), P("fsdp", None)),
+        ("unet.context_embedder.kernel", (24, 8), P(None, "fsdp")),
+        ("vae.bn.running_var", (16,), P()),
     ],
 )
 def test_the_table_decides_by_path_and_leaves_out_what_does_not_divide(name: str, shape: tuple, spec: P) -> None:

@@ -44,3 +44,10 @@ def relative_error(ours: jax.Array, theirs: torch.Tensor) -> float:
         expected = expected.transpose(0, 2, 3, 1)
     assert ours.shape == expected.shape
     return float(np.abs(np.asarray(ours) - expected).max() / np.abs(expected).max())
+
+
+def deviations(ours: Any, theirs: torch.Tensor) -> float:
+    """Largest absolute difference over the standard deviation of `theirs`, which is of the same shape."""
+    expected = theirs.detach().numpy()
+    assert ours.shape == expected.shape
+    return float(np.abs(np.asarray(ours) - expected).max() / expected.std())

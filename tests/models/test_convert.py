@@ -11,11 +11,13 @@ from flax import nnx
 
 from hgdpo_jax.models.clip import CLIPModel
 from hgdpo_jax.models.convert import abstract, from_torch, load_model, save_model, to_torch
+from hgdpo_jax.models.flux2 import Flux2Transformer2DModel
+from hgdpo_jax.models.flux2_vae import AutoencoderKLFlux2
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
 from hgdpo_jax.run.errors import UserError
 from tests import tiny
-from tests.models import test_clip, test_qwen3, test_vae
+from tests.models import test_clip, test_flux2, test_flux2_vae, test_qwen3, test_vae
 from tests.models.parity import numpy_weights, randomise
 
 SD15, SDXL = tiny.TINY_UNET, tiny.TINY_XL
@@ -36,8 +38,14 @@ CLIP = {"text_config": test_clip.TEXT, "vision_config": test_clip.VISION, "proje
 
 @pytest.mark.parametrize(
     ("cls", "config"),
-    [(AutoencoderKL, test_vae.CONFIG), (CLIPModel, CLIP), (test_qwen3.small, test_qwen3.CONFIG)],
-    ids=["vae", "clip", "qwen3"],
+    [
+        (AutoencoderKL, test_vae.CONFIG),
+        (CLIPModel, CLIP),
+        (Flux2Transformer2DModel, test_flux2.CONFIG),
+        (AutoencoderKLFlux2, test_flux2_vae.CONFIG),
+        (test_qwen3.small, test_qwen3.CONFIG),
+    ],
+    ids=["vae", "clip", "flux2", "flux2_vae", "qwen3"],
 )
 def test_an_abstract_model_has_the_shapes_of_one_with_values(cls: Callable[..., nnx.Module], config: dict) -> None:
     real = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))

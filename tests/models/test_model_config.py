@@ -23,7 +23,13 @@ def write(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("config", [*SD15.configs.values(), *SDXL.configs.values()])
+KLEIN = {"_class_name": "Flux2Transformer2DModel", "axes_dims_rope": [32] * 4, "eps": 1e-6, "guidance_embeds": False}
+KLEIN |= {"joint_attention_dim": 7680, "mlp_ratio": 3.0, "num_single_layers": 20, "out_channels": None, "patch_size": 1}
+KLEIN_VAE = {"batch_norm_eps": 1e-4, "batch_norm_momentum": 0.1, "latent_channels": 32, "patch_size": [2, 2]}
+KLEIN_VAE |= {"decoder_block_out_channels": None, "force_upcast": True, "sample_size": 1024}
+
+
+@pytest.mark.parametrize("config", [*SD15.configs.values(), *SDXL.configs.values(), KLEIN, KLEIN_VAE])
 def test_published_configs_are_read_as_they_are(config: dict[str, Any], tmp_path: Path) -> None:
     nothing = {"addition_time_embed_dim": None, "num_class_embeds": None, "text_config_dict": None}
     assert read_config(write(tmp_path, config | nothing)) == config | nothing
@@ -38,7 +44,9 @@ def test_published_configs_are_read_as_they_are(config: dict[str, Any], tmp_path
         ("down_block_types", "DownBlock2D"),
         ("up_block_types", [3]), ("scaling_factor", "0.18"), ("layer_norm_eps", float("nan")), ("hidden_act", ["gelu"]),
         ("scaling_factor", 0), ("norm_eps", -1.0), ("eos_token_id", 0.5), ("eos_token_id", -1),
-        ("use_linear_projection", "false"), ("architectures", 3), ("vision_config", [1]), ("text_config", "x"),
+        ("axes_dims_rope", 32), ("num_single_layers", 0), ("guidance_embeds", 1), ("batch_norm_eps", 0),
+        ("patch_size", []), ("use_linear_projection", "false"), ("architectures", 3), ("vision_config", [1]),
+        ("text_config", "x"),
     ],
 )  # fmt: skip
 def test_a_value_that_no_model_has_is_named(key: str, value: Any, tmp_path: Path) -> None:
