@@ -21,7 +21,7 @@ from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.process import Latent, Timesteps
 from hgdpo_jax.diffusion.recipe import text_policy_acts
 from hgdpo_jax.diffusion.trajectory import Given, State, Trajectory, sample
-from hgdpo_jax.models.attention import Memory, set_sharding
+from hgdpo_jax.models.attention import set_sharding
 from hgdpo_jax.models.ip_adapter import join
 from hgdpo_jax.models.layers import in_rows
 
@@ -116,7 +116,7 @@ class Programs:
             no_concept = jnp.repeat(self._pipeline.no_concept, len(inputs.concept), axis=0)
             concept = adapter(self._beside_empty(no_concept, inputs.concept))
 
-        def read(t: Timesteps) -> tuple[Memory, Any]:
+        def read(t: Timesteps) -> tuple[Any, Any]:
             memory, added = late
             if early is not None:
                 rows = 2 * len(t) if self._guide else len(t)
@@ -137,7 +137,7 @@ class Programs:
 
     def _text(
         self, denoiser: Any, weights: PyTree[Array], inputs: SamplerInputs, guidance: Guidance
-    ) -> tuple[Memory, Any]:
+    ) -> tuple[Any, Any]:
         """What the denoiser reads of the captions."""
         height, width = (self._pipeline.vae.pixels_per_latent * side for side in inputs.latent.shape[1:3])
         encode = nnx.merge(self._graphs["text"], weights)

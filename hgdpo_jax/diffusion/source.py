@@ -18,6 +18,7 @@ from transformers import CLIPTokenizer
 
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.diffusion.family import Family, Tokenizers
+from hgdpo_jax.diffusion.klein import KLEIN
 from hgdpo_jax.diffusion.stable_diffusion import STABLE_DIFFUSION
 from hgdpo_jax.models import ldm
 from hgdpo_jax.models.architectures import Architecture, recognise
@@ -27,7 +28,7 @@ from hgdpo_jax.models.model_config import read_config, read_json
 from hgdpo_jax.models.weights import Weights, chosen, open_folder, refuse_pickle, shards
 from hgdpo_jax.run.errors import UserError
 
-FAMILIES = {"StableDiffusion": STABLE_DIFFUSION}  # by how the name of diffusers' pipeline begins
+FAMILIES = {"StableDiffusion": STABLE_DIFFUSION, "Flux2Klein": KLEIN}  # by how the name of diffusers' pipeline begins
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)@(\w+)")
 _TOP = ("model_index.json", "README.md")
 

@@ -11,12 +11,12 @@ from transformers import CLIPTokenizer
 from hgdpo_jax.diffusion.family import Configs, Family, Tokenizers
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from hgdpo_jax.models.text import CLIP_POSITIONS as POSITIONS
 from hgdpo_jax.models.text import TextConditioner, both
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.models.vae import AutoencoderKL
 from hgdpo_jax.run.errors import UserError
 
-POSITIONS = 77  # of CLIP's text encoders
 _LFS_POINTER = b"version https://git-lfs"
 
 

@@ -314,6 +314,19 @@ class Flux2Transformer2DModel(nnx.Module):
         self.proj_out = Layers(rngs, jnp.float32).linear(width, channels, bias=False)
         self.checkpointing = "none"
 
+    @property
+    def latent_multiple(self) -> int:
+        """Height and width of a latent are multiples of this: any."""
+        return 1
+
+    def share_skips(self) -> None:
+        """Of a UNet, where only up blocks learn. Raises UserError: there are none."""
+        raise UserError("config key train.blocks=up: this model is a transformer without up blocks; expects all")
+
+    def read_text(self, encoder_hidden_states: Float[Array, "n s e"]) -> Float[Array, "n s d"]:
+        """Text embeddings as the blocks read them. Sampling computes them once, not in each step."""
+        return whole(self.context_embedder(encoder_hidden_states.astype(self.dtype)), self.sharding)
+
     def checkpoint(self, policy: str) -> None:
         """Gradient checkpointing from now on; it changes memory and time, not the result.
 
@@ -340,21 +353,22 @@ class Flux2Transformer2DModel(nnx.Module):
         self,
         sample: Float[Array, "b h w c"],
         sigma: Float[Array, "b"],
-        encoder_hidden_states: Float[Array, "n s e"],
+        text: Float[Array, "n s d"],
+        added_cond: None = None,
     ) -> Float[Array, "n h w c"]:
         """The velocity in float32.
 
         Args:
             sample: noisy latents of patches, normalised, see :meth:`AutoencoderKLFlux2.to_latents`.
             sigma: share of noise, 0…1.
-            encoder_hidden_states: text embeddings, of padding too. `n` is a multiple of `b`; n / b rows in turn belong
-                to each sample.
+            text: what :meth:`read_text` made of the text embeddings, of padding too. `n` is a multiple of `b`; n / b
+                rows in turn belong to each sample.
+            added_cond: of other models.
         """
-        (_, height, width, channels), (rows, tokens, _) = sample.shape, encoder_hidden_states.shape
+        (_, height, width, channels), (rows, tokens, _) = sample.shape, text.shape
         temb = in_rows(whole(self.time_guidance_embed(sigma, self.dtype), self.sharding), rows)
         image = self.x_embedder(sample.astype(self.dtype).reshape(len(sample), height * width, channels))
         image = in_rows(whole(image, self.sharding), rows)
-        text = whole(self.context_embedder(encoder_hidden_states.astype(self.dtype)), self.sharding)
         by = rotation(tokens, height, width, self.axes, self.theta)
         modulation = self.double_stream_modulation_txt(temb), self.double_stream_modulation_img(temb)
         both = self._through(self.transformer_blocks, (text, image), modulation, by)

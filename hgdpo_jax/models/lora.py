@@ -18,7 +18,8 @@ from hgdpo_jax.run.errors import UserError
 
 # The layers of `train.lora_modules`, by the ends of their paths. kohya's scripts train the first two kinds unless told.
 MODULES = {
-    "attention": r"(to_q|to_k|to_v|to_out\.0|q_proj|k_proj|v_proj|out_proj|o_proj|to_add_out|to_qkv_mlp_proj|attn\.to_out)$",
+    "attention": r"(to_q|to_k|to_v|to_out\.0|q_proj|k_proj|v_proj|out_proj|o_proj"
+    r"|to_add_out|to_qkv_mlp_proj|attn\.to_out)$",
     "feed_forward": r"(ff\.net\.0\.proj|ff\.net\.2|\.proj_in|\.proj_out|fc1|fc2|linear_in|linear_out"
     r"|gate_proj|up_proj|down_proj)$",
     "convolutions": r"resnets\.\d+\.\w+$|(down|up)samplers\.0\.conv$",

@@ -23,7 +23,6 @@ from hgdpo_jax.models.layers import Layers
 from hgdpo_jax.models.model_config import ModelConfig, check_only
 from hgdpo_jax.run.errors import UserError
 
-KLEIN = (9, 18, 27)  # the layers whose states klein reads, as diffusers' pipeline does
 _ONLY: dict[str, tuple[Any, ...]] = {
     "model_type": ("qwen3",),
     "attention_bias": (False,),
@@ -108,7 +107,8 @@ class Qwen3Model(nnx.Module):
 
     Args:
         config, rngs, dtype: as for every model: parsed config.json, for the initial weights, of the computation.
-        read: the states that it gives, by the number of layers before them; 0 is the embeddings.
+        read: the states that it gives, by the number of layers before them; 0 is the embeddings. Unless given those
+            after a quarter, a half and three quarters of the layers, which are klein's 9, 18 and 27 of 36.
     """
 
     def __init__(
@@ -117,9 +117,10 @@ class Qwen3Model(nnx.Module):
         *,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
-        read: tuple[int, ...] = KLEIN,
+        read: tuple[int, ...] = (),
     ) -> None:
         count = config["num_hidden_layers"]
+        read = read or tuple(count * quarter // 4 for quarter in (1, 2, 3))
         check_only(config, _ONLY | {"layer_types": (None, ["full_attention"] * count)}, "Qwen3")
         if max(read) >= count:  # where transformers gives the state after the last norm
             raise UserError(f"Qwen3 config num_hidden_layers={count}: expected more than {max(read)}, the last layer "

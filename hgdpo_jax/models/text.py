@@ -22,6 +22,7 @@ from hgdpo_jax.models.qwen3 import Qwen3Model
 from hgdpo_jax.run.errors import UserError
 
 _BITS = 16  # of a token id
+CLIP_POSITIONS = 77  # of CLIP's text encoders
 
 
 def both(first: Int[np.ndarray, "b s"], second: Int[np.ndarray, "b t"]) -> Int[np.ndarray, "b s"]:
@@ -30,6 +31,12 @@ def both(first: Int[np.ndarray, "b s"], second: Int[np.ndarray, "b t"]) -> Int[n
         raise UserError(f"tokenizers: give {first.shape[1]} and {second.shape[1]} ids, the highest is "
                         f"{max(first.max(), second.max())}; expected as many, below {2**_BITS}")  # fmt: skip
     return (first.astype(np.uint32) | second.astype(np.uint32) << _BITS).view(np.int32)
+
+
+def of_clip(ids: Int[Array, "b s"]) -> Int[Array, "b t"]:
+    """The ids of CLIP's tokenizer, for scorers: what Stable Diffusion reads, by its first tokenizer; behind the others'
+    ids where the base has another vocabulary."""
+    return of_first(ids[:, -CLIP_POSITIONS:])
 
 
 def of_first(ids: Int[Array, "b s"]) -> Int[Array, "b s"]:
@@ -118,8 +125,9 @@ class FluxText(nnx.Module):
         self.text_encoder, self.empty_ids, self.padding = text_encoder, empty_ids, padding
 
     def __call__(self, input_ids: Int[Array, "b s"], size: tuple[int, int]) -> Conditioning:
-        """Conditioning of prompts, for images of whatever size."""
-        return Conditioning(self.text_encoder(input_ids, before_padding(input_ids, self.padding)))
+        """Conditioning of prompts, for images of whatever size. What follows the tokens of a prompt is not for it."""
+        ids = input_ids[:, : len(self.empty_ids)]
+        return Conditioning(self.text_encoder(ids, before_padding(ids, self.padding)))
 
     def empty(self, count: int, size: tuple[int, int], negative_ids: Int[Array, "1 s"] | None = None) -> Conditioning:
         """The conditioning of the empty prompt, or of a negative one in its place, `count` times."""

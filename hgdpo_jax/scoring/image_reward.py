@@ -12,7 +12,7 @@ from transformers import BertTokenizer, CLIPTokenizer
 from hgdpo_jax.models.blip import BLIP
 from hgdpo_jax.models.preprocessing import clip_pixels
 from hgdpo_jax.models.rating import Rating
-from hgdpo_jax.models.text import of_first
+from hgdpo_jax.models.text import of_clip
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.scoring.preference import CLIP_TOKENIZER, Judgement, TokenIds
 
@@ -43,7 +43,7 @@ def reader(vocabulary: Path) -> Callable[[TokenIds], Int[np.ndarray, "b t"]]:
     clip, bert = CLIPTokenizer.from_pretrained(CLIP_TOKENIZER), BertTokenizer.from_pretrained(vocabulary.parent)
 
     def read(prompts: TokenIds) -> Int[np.ndarray, "b t"]:
-        rows, end = np.asarray(of_first(jnp.asarray(prompts))).tolist(), clip.eos_token_id
+        rows, end = np.asarray(of_clip(jnp.asarray(prompts))).tolist(), clip.eos_token_id
         words = [re.sub(r"(?<=\d) (?=\d)", "", clip.decode(row[1 : [*row, end].index(end)])) for row in rows]
         found = bert(words, padding="max_length", truncation=True, max_length=_TOKENS, return_tensors="np")
         return found.input_ids.astype(np.int32)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.models.clip import CLIPModel
 from hgdpo_jax.models.preprocessing import CLIP, Preprocessing, clip_pixels
-from hgdpo_jax.models.text import of_first
+from hgdpo_jax.models.text import of_clip
 
 Images, TokenIds = Float[Array | np.ndarray, "b H W 3"], Int[Array | np.ndarray, "b s"]
 
@@ -31,7 +31,7 @@ def cosine(
 ) -> Judgement:
     """cos(image embedding, text embedding); images in [-1, 1]."""
     image = model.image_embeds(clip_pixels(images, model.config["vision_config"]["image_size"], how))
-    text = model.text_embeds(of_first(input_ids))
+    text = model.text_embeds(of_clip(input_ids))
     cosine = jnp.sum(image * text, -1) / (jnp.linalg.norm(image, axis=-1) * jnp.linalg.norm(text, axis=-1))
     return Judgement(cosine, image)
 
