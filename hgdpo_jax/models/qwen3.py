@@ -1,8 +1,9 @@
 """Qwen3 (Yang et al. 2025) as FLUX.2 klein reads text with it, driven by the config.json that transformers writes.
 
-klein's transformer reads the states after some layers, side by side. What comes later, layers, the last norm and the
-output layer, is neither computed nor loaded: it is no part of the model here. A file has it, see
-:attr:`Qwen3Model.unused`; an export copies the files of the text encoder, or these weights where others were trained.
+klein's transformer reads the states after some layers, side by side. The layers after the last of these, the last norm
+and the output layer are no part of the model here: they are neither computed nor loaded. A file has them too, see
+:attr:`Qwen3Model.unused`. An export copies the files of the text encoder as they are; if its LoRA is merged, it takes
+from them what is unused.
 
 Legend: `b` captions, `s` tokens, `d` width, `h` heads of queries, `g` of keys and values, `e` width of a head.
 """
