@@ -7,9 +7,9 @@ import torch
 import transformers
 from diffusers import (
     AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
 )
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
