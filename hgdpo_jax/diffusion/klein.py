@@ -12,6 +12,8 @@ from hgdpo_jax.config import ASSETS
 from hgdpo_jax.diffusion import stable_diffusion
 from hgdpo_jax.diffusion.family import Configs, Family, Tokenizers
 from hgdpo_jax.diffusion.flow import FlowSchedule
+from hgdpo_jax.diffusion.recipe import Drawing
+from hgdpo_jax.models import layouts
 from hgdpo_jax.models.chat import LENGTH, chat, chat_ids, open_tokenizer
 from hgdpo_jax.models.flux2 import Flux2Transformer2DModel
 from hgdpo_jax.models.flux2_vae import AutoencoderKLFlux2
@@ -80,4 +82,6 @@ KLEIN = Family(
     conditioner=_conditioner,
     process=FlowSchedule.from_config,
     check=_check,
+    layout=lambda models: layouts.KLEIN,
+    drawing=Drawing("", 50, 4.0),  # of the base; the distilled model takes 4 steps and no guidance
 )

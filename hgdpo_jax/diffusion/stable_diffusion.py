@@ -8,8 +8,11 @@ import numpy as np
 from jaxtyping import Int
 from transformers import CLIPTokenizer
 
+from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.family import Configs, Family, Tokenizers
+from hgdpo_jax.diffusion.recipe import Drawing
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.models import layouts
 from hgdpo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from hgdpo_jax.models.text import CLIP_POSITIONS as POSITIONS
 from hgdpo_jax.models.text import TextConditioner, both
@@ -151,4 +154,6 @@ STABLE_DIFFUSION = Family(
     conditioner=_conditioner,
     process=NoiseSchedule.from_config,
     check=_check,
+    layout=lambda models: layouts.SDXL if "text_encoder_2" in models else layouts.SD1,
+    drawing=Drawing("DPMSolverMultistepScheduler", recipe.STEPS, recipe.GUIDANCE),
 )
