@@ -150,5 +150,6 @@ STABLE_DIFFUSION = Family(
     count=_count,
     conditioner=_conditioner,
     process=NoiseSchedule.from_config,
+    trains=("lora", "all", "text_lora", "adapter"),
     check=_check,
 )
