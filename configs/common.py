@@ -9,13 +9,27 @@ from hgdpo_jax.run.errors import UserError
 
 
 def base(variant: str) -> ConfigDict:
-    """`sd15`: the paper's settings, for a checkpoint and photographs of your own. `sdxl`: the same for SDXL.
-    `portraits`: the embedded default."""
+    """`sd15`: the paper's settings, for a checkpoint and photographs of your own. `sdxl`: the same for SDXL. `klein`:
+    the curriculum for FLUX.2-klein-base. `portraits`: the embedded default."""
     config = default()
     if variant in ("sd15", "sdxl"):
         config.data.resolutions = ("1024x704",)
         config.data.area = "1024x1024" if variant == "sdxl" else "1024x704"  # of data.resolutions=auto
         config.train.checkpointing = "blocks"
+    elif variant == "klein":
+        config.data.resolutions = ("1024x1024",)
+        config.data.area = "1024x1024"
+        config.pairs.sampler = config.evaluate.sampler = "euler"
+        config.pairs.guidance = config.evaluate.guidance = 4.0
+        config.recipe.blocks = "all"  # it has no up blocks
+        config.train.checkpointing = "blocks"
+        config.train.lora_rank = 32
+        config.train.lora_alpha = 32.0
+        # What others train flow models with: at 1e-4 they collapse (docs/flow.md).
+        config.train.lr = 1e-5
+        config.train.beta = 2000.0
+        config.train.noise_levels = "logit_normal"
+        config.train.noise_shift = 3.0
     elif variant == "portraits":
         config.model.base = str(ASSETS / "portraits" / "base")
         config.model.dtype = "float32"  # everywhere: so small a network gains nothing, and its figures stay comparable
@@ -53,7 +67,7 @@ def base(variant: str) -> ConfigDict:
         scenes = ("blue background, soft light", "brown background, dark light", "white background, bright light")
         config.evaluate.concept_prompts = tuple(f"{{subject}}, {scene}" for scene in scenes)
     else:
-        raise UserError(f"config variant {variant}: unknown; choose sd15, sdxl or portraits")
+        raise UserError(f"config variant {variant}: unknown; choose sd15, sdxl, klein or portraits")
     return config
 
 

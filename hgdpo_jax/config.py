@@ -97,7 +97,7 @@ _FOLDER = Text(r"(?!\.+$)[^/\\\[\]*?]+", "a name of a folder, without / \\ [ ] *
 _SIZE = Text(r"[1-9]\d*x[1-9]\d*", "HEIGHTxWIDTH in pixels, the height first, like 1024x704 for upright pictures")
 _RESOLUTION = Text(rf"{AUTO}|{_SIZE.pattern}", f"{_SIZE.words}, or {AUTO}")
 _SCORER = "folder of a CLIPModel such as PickScore v1, or NAME=PLACE of another scorer of docs/scorers.md"
-_SAMPLER = one_of("ddpm", "ddim", "dpmpp_2m")
+_SAMPLER = one_of("ddpm", "ddim", "dpmpp_2m", "euler")
 _AXIS = Range(1, also=-1)
 NO_STAGE = ("pool", "sdrecon", "given", "none")  # values of pairs.loser, of which any other names a stage
 ALWAYS = (0, 1000)  # pairs.guidance_interval: guidance in all steps
@@ -151,7 +151,7 @@ SETTINGS = (
             "Curriculum-DPO: winner and loser are any two of the pool whose ranks are so far apart, 1 the farthest, "
             "pairs.buckets the nearest; 0: best and worst"),
     Setting("pairs.buckets", 5, _COUNT, "of Curriculum-DPO"),
-    Setting("pairs.sampler", "dpmpp_2m", _SAMPLER, "that draws candidates"),
+    Setting("pairs.sampler", "dpmpp_2m", _SAMPLER, "that draws candidates; euler: of a flow model"),
     Setting("pairs.steps", 50, _COUNT, "of the sampler"),
     Setting("pairs.guidance", 5.0, _NOT_NEGATIVE, "classifier-free; up to 1: none"),
     Setting("pairs.guidance_interval", ALWAYS, Range(0, 1000),
@@ -213,6 +213,10 @@ SETTINGS = (
             "share of the numbers that each LoRA reads which are replaced by 0 in a step, as in PEFT; 0: none"),
     Setting("train.beta", 5000.0, _POSITIVE, "κ = β/2 multiplies the difference of errors"),
     Setting("train.lambda_stat", 0.0, _NOT_NEGATIVE, "weight of the statistics loss"),
+    Setting("train.noise_levels", "uniform", one_of("uniform", "logit_normal"),
+            "of a flow model: how σ is drawn in training"),
+    Setting("train.noise_shift", 1.0, _POSITIVE,
+            "of a flow model: σ becomes shift · σ / (1 + (shift − 1) · σ); above 1 more noise is trained"),
     Setting("train.steps", 20_000, _COUNT, "optimizer steps"),
     Setting("train.batch", 16, _COUNT, "pairs (or photographs) per optimizer step, over all devices"),
     Setting("train.accumulate", 1, _COUNT, "microbatches the batch is split into"),
@@ -260,7 +264,7 @@ SETTINGS = (
     Setting("evaluate.dinov2", "", _ANY, "for FD-DINOv2: folder of dinov2-large; empty: not measured"),
     Setting("evaluate.cmmd", "", _ANY, "for CMMD: folder of the CLIPModel ViT-L/14@336; empty: not measured"),
     Setting("evaluate.images_per_prompt", 4, _COUNT, "of each held-out caption"),
-    Setting("evaluate.sampler", "dpmpp_2m", _SAMPLER, "that draws for log and report"),
+    Setting("evaluate.sampler", "dpmpp_2m", _SAMPLER, "that draws for log and report; euler: of a flow model"),
     Setting("evaluate.steps", 50, _COUNT, "of the sampler"),
     Setting("evaluate.guidance", 5.0, _NOT_NEGATIVE, "classifier-free; up to 1: none"),
     Setting("evaluate.negative_prompt", "", _ANY, "replaces the empty caption in guidance"),

@@ -3,7 +3,7 @@
 # bash launch/curriculum.sh VARIANT WORKDIR [--check | --browse] [--config.key=value ...]
 # Run again after a stop: finished shards and checkpoints are kept. Paths are relative to the folder it is run from, whose
 # folder configs, where there is one, takes the place of the package's.
-variant=${1:?which variant: sd15, sdxl or portraits} workdir=${2:?folder of the run}
+variant=${1:?which variant: sd15, sdxl, klein or portraits} workdir=${2:?folder of the run}
 shift 2
 settings=() browse=
 for argument; do

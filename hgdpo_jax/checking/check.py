@@ -103,7 +103,7 @@ def check_pairs(config: ConfigDict, workdir: Path) -> None:
     if earlier and planned is not None:
         check.found(lambda: require_fit(config, plan, earlier, inputs()))
     if pipeline and plan:
-        check.say("data", lambda: summarise(config, plan, pipeline.count_tokens, index))
+        check.say("data", lambda: summarise(config, plan, pipeline, index))
         check.found(lambda: read_rated(config, {p.id for found in photographs.values() for p in found}))
     _networks(check, source, pipeline, plan)
     check.say("folder", lambda: _built(folder, plan, inputs))

@@ -169,7 +169,7 @@ class Builder:
     def summarise(self, index: Index) -> None:
         """Says what was read, and what of the drawing is saved."""
         if processes.is_first():
-            read = summarise(self.config, self.plan, self.pipeline.count_tokens, index)
+            read = summarise(self.config, self.plan, self.pipeline, index)
             for line in read + saving(self.config, self.pipeline.schedule):
                 print(f"{self.config.stage} pairs: {line}")
 

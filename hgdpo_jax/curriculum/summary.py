@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,27 +11,26 @@ from ml_collections import ConfigDict
 from hgdpo_jax import config as configuration
 from hgdpo_jax.curriculum.plan import ShardPlan
 from hgdpo_jax.data.photographs import Photograph, form_of, shapes_of
-from hgdpo_jax.diffusion.stable_diffusion import POSITIONS
+from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.run.files import Member
 from hgdpo_jax.run.index import Index
 
-CountTokens = Callable[[Sequence[str]], list[int]]  # of each caption, begin and end included
 _COUNTED = 5000  # captions, at least, whose tokens are counted
 _CROPPED = 0.1  # of a photograph's view
 _SHOWN = 80  # characters of a caption
 
 
-def summarise(config: ConfigDict, plan: Sequence[ShardPlan], count_tokens: CountTokens, index: Index) -> list[str]:
+def summarise(config: ConfigDict, plan: Sequence[ShardPlan], pipeline: Pipeline, index: Index) -> list[str]:
     """Three lines: photographs and splits, resolutions and what is cut off, captions and their tokens.
 
     Args:
         config: of the stage.
         plan: all its shards.
-        count_tokens: of the base's tokenizers.
+        pipeline: whose tokenizers read the captions.
         index: knows the shapes of the photographs.
     """
     captions = [photograph for part in plan for photograph in part.photographs]
-    return [_counted(config, plan), _cut(config, plan, index), _said(config, captions, count_tokens)]
+    return [_counted(config, plan), _cut(config, plan, index), _said(config, captions, pipeline)]
 
 
 def _pictures(plan: Sequence[ShardPlan], **wanted: str) -> dict[Path | Member, None]:
@@ -65,17 +64,19 @@ def _cut(config: ConfigDict, plan: Sequence[ShardPlan], index: Index) -> str:
     return f"{', '.join(listed)}; {enlarged:,} enlarged, {cropped:,} cropped by more than {_CROPPED:.0%}"
 
 
-def _said(config: ConfigDict, photographs: Sequence[Photograph], count_tokens: CountTokens) -> str:
-    """Also warns of captions with more tokens than CLIP reads, of which the first are used. Of many captions it counts
+def _said(config: ConfigDict, photographs: Sequence[Photograph], pipeline: Pipeline) -> str:
+    """Also warns of captions with more tokens than are read, of which the first are used. Of many captions it counts
     the tokens of some: those of 300,000 would take a core 20 s and gigabytes at every start."""
     some = photographs[:: max(1, len(photographs) // _COUNTED)]
-    counts, prefix = count_tokens([photograph.caption for photograph in some]), config.data.caption_prefix
-    longest, over = int(np.argmax(counts)), sum(count > POSITIONS for count in counts)
+    most, prefix = pipeline.family.positions, config.data.caption_prefix
+    counts = pipeline.count_tokens([photograph.caption for photograph in some])
+    longest, over = int(np.argmax(counts)), sum(count > most for count in counts)
     if over:
         logging.warning("%d of %d captions (%d in all) have more than %d tokens, the first of which are used; that of "
-                        "%s has %d", over, len(counts), len(photographs), POSITIONS, some[longest].id,
+                        "%s has %d", over, len(counts), len(photographs), most, some[longest].id,
                         counts[longest])  # fmt: skip
-    own = f", {count_tokens([prefix])[0] - 2} of them of data.caption_prefix" if prefix else ""
+    around, with_prefix = pipeline.count_tokens(["", prefix])  # what begins and ends every caption
+    own = f", {with_prefix - around} of them of data.caption_prefix" if prefix else ""
     first = " ".join(some[0].caption.split())
     shown = first if len(first) <= _SHOWN else f"{first[:_SHOWN]}…"
-    return f"captions of {min(counts)} to {max(counts)} tokens ({POSITIONS} fit){own}, such as {shown!r}"
+    return f"captions of {min(counts)} to {max(counts)} tokens ({most} fit){own}, such as {shown!r}"

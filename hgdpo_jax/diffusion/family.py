@@ -33,6 +33,7 @@ class Family:
         count: the number of tokens of each caption before it is cut.
         conditioner: (name of the checkpoint, models, tokenizers, model_index.json) → the text conditioner.
         process: (scheduler_config.json, how a line about it begins) → the process. Raises UserError.
+        trains: which values of `train.params` it can take.
         check: raises UserError where parts are not of one model, of the checkpoint's name, configs and tokenizers.
         layout: folders of its models → how other programs know such a checkpoint.
         drawing: how the recipe draws with it.
@@ -49,6 +50,7 @@ class Family:
     count: Callable[[Tokenizers, Sequence[str]], list[int]]
     conditioner: Callable[[str, Mapping[str, Any], Tokenizers, Mapping[str, Any]], nnx.Module]
     process: Callable[[Mapping[str, Any], str], Process]
+    trains: Sequence[str]
     check: Callable[[str, Configs, Tokenizers], None]
     layout: Callable[[Container[str]], Layout]
     drawing: Drawing

@@ -74,6 +74,10 @@ class FlowSchedule:
             raise UserError(f"{source}scheduler config shift={shift!r}: expects a number above 0")
         return cls(config, count, float(shift))
 
+    def in_training(self, spread: str, shift: float) -> "FlowSchedule":
+        """See :class:`hgdpo_jax.diffusion.process.Process`."""
+        return replace(self, spread=spread, train_shift=float(shift))
+
     def draw_times(self, keys: Key[Array, "b"]) -> Timesteps:
         """σ of each key, as `spread` and `train_shift` say (Esser et al. 2024, section 3.1)."""
         if self.spread == "uniform":

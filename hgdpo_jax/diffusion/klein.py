@@ -43,7 +43,9 @@ def length_of(tokenizer: Qwen2Tokenizer) -> int:
 
 def _count(tokenizers: Tokenizers, captions: Sequence[str]) -> list[int]:
     """With those of the chat around them."""
-    return [len(ids) for ids in tokenizers["tokenizer"]([chat(caption) for caption in captions]).input_ids]
+    return [
+        len(ids) for ids in tokenizers["tokenizer"]([chat(caption) for caption in captions], verbose=False).input_ids
+    ]
 
 
 def _conditioner(name: str, models: Mapping[str, Any], tokenizers: Tokenizers, index: Mapping[str, Any]) -> FluxText:
@@ -81,6 +83,7 @@ KLEIN = Family(
     count=_count,
     conditioner=_conditioner,
     process=FlowSchedule.from_config,
+    trains=("lora", "all"),
     check=_check,
     layout=lambda models: layouts.KLEIN,
     drawing=Drawing("", 50, 4.0),  # of the base; the distilled model takes 4 steps and no guidance

@@ -109,7 +109,7 @@ def load_pipeline(
         base, vae, lora: see :func:`hgdpo_jax.diffusion.source.open_source`.
         dtype: of the computation of UNet and text encoders, as in the config: tf32 is float32 here, see
             :func:`hgdpo_jax.devices.xla.use_precision`.
-        param_dtype: of the parameters of UNet and text encoders; by part where they differ.
+        param_dtype: of the parameters of `denoiser` and `text` encoders; by these names where they differ.
         place: puts a parameter on its devices.
 
     Raises:
@@ -154,9 +154,12 @@ def _assemble(
     def model(part: str) -> Any:
         computed = jnp.float32 if part == "vae" else _stored(dtype)
         found = abstract(source.family.models[part], source.configs[part], computed)
-        stored = "float32" if part == "vae" else param_dtype
-        fill(part, found, _stored(stored if isinstance(stored, str) else stored[part]))
+        of_kind = param_dtype if isinstance(param_dtype, str) else param_dtype[kind(part)]
+        fill(part, found, _stored("float32" if part == "vae" else of_kind))
         return found
+
+    def kind(part: str) -> str:
+        return "denoiser" if part == source.family.denoiser else "text"
 
     models = {part: model(part) for part in source.configs}
     return Pipeline(

@@ -57,6 +57,10 @@ class Process(Protocol):
     def draw_times(self, keys: Key[Array, "b"]) -> Timesteps:
         """A noise level for each key, as training draws them."""
 
+    def in_training(self, spread: str, shift: float) -> "Process":
+        """The process whose levels are drawn otherwise than uniformly: the settings `train.noise_levels` and
+        `train.noise_shift`. Raises UserError where they cannot be."""
+
     def bin_of(self, t: Timesteps, count: int) -> Int[Array, "b"]:
         """In which of `count` equal parts noise levels lie, the first that of least noise."""
 

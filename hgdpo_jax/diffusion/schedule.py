@@ -106,6 +106,11 @@ class NoiseSchedule:
         """All timesteps are drawn alike."""
         return jax.vmap(lambda key: jax.random.randint(key, (), 0, self.num_train_timesteps))(keys)
 
+    def in_training(self, spread: str, shift: float) -> "NoiseSchedule":
+        """Of a flow. Raises UserError."""
+        raise UserError(f"config keys train.noise_levels={spread}, train.noise_shift={shift:g}: are of a flow model; "
+                        "this one is trained on steps of beta, all alike: expects uniform and 1")  # fmt: skip
+
     def bin_of(self, t: Timesteps, count: int) -> Int[Array, "b"]:
         """See :class:`hgdpo_jax.diffusion.process.Process`."""
         return t * count // self.num_train_timesteps

@@ -153,6 +153,7 @@ STABLE_DIFFUSION = Family(
     count=_count,
     conditioner=_conditioner,
     process=NoiseSchedule.from_config,
+    trains=("lora", "all", "text_lora", "adapter"),
     check=_check,
     layout=lambda models: layouts.SDXL if "text_encoder_2" in models else layouts.SD1,
     drawing=Drawing("DPMSolverMultistepScheduler", recipe.STEPS, recipe.GUIDANCE),

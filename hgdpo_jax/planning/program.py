@@ -35,7 +35,7 @@ from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.inputs import loss_of
 from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
-from hgdpo_jax.training.policy import add_fresh_lora, configure_denoiser, parameter_dtypes
+from hgdpo_jax.training.policy import add_fresh_lora, configured, parameter_dtypes
 
 # The image encoder of the published adapters.
 _VIT_H = {"hidden_size": 1280, "image_size": 224, "patch_size": 14, "projection_dim": 1024}
@@ -98,7 +98,7 @@ def open_architecture(config: ConfigDict, variant: str) -> Source:
 def pipeline_of(config: ConfigDict, source: Source, mesh: Mesh) -> Pipeline:
     """The pipeline that :func:`hgdpo_jax.training.policy.load_trainable` gives, of shapes."""
     pipeline = pipelines.of_shapes(source, config.model.dtype, parameter_dtypes(config))
-    configure_denoiser(pipeline.denoiser, config, mesh)
+    pipeline = configured(pipeline, config, mesh)
     add_fresh_lora(pipeline, config)
     for network in pipeline.networks.values():  # LoRA has values, which no described device can take
         nnx.update(network, jax.eval_shape(nnx.state, network))

@@ -26,7 +26,7 @@ from hgdpo_jax.run.prompts import read_prompts
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.board import require_package
 from hgdpo_jax.training.optimizer import ADDED, make_optimizer
-from hgdpo_jax.training.policy import load_trainable
+from hgdpo_jax.training.policy import draws_otherwise, load_trainable
 
 
 class Inputs(NamedTuple):
@@ -115,6 +115,7 @@ def depends_on(config: ConfigDict) -> list[str]:
     of_batch = train.objective in ("kto", "smpo") or train.auto_beta  # they take something of a microbatch's pairs
     keys += ["train.accumulate"] if of_batch else []
     keys += ["train.reference_cache"] if train.reference_cache else []
+    keys += ["train.noise_levels", "train.noise_shift"] if draws_otherwise(config) else []
     keys += ["data.caption_dropout", "data.concept_dropout"] if train.objective == "sft" else []
     keys += ["train.batch", "train.lr", "train.optimizer", "train.schedule", "train.warmup", "train.weight_decay"]
     keys += ["train.clip_norm", "train.ema"] + (["train.adam"] if train.optimizer != "adafactor" else [])

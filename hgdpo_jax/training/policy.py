@@ -1,7 +1,6 @@
 """The policy: which part of ε_base is trained."""
 
 from dataclasses import replace
-from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -16,6 +15,7 @@ from hgdpo_jax.faces.concepts import ConceptEncoder, encoder_of
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.attention import set_sharding
 from hgdpo_jax.models.lora import add_lora, lora_layers
+from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.training.step import Params, split_params
 
 
@@ -42,7 +42,7 @@ def load_trainable(config: ConfigDict, mesh: Mesh, *others: ConfigDict, weights:
         )
     else:
         pipeline = pipelines.of_shapes(open_source(model.base, model.vae, model.lora), model.dtype, param_dtype)
-    configure_denoiser(pipeline.denoiser, config, mesh)
+    pipeline = configured(pipeline, config, mesh)
     for stage in (config, *others):
         add_fresh_lora(pipeline, stage, mesh)
         if stage.train.params == "adapter":
@@ -50,19 +50,30 @@ def load_trainable(config: ConfigDict, mesh: Mesh, *others: ConfigDict, weights:
     return pipeline
 
 
-def configure_denoiser(denoiser: Any, config: ConfigDict, mesh: Mesh) -> None:
-    """Sets how the UNet (or transformer) is computed on the mesh, and which activations are kept for its gradient."""
-    denoiser.checkpoint(config.train.checkpointing)
-    if config.train.blocks == "up":
+def configured(pipeline: pipelines.Pipeline, config: ConfigDict, mesh: Mesh) -> pipelines.Pipeline:
+    """The pipeline as a stage trains it: how its UNet (or transformer) is computed on the mesh, which activations are
+    kept for the gradient, and how noise levels are drawn."""
+    denoiser, train, family = pipeline.denoiser, config.train, pipeline.family
+    if train.params not in family.trains:
+        raise UserError(f"config key train.params={train.params}: not for {family.title}; expects "
+                        f"{' or '.join(family.trains)}")  # fmt: skip
+    denoiser.checkpoint(train.checkpointing)
+    if train.blocks == "up":
         denoiser.share_skips()
     set_sharding(denoiser, heads_sharding(mesh))
+    schedule = pipeline.schedule.in_training(train.noise_levels, train.noise_shift) if draws_otherwise(config) else None
+    return replace(pipeline, schedule=schedule) if schedule else pipeline
+
+
+def draws_otherwise(config: ConfigDict) -> bool:
+    """Whether noise levels are not drawn uniformly."""
+    return (config.train.noise_levels, config.train.noise_shift) != ("uniform", 1.0)
 
 
 def parameter_dtypes(config: ConfigDict) -> dict[str, str]:
     """The dtype of each part's parameters: what is trained whole is float32."""
     frozen = config.model.dtype
-    unet = "float32" if config.train.params == "all" else frozen
-    return {"unet": unet, "text_encoder": frozen, "text_encoder_2": frozen}
+    return {"denoiser": "float32" if config.train.params == "all" else frozen, "text": frozen}
 
 
 def with_fresh_adapter(
@@ -80,7 +91,7 @@ def add_fresh_lora(pipeline: pipelines.Pipeline, config: ConfigDict, mesh: Mesh 
     """Adds the LoRA that a stage trains to the UNet (`train.params=lora`) or to every text encoder (`text_lora`), on
     the mesh if there is one."""
     streams = {
-        "lora": {"unet": "lora"},
+        "lora": {pipeline.family.denoiser: "lora"},
         "text_lora": {"text_encoder": "text lora", "text_encoder_2": "text lora 2"},
     }.get(config.train.params, {})
     for name, stream in streams.items():

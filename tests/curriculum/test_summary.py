@@ -34,7 +34,7 @@ def summarised(config: ConfigDict, pipeline: Pipeline) -> list[str]:
     index = Index()
     listed = list_examples(config, "train", "heldout", index=index)
     plan = plan_shards(config, Path(), dict(zip(("train", "heldout"), listed, strict=True)), None, index)
-    return summary.summarise(config, plan, pipeline.count_tokens, index)
+    return summary.summarise(config, plan, pipeline, index)
 
 
 def test_photographs_their_shapes_and_captions_are_three_lines(
@@ -71,7 +71,7 @@ def test_of_many_captions_the_tokens_of_some_are_counted(
     photographs = [Photograph(f"{i}.png", Path(f"{i}.png"), "a " * (i % 100)) for i in range(240)]
     for some in (photographs, photographs[75:78]):  # of the first every 60th
         plan = [ShardPlan(Path(), "train", "32x32", some)]
-        said = summary.summarise(config, plan, pipeline.count_tokens, Index())[-1]
+        said = summary.summarise(config, plan, pipeline, Index())[-1]
     assert said == f"captions of 77 to 79 tokens (77 fit), such as '{('a ' * 75)[:80]}…'"
     assert caplog.messages == [
         "1 of 4 captions (240 in all) have more than 77 tokens, the first of which are used; that of 180.png has 82",
