@@ -1,7 +1,7 @@
 """A checkpoint as people have it, opened but not read.
 
-It is a folder as diffusers writes it, a single file in the original layout, or a repository of the Hugging Face hub at a
-pinned revision. A file of FLUX.2's transformer lies in a folder that has the rest.
+It is a folder as diffusers writes it, a single file in the original layout, or a repository of the Hugging Face hub at
+a pinned revision. A file of FLUX.2's transformer lies in a folder that has the rest.
 """
 
 import logging

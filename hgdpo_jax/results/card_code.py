@@ -29,7 +29,7 @@ def draw(contents: Contents, loaded: Sequence[str]) -> list[str]:
     """
     scheduler = contents.drawing.scheduler
     lines = [_SCHEDULER.format(scheduler, "")] if scheduler else []
-    return _with_imports([*loaded, *lines, _call("pipeline(", contents)])
+    return _with_imports([*loaded, *lines, _call("pipeline(prompt=", contents)])
 
 
 def draw_with_lora(contents: Contents) -> list[str]:

@@ -23,7 +23,6 @@ from hgdpo_jax.models import architectures
 from hgdpo_jax.models.convert import abstract, from_torch, keys, to_torch
 from hgdpo_jax.models.ldm import SD1_PARTS, Translate, bare, to_single_file, vae_part
 from hgdpo_jax.models.lora import add_lora, lora_layers
-from hgdpo_jax.results.exported import lora_weights
 from hgdpo_jax.run.errors import UserError
 from tests import tiny
 from tests.mutations.case import Case, written
@@ -126,7 +125,7 @@ def loras(configs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, bytes]]:
             layer.lora_B[...] = jnp.asarray(rng.standard_normal(layer.lora_B.shape), jnp.float32)
 
     def of(kind: str) -> dict[str, np.ndarray]:
-        return lora_weights(models, kind, "unet") | lora_weights(models, kind, "text")
+        return STABLE_DIFFUSION.layout(models).lora_weights(models, kind)
 
     peft = {f"base_model.model.{key[5:]}": x for key, x in of("peft").items() if key.startswith("unet.")}
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["to_q"], "use_dora": False,

@@ -293,7 +293,7 @@ def test_the_code_that_loads_the_base_gives_its_vae_and_its_lora(base: Path, dra
     pipeline = pipelines.load_pipeline(base)
     add_lora(pipeline.denoiser, 2, 2.0, nnx.Rngs(0))
     nnx.update(pipeline.denoiser, moved(nnx.state(pipeline.denoiser, nnx.LoRAParam)))
-    save_file(exported.lora_weights(pipeline.models, "peft", "unet"), tmp_path / "lora.safetensors")
+    save_file(pipeline.layout.lora_weights(pipeline.models, "peft"), tmp_path / "lora.safetensors")
     for vae in (other, other / "diffusion_pytorch_model.safetensors"):
         changes = [f"model.vae={vae}", f"model.lora={tmp_path / 'lora.safetensors'}"]
         found = loaded(contents(base, drawn.pipeline, *changes))
