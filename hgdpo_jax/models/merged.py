@@ -136,7 +136,7 @@ class LoRAFile:
         used = {key for match in self._found.values() for key in match.layer}
         rest = sorted(self.weights.keys() - used)
         swapped = [key for key in rest if flux2_original.SWAPPED.replace(".", "_") in key.replace(".", "_")]
-        if swapped:  # which diffusers merges as they are, and ComfyUI as they were trained
+        if swapped and swapped == rest:  # ComfyUI merges it as it was trained, diffusers in its own order of the halves
             raise UserError(f"LoRA {path}: has {swapped[0]}: programs disagree which of its halves is the scale; "
                             "expected a LoRA without that layer")  # fmt: skip
         if rest:

@@ -58,22 +58,16 @@ def load_checkpoint(contents: Contents) -> list[str]:
     """The lines that load the single file. Configs, scheduler and what it does not hold come from the folder here or
     from that of the base."""
     here = "diffusers" in contents.formats
-    if not contents.layout.is_whole:
-        return _load_denoiser(contents, CHECKPOINT_FILE, {}, "." if here else _place(contents))
-    return _load_file(contents, CHECKPOINT_FILE, {"config": _quoted(".")} if here else _config(contents))
+    if contents.layout.is_whole:
+        return _load_file(contents, CHECKPOINT_FILE, {"config": _quoted(".")} if here else _config(contents))
+    lines, more = ([], {}) if here else _load_vae(contents)
+    return lines + _load_denoiser(contents, CHECKPOINT_FILE, more, "." if here else _place(contents))
 
 
 def load_base(contents: Contents) -> list[str]:
     """The lines that load ε_base: the checkpoint, with the VAE and the LoRA that the run gave it."""
     model = contents.config.model
-    lines, more = [], {}
-    if model.vae:
-        how = "from_pretrained" if Path(model.vae).is_dir() else "from_single_file"
-        config = _config(contents) if how == "from_single_file" else {}
-        told = config | ({"subfolder": _quoted("vae")} if config else {})
-        kind = contents.pipeline.family.models["vae"].__name__
-        lines.append(f"vae = {kind}.{how}({_quoted(_absolute(model.vae))}{_named(told | _DTYPE)})")
-        more["vae"] = "vae"
+    lines, more = _load_vae(contents)
     if hub_repository(model.base) or Path(model.base).is_dir():
         lines.append(_load_place(contents, _place(contents), more))
     elif contents.layout.is_whole:
@@ -85,6 +79,18 @@ def load_base(contents: Contents) -> list[str]:
         lines.append(f"pipeline.load_lora_weights({_quoted(str(folder))}, weight_name={_quoted(name)})")
         lines += ["pipeline.fuse_lora()", "pipeline.unload_lora_weights()"]
     return lines
+
+
+def _load_vae(contents: Contents) -> tuple[list[str], dict[str, str]]:
+    """The lines that load the VAE that the run gave ε_base, and the argument that hands it on; nothing without one."""
+    vae = contents.config.model.vae
+    if not vae:
+        return [], {}
+    how = "from_pretrained" if Path(vae).is_dir() else "from_single_file"
+    config = _config(contents) if how == "from_single_file" else {}
+    told = config | ({"subfolder": _quoted("vae")} if config else {})
+    kind = contents.pipeline.family.models["vae"].__name__
+    return [f"vae = {kind}.{how}({_quoted(_absolute(vae))}{_named(told | _DTYPE)})"], {"vae": "vae"}
 
 
 def _place(contents: Contents) -> str:
@@ -108,13 +114,13 @@ def _load_place(contents: Contents, place: str, more: dict[str, str]) -> str:
 
     Args:
         contents: of the export.
-        place: `.`, or see :func:`_place`.
+        place: `.`, which is the export, or see :func:`_place`.
         more: further arguments.
     """
     repository, denoiser = hub_repository(contents.config.model.base), contents.pipeline.family.denoiser
     if repository and place == repository[0]:
         more = more | {"revision": _quoted(repository[1])}
-    elif ".fp16." in (chosen({path.name for path in Path(place, denoiser).glob("*")}) or ""):
+    elif place != "." and ".fp16." in (chosen({path.name for path in Path(place, denoiser).glob("*")}) or ""):
         more = more | {"variant": _quoted("fp16")}
     return f"pipeline = DiffusionPipeline.from_pretrained({_quoted(place)}{_named(more | _DTYPE)})"
 

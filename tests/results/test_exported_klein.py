@@ -90,8 +90,11 @@ def test_each_way_to_draw_of_the_card_gives_our_pictures(
     """The folder, the transformer as one file, and the LoRA on the base."""
     start, expected, _ = ours
     code = code_of((out / "README.md").read_text())
-    asked = f'image = pipeline(prompt="{card_code.PROMPT}", num_inference_steps=50, guidance_scale=4.0, height=32, width=24)'
-    assert code.count(f"{asked}.images[0]\n") == 3 and code.count("pipeline.load_lora_weights") == 1
+    how = "num_inference_steps=50, guidance_scale=4.0, height=32, width=24"
+    assert (
+        code.count(f'image = pipeline(prompt="{card_code.PROMPT}", {how}).images[0]\n') == 3
+        and code.count("pipeline.load_lora_weights") == 1
+    )
     monkeypatch.chdir(out)
     drawn: list[Any] = []
     code = code.replace("num_inference_steps=50", "**more").replace(".images[0]\n", ".images; drawn.append(image)\n")
