@@ -1,6 +1,7 @@
 """What export writes of a FLUX.2-klein draws our pictures in diffusers, in each form."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,21 +33,21 @@ TOLERANCE = 1e-4  # of the pictures' deviation
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return klein.write(tmp_path_factory.mktemp("klein"))
 
 
-def config_of(base: Path) -> ConfigDict:
-    settings = [f"model.base={base}", "model.dtype=float32", "data.resolutions=32x24", "train.lora_rank=2"]
+def config_of(folder: Path) -> ConfigDict:
+    settings = [f"model.base={folder}", "model.dtype=float32", "data.resolutions=32x24", "train.lora_rank=2"]
     settings += ["train.lora_alpha=4", "train.lora_modules=attention,feed_forward"]
     return load_config("configs/stage1.py:klein", settings)
 
 
 @pytest.fixture(scope="module")
-def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run whose stage is trained as soon as it is started."""
     workdir = tmp_path_factory.mktemp("run")
-    write_json(workdir / "stage1" / "config.json", configuration.to_json(config_of(base)))
+    write_json(workdir / "stage1" / "config.json", configuration.to_json(config_of(folder)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exported, "local_mesh", tiny.mesh)
         patch.setattr(exported, "finished_policy", lambda workdir, stage, like, config, step: moved(like))
@@ -62,9 +63,9 @@ def out(trained: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ours(base: Path) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+def ours(folder: Path) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
     """(starting latents, pictures in [-1, 1] of the policy as the recipe draws with it, of the base)."""
-    config = config_of(base)
+    config = config_of(folder)
     pipeline = load_trainable(config, tiny.mesh())
     fresh, prompts = policy_of(pipeline, config), [card_code.PROMPT]
     sampler = Sampler(pipeline, tiny.mesh(), solver="euler", steps=STEPS, guidance=GUIDANCE, batch=1, seed=0)
@@ -85,7 +86,7 @@ def settings(start: torch.Tensor) -> dict[str, Any]:
 
 
 def test_each_way_to_draw_of_the_card_gives_our_pictures(
-    base: Path, out: Path, ours: tuple, monkeypatch: pytest.MonkeyPatch
+    folder: Path, out: Path, ours: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder, the transformer as one file, and the LoRA on the base."""
     start, expected, _ = ours
@@ -103,9 +104,9 @@ def test_each_way_to_draw_of_the_card_gives_our_pictures(
         assert deviations(expected, 2 * found.permute(0, 2, 3, 1) - 1) < TOLERANCE
 
 
-def test_kohyas_file_on_the_base_gives_our_pictures(base: Path, out: Path, ours: tuple) -> None:
+def test_kohyas_file_on_the_base_gives_our_pictures(folder: Path, out: Path, ours: tuple) -> None:
     start, expected, without = ours
-    theirs = Flux2KleinPipeline.from_pretrained(base, dtype=torch.float32)
+    theirs = Flux2KleinPipeline.from_pretrained(folder, dtype=torch.float32)
 
     def draw() -> torch.Tensor:
         found = theirs(prompt=card_code.PROMPT, guidance_scale=GUIDANCE, height=32, width=24, **settings(start)).images
@@ -119,19 +120,19 @@ def test_kohyas_file_on_the_base_gives_our_pictures(base: Path, out: Path, ours:
         assert file.metadata()["modelspec.architecture"] == "Flux.2-klein-4b/lora"
 
 
-def test_the_folder_holds_what_the_base_holds(base: Path, out: Path) -> None:
+def test_the_folder_holds_what_the_base_holds(folder: Path, out: Path) -> None:
     assert {path.name for path in out.iterdir()} == {
-        *(path.name for path in base.iterdir()), "README.md", "hgdpo.json", CHECKPOINT_FILE, KOHYA_FILE, PEFT_FILE
+        *(path.name for path in folder.iterdir()), "README.md", "hgdpo.json", CHECKPOINT_FILE, KOHYA_FILE, PEFT_FILE
     }  # fmt: skip
-    assert json.loads((out / "model_index.json").read_text()) == json.loads((base / "model_index.json").read_text())
+    assert json.loads((out / "model_index.json").read_text()) == json.loads((folder / "model_index.json").read_text())
     for name in ("model.safetensors", "config.json", "generation_config.json"):  # all layers, as they were
-        assert (out / "text_encoder" / name).read_bytes() == (base / "text_encoder" / name).read_bytes()
-    before, after = (load_file(folder / "vae" / "diffusion_pytorch_model.safetensors") for folder in (base, out))
+        assert (out / "text_encoder" / name).read_bytes() == (folder / "text_encoder" / name).read_bytes()
+    before, after = (load_file(at / "vae" / "diffusion_pytorch_model.safetensors") for at in (folder, out))
     assert before.keys() == after.keys() and "bn.num_batches_tracked" in after
     assert all(np.array_equal(after[key], x) and after[key].dtype == x.dtype for key, x in before.items())
 
 
-def test_a_file_of_the_transformer_is_a_base_where_it_lies_in_its_folder(out: Path, tmp_path: Path) -> None:
+def test_a_file_of_the_transformer_is_a_base_where_it_lies_in_its_folder(out: Path, base: Path, tmp_path: Path) -> None:
     source, folder = open_source(str(out / CHECKPOINT_FILE)), open_source(str(out))
     names = list(folder.open("transformer", ()))
     weights = source.open("transformer", names)
@@ -142,7 +143,7 @@ def test_a_file_of_the_transformer_is_a_base_where_it_lies_in_its_folder(out: Pa
     (tmp_path / CHECKPOINT_FILE).symlink_to(out / CHECKPOINT_FILE)
     with pytest.raises(UserError, match=f"^model {tmp_path}.*: holds a transformer alone; move it into the folder wit"):
         open_source(str(tmp_path / CHECKPOINT_FILE))
-    sd = tiny.write_base(tmp_path / "sd")
+    sd = shutil.copytree(base, tmp_path / "sd")
     (sd / CHECKPOINT_FILE).symlink_to(out / CHECKPOINT_FILE)
     with pytest.raises(UserError, match="holds a transformer, and .*sd is a Stable Diffusion; move it into the folder"):
         open_source(str(sd / CHECKPOINT_FILE))

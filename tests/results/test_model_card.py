@@ -304,7 +304,7 @@ def test_the_code_that_loads_the_base_gives_its_vae_and_its_lora(base: Path, dra
             for key, value in ours.items():
                 np.testing.assert_allclose(theirs[key].numpy(), value, atol=1e-6, err_msg=key)
     key = "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"
-    assert np.abs(to_torch(expected.unet)[key] - to_torch(pipeline.denoiser)[key]).max() > 1e-3
+    assert np.abs(to_torch(expected.denoiser)[key] - to_torch(pipeline.denoiser)[key]).max() > 1e-3
 
 
 def test_the_code_that_loads_the_base_names_all_of_its_path_and_finds_half_precision(
