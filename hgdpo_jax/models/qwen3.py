@@ -2,8 +2,7 @@
 
 klein's transformer reads the states after some layers, side by side. The layers after the last of these, the last norm
 and the output layer are no part of the model here: they are neither computed nor loaded. A file has them too, see
-:attr:`Qwen3Model.unused`. An export copies the files of the text encoder as they are; if its LoRA is merged, it takes
-from them what is unused.
+:attr:`Qwen3Model.unused`. An export copies the files of the text encoder as they are: nothing trains it.
 
 Legend: `b` captions, `s` tokens, `d` width, `h` heads of queries, `g` of keys and values, `e` width of a head.
 """
