@@ -27,6 +27,7 @@ class Family:
         tokenizers: folders of tokenizers, likewise.
         positions: the most tokens of a caption that are read.
         read_tokenizer: one from its folder. Raises UserError.
+        usual_tokenizers: those of a checkpoint without any, from its model_index.json: a single file, or a plan.
         tokenize: captions → int32 ids, padded and cut; what the conditioner reads.
         count: the number of tokens of each caption before it is cut.
         conditioner: (name of the checkpoint, models, tokenizers, model_index.json) → the text conditioner.
@@ -42,6 +43,7 @@ class Family:
     tokenizers: Sequence[str]
     positions: int
     read_tokenizer: Callable[[Path], Any]
+    usual_tokenizers: Callable[[Mapping[str, Any]], Tokenizers]
     tokenize: Callable[[Tokenizers, Sequence[str]], Int[np.ndarray, "b s"]]
     count: Callable[[Tokenizers, Sequence[str]], list[int]]
     conditioner: Callable[[str, Mapping[str, Any], Tokenizers, Mapping[str, Any]], nnx.Module]
