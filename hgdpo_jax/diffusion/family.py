@@ -32,6 +32,8 @@ class Family:
         count: the number of tokens of each caption before it is cut.
         conditioner: (name of the checkpoint, models, tokenizers, model_index.json) → the text conditioner.
         process: (scheduler_config.json, how a line about it begins) → the process. Raises UserError.
+        sampler, guidance: that draw unless told otherwise.
+        overflows: its numbers grow beyond float16's.
         trains: which values of `train.params` it can take.
         check: raises UserError where parts are not of one model, of the checkpoint's name, configs and tokenizers.
     """
@@ -48,5 +50,8 @@ class Family:
     count: Callable[[Tokenizers, Sequence[str]], list[int]]
     conditioner: Callable[[str, Mapping[str, Any], Tokenizers, Mapping[str, Any]], nnx.Module]
     process: Callable[[Mapping[str, Any], str], Process]
+    sampler: str
+    guidance: float
+    overflows: bool
     trains: Sequence[str]
     check: Callable[[str, Configs, Tokenizers], None]

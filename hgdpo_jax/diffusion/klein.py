@@ -88,6 +88,9 @@ KLEIN = Family(
     count=_count,
     conditioner=_conditioner,
     process=FlowSchedule.from_config,
+    sampler="euler",
+    guidance=4.0,
+    overflows=True,
     trains=("lora", "all"),
     check=_check,
 )

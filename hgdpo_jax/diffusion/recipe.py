@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int, PyTree
 
 Params = PyTree  # of arrays
-STEPS, GUIDANCE = 50, 5.0  # of DPM-Solver++
+STEPS = 50  # of the sampler
 TEXT_FROM = 900
 
 

@@ -159,6 +159,9 @@ STABLE_DIFFUSION = Family(
     count=_count,
     conditioner=_conditioner,
     process=NoiseSchedule.from_config,
+    sampler="dpmpp_2m",
+    guidance=5.0,
+    overflows=False,
     trains=("lora", "all", "text_lora", "adapter"),
     check=_check,
 )

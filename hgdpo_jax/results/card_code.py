@@ -98,7 +98,8 @@ def _load_file(contents: Contents, path: str, more: dict[str, str]) -> list[str]
 
 def _call(begin: str, contents: Contents) -> str:
     height, width = next(iter(configuration.resolutions(contents.config).values()))
-    how = {"num_inference_steps": recipe.STEPS, "guidance_scale": recipe.GUIDANCE, "height": height, "width": width}
+    guidance = contents.pipeline.family.guidance
+    how = {"num_inference_steps": recipe.STEPS, "guidance_scale": guidance, "height": height, "width": width}
     return f"image = {begin}{_quoted(PROMPT)}{_named({key: str(value) for key, value in how.items()})}).images[0]"
 
 
