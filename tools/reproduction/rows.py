@@ -94,7 +94,7 @@ def rows(variant: str) -> dict[str, list[Row]]:
         Row("Curriculum-DPO", f"curriculum_dpo_{count}", tuple(ranked)),
         Row("RealAlign's second stage", "realalign", _both("baselines/realalign")),
         Row("the same, equal forward passes", "realalign_longer",
-            (f"main baselines/realalign --as realalign_longer --config.train.pairs=realalign {longer}",)),
+            (f"main baselines/realalign --as realalign_longer {longer}",)),
         *(Row(f"easy, pool of {n}", f"pool_{n}", _both(f"ablations/pool_size,{n}")) for n in (4, 8, 16)),
         *(Row(f"hard, t{t} wins", f"winner_t{t}", _both(f"ablations/winner,{t}")) for t in (2, 4)),
         Row("easy, less L_stat", f"lambda_stat_{weight}", (f"main ablations/lambda_stat,{weight}",)),
