@@ -1,6 +1,6 @@
 """What differs between kinds of checkpoints: their models, their tokens, and the process that they were trained for."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from flax import nnx
 from jaxtyping import Int
 
 from hgdpo_jax.diffusion.process import Process
+from hgdpo_jax.diffusion.recipe import Drawing
+from hgdpo_jax.models.layouts import Layout
 
 Tokenizers = Mapping[str, Any]  # transformers', by their folders
 Configs = Mapping[str, Mapping[str, Any]]  # config.json of each model, by its folder
@@ -32,10 +34,11 @@ class Family:
         count: the number of tokens of each caption before it is cut.
         conditioner: (name of the checkpoint, models, tokenizers, model_index.json) → the text conditioner.
         process: (scheduler_config.json, how a line about it begins) → the process. Raises UserError.
-        sampler, guidance: that draw unless told otherwise.
         overflows: its numbers grow beyond float16's.
         trains: which values of `train.params` it can take.
         check: raises UserError where parts are not of one model, of the checkpoint's name, configs and tokenizers.
+        layout: folders of its models → how other programs know such a checkpoint.
+        drawing: how the recipe draws with it.
     """
 
     title: str
@@ -50,8 +53,8 @@ class Family:
     count: Callable[[Tokenizers, Sequence[str]], list[int]]
     conditioner: Callable[[str, Mapping[str, Any], Tokenizers, Mapping[str, Any]], nnx.Module]
     process: Callable[[Mapping[str, Any], str], Process]
-    sampler: str
-    guidance: float
     overflows: bool
     trains: Sequence[str]
     check: Callable[[str, Configs, Tokenizers], None]
+    layout: Callable[[Container[str]], Layout]
+    drawing: Drawing

@@ -12,6 +12,8 @@ from hgdpo_jax.config import ASSETS
 from hgdpo_jax.diffusion import stable_diffusion
 from hgdpo_jax.diffusion.family import Configs, Family, Tokenizers
 from hgdpo_jax.diffusion.flow import FlowSchedule
+from hgdpo_jax.diffusion.recipe import Drawing
+from hgdpo_jax.models import layouts
 from hgdpo_jax.models.chat import LENGTH, byte_tokenizer, chat, chat_ids, open_tokenizer
 from hgdpo_jax.models.flux2 import Flux2Transformer2DModel
 from hgdpo_jax.models.flux2_vae import AutoencoderKLFlux2
@@ -88,9 +90,9 @@ KLEIN = Family(
     count=_count,
     conditioner=_conditioner,
     process=FlowSchedule.from_config,
-    sampler="euler",
-    guidance=4.0,
     overflows=True,
     trains=("lora", "all"),
     check=_check,
+    layout=lambda models: layouts.KLEIN,
+    drawing=Drawing("euler", "", 50, 4.0),  # of the base; the distilled model takes 4 steps and no guidance
 )

@@ -16,6 +16,7 @@ from hgdpo_jax.diffusion.process import Process
 from hgdpo_jax.diffusion.source import Source, open_source
 from hgdpo_jax.models.convert import Place, abstract, from_torch, keys
 from hgdpo_jax.models.ip_adapter import IPAdapter
+from hgdpo_jax.models.layouts import Layout
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import fingerprint, json_hash
@@ -33,6 +34,7 @@ class Pipeline:
         schedule: made from scheduler_config.json, which is its `config`.
         index: model_index.json.
         licence: of the checkpoint, where it states one.
+        folder: see :class:`hgdpo_jax.diffusion.source.Source`.
         adapter: for concept images; no checkpoint brings one.
         no_concept: what an adapter reads where there is no concept image.
     """
@@ -45,6 +47,7 @@ class Pipeline:
     schedule: Process
     index: Mapping[str, Any]
     licence: str | None
+    folder: Path | None = None
     adapter: IPAdapter | None = None
     no_concept: Float[np.ndarray, "1 m f"] | None = None
 
@@ -53,6 +56,11 @@ class Pipeline:
         """The models under the names of their folders."""
         found = {self.family.denoiser: self.denoiser, "vae": self.vae, "text_encoder": self.text.text_encoder}
         return found | ({"text_encoder_2": self.text.text_encoder_2} if hasattr(self.text, "text_encoder_2") else {})
+
+    @property
+    def layout(self) -> Layout:
+        """How other programs know such a checkpoint."""
+        return self.family.layout(self.models)
 
     @property
     def networks(self) -> dict[str, nnx.Module]:
@@ -167,6 +175,7 @@ def _assemble(
         schedule=source.family.process(source.scheduler, f"model {source.name}: "),
         index=source.index,
         licence=source.licence,
+        folder=source.folder,
     )
 
 

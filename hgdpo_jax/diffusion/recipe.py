@@ -5,13 +5,31 @@ with the text encoder's LoRA at weight 0.5 while t is in [900, 1000], where the 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from flax import nnx
 from jaxtyping import Array, Bool, Int, PyTree
 
+from hgdpo_jax.run.errors import UserError
+
 Params = PyTree  # of arrays
-STEPS = 50  # of the sampler
 TEXT_FROM = 900
+
+
+class Drawing(NamedTuple):
+    """How a model and its LoRA are drawn with, as the recipe does, here and in diffusers.
+
+    Attributes:
+        sampler: ours.
+        scheduler: diffusers' class, with which the script beside an export draws; empty for the checkpoint's own: then
+            the LoRA acts in all steps alike, and the pipeline needs no script.
+        steps, guidance: of it.
+    """
+
+    sampler: str
+    scheduler: str
+    steps: int
+    guidance: float
 
 
 def text_policy_acts(t: Int[Array, "b"]) -> Bool[Array, "b"]:
@@ -50,7 +68,12 @@ def in_up_blocks(policy: Params, elsewhere: Params | None = None) -> Params:
         policy: of the hard stage.
         elsewhere: the LoRA that the down and middle blocks keep, such as that of the stage before; the base's, which is
             none, unless given. "Applied to the up blocks only" allows both: the hard stage started from the former.
+
+    Raises:
+        UserError: the model has no up blocks.
     """
+    if not any("up_blocks" in path for path, _ in nnx.to_flat_state(policy)):
+        raise UserError("config key recipe.blocks: this model has no up blocks, its LoRA would do nothing; expects all")
     if elsewhere is None:
         return weighted(policy, lambda path: float("up_blocks" in path))
     own = dict(nnx.to_flat_state(policy))

@@ -1,7 +1,7 @@
-"""A Stable Diffusion checkpoint as people have it, opened but not read.
+"""A checkpoint as people have it, opened but not read.
 
-It is a folder as diffusers writes it, a single file in the original LDM layout, or a repository of the Hugging Face hub
-at a pinned revision.
+It is a folder as diffusers writes it, a single file in the original layout, or a repository of the Hugging Face hub at
+a pinned revision. A file of FLUX.2's transformer lies in a folder that has the rest.
 """
 
 import logging
@@ -19,8 +19,9 @@ from hgdpo_jax.diffusion.family import Family, Tokenizers
 from hgdpo_jax.diffusion.klein import KLEIN
 from hgdpo_jax.diffusion.stable_diffusion import STABLE_DIFFUSION
 from hgdpo_jax.models import ldm
-from hgdpo_jax.models.architectures import Architecture, recognise
+from hgdpo_jax.models.architectures import Architecture, alone, recognise
 from hgdpo_jax.models.convert import abstract, shapes
+from hgdpo_jax.models.ldm import Translate
 from hgdpo_jax.models.merged import LoRAFile
 from hgdpo_jax.models.model_config import read_config, read_json
 from hgdpo_jax.models.weights import Weights, chosen, open_folder, refuse_pickle, shards
@@ -43,6 +44,7 @@ class Source:
         family: which kind of checkpoint it is.
         tokenizers, scheduler, index, licence: see :class:`hgdpo_jax.diffusion.pipeline.Pipeline`.
         fit: part → what its weights must fit, for errors; its config.json where nothing is said.
+        folder: where the folders of its models are; None of a single file with all of them.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Source:
     index: Mapping[str, Any]
     licence: str | None
     fit: Mapping[str, str] = field(default_factory=dict)
+    folder: Path | None = None
 
     def expected(self, part: str) -> str:
         """What the weights of a part must fit, for errors."""
@@ -65,7 +68,7 @@ def open_source(base: str, vae: str = "", lora: str = "") -> Source:
     """Opens a checkpoint.
 
     Args:
-        base: a diffusers folder, a .safetensors file in the LDM layout, or `owner/name@revision` on the hub.
+        base: a diffusers folder, a .safetensors file in the original layout, or `owner/name@revision` on the hub.
         vae: a folder or file whose VAE replaces that of the checkpoint; empty for none.
         lora: a file whose LoRA is merged into the checkpoint; empty for none.
 
@@ -98,7 +101,8 @@ def hub_repository(base: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-def _folder(folder: Path) -> Source:
+def _folder(folder: Path, given: Mapping[str, Weights] | None = None) -> Source:
+    """A diffusers folder; weights of a part that are given take the place of its own."""
     index_path = folder / "model_index.json"
     if not index_path.is_file():
         raise UserError(f"model {folder}: has no model_index.json; give a folder as diffusers writes it")
@@ -111,7 +115,8 @@ def _folder(folder: Path) -> Source:
     for part in family.needed:
         if part not in parts:
             raise UserError(f"model {folder}: {index.get('_class_name')} has no {part}; expected {family.title}")
-    weights = {part: open_folder(folder / part) for part in parts}
+    given = given or {}
+    weights = {part: given[part] if part in given else open_folder(folder / part) for part in parts}
     return Source(
         name=str(folder),
         configs={part: read_config(folder / part) for part in parts},
@@ -124,6 +129,7 @@ def _folder(folder: Path) -> Source:
         scheduler=_scheduler(folder, index),
         index=index,
         licence=_licence(folder / "README.md"),
+        folder=folder,
     )
 
 
@@ -156,6 +162,8 @@ def _licence(card: Path) -> str | None:
 
 def _single_file(path: Path, with_vae: bool) -> Source:
     weights = Weights(path)
+    if found := alone(weights):
+        return _in_folder(path, weights, *found)
     architecture = recognise(weights, str(path), with_vae)
 
     def part(name: str, keys: Sequence[str]) -> Mapping[str, np.ndarray]:
@@ -170,6 +178,25 @@ def _single_file(path: Path, with_vae: bool) -> Source:
         licence=weights.metadata.get("modelspec.license"),
         fit=dict.fromkeys(architecture.configs, f"{architecture.name}, which it was taken for"),
     )
+
+
+def _in_folder(path: Path, weights: Weights, name: str, place: tuple[str, Translate]) -> Source:
+    """A file that holds the model `name` alone: the others, and its config.json, are in the folder around it."""
+    folder, (prefix, translate) = path.parent, place
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"model {path}: holds a {name} alone; move it into the folder with the rest of its model, as "
+                        "diffusers writes it, beside model_index.json")  # fmt: skip
+    source = _folder(folder, {name: weights})
+    if name not in source.configs:
+        raise UserError(f"model {path}: holds a {name}, and {folder} is a {source.family.title}; move it into the "
+                        "folder of its own model")  # fmt: skip
+
+    def part(asked: str, keys: Sequence[str]) -> Mapping[str, np.ndarray]:
+        if asked != name:
+            return source.open(asked, keys)
+        return ldm.TranslatedWeights(weights, prefix, translate, keys, source.configs[name])
+
+    return replace(source, name=str(path), open=part, fit={name: str(folder / name / "config.json")})
 
 
 def without_weights(architecture: Architecture) -> Source:
@@ -193,7 +220,7 @@ def _download(repository: str, revision: str) -> Path:
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise UserError(f"model {repository}@{revision}: give the 40 characters of a commit; a branch can change")
     folders = {*(part for family in FAMILIES.values() for part in (*family.models, *family.tokenizers)), "scheduler"}
-    small = [f"{folder}/*{kind}" for folder in sorted(folders) for kind in (".json", ".txt")]
+    small = [f"{folder}/*{kind}" for folder in sorted(folders) for kind in (".json", ".txt", ".jinja")]
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[*_TOP, *small]))
         try:
@@ -220,8 +247,10 @@ def _with_vae(source: Source, path: Path) -> Source:
     try:
         refuse_pickle(path)
         if path.is_dir():
-            _require_vae(path)
+            _require_vae(path, source.family.models["vae"].__name__)
             config, weights = read_config(path), open_folder(path)
+        elif not source.family.layout(source.configs).is_whole:
+            raise UserError(f"{path}: is a file; of {source.family.title} give the VAE's folder, with its config.json")
         else:
             weights, instead = Weights(path), "give a folder with its config.json"
             fit = f"the VAE that --config.model.vae={path} replaces; {instead}"
@@ -248,26 +277,27 @@ def _with_vae(source: Source, path: Path) -> Source:
     )
 
 
-def _require_vae(folder: Path) -> None:
-    """Raises UserError for a folder of anything but an AutoencoderKL."""
+def _require_vae(folder: Path, wanted: str) -> None:
+    """Raises UserError for a folder of anything but a VAE of the class `wanted`."""
     if (folder / "model_index.json").is_file():
         raise UserError(f"{folder}: is a whole checkpoint; give its VAE, {folder / 'vae'}")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: has no config.json; expected the folder of an AutoencoderKL")
+        raise UserError(f"{folder}: has no config.json; expected the folder of an {wanted}")
     config = read_config(folder)
-    kind = config.get("_class_name", "AutoencoderKL")
-    if kind != "AutoencoderKL" or "block_out_channels" not in config:
-        kind = (config.get("architectures") or [kind])[0] if kind == "AutoencoderKL" else kind
-        raise UserError(f"{folder}: is no VAE ({kind}); expected the folder of an AutoencoderKL")
+    kind = config.get("_class_name", wanted)
+    if kind != wanted or "block_out_channels" not in config:
+        kind = (config.get("architectures") or [kind])[0] if kind == wanted else kind
+        raise UserError(f"{folder}: is no VAE ({kind}); expected the folder of an {wanted}")
 
 
 def _with_lora(source: Source, path: Path) -> Source:
-    """The source with a LoRA merged into its denoiser and text encoders."""
-    kinds, configs = source.family.models, {part: x for part, x in source.configs.items() if part != "vae"}
+    """The source with a LoRA merged into its denoiser and, where programs read one of them, text encoders."""
+    known = source.family.layout(source.configs).lora
+    kinds, configs = source.family.models, {part: x for part, x in source.configs.items() if part in known}
     lora = LoRAFile(path, {part: (x, shapes(abstract(kinds[part], x))) for part, x in configs.items()})
 
     def part(name: str, keys: Sequence[str]) -> Mapping[str, np.ndarray]:
         weights = source.open(name, keys)
-        return weights if name == "vae" else lora.into(name, weights)
+        return lora.into(name, weights) if name in known else weights
 
     return replace(source, open=part, files=[*source.files, *lora.weights.files])

@@ -10,7 +10,9 @@ from transformers import CLIPTokenizer
 
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.diffusion.family import Configs, Family, Tokenizers
+from hgdpo_jax.diffusion.recipe import Drawing
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.models import layouts
 from hgdpo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from hgdpo_jax.models.text import CLIP_POSITIONS as POSITIONS
 from hgdpo_jax.models.text import TextConditioner, both
@@ -159,9 +161,9 @@ STABLE_DIFFUSION = Family(
     count=_count,
     conditioner=_conditioner,
     process=NoiseSchedule.from_config,
-    sampler="dpmpp_2m",
-    guidance=5.0,
     overflows=False,
     trains=("lora", "all", "text_lora", "adapter"),
     check=_check,
+    layout=lambda models: layouts.SDXL if "text_encoder_2" in models else layouts.SD1,
+    drawing=Drawing("dpmpp_2m", "DPMSolverMultistepScheduler", 50, 5.0),
 )

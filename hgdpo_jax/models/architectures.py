@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hgdpo_jax.models.ldm import SD1_PARTS, SDXL_PARTS, Translate, bare_clip
+from hgdpo_jax.models.flux2_original import MARK, PREFIXES, transformer_part
+from hgdpo_jax.models.ldm import SD1_PARTS, SDXL_PARTS, Translate, bare
 from hgdpo_jax.models.weights import Weights
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import PACKAGE
@@ -32,6 +33,12 @@ KLEIN_4B = _architecture("klein", {})
 
 _CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 _CONTEXT = "model.diffusion_model.{}.transformer_blocks.0.attn2.to_k.weight"
+
+
+def alone(weights: Weights) -> tuple[str, tuple[str, Translate]] | None:
+    """The model that a file in an original layout holds alone, and where; None of a file that is to hold more."""
+    prefix = next((prefix for prefix in PREFIXES if prefix + MARK in weights), None)
+    return None if prefix is None else ("transformer", (prefix, transformer_part))
 
 
 def recognise(weights: Weights, source: str, with_vae: bool = True) -> Architecture:
@@ -75,7 +82,7 @@ def recognise(weights: Weights, source: str, with_vae: bool = True) -> Architect
         raise UserError(f"{source}: its UNet reads text of width {width}, that of {architecture.name} is {expected}")
     prefix, _ = architecture.parts["text_encoder"]
     if any(key.startswith(f"{prefix}embeddings.") for key in weights):
-        architecture = replace(architecture, parts={**architecture.parts, "text_encoder": (prefix, bare_clip)})
+        architecture = replace(architecture, parts={**architecture.parts, "text_encoder": (prefix, bare)})
     return replace(architecture, scheduler={**architecture.scheduler, **_prediction(weights, source)})
 
 

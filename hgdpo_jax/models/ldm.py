@@ -70,13 +70,18 @@ class Stored(NamedTuple):
         key: of the file's tensor.
         read: file's tensor → diffusers'.
         write: diffusers' tensor → file's.
-        third: 0, 1 or 2 where the file's tensor holds three of diffusers', one below the other.
+        third: 0, 1 or 2 where the file's tensor holds three of diffusers', one below the other; else None.
     """
 
     key: str
     read: Callable[[np.ndarray], np.ndarray] = _same
     write: Callable[[np.ndarray], np.ndarray] = _same
-    third: int = 0
+    third: int | None = None
+
+
+def third_of(key: str, number: int) -> Stored:
+    """A tensor of diffusers that is one of three in the file's tensor, one below the other."""
+    return Stored(key, lambda value: np.split(value, 3)[number], third=number)
 
 
 def unet_name(key: str, config: Mapping[str, Any]) -> str:
@@ -118,7 +123,8 @@ def _apply(rules: Rules, key: str) -> str:
     return key
 
 
-def _unet(key: str, config: Mapping[str, Any]) -> Stored:
+def unet_part(key: str, config: Mapping[str, Any]) -> Stored:
+    """Where a parameter or module of a UNet of diffusers is, without prefix."""
     return Stored(unet_name(key, config))
 
 
@@ -131,12 +137,13 @@ def vae_part(key: str, config: Mapping[str, Any]) -> Stored:
     return Stored(name)
 
 
-def _clip(key: str, config: Mapping[str, Any]) -> Stored:
+def clip_part(key: str, config: Mapping[str, Any]) -> Stored:
+    """Where a parameter or module of a text encoder of transformers is."""
     return Stored(f"text_model.{key}")
 
 
-def bare_clip(key: str, config: Mapping[str, Any]) -> Stored:
-    """Where a parameter of SD 1.x's text encoder is in files that follow NovelAI's."""
+def bare(key: str, config: Mapping[str, Any]) -> Stored:
+    """Where a parameter or module is that has the same name: SD 1.x's text encoder in files that follow NovelAI's."""
     return Stored(key)
 
 
@@ -144,9 +151,7 @@ def open_clip_text(key: str, config: Mapping[str, Any]) -> Stored:
     """Where a parameter of transformers' text encoder with projection is in OpenCLIP's names."""
     match = re.match(r"text_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", key)
     if match:
-        third = "qkv".index(match[2])
-        name = f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}"
-        return Stored(name, lambda value: np.split(value, 3)[third], third=third)
+        return third_of(f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}", "qkv".index(match[2]))
     name = _apply(_OPEN_CLIP, key)
     return Stored(name, np.transpose, np.transpose) if name == "text_projection" else Stored(name)
 
@@ -155,14 +160,14 @@ Translate = Callable[[str, Mapping[str, Any]], Stored]
 VAE_PREFIX = "first_stage_model."
 VAE_CONV = "encoder.down.0.block.0.conv1.weight"  # each VAE has it
 SD1_PARTS: dict[str, tuple[str, Translate]] = {
-    "unet": ("model.diffusion_model.", _unet),
+    "unet": ("model.diffusion_model.", unet_part),
     "vae": (VAE_PREFIX, vae_part),
-    "text_encoder": ("cond_stage_model.transformer.", _clip),
+    "text_encoder": ("cond_stage_model.transformer.", clip_part),
 }
 SDXL_PARTS: dict[str, tuple[str, Translate]] = {
-    "unet": ("model.diffusion_model.", _unet),
+    "unet": ("model.diffusion_model.", unet_part),
     "vae": (VAE_PREFIX, vae_part),
-    "text_encoder": ("conditioner.embedders.0.transformer.", _clip),
+    "text_encoder": ("conditioner.embedders.0.transformer.", clip_part),
     "text_encoder_2": ("conditioner.embedders.1.model.", open_clip_text),
 }
 # Nobody needs these: buffers, the training loss of a VAE, the running mean of its weights, and what CLIP has beside a
@@ -219,12 +224,12 @@ def to_single_file(
         configs: part → config.
         parts: where each is kept, SD1_PARTS or SDXL_PARTS.
     """
-    stored: dict[str, dict[int, np.ndarray]] = {}
+    stored: dict[str, dict[int | None, np.ndarray]] = {}
     for part, (prefix, translate) in parts.items():
         for key, tensor in models[part].items():
             where = translate(key, configs[part])
             stored.setdefault(prefix + where.key, {})[where.third] = where.write(tensor)
     return {
-        key: thirds[0] if len(thirds) == 1 else np.concatenate([thirds[i] for i in range(3)])
+        key: thirds[None] if None in thirds else np.concatenate([thirds[i] for i in range(3)])
         for key, thirds in stored.items()
     }

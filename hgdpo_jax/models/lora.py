@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from hgdpo_jax.models.int8 import with_kernels
 from hgdpo_jax.models.layers import Conv, Linear
+from hgdpo_jax.models.ldm import Translate
 from hgdpo_jax.run.errors import UserError
 
 # The layers of `train.lora_modules`, by the ends of their paths. kohya's scripts train the first two kinds unless told.
@@ -262,19 +263,28 @@ def to_peft(model: nnx.Module, prefix: str = "unet") -> dict[str, np.ndarray]:
     return weights
 
 
-def to_kohya(model: nnx.Module, prefix: str, rename: Callable[[str], str] = lambda name: name) -> dict[str, np.ndarray]:
-    """`prefix_PATH.lora_down.weight`, `lora_up.weight`, shaped as PEFT's, and `alpha`, dots in PATH as underscores.
+def to_kohya(model: nnx.Module, prefix: str, module: Translate) -> dict[str, np.ndarray]:
+    """`prefix_NAME.lora_down.weight`, `lora_up.weight`, shaped as PEFT's, and `alpha`, dots in NAME as underscores.
+
+    Three layers that are one there become one of three times the rank, whose B is theirs on a diagonal.
 
     Args:
         model: with LoRA layers.
         prefix: `lora_unet`, `lora_te`; for XL's text encoders `lora_te1` and `lora_te2`.
-        rename: path of a layer → the name by which kohya's scripts know it.
+        module: path of a layer → the name by which kohya's scripts know it.
     """
-    weights = {}
+    fused: dict[str, dict[int | None, LoRALinear | LoRAConv]] = {}
     for path, layer in lora_layers(model).items():
-        name = f"{prefix}_{rename(path)}".replace(".", "_")
-        weights[f"{name}.lora_down.weight"], weights[f"{name}.lora_up.weight"] = _as_torch(layer)
-        weights[f"{name}.alpha"] = np.asarray(layer.scale * layer.lora_A.shape[-1], np.float32)
+        where = module(path, model.config)  # type: ignore[attr-defined]  # all models have one
+        fused.setdefault(f"{prefix}_{where.key}".replace(".", "_"), {})[where.third] = layer
+    weights = {}
+    for name, thirds in fused.items():
+        layers = [thirds[None]] if None in thirds else [thirds[i] for i in range(3)]
+        downs, ups = zip(*map(_as_torch, layers), strict=True)
+        weights[f"{name}.lora_down.weight"] = np.concatenate(downs)
+        diagonal = [[up * (i == j) for j in range(len(ups))] for i, up in enumerate(ups)]
+        weights[f"{name}.lora_up.weight"] = ups[0] if len(ups) == 1 else np.block(diagonal)
+        weights[f"{name}.alpha"] = np.asarray(layers[0].scale * len(weights[f"{name}.lora_down.weight"]), np.float32)
     return weights
 
 

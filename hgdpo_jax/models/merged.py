@@ -1,7 +1,7 @@
 """A LoRA file merged into a model's weights while these are read, so that a training goes on from it.
 
 W + (alpha / rank) · B A, in float32 (Hu et al. 2021), for linear layers and convolutions. The file may be PEFT's or
-diffusers', of any year, or kohya's: its keys tell which.
+diffusers', of any year, or kohya's, and of FLUX.2 ComfyUI's: its keys tell which.
 """
 
 import json
@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hgdpo_jax.models.ldm import unet_name
+from hgdpo_jax.models import flux2_original
+from hgdpo_jax.models.ldm import Stored, unet_name
 from hgdpo_jax.models.model_config import read_json
 from hgdpo_jax.models.weights import LazyWeights, Weights, refuse_pickle
 from hgdpo_jax.run.errors import UserError
@@ -25,6 +26,7 @@ _FACTOR = re.compile(
 )
 _ALPHA = re.compile(r"(?P<layer>.+?)(\.lora|\.lora_linear_layer|_lora)?\.alpha")
 _PEFT = "base_model.model."  # how keys of PEFT's own files begin, each of which is of one model
+_COMFY = "diffusion_model."  # those of ComfyUI and ai-toolkit
 _BEFORE_0_19 = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}  # of diffusers
 _FILES = ("adapter_model", "pytorch_lora_weights")  # in folders of PEFT and of diffusers
 # PEFT's settings under which W + (alpha / rank) · B A is not what it computes.
@@ -40,6 +42,16 @@ class _Layer(NamedTuple):
     down: str
     up: str
     alpha: str | None
+
+
+class _Match(NamedTuple):
+    """What a file has for a weight of a part: its layer, and how that is made of the layer in the file."""
+
+    part: str
+    key: str
+    shape: tuple[int, ...]
+    layer: _Layer
+    where: Stored
 
 
 def _layers(weights: Weights) -> dict[str, _Layer]:
@@ -61,15 +73,35 @@ def _bare(key: str) -> str:
     return key.removeprefix("text_model.")
 
 
-def _names(part: str, module: str, config: Mapping[str, Any]) -> list[str]:
-    """The names that files give to a module of a model."""
+def _places(part: str, module: str, config: Mapping[str, Any]) -> list[Stored]:
+    """Where files may have a module of a model."""
     if part == "unet":
-        # kohya's scripts train XL under the names of the original code.
-        kohya = [f"lora_unet_{name}".replace(".", "_") for name in (module, unet_name(module, config))]
-        attention, _, leaf = module.removesuffix(".0").rpartition(".")
-        # diffusers' first files of a UNet had no prefix.
-        return [f"unet.{module}", _PEFT + module, module, f"unet.{attention}.processor.{leaf}",
-                f"{attention}.processor.{leaf}", *kohya]  # fmt: skip
+        return [Stored(name) for name in _of_unet(module, config)]
+    if part == "transformer":
+        return _of_transformer(module, config)
+    return [Stored(name) for name in _of_text(part, module)]
+
+
+def _of_unet(module: str, config: Mapping[str, Any]) -> list[str]:
+    # kohya's scripts train XL under the names of the original code.
+    kohya = [f"lora_unet_{name}".replace(".", "_") for name in (module, unet_name(module, config))]
+    attention, _, leaf = module.removesuffix(".0").rpartition(".")
+    # diffusers' first files of a UNet had no prefix.
+    return [f"unet.{module}", _PEFT + module, module, f"unet.{attention}.processor.{leaf}",
+            f"{attention}.processor.{leaf}", *kohya]  # fmt: skip
+
+
+def _of_transformer(module: str, config: Mapping[str, Any]) -> list[Stored]:
+    """diffusers' names, and ComfyUI's and kohya's, which are the original ones."""
+    names = [Stored(f"{prefix}{module}") for prefix in ("transformer.", _COMFY, _PEFT, "")]
+    original = flux2_original.module(module, config)
+    if original.key == flux2_original.SWAPPED:
+        return names
+    kohya = f"lora_unet_{original.key}".replace(".", "_")
+    return names + [original._replace(key=name) for name in (_COMFY + original.key, _PEFT + original.key, kohya)]
+
+
+def _of_text(part: str, module: str) -> list[str]:
     inside = f"text_model.{module}"
     attention, _, leaf = inside.rpartition(".")
     old = f"{part}.{attention}.{_BEFORE_0_19.get(leaf, leaf)}"
@@ -100,9 +132,13 @@ class LoRAFile:
             models, self._settings = {part: models[part]}, _beside(path, part)
         else:
             self._settings = _in_header(path, self.weights.metadata)
-        self._layers = self._found(in_file, models)
-        used = {key for layer in self._layers.values() for key in layer}
+        self._found = {(match.part, match.key): match for match in self._fitting(in_file, models)}
+        used = {key for match in self._found.values() for key in match.layer}
         rest = sorted(self.weights.keys() - used)
+        swapped = [key for key in rest if flux2_original.SWAPPED.replace(".", "_") in key.replace(".", "_")]
+        if swapped and swapped == rest:  # ComfyUI merges it as it was trained, diffusers in its own order of the halves
+            raise UserError(f"LoRA {path}: has {swapped[0]}: programs disagree which of its halves is the scale; "
+                            "expected a LoRA without that layer")  # fmt: skip
         if rest:
             kind = "is not a LoRA" if not in_file else f"has {rest[0]} ({len(rest)} in all)"
             raise UserError(f"LoRA {path}: {kind}; expected a LoRA of this model's linear layers and convolutions, as "
@@ -117,77 +153,78 @@ class LoRAFile:
         """
         fitting = []
         for part in models:
-            layers = self._matched(in_file, {part: models[part]})
-            if len(layers) == len(in_file) and all(_fits(self.weights, layer, shape) for _, layer, shape in layers):
+            matches = self._matched(in_file, {part: models[part]})
+            if {match.layer for match in matches} == {*in_file.values()} and all(map(self._fits, matches)):
                 fitting.append(part)
         if len(fitting) != 1:
             which = " and ".join(fitting) or "none of " + ", ".join(models)
             raise UserError(f"LoRA {self._path}: fits {which}; expected PEFT's file of one of this model's networks")
         return fitting[0]
 
-    def _found(self, in_file: Mapping[str, _Layer], models: Models) -> dict[tuple[str, str], _Layer]:
-        """(part, bare key of a weight) → its layer. Raises UserError for one of another size."""
-        found = {}
-        for at, layer, shape in self._matched(in_file, models):
-            if not _fits(self.weights, layer, shape):
+    def _fitting(self, in_file: Mapping[str, _Layer], models: Models) -> list[_Match]:
+        """As :meth:`_matched`. Raises UserError for a layer of another size."""
+        matches = self._matched(in_file, models)
+        for match in matches:
+            if not self._fits(match):
+                layer = match.layer
                 down, up = (self.weights.shape(key) for key in (layer.down, layer.up))
-                raise UserError(f"LoRA {self._path}: {layer.down} is {down} and {layer.up} {up}, {at[1]} is {shape}; "
-                                "it is of another model")  # fmt: skip
-            found[at] = layer
-        return found
+                raise UserError(f"LoRA {self._path}: {layer.down} is {down} and {layer.up} {up}, {match.key} is "
+                                f"{match.shape}; it is of another model")  # fmt: skip
+        return matches
 
     @staticmethod
-    def _matched(
-        in_file: Mapping[str, _Layer], models: Models
-    ) -> list[tuple[tuple[str, str], _Layer, tuple[int, ...]]]:
-        """((part, bare key of a weight), its layer, its shape) of each weight that the file has a LoRA for."""
+    def _matched(in_file: Mapping[str, _Layer], models: Models) -> list[_Match]:
+        """One for each weight that the file has a LoRA for; `key` is bare."""
         found = []
         for part, (config, shapes) in models.items():
             for key, shape in shapes.items():
                 module, _, leaf = _bare(key).rpartition(".")
-                names = _names(part, module, config) if leaf == "weight" else []
-                found += [((part, _bare(key)), in_file[name], shape) for name in names if name in in_file][:1]
+                places = _places(part, module, config) if leaf == "weight" else []
+                there = [place for place in places if place.key in in_file][:1]
+                found += [_Match(part, _bare(key), shape, in_file[place.key], place) for place in there]
         return found
+
+    def _fits(self, match: _Match) -> bool:
+        """Whether B A has as many numbers as the weight, or three of its kind, in as many rows."""
+        (layer, shape), times = (match.layer, match.shape), 1 if match.where.third is None else 3
+        down, up = self.weights.shape(layer.down), self.weights.shape(layer.up)
+        if len(down) < 2 or len(up) < 2 or not down[0]:
+            return False
+        size = up[0] * math.prod(down[1:])
+        return math.prod(up[1:]) == down[0] and up[0] == times * shape[0] and size == times * math.prod(shape)
 
     def into(self, part: str, weights: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """The weights of a part with the LoRA merged, read tensor by tensor."""
-        layers = {key: layer for (name, key), layer in self._layers.items() if name == part}
-        absent = sorted(layers.keys() - {_bare(key) for key in weights})
+        matches = {key: match for (name, key), match in self._found.items() if name == part}
+        absent = sorted(matches.keys() - {_bare(key) for key in weights})
         if absent:
             raise UserError(f"LoRA {self._path}: is for {absent[0]}, which the model's files do not have")
 
         def merged(key: str) -> np.ndarray:
-            value, layer = weights[key], layers.get(_bare(key))
-            if layer is None:
+            value, match = weights[key], matches.get(_bare(key))
+            if match is None:
                 return value
-            return np.asarray(value, np.float32) + self._change(part, layer).reshape(value.shape)
+            return np.asarray(value, np.float32) + self._change(match).reshape(value.shape)
 
         return LazyWeights({key: partial(merged, key) for key in weights})
 
-    def _change(self, part: str, layer: _Layer) -> np.ndarray:
-        """(alpha / rank) · B A, float32 [out, in].
+    def _change(self, match: _Match) -> np.ndarray:
+        """(alpha / rank) · B A, float32 [out, in]; of three layers in one, the rows of this one.
 
         Raises:
             UserError: alpha is no number.
         """
+        layer = match.layer
         down, up = (np.asarray(self.weights[name], np.float32) for name in (layer.down, layer.up))
         rank = down.shape[0]
         if layer.alpha is None:
-            alpha = self._settings.get(f"{part}.lora_alpha", rank)
+            alpha = self._settings.get(f"{match.part}.lora_alpha", rank)
         elif self.weights[layer.alpha].size == 1:
             alpha = float(self.weights[layer.alpha].item())
         else:
             shape = self.weights.shape(layer.alpha)
             raise UserError(f"LoRA {self._path}: {layer.alpha} is {shape}; expected one number")
-        return alpha / rank * (up.reshape(up.shape[0], -1) @ down.reshape(rank, -1))
-
-
-def _fits(weights: Weights, layer: _Layer, shape: tuple[int, ...]) -> bool:
-    """Whether B A has as many numbers as a weight of this shape, in as many rows."""
-    down, up = weights.shape(layer.down), weights.shape(layer.up)
-    if len(down) < 2 or len(up) < 2 or not down[0]:
-        return False
-    return math.prod(up[1:]) == down[0] and up[0] == shape[0] and up[0] * math.prod(down[1:]) == math.prod(shape)
+        return alpha / rank * (match.where.read(up.reshape(up.shape[0], -1)) @ down.reshape(rank, -1))
 
 
 def _file(path: Path) -> Path:

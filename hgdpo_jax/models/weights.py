@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -165,6 +166,26 @@ def open_folder(folder: Path) -> Weights:
         if not (folder / shard).is_file():
             raise UserError(f"{folder / shard}: no such file; {name} names it")
     return Weights(*(folder / shard for shard in shards(folder / name)))
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Copies a model folder as it is: its configs, and the weights that :func:`chosen` chooses, under the names that
+    are read without a variant.
+
+    Raises:
+        UserError: see :func:`open_folder`.
+    """
+    weights = open_folder(source).files
+    name = chosen({path.name for path in source.glob("*")})
+    assert name is not None  # or it had not been opened
+    target.mkdir()
+    configs = [path for path in sorted(source.glob("*.json")) if ".safetensors.index" not in path.name]
+    for path in (*configs, *weights):
+        shutil.copyfile(path, target / path.name)
+    if name.endswith(".json"):  # shards are found by their names in it
+        shutil.copyfile(source / name, target / name.replace(".fp16", ""))
+    else:
+        (target / name).rename(target / name.replace(".fp16", ""))
 
 
 def write_weights(

@@ -7,6 +7,8 @@ from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax.diffusion.pipeline import Pipeline
+from hgdpo_jax.diffusion.recipe import Drawing
+from hgdpo_jax.models.layouts import Layout
 from hgdpo_jax.run.folder import blocks_of
 
 PEFT_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
@@ -54,11 +56,16 @@ class Contents(NamedTuple):
         return blocks_of(self.config, self.config.recipe.blocks) if self.config.train.params == "lora" else "all"
 
     @property
+    def layout(self) -> Layout:
+        """Of the pipeline."""
+        return self.pipeline.layout
+
+    @property
+    def drawing(self) -> Drawing:
+        """How diffusers draws with it."""
+        return self.pipeline.family.drawing
+
+    @property
     def weight(self) -> float:
         """Of the LoRA in the recipe."""
         return self.config.recipe.weight
-
-
-def is_xl(pipeline: Pipeline) -> bool:
-    """Whether it is Stable Diffusion XL, with two text encoders."""
-    return "text_encoder_2" in pipeline.models

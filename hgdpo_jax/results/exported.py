@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.models import ip_adapter, ldm
 from hgdpo_jax.models.convert import save_model, to_torch
-from hgdpo_jax.models.ldm import unet_name
-from hgdpo_jax.models.lora import merge_lora, to_kohya, to_peft
-from hgdpo_jax.models.weights import write_weights
+from hgdpo_jax.models.lora import merge_lora
+from hgdpo_jax.models.weights import copy_model, write_weights
 from hgdpo_jax.results import model_card
 from hgdpo_jax.results.contents import (
     ABOUT_FILE,
@@ -35,7 +33,6 @@ from hgdpo_jax.results.contents import (
     RECIPE,
     RECIPE_FILE,
     Contents,
-    is_xl,
 )
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
@@ -191,7 +188,7 @@ def write(contents: Contents, about: Mapping[str, Any], folder: Path) -> list[st
         folder: to write into.
     """
     written = _write_policies(contents, folder)
-    if {PEFT_FILE, PEFT_TEXT_FILE} & {*written}:
+    if {PEFT_FILE, PEFT_TEXT_FILE} & {*written} and contents.drawing.scheduler:
         shutil.copyfile(RECIPE, folder / RECIPE_FILE)
         written.append(RECIPE_FILE)
     _put_policy(contents)
@@ -209,7 +206,8 @@ def write(contents: Contents, about: Mapping[str, Any], folder: Path) -> list[st
 def _write_policies(contents: Contents, folder: Path) -> list[str]:
     """Writes the files of LoRA and adapter; returns their names."""
     pipeline, stage, formats = contents.pipeline, contents.stage, contents.formats
-    files = {name: {"peft": PEFT_NORMAL_FILE} for name in contents.policies} | {
+    others = {"peft": PEFT_NORMAL_FILE} if contents.drawing.scheduler else {}  # which the script alone reads
+    files = dict.fromkeys(contents.policies, others) | {
         stage: {"peft": PEFT_FILE, "kohya": KOHYA_FILE},
         TEXT_ENCODER: {"peft": PEFT_TEXT_FILE, "kohya": KOHYA_TEXT_FILE},
     }
@@ -222,14 +220,14 @@ def _write_policies(contents: Contents, folder: Path) -> list[str]:
             ip_adapter.save(pipeline.adapter, folder / ADAPTER_FILE)
             written.append(ADAPTER_FILE)
         elif train.params != "all":
-            part = "text" if name == TEXT_ENCODER else "unet"
+            models = _adapted(pipeline, name)
             for kind, file in files[name].items():
                 if kind in formats:
-                    _write_lora(folder / file, pipeline, lora_weights(pipeline.models, kind, part), train)
+                    _write_lora(folder / file, pipeline, pipeline.layout.lora_weights(models, kind), train)
                     written.append(file)
     if KOHYA_FILE in written and contents.blocks == "up":
         set_policy(pipeline, recipe.as_drawn(contents.policies[stage], "up", contents.weight))
-        acting = _acting(lora_weights(pipeline.models, "kohya", "unet"))
+        acting = _acting(pipeline.layout.lora_weights(_adapted(pipeline, stage), "kohya"))
         _write_lora(folder / KOHYA_RECIPE_FILE, pipeline, acting, contents.config.train)
         written.append(KOHYA_RECIPE_FILE)
     return written
@@ -241,52 +239,28 @@ def _put_policy(contents: Contents) -> None:
     if contents.merge == "recipe":
         policy = recipe.as_drawn(policy, contents.blocks, contents.weight)
     set_policy(contents.pipeline, policy)
-    for name, model in contents.pipeline.models.items():
-        if contents.merge and (name == "unet" or contents.stage == TEXT_ENCODER):
+    if contents.merge:
+        for model in _adapted(contents.pipeline, contents.stage).values():
             merge_lora(model)
+
+
+def _adapted(pipeline: pipelines.Pipeline, stage: str) -> dict[str, Any]:
+    """The models whose LoRA a stage trains."""
+    names, is_denoiser = pipeline.layout.lora, stage != TEXT_ENCODER
+    return {name: pipeline.models[name] for name in names if (name == pipeline.family.denoiser) == is_denoiser}
 
 
 def _write_lora(path: Path, pipeline: pipelines.Pipeline, weights: Mapping[str, np.ndarray], train: ConfigDict) -> None:
     """A file of LoRA weights; of kohya's with the header that programs look for."""
     metadata = {
-        "modelspec.architecture": f"{_architecture(pipeline)}/lora",
-        "ss_base_model_version": "sdxl_base_v1-0" if is_xl(pipeline) else "sd_v1",
+        "modelspec.architecture": f"{pipeline.layout.architecture}/lora",
+        "ss_base_model_version": pipeline.layout.version,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(train.lora_rank),
         "ss_network_alpha": str(train.lora_alpha),
     }
     of_kohya = path.name in (KOHYA_FILE, KOHYA_TEXT_FILE, KOHYA_RECIPE_FILE)
     write_weights(path, weights, np.float32, metadata if of_kohya else {})
-
-
-def lora_weights(models: Mapping[str, Any], kind: str, part: str) -> dict[str, np.ndarray]:
-    """The LoRA of a pipeline's models in one dictionary, keyed as the loaders of a format expect it.
-
-    Args:
-        models: `unet`, `text_encoder`, and XL's `text_encoder_2`.
-        kind: peft or kohya.
-        part: `unet`, or `text` for all text encoders.
-    """
-    unet, xl = models["unet"], "text_encoder_2" in models
-    if part == "unet":
-        if kind == "peft":
-            return to_peft(unet, "unet")
-        # kohya's scripts train SD 1.5 under diffusers' names and XL under those of the original code.
-        return (
-            to_kohya(unet, "lora_unet", partial(unet_name, config=unet.config)) if xl else to_kohya(unet, "lora_unet")
-        )
-    found: dict[str, np.ndarray] = {}
-    for number, name in enumerate(("text_encoder", "text_encoder_2")[: 1 + xl], start=1):
-        inside = "" if name == "text_encoder_2" else "text_model."
-        if kind == "peft":
-            found |= to_peft(models[name], f"{name}.{inside}".rstrip("."))
-        else:
-            found |= to_kohya(models[name], f"lora_te{number}" if xl else "lora_te", inside.__add__)
-    return found
-
-
-def _architecture(pipeline: pipelines.Pipeline) -> str:
-    return f"stable-diffusion-{'xl-v1-base' if is_xl(pipeline) else 'v1'}"
 
 
 def _acting(kohya: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -309,24 +283,29 @@ def _write_folder(pipeline: pipelines.Pipeline, folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
         tokenizer.backend_tokenizer.model.save(str(folder / name))  # as vocab.json and merges.txt too
     for name, model in pipeline.models.items():
-        save_model(model, folder / name, prefix=_PREFIXES.get(name, ""))
+        if getattr(model, "unused", None):  # weights that its files have and it has not: they go on as they are
+            assert pipeline.folder is not None  # no single file holds such a model
+            copy_model(pipeline.folder / name, folder / name)
+        else:
+            save_model(model, folder / name, prefix=_PREFIXES.get(name, ""))
 
 
 def write_checkpoint(pipeline: pipelines.Pipeline, path: Path, title: str) -> None:
-    """A single file in LDM's layout, with the header that Stability AI's modelspec wants."""
-    xl, v = is_xl(pipeline), pipeline.schedule.prediction_type == "v_prediction"
-    models = {name: to_torch(model) for name, model in pipeline.models.items()}
-    configs = {name: model.config for name, model in pipeline.models.items()}
-    tensors = ldm.to_single_file(models, configs, ldm.SDXL_PARTS if xl else ldm.SD1_PARTS)
+    """A single file in the original layout, with the header that Stability AI's modelspec wants."""
+    layout, v = pipeline.layout, pipeline.schedule.prediction_type == "v_prediction"
+    models = {name: to_torch(pipeline.models[name]) for name in layout.parts}
+    configs = {name: pipeline.models[name].config for name in layout.parts}
+    tensors = ldm.to_single_file(models, configs, layout.parts)
     empty = np.zeros(0, np.float32)
     tensors |= {"v_pred": empty} if v else {}
     tensors |= {"ztsnr": empty} if pipeline.schedule.config.get("rescale_betas_zero_snr") else {}
-    licence = {"modelspec.license": pipeline.licence} if pipeline.licence else {}
+    more = {"modelspec.license": pipeline.licence} if pipeline.licence else {}
+    predicts = {"epsilon": "epsilon", "v_prediction": "v"}.get(pipeline.schedule.prediction_type)
+    more |= {"modelspec.prediction_type": predicts} if predicts else {}  # it has no name for a flow's velocity
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _architecture(pipeline),
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.architecture": layout.architecture,
+        "modelspec.implementation": layout.implementation,
         "modelspec.title": title,
-        "modelspec.prediction_type": "v" if v else "epsilon",
     }
-    write_weights(path, tensors, np.float32, metadata | licence)
+    write_weights(path, tensors, np.float32, metadata | more)

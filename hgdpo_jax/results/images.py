@@ -196,7 +196,7 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
 class Settings(NamedTuple):
     """How images are drawn."""
 
-    steps: int = recipe.STEPS  # of the sampler
+    steps: int = 50  # of the sampler
     guidance: float | None = None  # classifier-free; up to 1: none; that of the kind of model unless given
     per_device: int = 4  # images that a device draws at once
     normalise: bool = False  # latent adaptive normalisation (LAN)
@@ -210,8 +210,8 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
     An image is a function of its prompt, its seed and the settings alone. Each process draws a part of them.
     """
     family = source.pipeline.family
-    guidance = family.guidance if asked.guidance is None else asked.guidance
-    settings = {"sampler": family.sampler, "steps": asked.steps, "guidance": guidance, "LAN": asked.normalise,
+    guidance = family.drawing.guidance if asked.guidance is None else asked.guidance
+    settings = {"sampler": family.drawing.sampler, "steps": asked.steps, "guidance": guidance, "LAN": asked.normalise,
                 "size": "{}x{}".format(*source.resolution), **source.settings}  # fmt: skip
     if source.concept is not None:
         settings["concept scale"] = asked.concept_scale
@@ -230,7 +230,7 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
     sampler = Sampler(
         source.pipeline,
         mesh,
-        solver=family.sampler,
+        solver=family.drawing.sampler,
         steps=asked.steps,
         guidance=guidance,
         # Of all images, so that the remaining ones are drawn by the same program.

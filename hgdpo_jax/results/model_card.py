@@ -22,11 +22,10 @@ from hgdpo_jax.results.contents import (
     PEFT_TEXT_FILE,
     RECIPE_FILE,
     Contents,
-    is_xl,
 )
 from hgdpo_jax.run.folder import GIVEN, PERSONALISE, TEXT_ENCODER
 
-_BLOCKS = {"all": "in all blocks of the UNet", "up": "in the UNet's up blocks only"}
+_BLOCKS = {"all": "in all blocks of the {}", "up": "in the {}'s up blocks only"}
 
 
 def text(contents: Contents, about: Mapping[str, Any], files: Sequence[str]) -> str:
@@ -54,14 +53,25 @@ def merged(contents: Contents) -> str:
     """How the stage's LoRA is merged into the models, in words."""
     if contents.merge == "whole":
         return "merged whole: stronger than the recipe draws"
-    where = "at all timesteps" if contents.stage == TEXT_ENCODER else _BLOCKS[contents.blocks]
+    where = "at all timesteps" if contents.stage == TEXT_ENCODER else _blocks(contents)
     return f"merged as the recipe draws with it: at weight {contents.weight:g}, {where}"
+
+
+def _denoiser(contents: Contents) -> str:
+    """The model that predicts, in words."""
+    name = contents.pipeline.family.denoiser
+    return {"unet": "UNet"}.get(name, name)
+
+
+def _blocks(contents: Contents) -> str:
+    """Where the recipe draws with the LoRA."""
+    return _BLOCKS[contents.blocks].format(_denoiser(contents))
 
 
 def _front(contents: Contents) -> list[str]:
     """Names the base only where that is on the hub."""
     repository, config = hub_repository(contents.config.model.base), contents.config
-    tags = ["stable-diffusion-xl" if is_xl(contents.pipeline) else "stable-diffusion", "text-to-image", "hg-dpo"]
+    tags = [contents.layout.tag, "text-to-image", "hg-dpo"]
     tags += ["dpo"] * (config.train.objective != "sft") + ["lora"] * config.train.params.endswith("lora")
     values: dict[str, Any] = {"base_model": repository[0]} if repository else {}
     values |= {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
@@ -106,8 +116,8 @@ def _trained(contents: Contents, stage: str) -> str:
     if config.train.params == "adapter":
         return f"an IP-Adapter of kind {config.adapter.kind}"
     if config.train.params == "all":
-        return "all parameters of the UNet"
-    part = "text encoder" if stage == TEXT_ENCODER else "UNet"
+        return f"all parameters of the {_denoiser(contents)}"
+    part = "text encoder" if stage == TEXT_ENCODER else _denoiser(contents)
     return f"LoRA of the {part}, rank {config.train.lora_rank}, alpha {config.train.lora_alpha:g}"
 
 
@@ -122,10 +132,11 @@ def _drawing(contents: Contents, files: Sequence[str]) -> list[list[str]]:
     if RECIPE_FILE in files:
         code = card_code.draw_with_recipe(contents)
         ways.append((f"`{RECIPE_FILE}` draws as HG-DPO does: {_recipe(files, contents)}.", code))
-    found = [
-        ["## Drawing"],
-        ["Run the code in this folder. Each part draws by itself, with DPM-Solver++ as the paper."],
-    ]
+    elif PEFT_FILE in files:
+        code = card_code.draw_with_lora(contents)
+        ways.append((f"`{PEFT_FILE}` draws as HG-DPO does: {_recipe(files, contents)}.", code))
+    solver = "DPM-Solver++ as the paper" if contents.drawing.scheduler else "the base model's own scheduler"
+    found = [["## Drawing"], [f"Run the code in this folder. Each part draws by itself, with {solver}."]]
     for said, code in ways:
         found += [[said], [f"    {line}".rstrip() for line in code]]
     return found if ways else []
@@ -147,7 +158,7 @@ def _models(contents: Contents) -> str:
 
 def _recipe(files: Sequence[str], contents: Contents) -> str:
     """What the recipe does with the LoRA files."""
-    unet = f"the UNet's LoRA at weight {contents.weight:g}, {_BLOCKS[contents.blocks]}"
+    unet = f"the {_denoiser(contents)}'s LoRA at weight {contents.weight:g}, {_blocks(contents)}"
     text = f"the text encoder's LoRA at weight {contents.weight:g} while the timestep is at least {recipe.TEXT_FROM}"
     return ", and ".join([unet] * (PEFT_FILE in files) + [text] * (PEFT_TEXT_FILE in files))
 
@@ -163,11 +174,20 @@ def _adapter(contents: Contents) -> str:
     return f"IP-Adapter for people, {kind}, for the encoder that it was trained with (ComfyUI; diffusers: `{call}`)"
 
 
+def _checkpoint(contents: Contents) -> str:
+    holds = "model" if contents.layout.is_whole else _denoiser(contents)
+    return f"the {holds} as one file ({contents.layout.programs}, diffusers)"
+
+
+def _lora(contents: Contents, programs: str) -> str:
+    return f"the {_denoiser(contents)}'s LoRA, whole ({programs})"
+
+
 # What each file is.
 _FILES: dict[str, Callable[[Contents], str]] = {
-    CHECKPOINT_FILE: lambda contents: "the model as one file (ComfyUI, A1111, diffusers)",
-    PEFT_FILE: lambda contents: "the UNet's LoRA, whole (diffusers, PEFT)",
-    KOHYA_FILE: lambda contents: f"the UNet's LoRA, whole (ComfyUI, A1111); strength {_strength(contents)}",
+    CHECKPOINT_FILE: _checkpoint,
+    PEFT_FILE: lambda contents: _lora(contents, "diffusers, PEFT"),
+    KOHYA_FILE: lambda contents: f"{_lora(contents, contents.layout.programs)}; strength {_strength(contents)}",
     KOHYA_RECIPE_FILE: lambda contents: "the UNet's LoRA as the recipe draws with it (ComfyUI, A1111); strength 1",
     PEFT_NORMAL_FILE: lambda contents: 'the normal stage\'s LoRA, for `load(pipeline, ".", blocks="up+normal")`',
     PEFT_TEXT_FILE: lambda contents: (

@@ -2,9 +2,11 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from hgdpo_jax.diffusion import recipe
+from hgdpo_jax.run.errors import UserError
 
 
 def lora(value: float) -> nnx.State:
@@ -34,6 +36,12 @@ def test_a_lora_is_drawn_with_at_half_its_weight_in_the_blocks_that_are_asked_fo
     both = values(recipe.as_drawn(hard, "up+normal", 0.25, normal))
     assert both == {"lora_A": [2.0, 2.0, 4.0], "lora_B": [0.5, 0.5, 1.0]}
     assert values(hard) == {"lora_A": [4.0] * 3, "lora_B": [4.0] * 3}
+
+
+def test_a_model_without_up_blocks_is_not_drawn_with_in_them() -> None:
+    policy = nnx.from_flat_state([(("transformer", "single_transformer_blocks", "lora_B"), nnx.LoRAParam(jnp.ones(2)))])
+    with pytest.raises(UserError, match=r"^config key recipe\.blocks: this model has no up blocks, .*; expects all$"):
+        recipe.as_drawn(policy, "up", 0.5)
 
 
 def test_the_text_encoders_policy_acts_from_900() -> None:

@@ -27,6 +27,7 @@ from transformers import CLIPTokenizer
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import source as sources
 from hgdpo_jax.diffusion import stable_diffusion
+from hgdpo_jax.diffusion.klein import KLEIN
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
 from hgdpo_jax.diffusion.stable_diffusion import STABLE_DIFFUSION
 from hgdpo_jax.models import architectures
@@ -39,7 +40,7 @@ from hgdpo_jax.models.vae import AutoencoderKL
 from hgdpo_jax.models.weights import Weights
 from hgdpo_jax.results.images import from_checkpoint
 from hgdpo_jax.run.errors import UserError
-from tests import tiny
+from tests import klein, tiny
 from tests.full.components import shrunken
 from tests.full.original import single_file
 
@@ -409,13 +410,26 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, Path, dict[str, int]]]:
     server.server_close()
 
 
+@pytest.mark.parametrize("kind", ["sd15", "klein"])
 def test_of_a_repository_only_what_will_be_read_is_fetched(
-    hub: tuple, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kind: str,
+    hub: tuple,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """And of weights in shards, which klein's are, all of them."""
     address, root, sent = hub
-    shutil.copytree(base, root)
+    family = {"sd15": STABLE_DIFFUSION, "klein": KLEIN}[kind]
+    if kind == "sd15":
+        shutil.copytree(base, root)
+    else:
+        klein.pipeline().save_pretrained(root, max_shard_size="100KB")
+    whole = {str(path.relative_to(root)) for path in root.rglob("*.safetensors")}
+    denoiser = f"{family.denoiser}/diffusion_pytorch_model"
     unneeded = ["v1-5-pruned.safetensors", "safety_checker/model.safetensors", "safety_checker/config.json",
-                "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
+                f"{denoiser}.fp16.safetensors", f"{denoiser}.non_ema.safetensors",
                 "vae/diffusion_pytorch_model.bin", "text_encoder/flax_model.msgpack"]  # fmt: skip
     for name in unneeded:
         (root / name).parent.mkdir(exist_ok=True)
@@ -433,10 +447,12 @@ def test_of_a_repository_only_what_will_be_read_is_fetched(
     found = open_at(address)
     assert not {*unneeded} & sent.keys() and "does not answer" not in caplog.text
     weights = {name for name in sent if name.endswith(".safetensors")}
-    assert weights == {"unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-                       "text_encoder/model.safetensors"}  # fmt: skip
-    parts = STABLE_DIFFUSION.models.keys()
-    assert parts >= {"unet", "vae", "text_encoder"} <= {name.partition("/")[0] for name in sent}
+    assert weights == whole and ((len(whole) > 3) == (kind == "klein"))
+    for part in family.needed:
+        model = abstract(family.models[part], found.configs[part])
+        from_torch(found.open(part, keys(model)), model)
+        assert same(to_torch(model), to_torch(load_model(family.models[part], root / part)))
+    assert ("tokenizer/chat_template.jinja" in sent) == (kind == "klein")  # which an export hands on
     before = dict(sent)
     assert open_at("http://127.0.0.1:9").files == found.files and sent == before  # where nobody answers
     assert "the hub does not answer" in caplog.text

@@ -24,7 +24,6 @@ from hgdpo_jax.diffusion.stable_diffusion import STABLE_DIFFUSION
 from hgdpo_jax.models.convert import load_model, to_torch
 from hgdpo_jax.models.lora import add_lora, lora_layers
 from hgdpo_jax.models.weights import open_folder
-from hgdpo_jax.results.exported import lora_weights
 from hgdpo_jax.run.errors import UserError
 from tests import tiny
 from tests.rounding import EPS, assert_close
@@ -93,9 +92,8 @@ CHANGES = {"older": older, "before 0.19": before_0_19, "named": named, "alphas o
 
 @pytest.mark.parametrize("kind", ["peft", "kohya", *CHANGES])
 def test_it_is_the_model_with_the_lora_merged(taught: Taught, tmp_path: Path, kind: str) -> None:
-    weights = {}
-    for part in ("unet", "text"):
-        weights |= lora_weights(taught.models, "kohya" if kind in ("kohya", "alphas of shape 1") else "peft", part)
+    layout = STABLE_DIFFUSION.layout(taught.models)
+    weights = layout.lora_weights(taught.models, "kohya" if kind in ("kohya", "alphas of shape 1") else "peft")
     changed = CHANGES.get(kind, dict)(weights)
     assert (kind in ("peft", "kohya")) == (
         changed.keys() == weights.keys() and all(value.shape == weights[key].shape for key, value in changed.items())

@@ -19,7 +19,7 @@ from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.source import open_source
 from hgdpo_jax.models.architectures import SD15
 from hgdpo_jax.models.convert import abstract, from_torch, shapes
-from hgdpo_jax.models.weights import Weights, chosen, open_folder, write_weights
+from hgdpo_jax.models.weights import Weights, chosen, copy_model, open_folder, write_weights
 from hgdpo_jax.run.errors import UserError
 from tests import tiny
 from tests.full.components import shrunken, torch_model, write_folder
@@ -39,6 +39,19 @@ def test_a_folder_is_read_however_diffusers_wrote_it(tmp_path: Path, settings: d
     expected = model.state_dict()
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[key], value.numpy()) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("settings", [{}, {"variant": "fp16"}, {"max_shard_size": "20KB"},
+                                      {"variant": "fp16", "max_shard_size": "20KB"}])  # fmt: skip
+def test_a_folder_is_copied_however_diffusers_wrote_it(tmp_path: Path, settings: dict) -> None:
+    model = torch_model("vae", shrunken(SD15)["vae"], 0)
+    model.save_pretrained(tmp_path / "a", **settings)
+    (tmp_path / "a" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    copy_model(tmp_path / "a", tmp_path / "b")
+    copied = [path.name for path in (tmp_path / "b").iterdir()]
+    assert "config.json" in copied and not any(".bin" in name for name in copied)
+    found = type(model).from_pretrained(tmp_path / "b").state_dict()  # which asks for no variant
+    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
 
 
 def test_full_precision_comes_first() -> None:

@@ -21,9 +21,8 @@ from hgdpo_jax.diffusion.stable_diffusion import STABLE_DIFFUSION
 from hgdpo_jax.diffusion.trajectory import from_noise
 from hgdpo_jax.models import architectures
 from hgdpo_jax.models.convert import abstract, from_torch, keys, to_torch
-from hgdpo_jax.models.ldm import SD1_PARTS, Translate, bare_clip, to_single_file, vae_part
+from hgdpo_jax.models.ldm import SD1_PARTS, Translate, bare, to_single_file, vae_part
 from hgdpo_jax.models.lora import add_lora, lora_layers
-from hgdpo_jax.results.exported import lora_weights
 from hgdpo_jax.run.errors import UserError
 from tests import tiny
 from tests.mutations.case import Case, written
@@ -126,7 +125,7 @@ def loras(configs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, bytes]]:
             layer.lora_B[...] = jnp.asarray(rng.standard_normal(layer.lora_B.shape), jnp.float32)
 
     def of(kind: str) -> dict[str, np.ndarray]:
-        return lora_weights(models, kind, "unet") | lora_weights(models, kind, "text")
+        return STABLE_DIFFUSION.layout(models).lora_weights(models, kind)
 
     peft = {f"base_model.model.{key[5:]}": x for key, x in of("peft").items() if key.startswith("unet.")}
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["to_q"], "use_dora": False,
@@ -161,7 +160,7 @@ def cases(place: Path) -> dict[str, Case]:
     texts = [name for name in base if name.endswith((".json", ".txt", ".md"))]
     vae = {name: content for name, content in base.items() if name.startswith("vae/")}
     tokenizer = _with_tokenizer_json(base)
-    of_novelai = SD1_PARTS | {"text_encoder": (SD1_PARTS["text_encoder"][0], bare_clip)}
+    of_novelai = SD1_PARTS | {"text_encoder": (SD1_PARTS["text_encoder"][0], bare)}
     on_base, file = {"base": place / "base"}, ["a.safetensors"]
     with_vae = functools.partial(read_base, base="base", vae="a.safetensors")
     read_file = functools.partial(read_single, architecture="SD15", configs=_OF_SINGLE)

@@ -25,7 +25,7 @@ from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.models.lora import add_lora
 from hgdpo_jax.results import card_code, exported
 from hgdpo_jax.results.contents import CHECKPOINT_FILE, KOHYA_FILE, KOHYA_RECIPE_FILE, PEFT_FILE
-from hgdpo_jax.results.exported import FORMATS, export, lora_weights
+from hgdpo_jax.results.exported import FORMATS, export
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import file_hash, write_json
 from hgdpo_jax.run.folder import stage_config
@@ -173,8 +173,7 @@ def test_a_lora_of_all_layers_of_the_text_encoders_too_gives_our_images_in_diffu
     reference = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     assert np.abs(theirs(reference, start) - images).max() > 10 * DRAWN
     for kind in ("peft", "kohya"):
-        both = lora_weights(pipeline.models, kind, "unet") | lora_weights(pipeline.models, kind, "text")
-        save_file(both, tmp_path / f"{kind}.safetensors")
+        save_file(pipeline.layout.lora_weights(pipeline.models, kind), tmp_path / f"{kind}.safetensors")
         reference.load_lora_weights(tmp_path, weight_name=f"{kind}.safetensors")
         assert_close(images, theirs(reference, start), DRAWN)
         reference.unload_lora_weights()

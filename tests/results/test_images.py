@@ -36,7 +36,6 @@ from hgdpo_jax.models.lora import add_lora
 from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.results import images
 from hgdpo_jax.results.contents import PEFT_FILE, PEFT_NORMAL_FILE, PEFT_TEXT_FILE, RECIPE
-from hgdpo_jax.results.exported import lora_weights
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import write_json
 from hgdpo_jax.run.folder import stage_folder
@@ -88,7 +87,8 @@ def setup(kind: str, folder: Path) -> Setup:
     write_json(folder / "export" / "hgdpo.json", UP)
     for name, file in (("hard", PEFT_FILE), ("normal", PEFT_NORMAL_FILE), ("text", PEFT_TEXT_FILE)):
         nnx.update(pipeline.networks, policies[name])
-        weights = lora_weights(pipeline.models, "peft", "text" if name == "text" else "unet")
+        models = {part: model for part, model in pipeline.models.items() if part.startswith("text") == (name == "text")}
+        weights = pipeline.layout.lora_weights(models, "peft")
         save_file(weights, folder / "export" / file)
     nnx.update(pipeline.networks, fresh["unet"])
     nnx.update(pipeline.networks, fresh["text"])

@@ -293,7 +293,7 @@ def test_the_code_that_loads_the_base_gives_its_vae_and_its_lora(base: Path, dra
     pipeline = pipelines.load_pipeline(base)
     add_lora(pipeline.denoiser, 2, 2.0, nnx.Rngs(0))
     nnx.update(pipeline.denoiser, moved(nnx.state(pipeline.denoiser, nnx.LoRAParam)))
-    save_file(exported.lora_weights(pipeline.models, "peft", "unet"), tmp_path / "lora.safetensors")
+    save_file(pipeline.layout.lora_weights(pipeline.models, "peft"), tmp_path / "lora.safetensors")
     for vae in (other, other / "diffusion_pytorch_model.safetensors"):
         changes = [f"model.vae={vae}", f"model.lora={tmp_path / 'lora.safetensors'}"]
         found = loaded(contents(base, drawn.pipeline, *changes))
@@ -304,7 +304,7 @@ def test_the_code_that_loads_the_base_gives_its_vae_and_its_lora(base: Path, dra
             for key, value in ours.items():
                 np.testing.assert_allclose(theirs[key].numpy(), value, atol=1e-6, err_msg=key)
     key = "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"
-    assert np.abs(to_torch(expected.unet)[key] - to_torch(pipeline.denoiser)[key]).max() > 1e-3
+    assert np.abs(to_torch(expected.denoiser)[key] - to_torch(pipeline.denoiser)[key]).max() > 1e-3
 
 
 def test_the_code_that_loads_the_base_names_all_of_its_path_and_finds_half_precision(
