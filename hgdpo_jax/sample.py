@@ -75,8 +75,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=local_folder, help="folder for the images")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of a prompt's first image, the next has S+1")
     parser.add_argument("--samples", type=int, default=1, help="images for each prompt and --seed")
-    parser.add_argument("--steps", type=int, default=50, help="of DPM-Solver++")
-    parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free; up to 1: none")
+    parser.add_argument("--steps", type=int, default=50, help="of the sampler")
+    parser.add_argument(
+        "--guidance", type=float, help="classifier-free; up to 1: none; 5 unless given, of a flow model 4"
+    )
     parser.add_argument("--size", type=_size, help="HEIGHTxWIDTH in pixels, the height first; the run's or the "
                         "checkpoint's unless given")  # fmt: skip
     parser.add_argument("--batch", type=int, default=4, help="images that a device draws at once")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All three stages and the text encoder: pairs, then training.
+# All three stages and the text encoder (klein has no such stage): pairs, then training.
 # bash launch/curriculum.sh VARIANT WORKDIR [--check | --browse] [--config.key=value ...]
 # Run again after a stop: finished shards and checkpoints are kept. Paths are relative to the folder it is run from, whose
 # folder configs, where there is one, takes the place of the package's.
@@ -14,5 +14,6 @@ for stage in stage1 stage2 stage3; do
   python -m hgdpo_jax.pairs --config "configs/$stage.py:$variant" --workdir "$workdir" "${settings[@]}" $browse
   python -m hgdpo_jax.main --config "configs/$stage.py:$variant" --workdir "$workdir" "${settings[@]}"
 done
+[ "$variant" != klein ] || exit 0  # its text encoder is not trained
 python -m hgdpo_jax.main --config "configs/text_encoder.py:$variant" --workdir "$workdir" "${settings[@]}" \
   --config.train.params=text_lora --config.train.blocks=all  # whatever the stages train

@@ -14,29 +14,36 @@ once() { # RUN COMMAND SPEC ARGUMENTS ...: unless RUN/done says that it is finis
   mkdir -p "$1/done" && echo "${*:2}" > "$mark"
 }
 
-lines=$(python -m tools.reproduction.rows "$variant")
+measure() { # FOLDER ROWS ...: unless they are measured
+  [ -e "$1/resamples.npz" ] || python -m hgdpo_jax.evaluate --runs "${@:2}" --seeds 4 --out "$1" </dev/null
+}
+
 case $variant in sd15 | sdxl) python -m tools.reproduction.cost "$variant" ;; esac
+for part in paper more objectives lengths; do
+  lines=$(python -m tools.reproduction.rows "$variant" "$part")
+  [ "$part" != paper ] || stages=$(head -n 6 <<<"$lines")  # pairs and training of easy, normal, hard
+  for seed in ${SEEDS:-0 1 2}; do
+    while read -r line; do
+      # shellcheck disable=SC2086  # a line is several arguments
+      once "$workdir/$seed" $line "$@"
+    done <<<"$lines"
+    mapfile -t drawn < <(python -m tools.reproduction.rows "$variant" "$part" "$workdir/$seed")
+    measure "$workdir/$seed/rows/$part" "${drawn[@]}"
+  done
+done
 for seed in ${SEEDS:-0 1 2}; do
-  while read -r line; do
-    # shellcheck disable=SC2086  # a line is several arguments
-    once "$workdir/$seed" $line "$@"
-  done <<<"$lines"
-  mapfile -t drawn < <(python -m tools.reproduction.rows "$variant" "$workdir/$seed")
-  python -m hgdpo_jax.evaluate --runs "${drawn[@]}" --seeds 4 --out "$workdir/$seed/rows"
-  [ "$variant" = portraits ] || continue
+  [ "$variant" = portraits ] || break
   fewer=()  # people to learn from
   for count in 8 16 32 64; do
     run=$workdir/$seed-people-$count
     fewer+=("$run:hard")
     python -m tools.reproduction.people "$count" "$run/captions.jsonl"
-    for stage in stage1 stage2 stage3; do
-      for command in pairs main; do
-        once "$run" $command "configs/$stage.py:portraits" --config.data.photographs="$run/captions.jsonl" "$@"
-      done
-    done
+    while read -r line; do
+      # shellcheck disable=SC2086
+      once "$run" $line --config.data.photographs="$run/captions.jsonl" "$@"
+    done <<<"$stages"
   done
-  python -m hgdpo_jax.evaluate --runs "$workdir/$seed:base" "${fewer[@]}" "$workdir/$seed:hard" \
-    --seeds 4 --out "$workdir/$seed/people"
+  measure "$workdir/$seed/rows/people" "$workdir/$seed:base" "${fewer[@]}" "$workdir/$seed:hard"
 done
 python -m tools.reproduction.document "$variant" "$workdir" > "$workdir/reproduction.part"
 mv "$workdir/reproduction.part" "$workdir/reproduction.md"

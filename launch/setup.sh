@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Sourced by the other scripts with a requirements file, and perhaps a variant: takes the active environment where what is
 # needed imports and JAX finds its devices, else makes .venv in the repository root once and installs the file there. That
-# is for processors, to which sd15 and sdxl are left only where JAX_PLATFORMS=cpu says so. The folder stays the caller's.
+# is for processors, to which sd15, sdxl and klein are left only where JAX_PLATFORMS=cpu says so. The folder stays the caller's.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 requirements=$1 large=
-case ${2:-} in sd15 | sdxl) [ "${JAX_PLATFORMS:-}" = cpu ] || large=$2 ;; esac
+case ${2:-} in sd15 | sdxl | klein) [ "${JAX_PLATFORMS:-}" = cpu ] || large=$2 ;; esac
 needed="hgdpo_jax.curriculum.build, hgdpo_jax.training.loop, hgdpo_jax.results.evaluation, jax; jax.devices()"
 [ -z "$large" ] || needed+="; jax.default_backend() != 'cpu' or exit('JAX finds no GPU or TPU')"
 [ "$requirements" != requirements-test.txt ] || needed="pytest, xdist, mypy, beartype, ipykernel, nbclient, torch, diffusers, peft, onnx, gcsfs, gcp_storage_emulator, $needed"

@@ -30,5 +30,6 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "portraits":
         config.pairs.buckets = 3
         config.train.steps = naive.get_config(variant).train.steps // config.pairs.buckets
-        config.train.beta = 500.0
+        for key in ("lr", "schedule", "beta"):
+            config.train[key] = naive.get_config(variant).train[key]
     return config

@@ -11,7 +11,9 @@ from jaxtyping import PyTree
 
 # First match decides. A Linear kernel is [in, out], a Conv kernel [height, width, in, out]; a 1x1 one is split like a
 # Linear. Projections into heads or hidden units are split over `tensor` by output, projections back by input, so that
-# a block needs one all-reduce. LoRA and all others are on every device whole.
+# a block needs one all-reduce. A matrix of several (to_qkv_mlp_proj: queries, keys, values, and two of a feed-forward
+# part) is cut as one: each device has its share of the products, and pieces of the result move to where they are read.
+# LoRA and all others are on every device whole.
 SHARDING_TABLE: dict[str, PartitionSpec] = {
     r"(self_attn\.o_proj|down_proj)\.kernel$": PartitionSpec("tensor", "fsdp"),  # above the row that takes every `proj`
     r"(to_q|to_kv?|to_v|to_k_ip|to_v_ip|[qkv]_proj|proj|fc1|linear_(1|in))\.kernel$": PartitionSpec("fsdp", "tensor"),

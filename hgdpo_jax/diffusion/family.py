@@ -29,10 +29,12 @@ class Family:
         tokenizers: folders of tokenizers, likewise.
         positions: the most tokens of a caption that are read.
         read_tokenizer: one from its folder. Raises UserError.
+        usual_tokenizers: those of a checkpoint without any, from its model_index.json: a single file, or a plan.
         tokenize: captions → int32 ids, padded and cut; what the conditioner reads.
         count: the number of tokens of each caption before it is cut.
         conditioner: (name of the checkpoint, models, tokenizers, model_index.json) → the text conditioner.
         process: (scheduler_config.json, how a line about it begins) → the process. Raises UserError.
+        overflows: its numbers grow beyond float16's.
         trains: which values of `train.params` it can take.
         check: raises UserError where parts are not of one model, of the checkpoint's name, configs and tokenizers.
         layout: folders of its models → how other programs know such a checkpoint.
@@ -46,10 +48,12 @@ class Family:
     tokenizers: Sequence[str]
     positions: int
     read_tokenizer: Callable[[Path], Any]
+    usual_tokenizers: Callable[[Mapping[str, Any]], Tokenizers]
     tokenize: Callable[[Tokenizers, Sequence[str]], Int[np.ndarray, "b s"]]
     count: Callable[[Tokenizers, Sequence[str]], list[int]]
     conditioner: Callable[[str, Mapping[str, Any], Tokenizers, Mapping[str, Any]], nnx.Module]
     process: Callable[[Mapping[str, Any], str], Process]
+    overflows: bool
     trains: Sequence[str]
     check: Callable[[str, Configs, Tokenizers], None]
     layout: Callable[[Container[str]], Layout]

@@ -14,7 +14,7 @@ from hgdpo_jax.diffusion.family import Configs, Family, Tokenizers
 from hgdpo_jax.diffusion.flow import FlowSchedule
 from hgdpo_jax.diffusion.recipe import Drawing
 from hgdpo_jax.models import layouts
-from hgdpo_jax.models.chat import LENGTH, chat, chat_ids, open_tokenizer
+from hgdpo_jax.models.chat import LENGTH, byte_tokenizer, chat, chat_ids, open_tokenizer
 from hgdpo_jax.models.flux2 import Flux2Transformer2DModel
 from hgdpo_jax.models.flux2_vae import AutoencoderKLFlux2
 from hgdpo_jax.models.qwen3 import Qwen3Model
@@ -34,6 +34,12 @@ def _tokenize(tokenizers: Tokenizers, captions: Sequence[str]) -> Int[np.ndarray
     """Qwen3's 512 ids, and behind them CLIP's 77, which scorers read."""
     own = chat_ids(tokenizers["tokenizer"], captions, length_of(tokenizers["tokenizer"]))
     return np.concatenate([own, stable_diffusion.tokenize(_clip(), captions)], axis=1)
+
+
+def _usual_tokenizers(index: Mapping[str, Any]) -> Tokenizers:
+    """Of bytes, in place of Qwen3's, which is not shipped: it does for plans."""
+    del index
+    return {"tokenizer": byte_tokenizer()}
 
 
 def length_of(tokenizer: Qwen2Tokenizer) -> int:
@@ -79,12 +85,14 @@ KLEIN = Family(
     tokenizers=("tokenizer",),
     positions=LENGTH,
     read_tokenizer=open_tokenizer,
+    usual_tokenizers=_usual_tokenizers,
     tokenize=_tokenize,
     count=_count,
     conditioner=_conditioner,
     process=FlowSchedule.from_config,
+    overflows=True,
     trains=("lora", "all"),
     check=_check,
     layout=lambda models: layouts.KLEIN,
-    drawing=Drawing("", 50, 4.0),  # of the base; the distilled model takes 4 steps and no guidance
+    drawing=Drawing("euler", "", 50, 4.0),  # of the base; the distilled model takes 4 steps and no guidance
 )

@@ -151,6 +151,10 @@ def _assemble(
 ) -> Pipeline:
     """A pipeline whose models `fill` gives their parameters: from the part, the model without, and their dtype."""
 
+    if dtype == "float16" and source.family.overflows:
+        raise UserError(f"config key model.dtype=float16: the numbers of {source.family.title} grow beyond it; expects "
+                        "bfloat16")  # fmt: skip
+
     def model(part: str) -> Any:
         computed = jnp.float32 if part == "vae" else _stored(dtype)
         found = abstract(source.family.models[part], source.configs[part], computed)

@@ -13,19 +13,20 @@ from jaxtyping import Array, Bool, Int, PyTree
 from hgdpo_jax.run.errors import UserError
 
 Params = PyTree  # of arrays
-STEPS, GUIDANCE = 50, 5.0  # of DPM-Solver++
 TEXT_FROM = 900
 
 
 class Drawing(NamedTuple):
-    """How diffusers draws with a model and its LoRA as the recipe does.
+    """How a model and its LoRA are drawn with, as the recipe does, here and in diffusers.
 
     Attributes:
+        sampler: ours.
         scheduler: diffusers' class, with which the script beside an export draws; empty for the checkpoint's own: then
             the LoRA acts in all steps alike, and the pipeline needs no script.
         steps, guidance: of it.
     """
 
+    sampler: str
     scheduler: str
     steps: int
     guidance: float

@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from transformers import CLIPTokenizer
 
-from hgdpo_jax.config import ASSETS
 from hgdpo_jax.diffusion.family import Family, Tokenizers
 from hgdpo_jax.diffusion.klein import KLEIN
 from hgdpo_jax.diffusion.stable_diffusion import STABLE_DIFFUSION
@@ -203,17 +201,14 @@ def _in_folder(path: Path, weights: Weights, name: str, place: tuple[str, Transl
 
 def without_weights(architecture: Architecture) -> Source:
     """A checkpoint of an architecture, without its weights."""
-    folder = ASSETS / "portraits" / "base" / "tokenizer"  # CLIP's: all Stable Diffusions have it
-    tokenizers = {"tokenizer": CLIPTokenizer.from_pretrained(folder)}
-    if "tokenizer_2" in architecture.index:
-        tokenizers["tokenizer_2"] = CLIPTokenizer.from_pretrained(folder, pad_token="!")
+    family = _family(architecture.index)
     return Source(
         name=architecture.name,
         configs=architecture.configs,
         open=lambda part, keys: {},
         files=[],
-        family=STABLE_DIFFUSION,
-        tokenizers=tokenizers,
+        family=family,
+        tokenizers=family.usual_tokenizers(architecture.index),
         scheduler=architecture.scheduler,
         index=architecture.index,
         licence=None,

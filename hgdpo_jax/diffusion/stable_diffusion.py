@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 from transformers import CLIPTokenizer
 
-from hgdpo_jax.diffusion import recipe
+from hgdpo_jax.config import ASSETS
 from hgdpo_jax.diffusion.family import Configs, Family, Tokenizers
 from hgdpo_jax.diffusion.recipe import Drawing
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
@@ -42,6 +42,13 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
     except Exception as error:  # transformers' and tokenizers' errors have no class in common
         reason = " ".join(str(error).split())
         raise UserError(f"{folder}: not a tokenizer that can be read ({reason}); copy the folder again") from error
+
+
+def _usual_tokenizers(index: Mapping[str, Any]) -> Tokenizers:
+    """All Stable Diffusions have CLIP's."""
+    folder = ASSETS / "portraits" / "base" / "tokenizer"
+    second = {"tokenizer_2": CLIPTokenizer.from_pretrained(folder, pad_token="!")} if "tokenizer_2" in index else {}
+    return {"tokenizer": CLIPTokenizer.from_pretrained(folder)} | second
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Int[np.ndarray, "b s"]:
@@ -149,12 +156,14 @@ STABLE_DIFFUSION = Family(
     tokenizers=("tokenizer", "tokenizer_2"),
     positions=POSITIONS,
     read_tokenizer=read_tokenizer,
+    usual_tokenizers=_usual_tokenizers,
     tokenize=_ids,
     count=_count,
     conditioner=_conditioner,
     process=NoiseSchedule.from_config,
+    overflows=False,
     trains=("lora", "all", "text_lora", "adapter"),
     check=_check,
     layout=lambda models: layouts.SDXL if "text_encoder_2" in models else layouts.SD1,
-    drawing=Drawing("DPMSolverMultistepScheduler", recipe.STEPS, recipe.GUIDANCE),
+    drawing=Drawing("dpmpp_2m", "DPMSolverMultistepScheduler", 50, 5.0),
 )

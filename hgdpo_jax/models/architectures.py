@@ -1,4 +1,5 @@
-"""The configs of Stable Diffusion 1.5 and XL, which single files leave out; and which of the two a file holds."""
+"""The configs of Stable Diffusion 1.5 and XL, which single files leave out, and which of the two a file holds; those of
+FLUX.2-klein-base-4B, for plans."""
 
 import json
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ def _architecture(name: str, parts: Mapping[str, tuple[str, Translate]]) -> Arch
 
 
 SD15, SDXL = _architecture("sd15", SD1_PARTS), _architecture("sdxl", SDXL_PARTS)
+KLEIN_4B = _architecture("klein", {})
 
 _CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 _CONTEXT = "model.diffusion_model.{}.transformer_blocks.0.attn2.to_k.weight"

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer
 
 from hgdpo_jax.run.errors import UserError
@@ -32,6 +35,14 @@ def chat_ids(tokenizer: Qwen2Tokenizer, prompts: Sequence[str], length: int = LE
         return_tensors="np",
     ).input_ids
     return ids.astype(np.int32)
+
+
+def byte_tokenizer(**settings: Any) -> Qwen2Tokenizer:
+    """A tokenizer whose words are bytes, with Qwen3's marks: for models without a vocabulary of their own."""
+    vocabulary = {byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}
+    made = Qwen2Tokenizer(vocab=vocabulary, merges=[], **settings)
+    made.add_tokens([AddedToken(mark, special=mark.startswith("<|"), normalized=False) for mark in _MARKS])
+    return made
 
 
 def open_tokenizer(folder: Path) -> Qwen2Tokenizer:

@@ -25,7 +25,7 @@ from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.diffusion.source import Source, open_source, without_weights
 from hgdpo_jax.faces.concepts import encoder_of
 from hgdpo_jax.models import attend, ip_adapter
-from hgdpo_jax.models.architectures import SD15, SDXL
+from hgdpo_jax.models.architectures import KLEIN_4B, SD15, SDXL
 from hgdpo_jax.models.clip import CLIPModel
 from hgdpo_jax.models.convert import abstract
 from hgdpo_jax.models.int8 import quantise
@@ -89,7 +89,7 @@ def open_architecture(config: ConfigDict, variant: str) -> Source:
     Raises:
         UserError: there is neither, or ε_base cannot be opened.
     """
-    known = {"": SD15, "sd15": SD15, "sdxl": SDXL}
+    known = {"": SD15, "sd15": SD15, "sdxl": SDXL, "klein": KLEIN_4B}
     if config.model.base or variant not in known:
         return open_source(config.model.base, config.model.vae, config.model.lora)
     return without_weights(known[variant])

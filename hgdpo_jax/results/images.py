@@ -25,6 +25,7 @@ from hgdpo_jax.devices.xla import dtype_on, use_precision
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.sampler import Sampler
+from hgdpo_jax.diffusion.source import open_source
 from hgdpo_jax.pictures.read import UnreadableImage, read_image
 from hgdpo_jax.pictures.write import contact_sheet, require_finite, to_uint8, write_png
 from hgdpo_jax.run import processes
@@ -46,7 +47,7 @@ from hgdpo_jax.training.checkpoints import tree_hash
 from hgdpo_jax.training.finished import find_base, finished_policy, with_trained_adapter
 from hgdpo_jax.training.policy import load_trainable, policy_of
 
-SAMPLER, SHEET = "dpmpp_2m", 100  # images on a contact sheet
+SHEET = 100  # images on a contact sheet
 
 
 class Generator(NamedTuple):
@@ -123,6 +124,8 @@ def from_run(
 def from_checkpoint(model: str) -> Generator:
     """A checkpoint as it is, in the dtype of these devices; see :func:`hgdpo_jax.diffusion.source.open_source`."""
     dtype = dtype_on(jax.default_backend())
+    if dtype == "float16" and open_source(model).family.overflows:
+        dtype = "bfloat16"
     use_precision(dtype)
     pipeline = pipelines.load_pipeline(model, dtype, param_dtype=dtype, place=parameter_placer(local_mesh()))
     size = pipeline.denoiser.config.get("sample_size") or 64  # a number, or height and width
@@ -193,8 +196,8 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
 class Settings(NamedTuple):
     """How images are drawn."""
 
-    steps: int = recipe.STEPS  # of DPM-Solver++
-    guidance: float = recipe.GUIDANCE  # classifier-free; up to 1: none
+    steps: int = 50  # of the sampler
+    guidance: float | None = None  # classifier-free; up to 1: none; that of the kind of model unless given
     per_device: int = 4  # images that a device draws at once
     normalise: bool = False  # latent adaptive normalisation (LAN)
     negative: str = ""  # replaces the empty prompt in guidance
@@ -206,7 +209,9 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
 
     An image is a function of its prompt, its seed and the settings alone. Each process draws a part of them.
     """
-    settings = {"sampler": SAMPLER, "steps": asked.steps, "guidance": asked.guidance, "LAN": asked.normalise,
+    family = source.pipeline.family
+    guidance = family.drawing.guidance if asked.guidance is None else asked.guidance
+    settings = {"sampler": family.drawing.sampler, "steps": asked.steps, "guidance": guidance, "LAN": asked.normalise,
                 "size": "{}x{}".format(*source.resolution), **source.settings}  # fmt: skip
     if source.concept is not None:
         settings["concept scale"] = asked.concept_scale
@@ -216,7 +221,7 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
     if processes.is_first():
         require_own(out, about)
     processes.barrier()
-    most = source.pipeline.family.positions
+    most = family.positions
     for prompt, count in zip(prompts, source.pipeline.count_tokens(prompts), strict=True):
         if count > most:
             logging.warning("prompt %r has %d tokens: the first %d are used", prompt, count, most)
@@ -225,9 +230,9 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
     sampler = Sampler(
         source.pipeline,
         mesh,
-        solver=SAMPLER,
+        solver=family.drawing.sampler,
         steps=asked.steps,
-        guidance=asked.guidance,
+        guidance=guidance,
         # Of all images, so that the remaining ones are drawn by the same program.
         batch=mesh.size * min(asked.per_device, math.ceil(max(len(mine), 1) / mesh.size)),
         seed=0,

@@ -25,9 +25,9 @@ def test_each_row_is_trained_after_what_it_needs(variant: str) -> None:
         else:
             assert {*pair_stages(config)} <= built and config.train.start in trained, line
             trained.add(config.stage)
-    drawn = [row.drawn.split("+")[0] for row in rows(variant)]
-    assert {stage_folder(stage) for stage in drawn} <= trained
-    names, paper = [row.name for row in rows(variant)], read_paper()
+    found = [row for part in rows(variant).values() for row in part]
+    assert {stage_folder(row.drawn.split("+")[0]) for row in found} <= trained
+    names, paper = [row.name for row in found], read_paper()
     assert len({*names}) == len(names) and {*paper.rows} <= {*names}
 
 
@@ -39,5 +39,6 @@ def test_the_first_pool_is_the_largest() -> None:
 
 def test_the_cost_counts_each_candidate_once_and_every_step() -> None:
     assert pictures_of("sd15") == 20 + (1 + 2 + 4 + 5 + 6 + 7) / 10 + 1  # RealAlign's face is a whole trajectory
-    of_objectives = 10 * 16 * (300_000 + 20_000 + 20_000)
-    assert examples_of("sd15") > of_objectives
+    of_objectives = 10 * 16 * 20_000
+    of_lengths = 16 * (0.5 + 2 + 4) * (300_000 + 20_000 + 20_000)
+    assert examples_of("sd15") > of_objectives + of_lengths

@@ -4,7 +4,7 @@ python -m tools.reproduction.document VARIANT FOLDER
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,6 @@ NEAREST = {
     "IR": ("image_reward",),
     "AES": ("aesthetic",),
     "CLIP": ("clip_score",),
-    "FID": ("fid", "frechet_distance"),
     "CI-Q": ("clip_iqa_quality", "second_score"),
     "CI-S": ("clip_iqa_sharpness",),
     "ATHEC": ("sharpness",),
@@ -34,18 +33,21 @@ _SHOWN = ("faces_found", "second_win_rate", "third_win_rate", "face_kernel_dista
           "frechet_distance", "preference_score", "second_score", "sharpness", "hue_distance")  # fmt: skip
 
 
-def read(paths: Sequence[Path], names: Mapping[str, str]) -> dict[str, dict[str, np.ndarray]]:
-    """Row → metric → value and resamples of each seed, [s r].
+def read(folder: Path, names: Mapping[str, str]) -> dict[str, dict[str, np.ndarray]]:
+    """Row → metric → value and resamples of each seed, [s r], of the rows that all seeds have.
 
     Args:
-        paths: a file of resamples for each seed.
+        folder: of the reproduction.
         names: the end of a run as `evaluate --runs` takes it → its row.
     """
-    per_seed = [reproduction.read_resamples([path]) for path in paths]
+    per_seed: list[dict[str, dict[str, np.ndarray]]] = []
+    for run in _runs(folder):
+        parts = [reproduction.read_resamples([path]) for path in sorted(run.glob("rows/*/resamples.npz"))]
+        per_seed.append({drawn: row for part in parts for drawn, row in part.items()})
     found: dict[str, dict[str, np.ndarray]] = {}
     for end, name in names.items():
-        seeds = [row for seed in per_seed for run, row in seed.items() if run.endswith(end)]
-        if seeds:
+        seeds = [row for seed in per_seed for drawn, row in seed.items() if drawn.endswith(end)]
+        if seeds and len(seeds) == len(per_seed):
             found[name] = {metric: np.concatenate([seed[metric] for seed in seeds]) for metric in seeds[0]}
     return found
 
@@ -68,11 +70,11 @@ def table(ours: Samples) -> list[str]:
     ]
 
 
-def standing(ours: Samples) -> dict[str, str]:
-    """The paper's column → the metric that stands for it, of those that were measured."""
+def standing(ours: Samples, fid: str) -> dict[str, str]:
+    """The paper's column → the metric that stands for it, of those that were measured; `fid` for FID."""
     measured = next(iter(ours.values()))
     found = {column: [metric for metric in metrics if metric in measured] for column, metrics in NEAREST.items()}
-    return {column: metrics[0] for column, metrics in found.items() if metrics}
+    return {"FID": fid} | {column: metrics[0] for column, metrics in found.items() if metrics}
 
 
 def beside(paper: Paper, ours: Mapping[str, Mapping[str, np.ndarray]], stands: Mapping[str, str]) -> list[str]:
@@ -123,7 +125,7 @@ def collapses(folder: Path, variant: str) -> list[str]:
 
 
 def _runs(folder: Path) -> list[Path]:
-    return sorted(path.parent.parent for path in folder.glob("*/rows/resamples.npz"))
+    return sorted({path.parents[2] for path in folder.glob("*/rows/paper/resamples.npz")})
 
 
 def _first_alarm(stage: Path) -> str:
@@ -133,26 +135,57 @@ def _first_alarm(stage: Path) -> str:
     return f"{alarms[0][0]}: {alarms[0][1]}" if alarms else "–"
 
 
+def drifts(folder: Path, names: Mapping[str, str]) -> list[str]:
+    """How far the errors of held-out winners and losers moved from the reference's in training, in percent of it."""
+    lines = ["| row | winner's error | loser's error |", "|---|---|---|"]
+    for stage, name in names.items():
+        logs = [metrics.read(run / stage / "logs") for run in _runs(folder) if (run / stage).is_dir()]
+        looks = [[line for line in log if "heldout/error/winner_reference" in line][-1:] for log in logs]
+        found = [_drift(look[0]) for look in looks if look]
+        if found:
+            winner, loser = np.mean(found, axis=0)
+            lines.append(f"| {name} | {winner:+.0f} % | {loser:+.0f} % |")
+    return lines
+
+
+def _drift(look: Mapping[str, float]) -> list[float]:
+    errors = (f"heldout/error/{side}" for side in ("winner", "loser"))
+    return [100 * (look[error] / look[f"{error}_reference"] - 1) for error in errors]
+
+
 def document(variant: str, folder: Path) -> str:
     """The page."""
-    names = {f":{row.drawn}": row.name for row in rows(variant)}
-    paper, ours = reproduction.read_paper(), read(sorted(folder.glob("*/rows/resamples.npz")), names)
+    names = {part: {f":{row.drawn}": row.name for row in found} for part, found in rows(variant).items()}
     people = {f"-people-{count}:hard": f"{count} people" for count in (8, 16, 32, 64)}
-    fewer = read(sorted(folder.glob("*/people/resamples.npz")), people)
-    seeds = len(next(iter(next(iter(ours.values())).values())))
-    stands = standing(ours)
-    named = {name: {column: row[metric] for column, metric in stands.items()} for name, row in ours.items()}
-    parts: Sequence[list[str]] = (
-        [f"## All rows: {seeds} training seed{'s' * (seeds > 1)}, {variant}, mean and 95 % over seeds and prompts"],
-        table(ours),
-        ["## Beside the paper's numbers"],
-        beside(paper, named, stands),
-        ["## Order"],
-        judged(paper, named),
-        ["## Ten times the rate: the step of the first alarm, by seed, and why"],
-        collapses(folder, variant),
-        *([["## Fewer people to learn from, hard"], table(fewer)] if fewer else []),
+    paper, ours = reproduction.read_paper(), read(folder, names["paper"])
+    seeds = len(_runs(folder))
+    more, objectives, lengths, fewer = (
+        read(folder, extra)
+        for extra in (
+            names["more"],
+            {":base": "base", ":normal": "normal, dpo", **names["objectives"]},
+            {":hard": "hard", **names["lengths"]},
+            {**people, ":hard": "all, 108"},
+        )
     )
+    stage_of = {row.drawn: row.name for row in rows(variant)["objectives"]}
+    measured = f"{seeds} training seed{'s' * (seeds > 1)}, {variant}, mean and 95 % over seeds and prompts"
+    parts = [[f"## The paper's rows: {measured}"], table(ours)]
+    for fid in [metric for metric in ("fid", "frechet_distance", "face_kernel_distance") if metric in ours["base"]]:
+        stands = standing(ours, fid)
+        named = {name: {column: row[metric] for column, metric in stands.items()} for name, row in ours.items()}
+        heading = f"## Beside the paper's numbers, {title_of(fid).rstrip(' ↑↓')} for FID"
+        parts += [[heading], beside(paper, named, stands), judged(paper, named)]
+    others = {"Other rows": more, "Objectives, in the normal stage": objectives, "So many times the steps": lengths}
+    for heading, found in (others | {"Fewer people to learn from, hard": fewer}).items():
+        parts += [[f"## {heading}"], table(found)] if found else []
+    if objectives:
+        parts += [
+            ["Errors of held-out pairs beside the reference's at the end:"],
+            drifts(folder, {"stage2": "normal, dpo", **stage_of}),
+            ["## Ten times the rate: the step of the first alarm, by seed, and why"],
+            collapses(folder, variant),
+        ]
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
