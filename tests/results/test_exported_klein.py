@@ -16,17 +16,18 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from hgdpo_jax import config as configuration
+from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.diffusion.source import open_source
 from hgdpo_jax.results import card_code, exported
-from hgdpo_jax.results.contents import CHECKPOINT_FILE, KOHYA_FILE, PEFT_FILE
+from hgdpo_jax.results.contents import CHECKPOINT_FILE, KOHYA_FILE, PEFT_FILE, Contents
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import write_json
 from hgdpo_jax.run.settings import load_config
 from hgdpo_jax.training.policy import load_trainable, policy_of
 from tests import klein, tiny
 from tests.models.parity import deviations
-from tests.results.test_model_card import code_of, moved
+from tests.results.test_model_card import HUB, code_of, moved
 
 STEPS, GUIDANCE, SIZE, WEIGHT = 3, 4.0, (32, 24), 0.5
 TOLERANCE = 1e-4  # of the pictures' deviation
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return klein.write(tmp_path_factory.mktemp("klein"))
 
 
-def config_of(folder: Path) -> ConfigDict:
+def config_of(folder: Path | str) -> ConfigDict:
     settings = [f"model.base={folder}", "model.dtype=float32", "data.resolutions=32x24", "train.lora_rank=2"]
     settings += ["train.lora_alpha=4", "train.lora_modules=attention,feed_forward"]
     return load_config("configs/stage1.py:klein", settings)
@@ -102,6 +103,27 @@ def test_each_way_to_draw_of_the_card_gives_our_pictures(
     exec(code, {"drawn": drawn, "more": settings(start)})
     for found in drawn:
         assert deviations(expected, 2 * found.permute(0, 2, 3, 1) - 1) < TOLERANCE
+
+
+def test_the_code_of_a_base_that_is_a_file_or_on_the_hub(out: Path) -> None:
+    pipeline = pipelines.of_shapes(open_source(str(out)))
+
+    def contents(base: Path | str) -> Contents:
+        return Contents(pipeline, "stage1", 1, {"stage1": config_of(base)}, {}, ("ldm",), None)
+
+    found: dict[str, Any] = {}
+    lines = ["import torch", "from diffusers import DiffusionPipeline, Flux2Transformer2DModel"]
+    exec("\n".join(lines + card_code.load_base(contents(out / CHECKPOINT_FILE))), found)
+    weights = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    theirs = found["pipeline"].transformer.state_dict()
+    assert theirs.keys() == weights.keys()
+    assert all(np.array_equal(theirs[key].numpy(), value) for key, value in weights.items())
+    assert card_code.load_checkpoint(contents(HUB)) == [
+        'transformer = Flux2Transformer2DModel.from_single_file("checkpoint.safetensors", config="owner/name", '
+        'subfolder="transformer", dtype=torch.float32)',
+        'pipeline = DiffusionPipeline.from_pretrained("owner/name", transformer=transformer, '
+        f'revision="{"0" * 40}", dtype=torch.float32)',
+    ]
 
 
 def test_kohyas_file_on_the_base_gives_our_pictures(folder: Path, out: Path, ours: tuple) -> None:
