@@ -23,6 +23,7 @@ from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.diffusion.source import hub_repository
+from hgdpo_jax.diffusion.stable_diffusion import STABLE_DIFFUSION
 from hgdpo_jax.models.convert import to_torch
 from hgdpo_jax.models.lora import add_lora
 from hgdpo_jax.results import card_code, exported, model_card
@@ -69,7 +70,8 @@ def pictures(folder: Path, start: np.ndarray, monkeypatch: pytest.MonkeyPatch) -
         start: latents that are drawn from, [1, h, w, c].
         monkeypatch: of the test.
     """
-    recipes = f"num_inference_steps={recipe.STEPS}, guidance_scale={recipe.GUIDANCE}"
+    drawing = STABLE_DIFFUSION.drawing
+    recipes = f"num_inference_steps={drawing.steps}, guidance_scale={drawing.guidance}"
     code = code_of((folder / "README.md").read_text())
     assert code.count(recipes) == len(re.findall("^image = ", code, re.MULTILINE))
     code = code.replace(recipes, f"num_inference_steps={STEPS}, guidance_scale={GUIDANCE}")
