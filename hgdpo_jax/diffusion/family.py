@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Int
 
 from hgdpo_jax.diffusion.process import Process
+from hgdpo_jax.models.text import Conditioner
 
 Tokenizers = Mapping[str, Any]  # transformers', by their folders
 Configs = Mapping[str, Mapping[str, Any]]  # config.json of each model, by its folder
@@ -48,7 +49,7 @@ class Family:
     usual_tokenizers: Callable[[Mapping[str, Any]], Tokenizers]
     tokenize: Callable[[Tokenizers, Sequence[str]], Int[np.ndarray, "b s"]]
     count: Callable[[Tokenizers, Sequence[str]], list[int]]
-    conditioner: Callable[[str, Mapping[str, Any], Tokenizers, Mapping[str, Any]], nnx.Module]
+    conditioner: Callable[[str, Mapping[str, Any], Tokenizers, Mapping[str, Any]], Conditioner]
     process: Callable[[Mapping[str, Any], str], Process]
     sampler: str
     guidance: float
