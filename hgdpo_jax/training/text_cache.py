@@ -71,8 +71,8 @@ def attach(
     found, looks = _distinct(pairs, text), _of_looks(config, source, pairs, prompts, text)
     files = [*_parts(cache, found, row), _Captions(looks, _rows(cache / f"looks-{_name(looks)}.npy", looks, row))]
     todo = kept.missing(cache, [file.rows for file in files], made_from, "what the text encoder makes of captions")
-    print(f"{config.stage}: keeps what the text encoder makes of {len(found):,} captions, "
-          f"{len(found) * row.itemsize / 1e9:,.2f} GB; it is not on the devices while training")  # fmt: skip
+    print(f"{config.stage}: keeps what the text encoder makes of {len(found):,} captions, {row.itemsize / 1e6:.2g} MB "
+          f"each, {len(found) * row.itemsize / 1e9:,.2f} GB; while training it is not on the devices")  # fmt: skip
     _make(config, source, [files[i] for i in todo], mesh, made_from)
     *parts, of_looks = kept.opened([file.rows for file in files], index)
     encoded = Encoded(*(np.array(of_looks[name]) for name in row.names or ()))  # type: ignore[arg-type]  # to be placed
