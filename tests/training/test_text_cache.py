@@ -28,7 +28,7 @@ from hgdpo_jax.training import kept, text_cache
 from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.optimizer import numbers_of
 from tests import klein, tiny
-from tests.rounding import MEAN, NETWORK, assert_close
+from tests.rounding import NETWORK, assert_close
 
 CACHE = Path("stage1") / "text_cache"
 RECORDS = 24
@@ -77,29 +77,33 @@ def begun(workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path
 
 
-@pytest.mark.parametrize("objective", ["dpo", "sft"])
-def test_losses_are_those_of_a_text_encoder_in_the_step(workdir: Path, base: Path, objective: str) -> None:
+def test_margins_are_those_of_a_text_encoder_in_the_step(workdir: Path, base: Path) -> None:
     config = tiny.config(base)
-    config.train.objective, config.data.caption_dropout = objective, 0.5
-    (found, metrics, _), (expected, expected_metrics, names) = (
-        total(inputs, config, [0, 5, 11, 23]) for inputs in reversed(both(workdir, config))
-    )
-    errors = sum(float(expected_metrics.get(f"error/{side}", 0.0)) for side in ("winner", "loser"))
-    assert_close(found, expected, NETWORK, size=expected if objective == "sft" else 0.5 * config.train.beta * errors)
+    without, inputs = both(workdir, config)
+    expected, metrics, names = total(without, config, [0, 5, 11, 23])
+    found, others, _ = total(inputs, config, [0, 5, 11, 23])
+    size = 0.5 * config.train.beta * float(metrics["error/winner"] + metrics["error/loser"])
+    assert_close(found, expected, NETWORK, size=size)
+    assert_close(others["dpo/margin"], metrics["dpo/margin"], NETWORK, size=size)
     assert any("text_encoder" in name for name in names)
 
 
 def test_a_step_of_klein_has_no_text_encoder(tmp_path: Path) -> None:
-    config = tiny.config(klein.write(tmp_path / "klein"), beta=20.0)
+    """Fine-tuning, which needs the empty caption too."""
+    config = tiny.config(klein.write(tmp_path / "klein"))
+    config.train.objective, config.data.caption_dropout = "sft", 0.5
     tiny.write_pairs(tmp_path / "stage1" / "pairs", 4, 2, (8, 8, 16), caption=klein_ids)
-    config.data.resolutions = ("32x32",)
     without, inputs = both(tmp_path, config)
-    (expected, metrics, _), (found, _, names) = (total(each, config, [0, 1, 2, 3]) for each in (without, inputs))
-    size = 0.5 * config.train.beta * float(metrics["error/winner"] + metrics["error/loser"])
-    assert_close(found, expected, MEAN, size=size)
+    (expected, *_), (found, _, names) = (total(each, config, [0, 1, 2, 3]) for each in (without, inputs))
+    assert_close(found, expected, NETWORK)
     assert not any("text_encoder" in name for name in names)
     row = stack_records(inputs.pairs.sources["train"][0], [0])
     assert row["encoder_hidden_states"].shape == (1, klein.TOKENS, 96)
+
+    config.train.text_cache = True
+    planned = program.step(config, open_source(config.model.base), tiny.mesh()).held
+    kept_rows = 9 * 4 * klein.TOKENS * (96 + 1)  # embeddings and token ids of looks' captions
+    assert planned["weights"] == kept_rows + sum(x.nbytes for x in jax.tree.leaves(inputs.frozen["transformer"]))
 
 
 def attached(config: ConfigDict, workdir: Path, base: str = "a base", prompts: Any = ()) -> tuple[Pairs, KeptText]:
@@ -185,14 +189,6 @@ def test_xl_keeps_the_pooled_text_too_and_its_empty_caption_is_zero(begun: Path,
         assert found.added_cond["time_ids"].tolist() == [[32, 64, 0, 0, 32, 64]] * 2
     record = pairs.sources["heldout"][0][1]
     assert_close(record["text_embeds"], kept_text(ids, (32, 64)).added_cond["text_embeds"][1], 0.0)
-
-
-def test_a_plan_holds_no_text_encoder() -> None:
-    """Of FLUX.2 klein: the transformer alone, and 7.9 MB for each caption of looks."""
-    config = load_config("configs/stage1.py:klein", ["model.dtype=bfloat16", "train.text_cache=true"])
-    held = program.step(config, program.open_architecture(config, "klein"), tiny.mesh()).held
-    assert held["weights"] == 2 * 3_875_544_576
-    assert held["captions of looks"] == 9 * (2 * 512 * 7680 + 4 * 512)
 
 
 def test_a_text_encoder_that_learns_is_not_kept() -> None:
