@@ -199,6 +199,9 @@ SETTINGS = (
     Setting("train.reference_cache", 0, Range(0, 1000),
             "with a reference: draws of noise for each pair, whose reference predictions are computed once and kept; "
             "0: each step draws anew"),
+    Setting("train.text_cache", False, _FLAG,
+            "what the text encoders make of each caption is computed once, before the first step, and kept beside the "
+            "pairs; they then take no memory of the devices. See docs/performance.md"),
     Setting("train.params", "lora", one_of("lora", "text_lora", "all", "adapter"),
             "lora and all: of the UNet; text_lora: of the text encoders; adapter: an IP-Adapter"),
     Setting("train.blocks", "all", one_of("all", "up"),

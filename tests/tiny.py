@@ -165,31 +165,46 @@ def settings(folder: Path, train: int, heldout: int, **own: Any) -> list[str]:
     return [f"--config.{key}={value}" for key, value in (values | own).items()]
 
 
+def clip_ids(rng: np.random.Generator) -> np.ndarray:
+    """A random caption of three tokens."""
+    ids = np.full(77, 49407, np.int32)
+    ids[0], ids[1:4] = 49406, rng.integers(0, 49000, 3)
+    return ids
+
+
 def write_pairs(
-    folder: Path, train: int = 24, heldout: int = 8, shape: tuple[int, ...] = LATENT, resolution: str = "32x32"
+    folder: Path,
+    train: int = 24,
+    heldout: int = 8,
+    shape: tuple[int, ...] = LATENT,
+    resolution: str = "32x32",
+    caption: Callable[[np.random.Generator], np.ndarray] = clip_ids,
 ) -> Path:
     """Finished shards of random latents in `folder` = W/stageN/pairs."""
     rng = np.random.default_rng(0)
-    schema = features(shape[-1], 77, loser=True)
+    schema = features(shape[-1], len(caption(np.random.default_rng(0))), loser=True)
     assert not shards.begin(folder, {"test": 1})
     paths: dict[str, list[Path]] = {}
     for role, count in (("train", train), ("heldout", heldout)):
         split = f"{role}_{resolution}"
         paths[split] = [shards.shard_path(folder, split, i, 2) for i in range(2)]
         for i, path in enumerate(paths[split]):
-            shards.write_shard(path, schema, [record(f"{role}{i}-{n}", rng, shape) for n in range(count // 2)])
+            shards.write_shard(path, schema, [record(f"{role}{i}-{n}", rng, shape, caption) for n in range(count // 2)])
     shards.finish(folder, schema, paths, {resolution: shape})
     return folder
 
 
-def record(name: str, rng: np.random.Generator, shape: tuple[int, ...] = LATENT) -> Record:
+def record(
+    name: str,
+    rng: np.random.Generator,
+    shape: tuple[int, ...] = LATENT,
+    caption: Callable[[np.random.Generator], np.ndarray] = clip_ids,
+) -> Record:
     """A pair of random latents."""
-    ids = np.full(77, 49407, np.int32)
-    ids[0], ids[1:4] = 49406, rng.integers(0, 49000, 3)
     return {
         "id": name,
         "caption": "a caption",
-        "input_ids": ids,
+        "input_ids": caption(rng),
         "winner": rng.standard_normal(shape).astype(np.float16),
         "loser": rng.standard_normal(shape).astype(np.float16),
         "winner_number": 0,

@@ -10,17 +10,18 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from hgdpo_jax.data.record import RecordSource
+from hgdpo_jax.data.record import ENCODED, Record, RecordSource
 
 Batch = dict[str, np.ndarray]
 Rows = Sequence[int] | Int[np.ndarray, "r"]
-_FIELDS = ("winner", "loser", "input_ids", "concept", "example", "reference", "scores")
+_FIELDS = ("winner", "loser", "input_ids", "concept", "example", "reference", "scores", *ENCODED)
 _PASSES = 2**32  # without end; a length that Grain cannot count with is not taken
 
 
 def stack_records(source: RecordSource, numbers: Sequence[int | np.integer]) -> Batch:
     """What a step needs of some records, as they are stored: latents and concept features float16, token ids int32, and
-    perhaps what :class:`hgdpo_jax.training.reference_cache.Draws` or :class:`hgdpo_jax.data.record.WithScores` adds.
+    perhaps what :class:`hgdpo_jax.training.reference_cache.Draws`, :class:`hgdpo_jax.data.record.WithScores` or
+    :class:`hgdpo_jax.data.record.WithText` adds.
 
     Each is copied before the next is read: memory that the processor has at hand is used again.
     """
@@ -90,11 +91,30 @@ class PairLoader:
         return self._iterator.get_state()["next_index"] * self._batch
 
 
-def first_batches(source: RecordSource, batch: int, limit: int, rows: Rows | None = None) -> list[Batch]:
-    """Some rows (all unless given) of each full batch of the first records in order, at most `limit`; the last wraps
-    around to the first."""
-    count = max(1, min(len(source), limit) // batch) if len(source) >= batch else 1
-    rows = range(batch) if rows is None else rows
-    return [
-        stack_records(source, [(begin + row) % len(source) for row in rows]) for begin in range(0, count * batch, batch)
-    ]
+class FirstBatches(Sequence[Batch]):
+    """Some rows of each full batch of a source's first records in order, read when asked for; the last wraps around to
+    the first.
+
+    Args:
+        source: of records.
+        batch: rows over all processes.
+        limit: of records.
+        rows: those that this process loads; all unless given.
+    """
+
+    def __init__(self, source: RecordSource, batch: int, limit: int, rows: Rows | None = None) -> None:
+        self._source, self._batch = source, batch
+        self._count = max(1, min(len(source), limit) // batch) if len(source) >= batch else 1
+        self._rows = range(batch) if rows is None else rows
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> Batch:  # type: ignore[override]  # no slices
+        begin = range(self._count)[i] * self._batch
+        return stack_records(self._source, [(begin + int(row)) % len(self._source) for row in self._rows])
+
+
+def first_records(sources: Sequence[RecordSource], count: int) -> list[Record]:
+    """The first records, of one source after the other."""
+    return [source[i] for source in sources for i in range(min(count, len(source)))][:count]

@@ -1,5 +1,6 @@
 """The pair record: what a training example is on disk."""
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -29,6 +30,29 @@ class WithScores:
     def __getitem__(self, i: int, /) -> Record:
         record = self._records[i]
         return record | {"scores": np.array([record["winner_score"], record["loser_score"]], np.float32)}
+
+
+ENCODED = ("encoder_hidden_states", "text_embeds")  # of :class:`hgdpo_jax.models.text.Encoded`
+
+
+class WithText:
+    """Records that bring what text encoders made of their captions, as :data:`ENCODED`.
+
+    Args:
+        records: with `input_ids`.
+        tokens: so many of them are a caption's.
+        find: bytes of these ids → what was made of them.
+    """
+
+    def __init__(self, records: RecordSource, tokens: int, find: Callable[[bytes], Record]) -> None:
+        self._records, self._tokens, self._find = records, tokens, find
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int, /) -> Record:
+        record = self._records[i]
+        return record | self._find(record["input_ids"][: self._tokens].tobytes())
 
 
 LATENT = np.float16

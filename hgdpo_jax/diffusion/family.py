@@ -12,6 +12,7 @@ from jaxtyping import Int
 from hgdpo_jax.diffusion.process import Process
 from hgdpo_jax.diffusion.recipe import Drawing
 from hgdpo_jax.models.layouts import Layout
+from hgdpo_jax.models.text import Conditioner
 
 Tokenizers = Mapping[str, Any]  # transformers', by their folders
 Configs = Mapping[str, Mapping[str, Any]]  # config.json of each model, by its folder
@@ -51,7 +52,7 @@ class Family:
     usual_tokenizers: Callable[[Mapping[str, Any]], Tokenizers]
     tokenize: Callable[[Tokenizers, Sequence[str]], Int[np.ndarray, "b s"]]
     count: Callable[[Tokenizers, Sequence[str]], list[int]]
-    conditioner: Callable[[str, Mapping[str, Any], Tokenizers, Mapping[str, Any]], nnx.Module]
+    conditioner: Callable[[str, Mapping[str, Any], Tokenizers, Mapping[str, Any]], Conditioner]
     process: Callable[[Mapping[str, Any], str], Process]
     overflows: bool
     trains: Sequence[str]

@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from hgdpo_jax.diffusion.family import Family, Tokenizers
 from hgdpo_jax.diffusion.process import Process
 from hgdpo_jax.diffusion.source import Source, open_source
-from hgdpo_jax.models.convert import Place, abstract, from_torch, keys
+from hgdpo_jax.models.convert import Place, abstract, from_torch, keys, on_default_device
 from hgdpo_jax.models.ip_adapter import IPAdapter
 from hgdpo_jax.models.layouts import Layout
+from hgdpo_jax.models.text import Conditioner
 from hgdpo_jax.run import processes
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import fingerprint, json_hash
@@ -53,9 +54,11 @@ class Pipeline:
 
     @property
     def models(self) -> dict[str, Any]:
-        """The models under the names of their folders."""
-        found = {self.family.denoiser: self.denoiser, "vae": self.vae, "text_encoder": self.text.text_encoder}
-        return found | ({"text_encoder_2": self.text.text_encoder_2} if hasattr(self.text, "text_encoder_2") else {})
+        """The models under the names of their folders. Where captions were encoded before, there is no text encoder."""
+        texts = {
+            name: getattr(self.text, name) for name in ("text_encoder", "text_encoder_2") if hasattr(self.text, name)
+        }
+        return {self.family.denoiser: self.denoiser, "vae": self.vae, **texts}
 
     @property
     def layout(self) -> Layout:
@@ -99,7 +102,8 @@ def load_pipeline(
     vae: str | Path = "",
     lora: str | Path = "",
     param_dtype: Mapping[str, str] | str = "float32",
-    place: Place = lambda name, value: jax.device_put(value),
+    place: Place = on_default_device,
+    text: Conditioner | None = None,
 ) -> Pipeline:
     """Reads a checkpoint, tensor by tensor, onto its devices.
 
@@ -111,66 +115,86 @@ def load_pipeline(
             :func:`hgdpo_jax.devices.xla.use_precision`.
         param_dtype: of the parameters of `denoiser` and `text` encoders; by these names where they differ.
         place: puts a parameter on its devices.
+        text: takes the place of the text encoders, which are then not read.
 
     Raises:
         UserError: see :func:`hgdpo_jax.diffusion.source.open_source`; or weights that do not fit their config.
     """
     source = open_source(str(base), str(vae), str(lora))
-
-    def fill(part: str, model: nnx.Module, stored: jnp.dtype) -> None:
-        weights, name = source.open(part, keys(model)), f"{source.name}, {part}"
-        from_torch(weights, model, name, stored, place, source.expected(part))
-
-    return _assemble(source, dtype, param_dtype, fill)
+    return _assemble(source, dtype, param_dtype, _reader(source, place), text)
 
 
-def load_vae(base: str | Path, vae: str | Path = "", place: Place = lambda name, value: jax.device_put(value)) -> Any:
+def load_vae(base: str | Path, vae: str | Path = "", place: Place = on_default_device) -> Any:
     """The VAE of a checkpoint alone, as :func:`load_pipeline` reads it."""
     source = open_source(str(base), str(vae))
-    found = abstract(source.family.models["vae"], source.configs["vae"], jnp.float32)
-    weights = source.open("vae", keys(found))
-    from_torch(weights, found, f"{source.name}, vae", _stored("float32"), place, source.expected("vae"))
-    return found
+    return _model(source, "vae", "float32", "float32", _reader(source, place))
+
+
+def text_of(source: Source, dtype: str, place: Place | None = None) -> Conditioner:
+    """The text encoders of a checkpoint alone, frozen, as :func:`load_pipeline` reads them; of shapes without `place`.
+
+    Raises:
+        UserError: see :func:`load_pipeline`.
+    """
+    fill = _fill_with_shapes if place is None else _reader(source, place)
+    return _conditioner(source, {part: _model(source, part, dtype, dtype, fill) for part in _texts(source)})
 
 
 def of_shapes(source: Source, dtype: str = "float32", param_dtype: Mapping[str, str] | str = "float32") -> Pipeline:
     """The pipeline that :func:`load_pipeline` gives, with shapes in place of its parameters."""
+    return _assemble(source, dtype, param_dtype, _fill_with_shapes)
 
+
+_Fill = Callable[[str, nnx.Module, jnp.dtype], None]  # gives a part's model its parameters, of a dtype
+
+
+def _reader(source: Source, place: Place) -> _Fill:
     def fill(part: str, model: nnx.Module, stored: jnp.dtype) -> None:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored), nnx.state(model, nnx.Param))
-        nnx.update(model, shapes)
+        weights, name = source.open(part, keys(model)), f"{source.name}, {part}"
+        from_torch(weights, model, name, stored, place, source.expected(part))
 
-    return _assemble(source, dtype, param_dtype, fill)
+    return fill
 
 
-def _assemble(
-    source: Source,
-    dtype: str,
-    param_dtype: Mapping[str, str] | str,
-    fill: Callable[[str, nnx.Module, jnp.dtype], None],
-) -> Pipeline:
-    """A pipeline whose models `fill` gives their parameters: from the part, the model without, and their dtype."""
+def _fill_with_shapes(part: str, model: nnx.Module, stored: jnp.dtype) -> None:
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored), nnx.state(model, nnx.Param))
+    nnx.update(model, shapes)
 
+
+def _model(source: Source, part: str, dtype: str, param_dtype: str, fill: _Fill) -> Any:
     if dtype == "float16" and source.family.overflows:
         raise UserError(f"config key model.dtype=float16: the numbers of {source.family.title} grow beyond it; expects "
                         "bfloat16")  # fmt: skip
+    found = abstract(source.family.models[part], source.configs[part], _stored(dtype))
+    fill(part, found, _stored(param_dtype))
+    return found
 
-    def model(part: str) -> Any:
-        computed = jnp.float32 if part == "vae" else _stored(dtype)
-        found = abstract(source.family.models[part], source.configs[part], computed)
-        of_kind = param_dtype if isinstance(param_dtype, str) else param_dtype[kind(part)]
-        fill(part, found, _stored("float32" if part == "vae" else of_kind))
-        return found
 
-    def kind(part: str) -> str:
-        return "denoiser" if part == source.family.denoiser else "text"
+def _texts(source: Source) -> list[str]:
+    """The folders of the text encoders."""
+    return [part for part in source.configs if part not in (source.family.denoiser, "vae")]
 
-    models = {part: model(part) for part in source.configs}
+
+def _conditioner(source: Source, models: Mapping[str, Any]) -> Conditioner:
+    return source.family.conditioner(source.name, models, source.tokenizers, source.index)
+
+
+def _assemble(
+    source: Source, dtype: str, param_dtype: Mapping[str, str] | str, fill: _Fill, text: Conditioner | None = None
+) -> Pipeline:
+    """A pipeline of the models that `fill` makes; `text` as in :func:`load_pipeline`."""
+    texts = _texts(source) if text is None else []
+    kinds = {source.family.denoiser: "denoiser"} | dict.fromkeys(texts, "text")
+
+    def stored(part: str) -> str:
+        return param_dtype if isinstance(param_dtype, str) else param_dtype[kinds[part]]
+
+    models = {part: _model(source, part, dtype, stored(part), fill) for part in source.configs if part in kinds}
     return Pipeline(
         family=source.family,
         denoiser=models[source.family.denoiser],
-        vae=models["vae"],
-        text=source.family.conditioner(source.name, models, source.tokenizers, source.index),
+        vae=_model(source, "vae", "float32", "float32", fill),
+        text=text or _conditioner(source, models),
         tokenizers=source.tokenizers,
         schedule=source.family.process(source.scheduler, f"model {source.name}: "),
         index=source.index,

@@ -44,6 +44,13 @@ def of_first(ids: Int[Array, "b s"]) -> Int[Array, "b s"]:
     return ids & (2**_BITS - 1)
 
 
+class Encoded(NamedTuple):
+    """What text encoders make of captions, for images of whatever size: the embeddings and, for XL, the pooled ones."""
+
+    encoder_hidden_states: Float[Array, "b s d"]
+    text_embeds: Float[Array, "b p"] | None = None
+
+
 class Conditioning(NamedTuple):
     """Text embeddings and, for XL, {text_embeds [b, p], time_ids [b, 6]}: the arguments of the UNet after x_t and t."""
 
@@ -51,16 +58,60 @@ class Conditioning(NamedTuple):
     added_cond: dict[str, Array] | None = None
 
 
-class TextConditioner(nnx.Module):
-    """Token ids → :class:`Conditioning`.
+def conditioning(encoded: Encoded, size: tuple[int, int]) -> Conditioning:
+    """What captions say to a denoiser of images of `size`, height and width in pixels.
+
+    XL's six numbers are the original size, the top left corner of the crop and the size: here always an uncropped
+    image of this size, in training as in sampling (Podell et al. 2023, section 2.2).
+    """
+    if encoded.text_embeds is None:
+        return Conditioning(encoded.encoder_hidden_states)
+    numbers = jnp.asarray([*size, 0, 0, *size], jnp.int32)
+    time_ids = jnp.tile(numbers, (len(encoded.text_embeds), 1))
+    return Conditioning(encoded.encoder_hidden_states, {"text_embeds": encoded.text_embeds, "time_ids": time_ids})
+
+
+class Conditioner(nnx.Module):
+    """Token ids → :class:`Conditioning`. What follows the ids of a caption is not for it.
+
+    Attributes:
+        empty_ids: token ids of the empty caption, [s].
+        zero_empty: the conditioning of the empty caption is zero, as XL was trained (`force_zeros_for_empty_prompt`).
+    """
+
+    empty_ids: tuple[int, ...]
+    zero_empty: bool = False
+
+    def encode(self, input_ids: Int[Array, "b s"]) -> Encoded:
+        """What does not depend on the size of images."""
+        raise NotImplementedError
+
+    def __call__(self, input_ids: Int[Array, "b s"], size: tuple[int, int]) -> Conditioning:
+        """Conditioning of captions for images of `size`, height and width in pixels; ids as in `empty_ids`."""
+        return conditioning(self.encode(input_ids), size)
+
+    def empty(self, count: int, size: tuple[int, int], negative_ids: Int[Array, "1 s"] | None = None) -> Conditioning:
+        """The conditioning of the empty caption, or of a negative prompt in its place, `count` times."""
+        nothing = jnp.asarray([self.empty_ids], jnp.int32)
+        ids = nothing if negative_ids is None else negative_ids
+        result = self(ids, size)
+        if self.zero_empty:
+            given = jnp.where((ids == nothing).all(), 0.0, 1.0).astype(result.encoder_hidden_states.dtype)
+            added = result.added_cond and result.added_cond | {"text_embeds": given * result.added_cond["text_embeds"]}
+            result = Conditioning(given * result.encoder_hidden_states, added)
+        return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), result)
+
+
+class TextConditioner(Conditioner):
+    """One or two CLIP text encoders.
 
     Args:
         text_encoder: the only encoder, or XL's first.
         text_encoder_2: XL's second.
-        empty_ids: token ids of the empty caption, [s]: begin, end, padding; of :func:`both` tokenizers for XL.
+        empty_ids: begin, end, padding; of :func:`both` tokenizers for XL.
         pad_2: token id with which the second tokenizer pads, where ids are of the first alone, as in pairs that
             were built by version 0.1.
-        zero_empty: the conditioning of the empty caption is zero, as XL was trained (`force_zeros_for_empty_prompt`).
+        zero_empty: see :class:`Conditioner`.
     """
 
     def __init__(
@@ -77,21 +128,13 @@ class TextConditioner(nnx.Module):
             self.text_encoder_2 = text_encoder_2
         self.empty_ids, self.pad_2, self.zero_empty = empty_ids, pad_2, zero_empty
 
-    def __call__(self, input_ids: Int[Array, "b s"], size: tuple[int, int]) -> Conditioning:
-        """Conditioning of captions for images of `size`, height and width in pixels; ids as in `empty_ids`.
-
-        XL's six numbers are the original size, the top left corner of the crop and the size: here always an uncropped
-        image of this size, in training as in sampling (Podell et al. 2023, section 2.2).
-        """
+    def encode(self, input_ids: Int[Array, "b s"]) -> Encoded:
+        """Of XL both encoders' embeddings side by side, and the second's pooled ones."""
         if not hasattr(self, "text_encoder_2"):
-            return Conditioning(self.text_encoder(input_ids).last_hidden_state)
+            return Encoded(self.text_encoder(input_ids).last_hidden_state)
         first = self.text_encoder(of_first(input_ids))
         second = self.text_encoder_2(self._of_second(input_ids))
-        numbers = jnp.asarray([*size, 0, 0, *size], jnp.int32)
-        return Conditioning(
-            jnp.concatenate([first.hidden_states[-2], second.hidden_states[-2]], axis=-1),
-            {"text_embeds": second.pooled, "time_ids": jnp.tile(numbers, (input_ids.shape[0], 1))},
-        )
+        return Encoded(jnp.concatenate([first.hidden_states[-2], second.hidden_states[-2]], axis=-1), second.pooled)
 
     def _of_second(self, ids: Int[Array, "b s"]) -> Int[Array, "b s"]:
         given = of_first(ids >> _BITS)
@@ -100,20 +143,9 @@ class TextConditioner(nnx.Module):
         padded = jnp.where(jnp.cumsum(ends, axis=1) - ends > 0, self.pad_2, ids)
         return jnp.where(given[:, :1] > 0, given, padded)  # a text begins with the highest id but one
 
-    def empty(self, count: int, size: tuple[int, int], negative_ids: Int[Array, "1 s"] | None = None) -> Conditioning:
-        """The conditioning of the empty caption, or of a negative prompt in its place, `count` times."""
-        nothing = jnp.asarray([self.empty_ids], jnp.int32)
-        ids = nothing if negative_ids is None else negative_ids
-        result = self(ids, size)
-        if self.zero_empty:
-            given = jnp.where((ids == nothing).all(), 0.0, 1.0).astype(result.encoder_hidden_states.dtype)
-            added = result.added_cond and result.added_cond | {"text_embeds": given * result.added_cond["text_embeds"]}
-            result = Conditioning(given * result.encoder_hidden_states, added)
-        return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), result)
 
-
-class FluxText(nnx.Module):
-    """Token ids → :class:`Conditioning` of FLUX.2 klein: the states of Qwen3, those of the padding too.
+class FluxText(Conditioner):
+    """The states of Qwen3 of a prompt, those of the padding too, as FLUX.2 klein reads them.
 
     Args:
         text_encoder: Qwen3.
@@ -124,15 +156,43 @@ class FluxText(nnx.Module):
     def __init__(self, text_encoder: Qwen3Model, *, empty_ids: tuple[int, ...], padding: int) -> None:
         self.text_encoder, self.empty_ids, self.padding = text_encoder, empty_ids, padding
 
-    def __call__(self, input_ids: Int[Array, "b s"], size: tuple[int, int]) -> Conditioning:
-        """Conditioning of prompts, for images of whatever size. What follows the tokens of a prompt is not for it."""
+    def encode(self, input_ids: Int[Array, "b s"]) -> Encoded:
+        """The states of some layers side by side."""
         ids = input_ids[:, : len(self.empty_ids)]
-        return Conditioning(self.text_encoder(ids, before_padding(ids, self.padding)))
+        return Encoded(self.text_encoder(ids, before_padding(ids, self.padding)))
 
-    def empty(self, count: int, size: tuple[int, int], negative_ids: Int[Array, "1 s"] | None = None) -> Conditioning:
-        """The conditioning of the empty prompt, or of a negative one in its place, `count` times."""
-        ids = jnp.asarray([self.empty_ids], jnp.int32) if negative_ids is None else negative_ids
-        return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), self(ids, size))
+
+class KeptText(Conditioner):
+    """Some captions that were encoded before, without the encoder. Of others it gives NaN.
+
+    Args:
+        ids: token ids of the captions, [m, s].
+        encoded: what an encoder made of them, m rows; shapes where a program is planned.
+        like: the conditioner of that encoder.
+    """
+
+    def __init__(self, ids: Int[Array, "m s"] | jax.ShapeDtypeStruct, encoded: Encoded, like: Conditioner) -> None:
+        self.empty_ids, self.zero_empty = like.empty_ids, like.zero_empty
+        self.ids, self.encoder_hidden_states = nnx.Variable(ids), nnx.Variable(encoded.encoder_hidden_states)
+        if encoded.text_embeds is not None:
+            self.text_embeds = nnx.Variable(encoded.text_embeds)
+
+    def encode(self, input_ids: Int[Array, "b s"]) -> Encoded:
+        """The rows of these captions."""
+        same = (input_ids[:, None, : len(self.empty_ids)] == self.ids[...]).all(-1)  # [b m]
+        row, known = same.argmax(1), same.any(1)
+
+        def of(rows: nnx.Variable) -> Array:
+            return jax.vmap(lambda known, x: jnp.where(known, x, jnp.nan))(known, rows[...][row])
+
+        return Encoded(of(self.encoder_hidden_states), of(self.text_embeds) if hasattr(self, "text_embeds") else None)
+
+
+def encoded_shapes(text: Conditioner, count: int) -> Encoded:
+    """Shapes of what a conditioner makes of so many captions; its weights may be shapes too."""
+    graph, state = nnx.split(text)
+    ids = jax.ShapeDtypeStruct((count, len(text.empty_ids)), jnp.int32)
+    return jax.eval_shape(lambda state, ids: nnx.merge(graph, state).encode(ids), state, ids)
 
 
 def before_padding(ids: Int[Array, "b s"], padding: int | Int[Array, ""]) -> Bool[Array, "b s"]:

@@ -29,9 +29,11 @@ from hgdpo_jax.models.architectures import KLEIN_4B, SD15, SDXL
 from hgdpo_jax.models.clip import CLIPModel
 from hgdpo_jax.models.convert import abstract
 from hgdpo_jax.models.int8 import quantise
+from hgdpo_jax.models.text import encoded_shapes
 from hgdpo_jax.run.settings import named
 from hgdpo_jax.scoring.scorers import listed, parts
 from hgdpo_jax.training import step as steps
+from hgdpo_jax.training import text_cache
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.inputs import loss_of
 from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
@@ -130,6 +132,10 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
     """
     settings, pipeline = config.train, pipeline_of(config, source, mesh)
     require_divisible(settings.batch // settings.accumulate, mesh, "train.batch / train.accumulate")
+    encoded = {}
+    if settings.text_cache:
+        encoded = encoded_shapes(pipeline.text, settings.batch)._asdict()
+        pipeline = replace(pipeline, text=text_cache.planned(pipeline.text, mesh))
     if settings.quantize == "int8":
         quantise(pipeline.networks.values())
     denoiser, policy, frozen = steps.split_params(pipeline, settings.params)
@@ -141,6 +147,7 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
     shape = max((pipeline.latent_shape(size) for size in configuration.resolutions(config).values()), key=np.prod)
     batch = {name: _rows(mesh, (settings.batch, *shape), np.float16) for name in latent}
     batch["input_ids"] = _rows(mesh, (settings.batch, *pipeline.tokenize([""]).shape[1:]), np.int32)
+    batch |= {name: _rows(mesh, x.shape, x.dtype) for name, x in encoded.items() if x is not None}
     if settings.objective == "smpo":
         batch["scores"] = _rows(mesh, (settings.batch, 2), np.float32)
     if settings.reference_cache:
@@ -166,6 +173,9 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
         "reference": size(reference),
         "optimizer": size(state.optimizer),
     }
+    if settings.text_cache and settings.objective != "sft":  # without the empty caption, looks alone read them
+        beside["captions of looks"] = size(frozen["text"])
+        held["weights"] -= beside["captions of looks"]
     if settings.reference_cache and settings.blocks != "up":  # whose reference is looked at between steps only
         beside["reference"] = held["reference"]
     return Program(trace, held | beside, sum(beside.values()), gradients=size(policy))

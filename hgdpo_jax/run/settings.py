@@ -350,6 +350,7 @@ def _refuse_idle(config: ConfigDict) -> None:
         "train.auto_beta": (compares and train.objective != "dspo", f"{another} but dspo"),
         "train.reference": (compares, another),
         "train.reference_cache": (compares, another),
+        "train.text_cache": (train.params != "text_lora", "train.params=lora, all or adapter"),
         "train.beta": (compares, another),  # of dspo it is that of margins in the log
         "train.lambda_stat": (compares, another),
         "train.quantize": (train.params.endswith("lora"), "train.params=lora or text_lora"),

@@ -24,6 +24,7 @@ from hgdpo_jax.run.folder import pair_stages
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.prompts import read_prompts
 from hgdpo_jax.training import step as steps
+from hgdpo_jax.training import text_cache
 from hgdpo_jax.training.board import require_package
 from hgdpo_jax.training.optimizer import ADDED, make_optimizer
 from hgdpo_jax.training.policy import draws_otherwise, load_trainable
@@ -63,17 +64,18 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
     mesh = make_mesh(config.mesh)
     require_divisible(settings.batch // settings.accumulate, mesh, "train.batch / train.accumulate")
     pairs = open_stages(workdir, pair_stages(config), index)
-    pipeline = load_trainable(config, mesh)
+    base = pipelines.base_hash(config.model.base, config.model.vae, config.model.lora, index)
+    pairs.require_from({"model.base": base})
+    text = None
+    if settings.text_cache:
+        pairs, text = text_cache.attach(config, workdir / config.stage, pairs, prompts, base, mesh, index)
+    pipeline = load_trainable(config, mesh, text=text)
     pairs.require({name: pipeline.latent_shape(size) for name, size in configuration.resolutions(config).items()})
     if settings.quantize == "int8":
         quantise(pipeline.networks.values())
     denoiser, policy, frozen = steps.split_params(pipeline, settings.params)
     loss = loss_of(config, denoiser, pipeline.schedule)
-    inputs = {
-        "model.base": pipelines.base_hash(config.model.base, config.model.vae, config.model.lora, index),
-        "the pairs": pairs.hash,
-    }
-    pairs.require_from({"model.base": inputs["model.base"]})
+    inputs = {"model.base": base, "the pairs": pairs.hash}
     if settings.objective == "smpo":
         _require_scores(config, workdir, index)
         pairs = replace(pairs, sources={role: [*map(WithScores, found)] for role, found in pairs.sources.items()})

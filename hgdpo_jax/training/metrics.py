@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # The latter ones where there is one.
 HELDOUT_LOSSES = ("heldout/loss/total", *(f"heldout/loss/{objective}" for objective in PREFERENCE))
 SAMPLES, PROMPTS = "samples", "prompts"  # of what a look draws
+SHOWN = 8  # held-out captions of which it does
 FACES = "heldout/faces_found"  # share of these pictures
 Line = Mapping[str, float]  # of a log
 StepMetrics = Mapping[str, Float[Array | np.ndarray | np.float32, "..."]]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from hgdpo_jax import config as configuration
-from hgdpo_jax.data.loader import first_batches
+from hgdpo_jax.data.loader import FirstBatches, first_records
 from hgdpo_jax.devices.mesh import describe_mesh
 from hgdpo_jax.devices.peaks import CORE, mesh_peak
 from hgdpo_jax.devices.random import stream_key
@@ -19,13 +19,14 @@ from hgdpo_jax.devices.sharding import batch_sharding, path_name, replicated
 from hgdpo_jax.devices.transfer import local_rows, place, to_devices
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.faces.detection import FaceDetector
+from hgdpo_jax.models.text import KeptText
 from hgdpo_jax.pictures.write import grid
 from hgdpo_jax.run.progress import say
 from hgdpo_jax.training.board import Board
 from hgdpo_jax.training.changes import CALMER
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.inputs import Inputs
-from hgdpo_jax.training.metrics import FACES, PROMPTS, SAMPLES, MetricLog, average
+from hgdpo_jax.training.metrics import FACES, PROMPTS, SAMPLES, SHOWN, MetricLog, average
 from hgdpo_jax.training.optimizer import first_step
 from hgdpo_jax.training.prompts import Prompts
 from hgdpo_jax.training.step import Metrics, Numbers, Params, TrainState
@@ -33,7 +34,6 @@ from hgdpo_jax.training.step import Metrics, Numbers, Params, TrainState
 HELDOUT_PAIRS = 256
 # A policy that learns makes the winner's error no larger than the reference's by more than a few parts in a hundred.
 UNLEARNING = 1.2
-_SHOWN = 8
 # What is said of a look.
 _SAID = {
     "heldout/loss/total": "held-out loss {:.4g}",
@@ -72,14 +72,11 @@ class Monitor:
         held = inputs.pairs.sources["heldout"]
         self._resolution = next(iter(configuration.resolutions(config).values()))
         mine = local_rows(self._batch, inputs.mesh)
-        self._held = [
-            to_devices(batch, inputs.mesh)
-            for source in held
-            for batch in first_batches(source, self._batch, HELDOUT_PAIRS // len(held), mine)
-        ]
+        batches = [FirstBatches(source, self._batch, HELDOUT_PAIRS // len(held), mine) for source in held]
+        self._held = [(each, i) for each in batches for i in range(len(each))]
         everywhere = replicated(inputs.mesh)
         self._loss_metrics = jax.jit(lambda *arguments: inputs.loss(*arguments)[1], out_shardings=everywhere)
-        rows = [source[i] for source in held for i in range(min(_SHOWN, len(source)))][:_SHOWN]
+        rows = first_records(held, SHOWN)
         settings = ConfigDict({**config.evaluate, "batch": min(config.evaluate.batch, len(rows))})
         self._sampler = Sampler.from_config(inputs.pipeline, inputs.mesh, settings, config.seed)
         self._ids = np.stack([row["input_ids"] for row in rows])
@@ -127,7 +124,10 @@ class Monitor:
     def _measured(self, policy: Params, reference: Params, i: int) -> Metrics:
         """The loss's metrics on a batch of held-out pairs, at the noise that this batch always has."""
         noise = jax.random.split(stream_key(0, "heldout", i), self._batch)
-        batch = self._held[i] | {"key": place(noise, batch_sharding(self._sampler.mesh))}
+        batches, number = self._held[i]
+        batch = to_devices(batches[number], self._sampler.mesh) | {
+            "key": place(noise, batch_sharding(self._sampler.mesh))
+        }
         return self._loss_metrics(policy, reference, self._frozen, batch, self._numbers)
 
     def _print_noise(self, policy: Params) -> None:
@@ -150,17 +150,20 @@ class Monitor:
 
 def announce(config: ConfigDict, inputs: Inputs, state: TrainState) -> None:
     """Prints where a stage is trained, which parameters, and on which batches."""
-    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.policy, inputs.frozen))
+    kept = ("text",) if isinstance(inputs.pipeline.text, KeptText) else ()  # which has no parameters
+    networks = {name: tree for name, tree in inputs.frozen.items() if name not in kept}
+    parameters = {"trained": state.policy, "frozen": networks}
+    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in parameters.values())
     unit = "pairs" if config.train.objective != "sft" else "photographs"
     print(f"{config.stage}: {describe_mesh(inputs.mesh)}, {config.train.batch} {unit} a step")
     if config.model.lora:
         print(f"{config.stage}: {config.model.lora} is merged into the base of policy and reference")
     print(f"{config.stage}: trains {config.train.params}, {trained:,} of {trained + frozen:,} parameters of UNet and "
           f"text, in float32; the others are {config.model.dtype}")  # fmt: skip
-    for line in _table({"trained": state.policy, "frozen": inputs.frozen}):
+    for line in _table(parameters):
         print(f"{config.stage}:   {line}")
     for source in inputs.pairs.sources["train"]:
-        (row,) = first_batches(source, 1, 1)
+        (row,) = FirstBatches(source, 1, 1)
         fields = [f"{name} {x.dtype} {[config.train.batch, *x.shape[1:]]}" for name, x in row.items()]
         count = len(source) // max(1, config.train.reference_cache)
         print(f"{config.stage}: {count:,} {unit}, in batches of {', '.join(fields)}")

@@ -15,11 +15,14 @@ from hgdpo_jax.faces.concepts import ConceptEncoder, encoder_of
 from hgdpo_jax.models import ip_adapter
 from hgdpo_jax.models.attention import set_sharding
 from hgdpo_jax.models.lora import add_lora, lora_layers
+from hgdpo_jax.models.text import Conditioner
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.training.step import Params, split_params
 
 
-def load_trainable(config: ConfigDict, mesh: Mesh, *others: ConfigDict, weights: bool = True) -> pipelines.Pipeline:
+def load_trainable(
+    config: ConfigDict, mesh: Mesh, *others: ConfigDict, weights: bool = True, text: Conditioner | None = None
+) -> pipelines.Pipeline:
     """ε_base on the mesh, with a fresh LoRA or adapter where `train.params` asks for one. A fresh LoRA changes nothing.
 
     Trained parameters are float32, frozen ones have the dtype of the computation.
@@ -29,6 +32,7 @@ def load_trainable(config: ConfigDict, mesh: Mesh, *others: ConfigDict, weights:
         mesh: to put the weights on.
         others: configs of further stages, for which fresh LoRA is added too.
         weights: whether ε_base's are read; otherwise its parameters are shapes, and those of LoRA alone have values.
+        text: takes the place of the text encoders, which are then not read.
     """
     model, param_dtype = config.model, parameter_dtypes(config)
     if weights:
@@ -39,6 +43,7 @@ def load_trainable(config: ConfigDict, mesh: Mesh, *others: ConfigDict, weights:
             lora=model.lora,
             param_dtype=param_dtype,
             place=parameter_placer(mesh),
+            text=text,
         )
     else:
         pipeline = pipelines.of_shapes(open_source(model.base, model.vae, model.lora), model.dtype, param_dtype)

@@ -1,17 +1,14 @@
 """The reference's predictions, computed once: for `train.reference_cache` draws of noise of each pair, K below.
 
-    W/stageN/reference_cache/made_from.json   what the predictions depend on, with the first of them
-    W/stageN/reference_cache/SHARD.npy        those for a shard's winners and losers: [pairs, K, 2, h, w, c] float32
-    W/stageN/reference_cache/SHARD.npy.json   its hash, written once the file is complete
+    W/stageN/reference_cache/SHARD.npy   those for a shard's winners and losers: [pairs, K, 2, h, w, c] float32
 
-A draw of a pair takes 8 · h · w · c bytes, 128 KiB at 512x512 and 512 KiB at 1024x1024. Predictions are kept and not
-errors, whose differences would cancel, see :func:`hgdpo_jax.training.objectives.Compared`.
+See :mod:`hgdpo_jax.training.kept` for what lies beside them. A draw of a pair takes 8 · h · w · c bytes, 128 KiB at
+512x512 and 512 KiB at 1024x1024. Predictions are kept and not errors, whose differences would cancel, see
+:func:`hgdpo_jax.training.objectives.Compared`.
 """
 
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +23,9 @@ from hgdpo_jax.data.record import Record, RecordSource
 from hgdpo_jax.devices.sharding import replicated
 from hgdpo_jax.devices.transfer import local_rows, one_ahead, to_devices, to_host
 from hgdpo_jax.run import processes, provenance
-from hgdpo_jax.run.errors import UserError
-from hgdpo_jax.run.files import as_written, atomic_path, file_hash, require_space, write_json
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.progress import Progress
+from hgdpo_jax.training import kept
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.optimizer import numbers_of
@@ -79,13 +75,9 @@ class Shard(NamedTuple):
     pairs: int
     latent: tuple[int, int, int]
 
-    @property
-    def note(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.json")
-
-    def size(self, draws: int) -> int:
-        """Bytes of its predictions."""
-        return 8 * draws * self.pairs * math.prod(self.latent)
+    def rows(self, draws: int) -> kept.Rows:
+        """A row of predictions for each pair."""
+        return kept.Rows(self.path, (self.pairs, draws, 2, *self.latent), np.dtype(np.float32))
 
 
 def _shards(cache: Path, manifest: Mapping[str, Any]) -> list[Shard]:
@@ -115,19 +107,16 @@ def attach(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, index
     """
     cache, draws, train = folder / "reference_cache", config.train.reference_cache, inputs.pairs.sources["train"]
     made_from = _made_from(config, inputs, start)
-    processes.broadcast(lambda: _require_same(cache, made_from))
     shards = _shards(cache, inputs.pairs.manifest)
-    todo = [shards[i] for i in processes.broadcast(lambda: [i for i, s in enumerate(shards) if not s.note.is_file()])]
-    size = sum(shard.size(draws) for shard in shards)
+    files = [shard.rows(draws) for shard in shards]
+    todo = kept.missing(cache, files, made_from, "what the reference predicts")
+    size = sum(rows.size for rows in files)
     print(f"{config.stage}: keeps the reference's predictions for {draws} draws of noise of {sum(map(len, train)):,} "
           f"pairs, {size / 1e9:,.2f} GB; {config.train.steps * config.train.batch:,} examples use them")  # fmt: skip
-    needed = sum(shard.size(draws) for shard in todo) + 1e6
-    processes.broadcast(lambda: require_space(folder, needed, "what the reference predicts"))
-    _make(config, todo, inputs, start.reference, made_from)
-    processes.broadcast(lambda: _require_undamaged(shards, index))
+    _make(config, [shards[i] for i in todo], inputs, start.reference, made_from)
     parts: list[list[np.ndarray]] = [[] for _ in train]
-    for shard in shards:
-        parts[shard.resolution].append(np.load(shard.path, mmap_mode="r", allow_pickle=False))
+    for shard, values in zip(shards, kept.opened(files, index), strict=True):
+        parts[shard.resolution].append(values)
     sources = [Draws(records, draws, found) for records, found in zip(train, parts, strict=True)]
     return inputs._replace(pairs=replace(inputs.pairs, sources={**inputs.pairs.sources, "train": sources}))
 
@@ -140,17 +129,6 @@ def _made_from(config: ConfigDict, inputs: Inputs, start: Start) -> dict[str, An
     base = provenance.content_key("model.base")
     reference = {"the pairs": inputs.pairs.hash, "the reference": start.reference_hash}
     return made_from | {base: inputs.made_from[base]} | {provenance.content_key(k): v for k, v in reference.items()}
-
-
-def _require_same(cache: Path, made_from: Mapping[str, Any]) -> None:
-    """Raises UserError where the folder holds predictions of something else, or does not say of what."""
-    path, remedy = cache / "made_from.json", "remove its folder, and it is computed again"
-    if path.is_file():
-        with as_written(path, remedy):
-            found = {**json.loads(path.read_text())}
-        provenance.require_same(found, made_from, str(cache), "use that, or remove the folder to compute it again")
-    elif any(cache.glob("*.npy.json")):
-        raise UserError(f"{path}: is missing, so nothing says what the predictions beside it are of; {remedy}")
 
 
 def _make(
@@ -178,36 +156,13 @@ def _make(
                 batch = stack_records(source, [min(number + row, end - 1) for row in rows_here])
                 return number, predicted(reference, inputs.frozen, to_devices(batch, inputs.mesh), numbers)
 
-            with _written(shard, draws, made_from) if processes.is_first() else nullcontext() as values:
+            with kept.written(shard.rows(draws), made_from) if processes.is_first() else nullcontext() as values:
                 for number, found in one_ahead(start, range(begin, end, size)):
                     rows = to_host(found)[: end - number]
-                    if not np.isfinite(rows).all():
-                        raise UserError(f"what the reference predicts of {shard.path.stem}: NaN or infinite; its "
-                                        "policy or the pairs are broken")  # fmt: skip
+                    what = f"what the reference predicts of {shard.path.stem}"
+                    kept.require_finite(rows, what, "its policy or the pairs are broken")
                     if values is not None:
-                        values[number - begin : number - begin + len(rows)] = rows
+                        examples = values.reshape(-1, *values.shape[2:])
+                        examples[number - begin : number - begin + len(rows)] = rows
                     bar.update(len(rows))
     processes.barrier()
-
-
-@contextmanager
-def _written(shard: Shard, draws: int, made_from: Mapping[str, Any]) -> Iterator[Float[np.ndarray, "n 2 h w c"]]:
-    """Yields the rows of a shard's file. The file and its note are there once the block ends without an error, and the
-    folder then says what it was made from."""
-    shard.path.parent.mkdir(exist_ok=True)
-    with atomic_path(shard.path) as temporary:
-        shape = (shard.pairs, draws, 2, *shard.latent)
-        values = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-        yield values.reshape(-1, *shape[2:])
-        values.flush()
-    write_json(shard.path.with_name("made_from.json"), made_from)
-    write_json(shard.note, {"sha256": file_hash(shard.path)}, indent=None)
-
-
-def _require_undamaged(shards: Sequence[Shard], index: Index) -> None:
-    for shard in shards:
-        with as_written(shard.note, "remove it, and its shard is computed again"):
-            known = json.loads(shard.note.read_text())["sha256"]
-        if not shard.path.is_file() or index.hash(shard.path) != known:
-            raise UserError(f"{shard.path}: missing or altered (its hash is not that of its note); remove it and its "
-                            "note, and it is computed again")  # fmt: skip

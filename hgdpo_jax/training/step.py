@@ -20,12 +20,14 @@ from hgdpo_jax.diffusion.process import Process, Timesteps
 from hgdpo_jax.diffusion.recipe import in_up_blocks
 from hgdpo_jax.models.ip_adapter import join
 from hgdpo_jax.models.lora import drop as drop_inputs
+from hgdpo_jax.models.text import Encoded, conditioning
 from hgdpo_jax.training import objectives
 from hgdpo_jax.training.loss_scale import LOSS_SCALE, SKIPPED
 from hgdpo_jax.training.objectives import Compared, WinnerLoser
 
 Params = Mapping[Any, Any]  # nested by name; the leaves are arrays, or shapes where a program is planned
 Batch = dict[str, Array]
+Captions = Int[Array, "b s"] | Encoded  # token ids, or what text encoders made of them before
 Metrics = dict[str, Array]
 TIMESTEP_BINS = 10
 GRADIENT_NORM = "gradient_norm"  # in the optimizer's state, before clipping
@@ -94,7 +96,7 @@ class Denoiser(NamedTuple):
         frozen: Params,
         x_t: Float[Array, "n h w c"],
         t: Int[Array, "n"] | Float[Array, "n"],
-        input_ids: Int[Array, "b s"],
+        captions: Captions,
         concept: Float[Array, "b m f"] | None = None,
         drop: tuple[Bool[Array, "b"], Bool[Array, "b"]] | None = None,
         dropout: Key[Array, "b"] | None = None,
@@ -105,7 +107,7 @@ class Denoiser(NamedTuple):
             policy, frozen: the weights.
             x_t, t: noisy latents and their timesteps; n is a multiple of b: each caption is repeated, for its winner
                 and its loser.
-            input_ids: of the captions.
+            captions: b.
             concept: features of concept images, for an adapter.
             drop: which captions are replaced by the empty one, and which concepts by none.
             dropout: keys of LoRA's dropout; none: nothing is dropped.
@@ -114,14 +116,16 @@ class Denoiser(NamedTuple):
         if dropout is not None:
             drop_inputs(networks.values(), dropout)
         size = (x_t.shape[1] * self.pixels_per_latent, x_t.shape[2] * self.pixels_per_latent)
-        given = (networks["text"](input_ids, size), concept)
+        text = networks["text"]
+        encoded = conditioning(captions, size) if isinstance(captions, Encoded) else text(captions, size)
+        given, count = (encoded, concept), len(encoded.encoder_hidden_states)
         if drop is not None:
-            empty = (networks["text"].empty(input_ids.shape[0], size), None if concept is None else self.no_concept)
+            empty = (text.empty(count, size), None if concept is None else self.no_concept)
             given = tuple(
                 jax.tree.map(lambda x, e, d=d: jnp.where(d.reshape(-1, *[1] * (x.ndim - 1)), e, x), *both)
                 for d, both in zip(drop, zip(given, empty, strict=True), strict=True)
             )
-        repeats = x_t.shape[0] // input_ids.shape[0]
+        repeats = x_t.shape[0] // count
         condition, concept = jax.tree.map(lambda x: jnp.repeat(x, repeats, 0), given)
         memory = networks[self.name].read_text(condition.encoder_hidden_states)
         if concept is not None:
@@ -163,7 +167,13 @@ def _noise(key: Key[Array, "b"], shape: tuple[int, ...], process: Process) -> tu
 
 def _float32(batch: Batch) -> Batch:
     """The batch with its latents and concepts, which are stored as float16, in float32."""
-    return {name: x.astype(jnp.float32) if x.dtype == jnp.float16 else x for name, x in batch.items()}
+    return {name: x.astype(jnp.float32) if name in ("winner", "loser", "concept") else x for name, x in batch.items()}
+
+
+def _captions(batch: Batch) -> Captions:
+    if "encoder_hidden_states" in batch:
+        return Encoded(batch["encoder_hidden_states"], batch.get("text_embeds"))
+    return batch["input_ids"]
 
 
 class Noised(NamedTuple):
@@ -195,7 +205,7 @@ def predict_pairs(
     """Predictions for winners and losers of a batch of :func:`preference_loss`, float32."""
     batch = _float32(batch)
     noised = _noised(batch, schedule)
-    pred = denoiser(params, frozen, noised.x_t, noised.t_pair, batch["input_ids"])
+    pred = denoiser(params, frozen, noised.x_t, noised.t_pair, _captions(batch))
     return pred.reshape(-1, 2, *pred.shape[1:])
 
 
@@ -226,7 +236,8 @@ def preference_loss(denoiser: Denoiser, schedule: Process, blocks: str = "all", 
     [b s], key [b]}; `smpo` needs scores [b 2] too. The policy's LoRA drops numbers where they bring `dropout` [b], keys
     of their own; the reference's never does.
 
-    Batches that bring the reference's :func:`predict_pairs`, `reference` [b 2 h w c], spare computing them.
+    Batches that bring the reference's :func:`predict_pairs`, `reference` [b 2 h w c], spare computing them. So do those
+    that bring what text encoders made of their captions, `encoder_hidden_states` [b s d] and XL's `text_embeds` [b p].
 
     Args:
         denoiser, schedule: of ε_base.
@@ -242,12 +253,12 @@ def preference_loss(denoiser: Denoiser, schedule: Process, blocks: str = "all", 
         t, t_pair, x_t, target = _noised(batch, schedule)
         if blocks == "up":
             policy = in_up_blocks(policy, reference)
-        pred = denoiser(policy, frozen, x_t, t_pair, batch["input_ids"], dropout=batch.get("dropout"))
+        pred = denoiser(policy, frozen, x_t, t_pair, _captions(batch), dropout=batch.get("dropout"))
         ref = None
         if "reference" in batch:
             ref = batch["reference"].reshape(pred.shape)
         elif objective != "mapo":  # where the text encoder is frozen both get the same embeddings, computed once by XLA
-            ref = jax.lax.stop_gradient(denoiser(reference, frozen, x_t, t_pair, batch["input_ids"]))
+            ref = jax.lax.stop_gradient(denoiser(reference, frozen, x_t, t_pair, _captions(batch)))
         pairs = Compared(_sides(pred), None if ref is None else _sides(ref), _sides(target))
         added = {}
         if numbers.safeguard is not None:
@@ -307,7 +318,7 @@ def sft_loss(denoiser: Denoiser, schedule: Process) -> Loss:
         begin = 0.5 * numbers.caption_dropout
         drop = (u < numbers.caption_dropout, (u >= begin) & (u < begin + numbers.concept_dropout))
         keys = batch.get("dropout")
-        pred = denoiser(policy, frozen, x_t, t, batch["input_ids"], batch.get("concept"), drop, keys)
+        pred = denoiser(policy, frozen, x_t, t, _captions(batch), batch.get("concept"), drop, keys)
         error = objectives.mean_squared_error(pred, schedule.target(latent, noise, t)).mean()
         return error, {"loss/total": error}
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hgdpo_jax.data.loader import PairLoader, first_batches
+from hgdpo_jax.data.loader import FirstBatches, PairLoader
 
 
 class Source:
@@ -56,7 +56,7 @@ def test_latents_stay_as_they_are_stored_and_other_fields_behind() -> None:
 
 @pytest.mark.parametrize(("batch", "limit", "expected"), [(4, 256, 8), (4, 4, 4), (16, 256, 16)])
 def test_held_out_batches_are_the_first_records_and_full(batch: int, limit: int, expected: int) -> None:
-    found = first_batches(Source(), batch, limit)
+    found = FirstBatches(Source(), batch, limit)
     assert np.concatenate([b["input_ids"].ravel() for b in found]).tolist() == [i % 10 for i in range(expected)]
 
 
@@ -89,5 +89,5 @@ def test_processes_take_the_same_shape_at_a_step_and_resume_at_it() -> None:
 
 
 def test_held_out_rows_are_those_of_the_whole_batch() -> None:
-    whole, part = first_batches(Source(), 4, 8), first_batches(Source(), 4, 8, rows=[1, 3])
+    whole, part = FirstBatches(Source(), 4, 8), FirstBatches(Source(), 4, 8, rows=[1, 3])
     assert [b["input_ids"].ravel().tolist() for b in part] == [b["input_ids"][[1, 3]].ravel().tolist() for b in whole]

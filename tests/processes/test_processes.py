@@ -124,7 +124,7 @@ def compare(one: Path, two: Path, stage: str = "stage1") -> None:
 
 
 # Two devices split the model between them, each with all rows of a batch.
-SPLIT = ["--config.mesh.tensor=2", "--config.train.reference_cache=2"]
+SPLIT = ["--config.mesh.tensor=2", "--config.train.reference_cache=2", "--config.train.text_cache=true"]
 # A training that does not end by itself, of a program that is compiled soon.
 LONG = ["--config.train.steps=100000", "--config.train.blocks=up"]
 

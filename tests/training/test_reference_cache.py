@@ -16,7 +16,7 @@ from hgdpo_jax.run.files import file_hash
 from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.settings import load_config
 from hgdpo_jax.training import inputs as stage_inputs
-from hgdpo_jax.training import reference_cache, start
+from hgdpo_jax.training import kept, reference_cache, start
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
 from hgdpo_jax.training.cost import operations
@@ -92,8 +92,8 @@ def test_it_goes_on_with_what_is_kept(
     expected = file_hash(second)
     second.with_name(f"{second.name}.json").unlink()
     second.unlink()
-    written, write = [], reference_cache._written
-    monkeypatch.setattr(reference_cache, "_written", lambda shard, *x: written.append(shard.path) or write(shard, *x))
+    written, write = [], kept.written
+    monkeypatch.setattr(kept, "written", lambda rows, *x: written.append(rows.path) or write(rows, *x))
     train(config(base, steps=6), tmp_path)
     assert written == [second] and file_hash(second) == expected
     assert np.load(first).shape == (RECORDS // 2, DRAWS, 2, *tiny.LATENT)
