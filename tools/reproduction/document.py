@@ -52,6 +52,12 @@ def read(folder: Path, names: Mapping[str, str]) -> dict[str, dict[str, np.ndarr
     return found
 
 
+def beside_known(folder: Path, known: Mapping[str, str], own: Mapping[str, str]) -> dict[str, dict[str, np.ndarray]]:
+    """Rows of a part after some of another; none where none of its own was measured."""
+    found = read(folder, own)
+    return read(folder, known) | found if found else {}
+
+
 def cell(samples: np.ndarray) -> str:
     """The mean over seeds, and the middle 95 % over seeds and prompts."""
     drawn = np.random.default_rng(0).integers(len(samples), size=(2000, len(samples)))
@@ -159,15 +165,10 @@ def document(variant: str, folder: Path) -> str:
     people = {f"-people-{count}:hard": f"{count} people" for count in (8, 16, 32, 64)}
     paper, ours = reproduction.read_paper(), read(folder, names["paper"])
     seeds = len(_runs(folder))
-    more, objectives, lengths, fewer = (
-        read(folder, extra)
-        for extra in (
-            names["more"],
-            {":base": "base", ":normal": "normal, dpo", **names["objectives"]},
-            {":hard": "hard", **names["lengths"]},
-            {**people, ":hard": "all, 108"},
-        )
-    )
+    more = read(folder, names["more"])
+    objectives = beside_known(folder, {":base": "base", ":normal": "normal, dpo"}, names["objectives"])
+    lengths = beside_known(folder, {":hard": "hard"}, names["lengths"])
+    fewer = beside_known(folder, {":hard": "all, 108"}, people)
     stage_of = {row.drawn: row.name for row in rows(variant)["objectives"]}
     measured = f"{seeds} training seed{'s' * (seeds > 1)}, {variant}, mean and 95 % over seeds and prompts"
     parts = [[f"## The paper's rows: {measured}"], table(ours)]
