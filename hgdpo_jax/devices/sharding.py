@@ -18,8 +18,8 @@ from jaxtyping import PyTree
 SHARDING_TABLE: dict[str, PartitionSpec] = {
     r"attn\.proj\.kernel": PartitionSpec("tensor", "fsdp"),  # of BLIP; other `proj` go into hidden units or tokens
     r"(to_[qkv]|to_kv|to_[kv]_ip|([a-z]+_)?[qkv]_proj|to_qkv_mlp_proj)\.kernel": PartitionSpec("fsdp", "tensor"),
-    r"(proj|gate_proj|up_proj|time_emb_proj|fc1|linear_(1|in))\.kernel": PartitionSpec("fsdp", "tensor"),
-    r"(to_out\.0|attn\.to_out|to_add_out|o_proj|out_proj|c_proj)\.kernel": PartitionSpec("tensor", "fsdp"),
+    r"(proj|gate_proj|up_proj|out_proj|time_emb_proj|fc1|linear_(1|in))\.kernel": PartitionSpec("fsdp", "tensor"),
+    r"(to_out\.0|attn\.to_out|to_add_out|o_proj|c_proj)\.kernel": PartitionSpec("tensor", "fsdp"),
     r"(net\.2|down_proj|fc2|linear_(2|out)|proj_in|proj_out)\.kernel": PartitionSpec("tensor", "fsdp"),
     # Of a flow transformer: what reads or makes all channels of a token, which `tensor` does not split.
     r"(\w*modulation\w*|norm_out)\.linear\.kernel": PartitionSpec("fsdp", None),
@@ -27,11 +27,6 @@ SHARDING_TABLE: dict[str, PartitionSpec] = {
     r"\w*conv\w*\.kernel": PartitionSpec(None, None, None, "fsdp"),
     r"embedding": PartitionSpec("fsdp", None),
 }
-
-# What splits the rows of a batch. In the other order XLA of jaxlib 0.10.2 computes wrong numbers where all
-# three axes are above 1, with Shardy or without: a product of [(data fsdp), tensor] with [tensor, fsdp] that is to be
-# [(data fsdp), tensor] has its rows mixed up where fsdp and tensor are of one size.
-ROWS = ("fsdp", "data")
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -74,11 +69,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def row_axes(mesh: Mesh) -> tuple[str, str]:
+    """The axes that split the rows of a batch, the outer one first.
+
+    That is `fsdp` where all three axes are above 1. XLA of jaxlib 0.10.2 computes wrong numbers there with the other
+    order, by Shardy as without: a product of [(data fsdp), tensor] with [tensor, fsdp] that is to be [(data fsdp),
+    tensor] has its rows mixed up if fsdp and tensor are of one size.
+    """
+    return ("fsdp", "data") if min(mesh.shape.values()) > 1 else ("data", "fsdp")
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first dimension is split over fsdp and data."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+    """The first dimension is split over data and fsdp, see :func:`row_axes`."""
+    return NamedSharding(mesh, PartitionSpec(row_axes(mesh)))
 
 
 def heads_sharding(mesh: Mesh) -> NamedSharding:
     """Of queries, keys and values [b n heads d]: `tensor` splits the heads, as the table splits what makes them."""
-    return NamedSharding(mesh, PartitionSpec(ROWS, None, "tensor", None))
+    return NamedSharding(mesh, PartitionSpec(row_axes(mesh), None, "tensor", None))

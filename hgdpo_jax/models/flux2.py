@@ -80,7 +80,7 @@ def whole(x: Float[Array, "b *n"], sharding: NamedSharding | None) -> Float[Arra
     """x, of which each device holds its rows whole: `tensor` splits heads and hidden units, no token.
 
     What goes into a product and what comes out of it has to say so, else the compiler may split the width as well: see
-    :data:`hgdpo_jax.devices.sharding.ROWS` for what XLA may then do.
+    :func:`hgdpo_jax.devices.sharding.row_axes` for what XLA may then do.
 
     Args:
         x: the input or output of a product, or a gradient's.

@@ -51,7 +51,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused() -> None:
         ("text.text_encoder.layers.0.mlp.gate_proj.kernel", (8, 8), P("fsdp", "tensor")),
         ("text.text_encoder.layers.0.mlp.down_proj.kernel", (8, 8), P("tensor", "fsdp")),
         ("text.text_encoder.layers.0.self_attn.q_norm.scale", (8,), P()),
-        ("text.text_encoder.layers.0.self_attn.out_proj.kernel", (8, 8), P("tensor", "fsdp")),
+        ("text.text_encoder.layers.0.self_attn.out_proj.kernel", (8, 8), P("fsdp", "tensor")),
         ("unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj.kernel", (8, 8), P("fsdp", "tensor")),
         ("unet.down_blocks.0.resnets.0.time_emb_proj.kernel", (8, 8), P("fsdp", "tensor")),
         ("unet.adapter.image_proj.proj.kernel", (8, 8), P("fsdp", "tensor")),
@@ -83,10 +83,8 @@ TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, 
 TEXT, PICTURES = TOWER | {"vocab_size": 64, "eos_token_id": 63}, TOWER | {"image_size": 32, "patch_size": 8}
 CLIP = {"projection_dim": 64, "text_config": TEXT, "vision_config": PICTURES}
 UNET = tiny.ONE_LEVEL | {"block_out_channels": [64], "attention_head_dim": 4, "cross_attention_dim": 64}
-IDS, PIXELS = (
-    np.arange(8 * 77, dtype=np.int32).reshape(8, 77) % 64,
-    np.linspace(-1, 1, 8 * 32 * 32 * 3, dtype=np.float32),
-)
+IDS = np.arange(8 * 77, dtype=np.int32).reshape(8, 77) % 64
+PIXELS = np.sin(np.arange(8 * 32 * 32 * 3, dtype=np.float32)).reshape(8, 32, 32, 3)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +93,7 @@ IDS, PIXELS = (
         (UNet2DConditionModel, UNET, (np.sin(np.arange(8 * 64 * 8, dtype=np.float32)).reshape(8, 8, 8, 8),
          np.arange(8, dtype=np.int32) * 100, np.cos(np.arange(8 * 77 * 64, dtype=np.float32)).reshape(8, 77, 64)),
          lambda model, *inputs: model(*inputs)),
-        (CLIPModel, CLIP, (IDS, np.sin(1e3 * PIXELS).reshape(8, 32, 32, 3)),
+        (CLIPModel, CLIP, (IDS, PIXELS),
          lambda model, ids, pixels: model.text_embeds(ids) + model.image_embeds(pixels)),
     ],
     ids=["unet", "clip"],

@@ -38,7 +38,7 @@ def test_a_part_at_a_time_gives_the_same_and_each_device_keeps_its_rows(rows: in
         return jnp.tile(x, (1, 1, 2)).sum(1) + 1
 
     x = np.random.default_rng(0).integers(0, 9, (rows, 3, 2)).astype(np.float32)
-    sharding = NamedSharding(tiny.mesh(ways), PartitionSpec(("fsdp", "data")))
+    sharding = NamedSharding(tiny.mesh(ways), PartitionSpec(("data", "fsdp")))
     run = jax.jit(lambda x: programs._in_parts(function, x, parts), out_shardings=sharding)
     placed = jax.device_put(x, sharding)
     assert np.array_equal(run(placed), function(x)) and set(seen[:-1]) == {rows // parts}
