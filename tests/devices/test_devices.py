@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from hgdpo_jax.devices.mesh import make_mesh, require_divisible
 from hgdpo_jax.devices.random import stream_key, stream_keys
-from hgdpo_jax.devices.sharding import batch_sharding, heads_sharding, partition_spec, tree_shardings
+from hgdpo_jax.devices.sharding import batch_sharding, heads_sharding, partition_spec, row_axes, tree_shardings
 from hgdpo_jax.devices.transfer import local_rows, place, to_devices
 from hgdpo_jax.devices.xla import settle_dtype, xla_flags
 from hgdpo_jax.models.attention import set_sharding
@@ -79,11 +80,23 @@ def test_the_table_decides_by_path_and_leaves_out_what_does_not_divide(name: str
     assert partition_spec(name, shape, mesh()) == spec
 
 
-TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 1}
+def test_a_product_over_three_axes_keeps_its_rows_apart() -> None:
+    """XLA mixes them up where data splits the rows before fsdp, see :func:`row_axes`."""
+    rows = row_axes(mesh())
+    across = NamedSharding(mesh(), P(rows, None, "tensor"))
+    x, kernel = (
+        np.sin(np.arange(np.prod(shape), dtype=np.float32)).reshape(shape) for shape in ((8, 16, 64), (64, 64))
+    )
+    held = place(x, across), place(kernel, NamedSharding(mesh(), P("tensor", "fsdp")))
+    found = jax.jit(jnp.matmul, out_shardings=across)(*held)
+    np.testing.assert_allclose(found, x @ kernel, rtol=0, atol=1e-4)
+
+
+TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
 TEXT, PICTURES = TOWER | {"vocab_size": 64, "eos_token_id": 63}, TOWER | {"image_size": 32, "patch_size": 8}
 CLIP = {"projection_dim": 64, "text_config": TEXT, "vision_config": PICTURES}
 UNET = tiny.ONE_LEVEL | {"block_out_channels": [64], "attention_head_dim": 4, "cross_attention_dim": 64}
-IDS = np.arange(8 * 77, dtype=np.int32).reshape(8, 77) % 64
+IDS = np.arange(8 * 16, dtype=np.int32).reshape(8, 16) % 64
 PIXELS = np.sin(np.arange(8 * 32 * 32 * 3, dtype=np.float32)).reshape(8, 32, 32, 3)
 
 
@@ -101,7 +114,7 @@ PIXELS = np.sin(np.arange(8 * 32 * 32 * 3, dtype=np.float32)).reshape(8, 32, 32,
 def test_a_model_over_three_axes_computes_what_one_device_does(
     kind: type, config: dict, inputs: tuple, run: Callable
 ) -> None:
-    """Output and gradients, at a width that each axis splits: XLA mixes up rows that data splits before fsdp."""
+    """Output and gradients, at a width that each axis splits."""
     model = tiny.random_model(kind, config, 0)
 
     def on(mesh: jax.sharding.Mesh) -> tuple:
