@@ -79,9 +79,8 @@ def rotated(x: Float[Array, "b tokens heads d_head"], by: Rotation) -> Float[Arr
 def whole(x: Float[Array, "b *n"], sharding: NamedSharding | None) -> Float[Array, "b *n"]:
     """x, of which each device holds its rows whole: `tensor` splits heads and hidden units, no token.
 
-    What goes into a product and what comes out of it has to say so. Else the compiler may split the width as well, and
-    XLA of jaxlib 0.10.2 then mixes up the rows: on data 2, fsdp 2, tensor 2 of a product of (data fsdp, tensor) with
-    (tensor, fsdp) that is to be (data fsdp, tensor).
+    What goes into a product and what comes out of it has to say so, else the compiler may split the width as well: see
+    :func:`hgdpo_jax.devices.sharding.row_axes` for what XLA may then do.
 
     Args:
         x: the input or output of a product, or a gradient's.

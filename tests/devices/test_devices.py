@@ -2,20 +2,27 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from hgdpo_jax.devices.mesh import make_mesh, require_divisible
 from hgdpo_jax.devices.random import stream_key, stream_keys
-from hgdpo_jax.devices.sharding import batch_sharding, partition_spec, tree_shardings
+from hgdpo_jax.devices.sharding import batch_sharding, heads_sharding, partition_spec, row_axes, tree_shardings
 from hgdpo_jax.devices.transfer import local_rows, place, to_devices
 from hgdpo_jax.devices.xla import settle_dtype, xla_flags
+from hgdpo_jax.models.attention import set_sharding
+from hgdpo_jax.models.clip import CLIPModel
+from hgdpo_jax.models.unet import UNet2DConditionModel
 from hgdpo_jax.run.errors import UserError
+from tests import tiny
 
 
 def mesh(data: int = -1, fsdp: int = 2, tensor: int = 2) -> jax.sharding.Mesh:
@@ -45,6 +52,15 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused() -> None:
         ("text.text_encoder.layers.0.mlp.gate_proj.kernel", (8, 8), P("fsdp", "tensor")),
         ("text.text_encoder.layers.0.mlp.down_proj.kernel", (8, 8), P("tensor", "fsdp")),
         ("text.text_encoder.layers.0.self_attn.q_norm.scale", (8,), P()),
+        ("text.text_encoder.layers.0.self_attn.out_proj.kernel", (8, 8), P("fsdp", "tensor")),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj.kernel", (8, 8), P("fsdp", "tensor")),
+        ("unet.down_blocks.0.resnets.0.time_emb_proj.kernel", (8, 8), P("fsdp", "tensor")),
+        ("unet.adapter.image_proj.proj.kernel", (8, 8), P("fsdp", "tensor")),
+        ("unet.adapter.image_proj.proj_in.kernel", (8, 8), P("tensor", "fsdp")),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k_ip.kernel", (8, 8), P("fsdp", "tensor")),
+        ("scorer.visual_encoder.blocks.0.attn.proj.kernel", (8, 8), P("tensor", "fsdp")),
+        ("scorer.attnpool.c_proj.kernel", (8, 8), P("tensor", "fsdp")),
+        ("unet.some_to_q.kernel", (8, 8), P()),  # a pattern is of whole names
         ("text.text_encoder.embed_tokens.embedding", (8, 8), P("fsdp", None)),
         ("unet.conv_out.kernel", (3, 3, 8, 3), P(None, None, None, None)),
         ("unet.transformer_blocks.0.attn.add_q_proj.kernel", (8, 8), P("fsdp", "tensor")),
@@ -62,6 +78,63 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused() -> None:
 )
 def test_the_table_decides_by_path_and_leaves_out_what_does_not_divide(name: str, shape: tuple, spec: P) -> None:
     assert partition_spec(name, shape, mesh()) == spec
+
+
+def test_a_product_over_three_axes_keeps_its_rows_apart() -> None:
+    """XLA mixes them up where data splits the rows before fsdp, see :func:`row_axes`."""
+    rows = row_axes(mesh())
+    across = NamedSharding(mesh(), P(rows, None, "tensor"))
+    x, kernel = (
+        np.sin(np.arange(np.prod(shape), dtype=np.float32)).reshape(shape) for shape in ((8, 16, 64), (64, 64))
+    )
+    held = place(x, across), place(kernel, NamedSharding(mesh(), P("tensor", "fsdp")))
+    found = jax.jit(jnp.matmul, out_shardings=across)(*held)
+    np.testing.assert_allclose(found, x @ kernel, rtol=0, atol=1e-4)
+
+
+TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+TEXT, PICTURES = TOWER | {"vocab_size": 64, "eos_token_id": 63}, TOWER | {"image_size": 32, "patch_size": 8}
+CLIP = {"projection_dim": 64, "text_config": TEXT, "vision_config": PICTURES}
+UNET = tiny.ONE_LEVEL | {"block_out_channels": [64], "attention_head_dim": 4, "cross_attention_dim": 64}
+IDS = np.arange(8 * 16, dtype=np.int32).reshape(8, 16) % 64
+PIXELS = np.sin(np.arange(8 * 32 * 32 * 3, dtype=np.float32)).reshape(8, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "inputs", "run"),
+    [
+        (UNet2DConditionModel, UNET, (np.sin(np.arange(8 * 64 * 8, dtype=np.float32)).reshape(8, 8, 8, 8),
+         np.arange(8, dtype=np.int32) * 100, np.cos(np.arange(8 * 77 * 64, dtype=np.float32)).reshape(8, 77, 64)),
+         lambda model, *inputs: model(*inputs)),
+        (CLIPModel, CLIP, (IDS, PIXELS),
+         lambda model, ids, pixels: model.text_embeds(ids) + model.image_embeds(pixels)),
+    ],
+    ids=["unet", "clip"],
+)  # fmt: skip
+def test_a_model_over_three_axes_computes_what_one_device_does(
+    kind: type, config: dict, inputs: tuple, run: Callable
+) -> None:
+    """Output and gradients, at a width that each axis splits."""
+    model = tiny.random_model(kind, config, 0)
+
+    def on(mesh: jax.sharding.Mesh) -> tuple:
+        set_sharding(model, heads_sharding(mesh))
+        graph, weights = nnx.split(model)
+        shardings, rows = tree_shardings(weights, mesh), batch_sharding(mesh)
+
+        def outputs(weights: nnx.State, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = run(nnx.merge(graph, weights), *inputs)
+            return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum(), out
+
+        both = jax.jit(jax.value_and_grad(outputs, has_aux=True), out_shardings=((None, rows), shardings))
+        (_, out), gradients = both(place(weights, shardings), *place(inputs, rows))
+        return out, jax.tree.leaves(gradients)
+
+    (out, gradients), (expected, theirs) = on(mesh()), on(tiny.mesh())
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-4 * float(jnp.std(expected)))
+    largest = max(float(jnp.abs(x).max()) for x in theirs)
+    for x, y in zip(gradients, theirs, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * largest)
 
 
 def test_optimizer_moments_are_sharded_like_their_parameters() -> None:

@@ -117,7 +117,7 @@ def test_devices_compute_their_own_part(monkeypatch: pytest.MonkeyPatch) -> None
     for heads in (4, 3):
         arrays = numbers(4, 6, 10, heads, 4)
         sharding = heads_sharding(mesh)
-        kept = sharding if heads == 4 else NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        kept = sharding if heads == 4 else NamedSharding(mesh, PartitionSpec(("fsdp", "data")))
         placed = [jax.device_put(x, kept) for x in arrays]
         wanted = with_gradients(formula, arrays)
         on_one_device = 4 * heads * 6 * 10 // (8 if heads == 4 else 4)
