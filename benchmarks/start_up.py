@@ -30,7 +30,7 @@ def measure(name: str) -> dict[str, float]:
     from hgdpo_jax.devices.sharding import tree_shardings
     from hgdpo_jax.devices.start import start
     from hgdpo_jax.devices.transfer import to_devices
-    from hgdpo_jax.diffusion.pipeline import POSITIONS
+    from hgdpo_jax.diffusion.stable_diffusion import POSITIONS
     from hgdpo_jax.run.settings import load_config
     from hgdpo_jax.training import loop  # noqa: F401  # all that the command imports
     from hgdpo_jax.training import step as steps

@@ -38,7 +38,7 @@ from hgdpo_jax.models.architectures import SD15, Architecture
 from hgdpo_jax.run.settings import load_config, validate
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
-from hgdpo_jax.training.policy import add_fresh_lora, configure_unet
+from hgdpo_jax.training.policy import add_fresh_lora, configured
 
 
 def ours(size: str, pairs: int, blocks: str = "all", cached: bool = False) -> Callable[[], float]:
@@ -52,7 +52,7 @@ def ours(size: str, pairs: int, blocks: str = "all", cached: bool = False) -> Ca
     mesh = local_mesh()
     keep_memory(mesh)
     pipeline = pipelines.of_shapes(without_weights(SD15), "float32")
-    configure_unet(pipeline.unet, config, mesh)
+    pipeline = configured(pipeline, config, mesh)
     add_fresh_lora(pipeline, config)
     denoiser, *parts = steps.split_params(pipeline, "lora")
     rng = np.random.default_rng(0)

@@ -28,7 +28,7 @@ from hgdpo_jax.run.settings import load_config
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.cost import operations
 from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
-from hgdpo_jax.training.policy import add_fresh_lora, configure_unet, parameter_dtypes
+from hgdpo_jax.training.policy import add_fresh_lora, configured, parameter_dtypes
 
 _ARCHITECTURES = {"sd15": SD15, "sdxl": SDXL}
 _NUMBERS = 2**22  # random ones, which weights repeat: to draw a billion takes a processor longer than the GPU's part
@@ -118,7 +118,7 @@ class Programs:
     def _pipeline(self, model: str, config: ConfigDict) -> Pipeline:
         """With random weights, but for the VAE's, which a step does not need."""
         pipeline = pipelines.of_shapes(source_of(model, self.is_small), config.model.dtype, parameter_dtypes(config))
-        configure_unet(pipeline.unet, config, self.mesh)
+        pipeline = configured(pipeline, config, self.mesh)
         found = self._filled((model, config.model.dtype), nnx.state(pipeline.networks))
         nnx.update(pipeline.networks, found)
         return pipeline

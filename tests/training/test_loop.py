@@ -457,10 +457,14 @@ def test_what_a_stage_depends_on_is_all_of_its_training_but_what_only_rounds_and
     aside = {"pairs", "steps", "accumulate", "checkpointing", "checkpoint_every", "checkpoints", "log_every"}
     aside |= {"keep", "keep_every", "hand_on", "alarms", "prompts", "wandb"}
     found = set(depends_on(config))
-    assert {f"train.{name}" for name in config.train} - found == {f"train.{name}" for name in aside | {"eval_every"}}
+    aside |= {"eval_every", "text_cache"}
+    of_flows = {"noise_levels", "noise_shift"}
+    assert {f"train.{name}" for name in config.train} - found == {f"train.{name}" for name in aside | of_flows}
     assert found - {f"train.{name}" for name in config.train} == {"stage", "seed", "model.dtype"}
     config.train.schedule = "cosine"
     assert set(depends_on(config)) - found == {"train.steps"}
+    config.train.noise_shift = 3.0
+    assert set(depends_on(config)) - found == {"train.steps", "train.noise_levels", "train.noise_shift"}
 
 
 def test_a_reference_that_changed_is_no_result(
