@@ -9,6 +9,7 @@ second. (Stability's own code differs: its second tokenizer is OpenCLIP's, to wh
 plain text.) The ids of both travel in one array: the first's in the lower 16 bits, the second's in the upper ones.
 """
 
+from abc import abstractmethod
 from typing import NamedTuple
 
 import jax
@@ -82,9 +83,9 @@ class Conditioner(nnx.Module):
     empty_ids: tuple[int, ...]
     zero_empty: bool = False
 
+    @abstractmethod
     def encode(self, input_ids: Int[Array, "b s"]) -> Encoded:
         """What does not depend on the size of images."""
-        raise NotImplementedError
 
     def __call__(self, input_ids: Int[Array, "b s"], size: tuple[int, int]) -> Conditioning:
         """Conditioning of captions for images of `size`, height and width in pixels; ids as in `empty_ids`."""

@@ -8,28 +8,17 @@ import pytest
 import torch
 import transformers
 from diffusers import Flux2KleinPipeline
-from tokenizers import AddedToken
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer
 
 from hgdpo_jax.models.chat import chat, chat_ids, open_tokenizer
 from hgdpo_jax.models.convert import abstract, from_torch
 from hgdpo_jax.models.text import before_padding
 from hgdpo_jax.run.errors import UserError
+from tests.klein import tokenizer
 from tests.models import test_qwen3
 from tests.models.parity import numpy_weights, randomise
 from tests.rounding import NETWORK, assert_close
 
-# What Qwen3's own template makes of a user's message.
-TEMPLATE = """{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}"""
 PROMPTS = [
     "",
     "a cat ",
@@ -39,15 +28,6 @@ PROMPTS = [
     "a long prompt of many letters",
 ]
 LENGTH = 48
-
-
-def tokenizer(**settings: str) -> Qwen2Tokenizer:
-    """Of single bytes, with the marks of Qwen3's, in whose place in the vocabulary they come."""
-    vocabulary = {byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}
-    made = Qwen2Tokenizer(vocab=vocabulary, merges=[], chat_template=TEMPLATE, **settings)
-    made.add_tokens([AddedToken(mark, special=True) for mark in ("<|im_start|>", "<|im_end|>")])
-    made.add_tokens([AddedToken(mark, normalized=False) for mark in ("<think>", "</think>")])
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -21,20 +21,10 @@ from hgdpo_jax.models.flux2 import Flux2Transformer2DModel, rotated, rotation
 from hgdpo_jax.models.lora import MODULES, add_lora, lora_layers, merge_lora, to_peft
 from hgdpo_jax.run.errors import UserError
 from tests import tiny
+from tests.klein import TRANSFORMER as CONFIG
 from tests.models.parity import deviations, numpy_weights, randomise
 from tests.rounding import GRADIENT, NETWORK, assert_close
 
-CONFIG: dict[str, Any] = dict(
-    in_channels=16,
-    num_layers=1,
-    num_single_layers=2,
-    attention_head_dim=16,
-    num_attention_heads=2,
-    joint_attention_dim=96,
-    timestep_guidance_channels=32,
-    axes_dims_rope=(4, 4, 4, 4),
-    guidance_embeds=False,
-)
 KLEIN = dict(
     num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
 )

@@ -17,17 +17,10 @@ from hgdpo_jax.models.convert import abstract, load_model, require_fit, save_mod
 from hgdpo_jax.models.flux2_vae import AutoencoderKLFlux2, patchify, unpatchify
 from hgdpo_jax.models.weights import open_folder
 from hgdpo_jax.run.errors import UserError
+from tests.klein import VAE as CONFIG
 from tests.models.parity import deviations, numpy_weights, ported, randomise
 from tests.rounding import NETWORK, assert_close
 
-CONFIG: dict[str, Any] = dict(
-    block_out_channels=(8, 16),
-    down_block_types=("DownEncoderBlock2D",) * 2,
-    up_block_types=("UpDecoderBlock2D",) * 2,
-    layers_per_block=1,
-    latent_channels=4,
-    norm_num_groups=4,
-)
 TOLERANCE = 1e-4  # of an output's deviation
 
 
