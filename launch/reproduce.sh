@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Rows of the paper's tables and of ours (docs/rows.md), for each seed. bash launch/reproduce.sh VARIANT WORKDIR [--config.key=value ...]
-# SEEDS="0 1 2" by default. Run again after a stop, as often as you like: what is finished is not done again.
+# SEEDS="0 1 2" and PARTS="paper more objectives lengths people" by default; the three stages come before any part.
+# Run again after a stop, as often as you like: what is finished is not done again.
 variant=${1:?which variant: portraits, sd15 or sdxl} workdir=${2:?folder of the runs}
 shift 2
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt "$variant"
@@ -14,36 +15,40 @@ once() { # RUN COMMAND SPEC ARGUMENTS ...: unless RUN/done says that it is finis
   mkdir -p "$1/done" && echo "${*:2}" > "$mark"
 }
 
+train() { # RUN LINES ARGUMENTS ...
+  local line
+  while read -r line; do
+    # shellcheck disable=SC2086  # a line is several arguments
+    once "$1" $line "${@:3}"
+  done <<<"$2"
+}
+
 measure() { # FOLDER ROWS ...: unless they are measured
   [ -e "$1/resamples.npz" ] || python -m hgdpo_jax.evaluate --runs "${@:2}" --seeds 4 --out "$1" </dev/null
 }
 
 case $variant in sd15 | sdxl) python -m tools.reproduction.cost "$variant" ;; esac
-for part in paper more objectives lengths; do
-  lines=$(python -m tools.reproduction.rows "$variant" "$part")
-  [ "$part" != paper ] || stages=$(head -n 6 <<<"$lines")  # pairs and training of easy, normal, hard
+lines=$(python -m tools.reproduction.rows "$variant" paper)
+stages=$(head -n 6 <<<"$lines")  # pairs and training of easy, normal, hard
+for part in ${PARTS:-paper more objectives lengths people}; do
   for seed in ${SEEDS:-0 1 2}; do
-    while read -r line; do
-      # shellcheck disable=SC2086  # a line is several arguments
-      once "$workdir/$seed" $line "$@"
-    done <<<"$lines"
-    mapfile -t drawn < <(python -m tools.reproduction.rows "$variant" "$part" "$workdir/$seed")
-    measure "$workdir/$seed/rows/$part" "${drawn[@]}"
+    run=$workdir/$seed
+    train "$run" "$stages" "$@"
+    if [ "$part" != people ]; then
+      lines=$(python -m tools.reproduction.rows "$variant" "$part")
+      train "$run" "$lines" "$@"
+      mapfile -t drawn < <(python -m tools.reproduction.rows "$variant" "$part" "$run")
+      measure "$run/rows/$part" "${drawn[@]}"
+    elif [ "$variant" = portraits ]; then
+      fewer=()  # people to learn from
+      for count in 8 16 32 64; do
+        fewer+=("$run-people-$count:hard")
+        python -m tools.reproduction.people "$count" "$run-people-$count/captions.jsonl"
+        train "$run-people-$count" "$stages" --config.data.photographs="$run-people-$count/captions.jsonl" "$@"
+      done
+      measure "$run/rows/people" "$run:base" "${fewer[@]}" "$run:hard"
+    fi
   done
-done
-for seed in ${SEEDS:-0 1 2}; do
-  [ "$variant" = portraits ] || break
-  fewer=()  # people to learn from
-  for count in 8 16 32 64; do
-    run=$workdir/$seed-people-$count
-    fewer+=("$run:hard")
-    python -m tools.reproduction.people "$count" "$run/captions.jsonl"
-    while read -r line; do
-      # shellcheck disable=SC2086
-      once "$run" $line --config.data.photographs="$run/captions.jsonl" "$@"
-    done <<<"$stages"
-  done
-  measure "$workdir/$seed/rows/people" "$workdir/$seed:base" "${fewer[@]}" "$workdir/$seed:hard"
 done
 python -m tools.reproduction.document "$variant" "$workdir" > "$workdir/reproduction.part"
 mv "$workdir/reproduction.part" "$workdir/reproduction.md"

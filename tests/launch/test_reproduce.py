@@ -53,3 +53,10 @@ def test_each_command_runs_once_for_each_seed_and_a_stopped_reproduction_goes_on
         for part in ("paper", "more", "objectives", "lengths")
         for seed in "35"
     ]
+
+
+def test_a_part_alone_comes_after_the_three_stages(shell: StandIns, tmp_path: Path) -> None:
+    given = {"VIRTUAL_ENV": "here", "SEEDS": "0", "PARTS": "lengths", "JAX_PLATFORMS": "cpu"}
+    assert shell.run(SCRIPT, "sd15", str(tmp_path / "rows"), **given).returncode == 0
+    trained = [call[4] for call in shell.calls("python") if call[2] in ("hgdpo_jax.pairs", "hgdpo_jax.main")]
+    assert trained == ["a.py:portraits", "paper.py:portraits", "lengths.py:portraits"]

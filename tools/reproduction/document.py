@@ -43,12 +43,14 @@ def read(folder: Path, names: Mapping[str, str]) -> dict[str, dict[str, np.ndarr
     per_seed: list[dict[str, dict[str, np.ndarray]]] = []
     for run in _runs(folder):
         parts = [reproduction.read_resamples([path]) for path in sorted(run.glob("rows/*/resamples.npz"))]
-        per_seed.append({drawn: row for part in parts for drawn, row in part.items()})
+        drawn = {row.rpartition("/")[2]: metrics for part in parts for row, metrics in part.items()}
+        per_seed.append({end: drawn[run.name + end] for end in names if run.name + end in drawn})
     found: dict[str, dict[str, np.ndarray]] = {}
     for end, name in names.items():
-        seeds = [row for seed in per_seed for drawn, row in seed.items() if drawn.endswith(end)]
-        if seeds and len(seeds) == len(per_seed):
-            found[name] = {metric: np.concatenate([seed[metric] for seed in seeds]) for metric in seeds[0]}
+        if per_seed and all(end in seed for seed in per_seed):
+            found[name] = {
+                metric: np.concatenate([seed[end][metric] for seed in per_seed]) for metric in per_seed[0][end]
+            }
     return found
 
 
@@ -131,7 +133,7 @@ def collapses(folder: Path, variant: str) -> list[str]:
 
 
 def _runs(folder: Path) -> list[Path]:
-    return sorted({path.parents[2] for path in folder.glob("*/rows/paper/resamples.npz")})
+    return sorted({path.parents[2] for path in folder.glob("*/rows/*/resamples.npz")})
 
 
 def _first_alarm(stage: Path) -> str:
@@ -162,17 +164,19 @@ def _drift(look: Mapping[str, float]) -> list[float]:
 def document(variant: str, folder: Path) -> str:
     """The page."""
     names = {part: {f":{row.drawn}": row.name for row in found} for part, found in rows(variant).items()}
+    stages = dict(list(names["paper"].items())[:4])  # base, easy, normal, hard: drawn in every part
     people = {f"-people-{count}:hard": f"{count} people" for count in (8, 16, 32, 64)}
     paper, ours = reproduction.read_paper(), read(folder, names["paper"])
     seeds = len(_runs(folder))
-    more = read(folder, names["more"])
+    more = beside_known(folder, stages, names["more"])
     objectives = beside_known(folder, {":base": "base", ":normal": "normal, dpo"}, names["objectives"])
     lengths = beside_known(folder, {":hard": "hard"}, names["lengths"])
     fewer = beside_known(folder, {":hard": "all, 108"}, people)
     stage_of = {row.drawn: row.name for row in rows(variant)["objectives"]}
     measured = f"{seeds} training seed{'s' * (seeds > 1)}, {variant}, mean and 95 % over seeds and prompts"
-    parts = [[f"## The paper's rows: {measured}"], table(ours)]
-    for fid in [metric for metric in ("fid", "frechet_distance", "face_kernel_distance") if metric in ours["base"]]:
+    # Until all of its rows are measured there is nothing to set beside the paper.
+    parts = [[f"## The paper's rows: {measured}"], table(ours)] if ours.keys() == set(names["paper"].values()) else []
+    for fid in [m for m in ("fid", "frechet_distance", "face_kernel_distance") if parts and m in ours["base"]]:
         stands = standing(ours, fid)
         named = {name: {column: row[metric] for column, metric in stands.items()} for name, row in ours.items()}
         heading = f"## Beside the paper's numbers, {title_of(fid).rstrip(' ↑↓')} for FID"

@@ -168,5 +168,5 @@ def command_lines(variant: str, *parts: str) -> list[str]:
 
 if __name__ == "__main__":
     variant, part, *runs = sys.argv[1:]
-    drawn = [row.drawn for row in [*rows(variant)["paper"][:1], *rows(variant)[part]]]
+    drawn = [row.drawn for row in [*rows(variant)["paper"][:4], *rows(variant)[part]]]  # beside base and three stages
     print("\n".join([f"{run}:{name}" for run in runs for name in dict.fromkeys(drawn)] or command_lines(variant, part)))
