@@ -165,7 +165,7 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
         if line.endswith("{") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) ", line)):
             name, instructions = header[2], []
             entry = name if header[1] else entry
-        elif line == "}" and name:
+        elif re.fullmatch(r'\}(, execution_thread="\w+")?', line) and name:  # a v5p has sparse cores beside
             computations[name] = Computation(instructions, root)
             name = ""
         elif name and re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", line):  # notes of a kernel may have lines of their own

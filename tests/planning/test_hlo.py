@@ -78,6 +78,27 @@ def test_traffic_is_what_crosses_the_border_of_the_chip() -> None:
     assert memory_traffic(HloModule(TPU)) == copied + prefetched + counter + 3 * turn
 
 
+def test_what_runs_on_a_core_of_another_kind_counts_as_well() -> None:
+    """A v5p's sparse cores cut and copy beside the others."""
+    text = TPU.replace(
+        "}\n\nENTRY",
+        """}
+
+%aside (p: f32[1024]) -> f32[1024] {
+  %p = f32[1024]{0} parameter(0)
+  ROOT %copied = f32[1024]{0} copy(%p)
+}, execution_thread="sparsecore"
+
+ENTRY""",
+    ).replace(
+        "  %one =",
+        """  %begun = ((f32[1024]{0}), f32[1024]{0}, u32[]{:S(8)}) async-start(%x), calls=%aside
+  %ended = f32[1024]{0} async-done(%begun)
+  %one =""",
+    )
+    assert memory_traffic(HloModule(text)) == memory_traffic(HloModule(TPU)) + 2 * ROW
+
+
 def test_collectives_in_a_loop_count_as_often_as_it_runs() -> None:
     assert collectives(HloModule(TPU)) == {"all-reduce": Collective(3, 3 * ROW, 3 * ROW * 2 * 3 / 4)}
 
