@@ -1,9 +1,12 @@
-"""An optimizer step of Stable Diffusion 1.5 beside PyTorch's, with diffusers and peft, doing the same work.
+"""An optimizer step beside PyTorch's, with diffusers and peft, doing the same work.
 
-python -m benchmarks.step_peer [--size 256x256] [--pairs 1] [--rounds 5] [--programs hgdpo_jax "reference cached"]
+python -m benchmarks.step_peer [--model sd15|klein] [--size 256x256] [--pairs 1] [--rounds 5]
+    [--programs hgdpo_jax "reference cached"]
 
-Random weights, float32, on this machine's processor: stage 1 of `configs/stage1.py` with LoRA of rank 8 on every
-attention, the text encoder in the step, forwards and backwards through the policy, forwards through the reference (in
+The model is Stable Diffusion 1.5, or a small FLUX.2-klein with heads of the real one's width.
+
+Random weights, float32, on this machine's processor: stage 1 of `configs/stage1.py` with LoRA on every attention,
+the text encoder in the step, forwards and backwards through the policy, forwards through the reference (in
 PyTorch: the adapter switched off), clipping, AdamW. A process each, steps alternately; compilation does not count. Ours
 may also have the reference's predictions at hand (`train.reference_cache`), or train the up blocks only. Both gain from
 an allocator that keeps large memory: `MALLOC_ARENA_MAX=1` before the command, or tcmalloc in `LD_PRELOAD`.
@@ -15,6 +18,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,9 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import Flux2Transformer2DModel, UNet2DConditionModel
+from ml_collections import ConfigDict
 from peft import LoraConfig
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, Qwen3Config, Qwen3Model
 
 from benchmarks import peers
 from hgdpo_jax import config as configuration
@@ -34,16 +39,39 @@ from hgdpo_jax.devices.start import start
 from hgdpo_jax.devices.xla import use_precision
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.source import without_weights
-from hgdpo_jax.models.architectures import SD15, Architecture
+from hgdpo_jax.models.architectures import KLEIN_4B, SD15, Architecture
+from hgdpo_jax.models.chat import LENGTH
 from hgdpo_jax.run.settings import load_config, validate
 from hgdpo_jax.training import step as steps
+from hgdpo_jax.training.inputs import loss_of
 from hgdpo_jax.training.optimizer import make_optimizer, numbers_of
 from hgdpo_jax.training.policy import add_fresh_lora, configured
 
 
-def ours(size: str, pairs: int, blocks: str = "all", cached: bool = False) -> Callable[[], float]:
+def _small(part: str, **changes: int) -> dict[str, Any]:
+    return {**KLEIN_4B.configs[part], **changes}
+
+
+READ = (1, 2, 3)  # layers of its text encoder
+KLEIN = replace(
+    KLEIN_4B,
+    configs={
+        "transformer": _small(
+            "transformer", num_attention_heads=4, num_layers=1, num_single_layers=4, joint_attention_dim=3 * 512
+        ),
+        "vae": KLEIN_4B.configs["vae"],
+        "text_encoder": _small(
+            "text_encoder", hidden_size=512, intermediate_size=1536, num_attention_heads=4, num_key_value_heads=1,
+            num_hidden_layers=4, vocab_size=512,
+        ),
+    },
+)  # fmt: skip
+ARCHITECTURES = {"sd15": SD15, "klein": KLEIN}
+
+
+def ours(size: str, pairs: int, model: str = "sd15", blocks: str = "all", cached: bool = False) -> Callable[[], float]:
     """A function that takes a step and returns the loss."""
-    config = load_config("configs/stage1.py:sd15")
+    config = load_config(f"configs/stage1.py:{model}")
     config.model.dtype, config.data.resolutions = "float32", (size,)
     config.train.batch, config.train.checkpointing, config.train.blocks = pairs, "none", blocks
     validate(config)
@@ -51,7 +79,8 @@ def ours(size: str, pairs: int, blocks: str = "all", cached: bool = False) -> Ca
     use_precision("float32")
     mesh = local_mesh()
     keep_memory(mesh)
-    pipeline = pipelines.of_shapes(without_weights(SD15), "float32")
+    source = without_weights(ARCHITECTURES[model])
+    pipeline = pipelines.of_shapes(source, "float32")
     pipeline = configured(pipeline, config, mesh)
     add_fresh_lora(pipeline, config)
     denoiser, *parts = steps.split_params(pipeline, "lora")
@@ -66,10 +95,12 @@ def ours(size: str, pairs: int, blocks: str = "all", cached: bool = False) -> Ca
 
     policy, frozen = jax.tree.map(filled, parts)
     tx = make_optimizer(config.train)
-    step = steps.make_step(steps.preference_loss(denoiser, pipeline.schedule, blocks), tx, 1)
+    step = steps.make_step(loss_of(config, denoiser, pipeline.schedule), tx, 1)
     shape = (pairs, *pipeline.latent_shape(next(iter(configuration.resolutions(config).values()))))
-    batch = {name: rng.standard_normal(shape, np.float32).astype(np.float16) for name in ("winner", "loser")}
-    batch["input_ids"] = np.full((pairs, 77), 49407, np.int32)
+    batch: dict[str, Any] = {
+        name: rng.standard_normal(shape, np.float32).astype(np.float16) for name in ("winner", "loser")
+    }
+    batch["input_ids"] = source.family.tokenize(source.tokenizers, ["a person"] * pairs)
     if cached:
         batch["example"] = np.arange(pairs, dtype=np.int32)
         batch["reference"] = rng.standard_normal((pairs, 2, *shape[1:]), np.float32)
@@ -118,54 +149,117 @@ def theirs(
     alphas = torch.linspace(0.9999, 0.005, 1000, device=device)
     predict = torch.compile(unet, backend=backend) if backend else unet
 
-    def run() -> torch.Tensor:
+    def noised(noise: torch.Tensor) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
         t = torch.randint(0, 1000, (pairs,), device=device).repeat(2)
-        noise = torch.randn(pairs, 4, height, width, device=device).repeat(2, 1, 1, 1)
         alpha = alphas[t].view(-1, 1, 1, 1)
         x_t = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        with torch.autocast(device, frozen, enabled=frozen != torch.float32):
+        with torch.no_grad():
+            memory = text(ids).last_hidden_state.repeat(2, 1, 1)
+        return lambda: predict(x_t, t, memory).sample, noise
+
+    return _step(unet, optimizer, latents, noised, train, frozen)
+
+
+def theirs_klein(size: str, pairs: int) -> Callable[[], torch.Tensor]:
+    """The same with PyTorch for the small FLUX.2-klein."""
+    train = load_config("configs/stage1.py:klein").train
+    transformer = Flux2Transformer2DModel.from_config(dict(KLEIN.configs["transformer"])).requires_grad_(False)
+    text = Qwen3Model(Qwen3Config(**dict(KLEIN.configs["text_encoder"]))).requires_grad_(False)
+    modules = "to_q|to_k|to_v|to_out.0|add_q_proj|add_k_proj|add_v_proj|to_add_out|to_qkv_mlp_proj"
+    single = r"single_transformer_blocks\.\d+\.attn\.to_out"
+    lora = LoraConfig(r=train.lora_rank, lora_alpha=train.lora_alpha, target_modules=rf".*\.({modules})|{single}")
+    transformer.add_adapter(lora)
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=train.lr, weight_decay=0.0)
+    height, width = (int(side) // 16 for side in size.split("x"))
+    latents = torch.randn(2 * pairs, height * width, 128)
+    ids = torch.zeros(pairs, LENGTH, dtype=torch.int64)
+    zero, one = torch.arange(1), torch.arange
+    image_ids = torch.cartesian_prod(zero, one(height), one(width), zero)
+    text_ids = torch.cartesian_prod(zero, zero, zero, one(LENGTH))
+
+    def noised(noise: torch.Tensor) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
+        level = torch.sigmoid(torch.randn(pairs))
+        sigma = (train.noise_shift * level / (1 + (train.noise_shift - 1) * level)).repeat(2)
+        at = sigma.view(-1, 1, 1)
+        x = (1 - at) * latents + at * noise
+        with torch.no_grad():
+            states = text(ids, output_hidden_states=True).hidden_states
+            memory = torch.cat([states[layer] for layer in READ], -1).repeat(2, 1, 1)
+        return lambda: transformer(x, memory, sigma, image_ids, text_ids).sample, noise - latents
+
+    return _step(transformer, optimizer, latents, noised, train, torch.float32)
+
+
+def _step(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    latents: torch.Tensor,
+    noised: Callable[[torch.Tensor], tuple[Callable[[], torch.Tensor], torch.Tensor]],
+    train: ConfigDict,
+    dtype: torch.dtype,
+) -> Callable[[], torch.Tensor]:
+    """A step of Diffusion-DPO on latents whose first half are winners.
+
+    Args:
+        model: has an adapter.
+        noised: noise, the same for winner and loser → what predicts from the noised latents, and its target.
+        dtype: that products are computed in.
+    """
+    pairs, rest, device = len(latents) // 2, latents.shape[1:], latents.device
+    places = (1,) if latents.ndim == 3 else (2, 3)
+
+    def run() -> torch.Tensor:
+        noise = torch.randn(pairs, *rest, device=device).repeat(2, *[1] * len(rest))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            predict, target = noised(noise)
             with torch.no_grad():
-                memory = text(ids).last_hidden_state.repeat(2, 1, 1)
-                unet.disable_adapters()
-                reference = predict(x_t, t, memory).sample.float()
-                unet.enable_adapters()
-            predicted = predict(x_t, t, memory).sample.float()
-        gain = ((predicted - reference) * (predicted + reference - 2 * noise)).mean((1, 2, 3))
+                model.disable_adapters()
+                reference = predict().float()
+                model.enable_adapters()
+            predicted = predict().float()
+        gain = ((predicted - reference) * (predicted + reference - 2 * target)).flatten(1).mean(1)
         loss = -torch.nn.functional.logsigmoid(-0.5 * train.beta * (gain[:pairs] - gain[pairs:])).mean()
-        moved = ((predicted - reference)[:pairs]).mean((2, 3)).square().sum(1).mean()  # the statistics loss
+        moved = ((predicted - reference)[:pairs]).mean(places).square().sum(1).mean()  # the statistics loss
         optimizer.zero_grad()
         (loss + train.lambda_stat * moved).backward()
-        torch.nn.utils.clip_grad_norm_(trained, train.clip_norm)
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], train.clip_norm)
         optimizer.step()
         return loss.detach()
 
     return run
 
 
-RUNS = {
-    "hgdpo_jax": ours,
-    "diffusers + peft": theirs,
-    "reference cached": partial(ours, cached=True),
-    "up blocks": partial(ours, blocks="up"),
+OURS = "hgdpo_jax"
+PROGRAMS: dict[tuple[str, str], Callable[[str, int], Callable[[], Any]]] = {
+    ("sd15", OURS): ours,
+    ("sd15", "diffusers + peft"): theirs,
+    ("sd15", "reference cached"): partial(ours, cached=True),
+    ("sd15", "up blocks"): partial(ours, blocks="up"),
+    ("klein", OURS): partial(ours, model="klein"),
+    ("klein", "diffusers + peft"): theirs_klein,
+    ("klein", "reference cached"): partial(ours, model="klein", cached=True),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times a step of SD1.5 here and in PyTorch.")
+    names = sorted({name for _, name in PROGRAMS})
+    parser = argparse.ArgumentParser(description="Times a step here and in PyTorch.")
+    parser.add_argument("--model", choices=ARCHITECTURES, default="sd15")
     parser.add_argument("--size", default="256x256")
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--programs", nargs=2, choices=RUNS, default=list(RUNS)[:2], help="the first against the second"
-    )
-    parser.add_argument("--only", choices=RUNS, help="is how each of the two is started")
+    parser.add_argument("--programs", nargs=2, choices=names, default=[OURS, "diffusers + peft"],
+                        help="the first against the second")  # fmt: skip
+    parser.add_argument("--only", choices=names, help="is how each of the two is started")
     given = parser.parse_args()
     if given.only:
-        return peers.serve(RUNS[given.only](given.size, given.pairs))
+        return peers.serve(PROGRAMS[given.model, given.only](given.size, given.pairs))
     seconds = peers.alternately("benchmarks.step_peer", given.programs, given.rounds)
     figures = {name: peers.summary(found, 3) for name, found in seconds.items()}
     one, other = (statistics.median(x) for x in seconds.values())
-    print(json.dumps({"size": given.size, "pairs": given.pairs, "seconds": figures, "ratio": other / one}, indent=2))
+    print(json.dumps({"model": given.model, "size": given.size, "pairs": given.pairs, "seconds": figures,
+                      "ratio": other / one}, indent=2))  # fmt: skip
 
 
 if __name__ == "__main__":
