@@ -1,10 +1,12 @@
-"""Blocks and VAE of FLUX.2-klein at full size against diffusers, float32: part of `bash launch/test.sh --full`.
+"""FLUX.2-klein at full size against diffusers, float32: part of `bash launch/test.sh --full`.
 
-Weights are random. Takes 5 GB of memory and, on two cores, a minute. That the whole transformer has diffusers' names
-and shapes is in tests/models.
+Weights are random. Blocks and VAE take 5 GB of memory and, on two cores, a minute; the whole transformer 12 GB, as much
+disk, and some minutes.
 """
 
 import gc
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +14,22 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2 as TorchVAE
+from diffusers import Flux2Transformer2DModel as TorchFlux2
 from diffusers.models.transformers import transformer_flux2
 from flax import nnx
 
-from hgdpo_jax.models.convert import abstract, from_torch
-from hgdpo_jax.models.flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock, Sizes, rotation
+from hgdpo_jax.models.architectures import KLEIN_4B
+from hgdpo_jax.models.convert import abstract, from_torch, load_model
+from hgdpo_jax.models.flux2 import (
+    Flux2SingleTransformerBlock,
+    Flux2Transformer2DModel,
+    Flux2TransformerBlock,
+    Sizes,
+    rotation,
+)
 from hgdpo_jax.models.flux2_vae import AutoencoderKLFlux2, unpatchify
 from hgdpo_jax.models.layers import SHAPES, Layers
+from hgdpo_jax.models.weights import write_weights
 from tests.models.parity import deviations, numpy_weights, randomise
 
 SIZES = Sizes(width=3072, heads=24, hidden=9216, eps=1e-6)
@@ -76,3 +87,47 @@ def test_the_vae_computes_what_pytorchs_does() -> None:
     errors = [deviations(x, y.permute(0, 2, 3, 1)) for x, y in ((encoded, mean), (decoded, sample))]
     print(f"\nVAE: largest error {errors[0]:.2e} encoding, {errors[1]:.2e} decoding, in standard deviations")
     assert max(errors) <= 1e-4
+
+
+def test_the_transformer_computes_what_pytorchs_does(tmp_path: Path) -> None:
+    """A prompt and a picture of 256x256. Weights are bfloat16, products float32; one model in memory at a time."""
+    config, rng = KLEIN_4B.configs["transformer"], np.random.default_rng(0)
+    sample, text = rng.standard_normal((1, 16, 16, 128), np.float32), rng.standard_normal((1, 512, 7680), np.float32)
+    sigma = np.float32([0.6])
+    with torch.device("meta"):
+        theirs = TorchFlux2(**{key: value for key, value in config.items() if key[0] != "_"})
+    theirs = randomise(theirs.to(torch.bfloat16).to_empty(device="cpu"))
+    theirs.save_config(tmp_path)
+    weights = {key: x.view(torch.int16).numpy().view(jnp.bfloat16) for key, x in theirs.state_dict().items()}
+    write_weights(tmp_path / "diffusion_pytorch_model.safetensors", weights, jnp.bfloat16)
+    del weights
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.RMSNorm):
+            module.register_forward_pre_hook(_widen)
+            module.register_forward_hook(_narrow)
+    zero, grid, words = torch.arange(1), torch.arange(16), torch.arange(512)
+    ids = [torch.cartesian_prod(zero, grid, grid, zero), torch.cartesian_prod(zero, zero, zero, words)]
+    with torch.no_grad():
+        expected = theirs(
+            torch.tensor(sample).flatten(1, 2), torch.tensor(text), torch.tensor(sigma), *ids
+        ).sample.reshape(sample.shape)
+    del theirs
+    gc.collect()
+    ours = load_model(Flux2Transformer2DModel, tmp_path, jnp.float32, jnp.bfloat16)
+    found = nnx.jit(lambda model, x, at, text: model(x, at, model.read_text(text)))(ours, sample, sigma, text)
+    assert found.dtype == jnp.float32 and expected.dtype == torch.float32
+    error = deviations(found, expected)
+    print(f"\ntransformer: largest error {error:.2e} standard deviations")
+    assert error <= 1e-4
+
+
+def _widen(module: torch.nn.Module, inputs: Any) -> None:
+    """In place of the weights those in float32, until the module has computed."""
+    module.kept = {name: parameter.data for name, parameter in module.named_parameters()}
+    for parameter in module.parameters():
+        parameter.data = parameter.data.float()
+
+
+def _narrow(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.data = module.kept[name]
