@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, types and the test suite, on CPU, one process per core. Further arguments go to pytest: bash launch/test.sh tests/models -x
-# With --full instead: Stable Diffusion 1.5 and XL, FLUX.2's blocks and VAE, and a layer of Qwen3, at full size against diffusers (24 GB
+# With --full instead: Stable Diffusion 1.5 and XL, FLUX.2's transformer and VAE, and a layer of Qwen3, at full size against diffusers (24 GB
 # of memory, 40 GB of disk).
 flags=${XLA_FLAGS:-}  # the user's: setup.sh would add the number of devices of a run
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-test.txt
