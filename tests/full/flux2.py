@@ -114,7 +114,8 @@ def test_the_transformer_computes_what_pytorchs_does(tmp_path: Path) -> None:
     del theirs
     gc.collect()
     ours = load_model(Flux2Transformer2DModel, tmp_path, jnp.float32, jnp.bfloat16)
-    found = ours(sample, sigma, ours.read_text(text))  # not compiled as one: that would widen all weights at once
+    x, at, context = map(jnp.asarray, (sample, sigma, text))
+    found = ours(x, at, ours.read_text(context))  # not compiled as one: that would widen all weights at once
     assert found.dtype == jnp.float32 and expected.dtype == torch.float32
     error = deviations(found, expected)
     print(f"\ntransformer: largest error {error:.2e} standard deviations")
