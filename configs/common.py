@@ -7,10 +7,13 @@ from ml_collections import ConfigDict
 from hgdpo_jax.config import ASSETS, default
 from hgdpo_jax.run.errors import UserError
 
+EMBEDDED = ("portraits", "portraits-flow")
+
 
 def base(variant: str) -> ConfigDict:
     """`sd15`: the paper's settings, for a checkpoint and photographs of your own. `sdxl`: the same for SDXL. `klein`:
-    the curriculum for FLUX.2-klein-base. `portraits`: the embedded default."""
+    the curriculum for FLUX.2-klein-base. `portraits`: the embedded default;
+    `portraits-flow`: on the embedded flow model."""
     config = default()
     if variant in ("sd15", "sdxl"):
         config.data.resolutions = ("1024x704",)
@@ -31,7 +34,7 @@ def base(variant: str) -> ConfigDict:
         config.train.beta = 2000.0
         config.train.noise_levels = "logit_normal"
         config.train.noise_shift = 3.0
-    elif variant == "portraits":
+    elif variant in EMBEDDED:
         config.model.base = str(ASSETS / "portraits" / "base")
         config.model.dtype = "float32"  # everywhere: so small a network gains nothing, and its figures stay comparable
         config.data.photographs = str(ASSETS / "portraits")
@@ -66,9 +69,14 @@ def base(variant: str) -> ConfigDict:
         config.evaluate.guidance = 2.0
         config.evaluate.batch = 32
         scenes = ("blue background, soft light", "brown background, dark light", "white background, bright light")
+        if variant == "portraits-flow":
+            config.model.base = str(ASSETS / "portraits" / "flow")
+            config.pairs.sampler = config.evaluate.sampler = "euler"
+            config.adapter.weights = ""
+            config.train.lora_modules = ("attention", "feed_forward")
         config.evaluate.concept_prompts = tuple(f"{{subject}}, {scene}" for scene in scenes)
     else:
-        raise UserError(f"config variant {variant}: unknown; choose sd15, sdxl, klein or portraits")
+        raise UserError(f"config variant {variant}: unknown; choose sd15, sdxl, klein, portraits or portraits-flow")
     return config
 
 

@@ -21,6 +21,6 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.pairs.loser = "given"
     config.train.start = "base"
     config.train.steps = 20_000
-    if variant == "portraits":
+    if variant in common.EMBEDDED:
         config.train.steps = 60
     return config

@@ -22,7 +22,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.pairs.pool_size = 1
     config.train.start = "base"
     config.train.steps = sum(stage.get_config(variant).train.steps for stage in (stage1, stage2, stage3))
-    if variant == "portraits":
+    if variant in common.EMBEDDED:
         for key in ("lr", "schedule", "beta"):
             config.train[key] = stage2.get_config(variant).train[key]
     return config

@@ -30,7 +30,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.lr = 1e-4
     config.train.weight_decay = 0.01
     config.train.steps = 100_000
-    if variant == "portraits":
+    if variant in common.EMBEDDED:
         # On what the base learnt from: thousands of people, where the curriculum has a hundred.
         config.data.split = "base"
         config.data.mirror = False

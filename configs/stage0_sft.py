@@ -28,7 +28,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.pairs.winner = "photograph"
     config.pairs.loser = "none"
     config.train.params = "all"
-    if variant == "portraits":
+    if variant in common.EMBEDDED:
         # From nothing: the folder holds the VAE, the text encoder and a randomly initialised UNet.
         config.data.split = "base"
         config.data.mirror = False

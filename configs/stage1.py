@@ -35,7 +35,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.steps = 300_000
     if variant == "klein":
         config.train.lambda_stat = 16_000.0  # as much of a loss for the same shift of 128 channels in a step of Euler's
-    if variant == "portraits":
+    if variant in common.EMBEDDED:
         config.train.steps = 30
         config.train.lr = 1e-3
         config.train.beta = 3000.0

@@ -29,7 +29,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.pairs.keep_if_winner_scores_higher = True
     config.train.start = "stage1"
     config.train.steps = 20_000
-    if variant == "portraits":
+    if variant in common.EMBEDDED:
         # The embedded scorer judges form, which drawn faces have: K would hold only a third of 108 photographs.
         config.pairs.keep_if_winner_scores_higher = False
         config.pairs.strengths = (2, 3)  # of a picture this small 400 to 700 leave little but the colours

@@ -25,7 +25,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.pairs.loser = "stage2"
     config.train.start = "stage2"
     config.train.steps = 20_000
-    if variant == "portraits":
+    if variant in common.EMBEDDED:
         config.train.steps = 150
         config.train.lr = 1e-3
         config.train.schedule = "cosine"

@@ -23,7 +23,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.lora_rank = 64
     config.train.lora_alpha = 64.0
     config.train.steps = 20_000
-    if variant == "portraits":
+    if variant in common.EMBEDDED:
         config.train.steps = 40
         config.train.beta = 500.0
     return config

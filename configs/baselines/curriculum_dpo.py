@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.reference = "base"
     config.train.steps = 400
     config.train.lr = 3e-4
-    if variant == "portraits":
+    if variant in common.EMBEDDED:
         config.pairs.buckets = 3
         config.train.steps = naive.get_config(variant).train.steps // config.pairs.buckets
         for key in ("lr", "schedule", "beta"):

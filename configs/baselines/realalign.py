@@ -32,7 +32,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.train.batch = 256
     config.train.lora_rank = 4
     config.train.lora_alpha = 4.0
-    if variant == "portraits":
+    if variant in common.EMBEDDED:
         config.pairs.keep_if_winner_scores_higher = False  # as in configs/stage2.py
         config.pairs.least_gap = 0.0
         config.train = naive.get_config(variant).train

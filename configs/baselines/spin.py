@@ -22,7 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.pairs.policy = config.train.start = f"spin_{k - 1}"
     config.train.steps = 500
     config.train.lr = 2e-5
-    if variant == "portraits":
+    if variant in common.EMBEDDED:
         config.train.steps = 160
         config.train.lr = naive.get_config(variant).train.lr
     return config

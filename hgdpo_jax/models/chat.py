@@ -13,7 +13,7 @@ from transformers import Qwen2Tokenizer
 from hgdpo_jax.run.errors import UserError
 
 LENGTH = 512  # tokens of a prompt in the pipeline of diffusers
-_MARKS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+MARKS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 
 def chat(prompt: str) -> str:
@@ -41,7 +41,7 @@ def byte_tokenizer(**settings: Any) -> Qwen2Tokenizer:
     """A tokenizer whose words are bytes, with Qwen3's marks: for models without a vocabulary of their own."""
     vocabulary = {byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}
     made = Qwen2Tokenizer(vocab=vocabulary, merges=[], **settings)
-    made.add_tokens([AddedToken(mark, special=mark.startswith("<|"), normalized=False) for mark in _MARKS])
+    made.add_tokens([AddedToken(mark, special=mark.startswith("<|"), normalized=False) for mark in MARKS])
     return made
 
 
@@ -57,7 +57,7 @@ def open_tokenizer(folder: Path) -> Qwen2Tokenizer:
     except Exception as error:  # transformers' and tokenizers' errors have no class in common
         reason = " ".join(str(error).split())
         raise UserError(f"{folder}: not a tokenizer that can be read ({reason}); copy the folder again") from error
-    for mark in _MARKS:
+    for mark in MARKS:
         if mark not in tokenizer.added_tokens_encoder:
             raise UserError(f"{folder}: its tokenizer has no token {mark}; expected Qwen3's, copy the folder again")
     if tokenizer.padding_side != "right":
