@@ -81,7 +81,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         UserError: no such file or variant; a file with an error in it; an unknown key (the nearest is named); a value
             of another type or out of range.
     """
-    path, _, variant = spec.rpartition(":") if re.search(r":\w+(,[\w.]+)?$", spec) else (spec, "", "")
+    path, _, variant = spec.rpartition(":") if re.search(r":[\w-]+(,[\w.]+)?$", spec) else (spec, "", "")
     file = _config_file(path)
     try:
         module = _import(file)
