@@ -12,8 +12,8 @@ EMBEDDED = ("portraits", "portraits-flow")
 
 def base(variant: str) -> ConfigDict:
     """`sd15`: the paper's settings, for a checkpoint and photographs of your own. `sdxl`: the same for SDXL. `klein`:
-    the curriculum for FLUX.2-klein-base. `portraits`: the embedded default;
-    `portraits-flow`: on the embedded flow model."""
+    the curriculum for FLUX.2-klein-base. `portraits`: the embedded default. `portraits-flow`: the same on the
+    embedded flow model."""
     config = default()
     if variant in ("sd15", "sdxl"):
         config.data.resolutions = ("1024x704",)
@@ -74,6 +74,7 @@ def base(variant: str) -> ConfigDict:
             config.pairs.sampler = config.evaluate.sampler = "euler"
             config.adapter.weights = ""
             config.train.lora_modules = ("attention", "feed_forward")
+            config.train.noise_levels = "logit_normal"
         config.evaluate.concept_prompts = tuple(f"{{subject}}, {scene}" for scene in scenes)
     else:
         raise UserError(f"config variant {variant}: unknown; choose sd15, sdxl, klein, portraits or portraits-flow")

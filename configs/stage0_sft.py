@@ -43,4 +43,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
         config.train.checkpoint_every = 1000
         config.train.log_every = 50
         config.train.eval_every = 4000
+        if variant == "portraits-flow":
+            config.train.steps = 9_500
+            config.train.lr = 2e-3
     return config

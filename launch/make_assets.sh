@@ -23,15 +23,15 @@ vocabulary() { # OpenAI's, of which the tokenizer is made
   python -m pip download --quiet --no-deps --dest "$work/wheel" open_clip_torch==3.3.0 &&
     unzip -o -q -j "$work"/wheel/open_clip_torch-3.3.0-*.whl open_clip/bpe_simple_vocab_16e6.txt.gz -d "$work/wheel"
 }
-train() { # STAGE WORKDIR [--config.key=value ...]: its shards and its training on what the base learns from
+train() { # STAGE VARIANT WORKDIR [--config.key=value ...]: its shards and its training on what the base learns from
   for command in pairs main; do
-    python -m hgdpo_jax.$command --config "configs/$1.py:portraits" --workdir "$2" \
-      --config.data.photographs="$people/base.jsonl" "${@:3}" || return
+    python -m hgdpo_jax.$command --config "configs/$1.py:$2" --workdir "$3" \
+      --config.data.photographs="$people/base.jsonl" "${@:4}" || return
   done
 }
-unet() { # WORKDIR: its stage 0 becomes the base
+denoiser() { # WORKDIR TOOL NAME: what its stage 0 trained becomes that of the base
   rm -rf "$1/export" && python -m hgdpo_jax.export --workdir "$1" --out "$1/export" &&
-    python -m tools.make_assets.base "$portraits" --unet "$1/export/unet"
+    python -m "tools.make_assets.$2" "$portraits" "--$3" "$1/export/$3"
 }
 
 python -m pip install --quiet -r tools/make_assets/requirements.txt
@@ -46,15 +46,19 @@ once mixture python -m tools.make_assets.mixture "$avatars" "$portraits" "$peopl
 once layout python -m tools.make_assets.base "$portraits" --vocabulary "$work/wheel/bpe_simple_vocab_16e6.txt.gz"
 once text python -m tools.make_assets.text "$portraits" "$people"
 once vae python -m tools.make_assets.vae "$portraits" "$people"
-once base train stage0_sft "$work/run"
-once unet unet "$work/run"
+once base train stage0_sft portraits "$work/run"
+once unet denoiser "$work/run" base unet
 # The same again from there, with twice the share of photographs.
 once second_mixture python -m tools.make_assets.mixture "$avatars" "$portraits" "$people" --share 0.2
-once second_base train stage0_sft "$work/second" --config.train.steps=9000 --config.train.lr=6e-4
-once second_unet unet "$work/second"
+once second_base train stage0_sft portraits "$work/second" --config.train.steps=9000 --config.train.lr=6e-4
+once second_unet denoiser "$work/second" base unet
+# A flow model from the same pictures.
+once flow_layout python -m tools.make_assets.flow "$portraits" --people "$people"
+once flow train stage0_sft portraits-flow "$work/flow"
+once transformer denoiser "$work/flow" flow transformer
 once measure python -m tools.make_assets.measure "$portraits" "$people"
 once scorer python -m tools.make_assets.scorer "$portraits" "$people" "$networks"
 once judge python -m tools.make_assets.judge "$portraits" "$people"
-once personalise train personalise "$work/run"
+once personalise train personalise portraits "$work/run"
 once adapter python -m hgdpo_jax.export --workdir "$work/run" --stage personalise --format peft --out "$work/adapter"
 cp "$work/adapter/ip_adapter.safetensors" "$portraits"

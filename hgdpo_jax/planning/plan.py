@@ -94,7 +94,7 @@ def share_of_one(config: ConfigDict, source: Source, mesh: Mesh) -> tuple[Config
 
 
 def _source(spec: str, config: ConfigDict) -> Source:
-    variant = re.search(r":(\w+)$", spec)
+    variant = re.search(r":([\w-]+)$", spec)
     return program.open_architecture(config, variant[1] if variant else "")
 
 

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+from flax import nnx
+
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.run.settings import load_config
 from hgdpo_jax.scoring.judges import Judges
@@ -54,3 +57,9 @@ def test_the_embedded_models_fit_each_other(tmp_path: Path) -> None:
     assert pipeline.adapter is not None and encoder is not None
     assert pipeline.licence == "apache-2.0"  # what the card of the demo's export says
     Judges(config.pairs.scorer, config.evaluate.scorer, config.evaluate.other_scorer, config.evaluate.scorers, mesh)
+
+
+def test_the_embedded_flow_model_is_whole() -> None:
+    pipeline = load_trainable(load_config("configs/stage3.py:portraits-flow"), tiny.mesh())
+    sizes = [x.size for x in jax.tree.leaves(nnx.state(pipeline.denoiser, nnx.Param)) if isinstance(x, jax.Array)]
+    assert sum(sizes) <= 3e6 and pipeline.licence == "apache-2.0"

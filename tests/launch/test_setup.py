@@ -61,6 +61,12 @@ def test_a_curriculum_stays_in_the_callers_folder(
     assert not list(here.iterdir()) and not (repository / ".venv").exists()
 
 
+def test_flow_models_have_no_text_encoder_stage(repository: Path, shell: StandIns) -> None:
+    done = shell.run(repository / "launch" / "curriculum.sh", "portraits-flow", "W", VIRTUAL_ENV="here")
+    assert done.returncode == 0, done.stderr
+    assert [call[2] for call in commands(shell)] == [f"configs/{stage}.py:portraits-flow" for stage in STAGES[:-1]]
+
+
 @pytest.mark.parametrize("environment", [{"VIRTUAL_ENV": "here"}, {"VIRTUAL_ENV": "", "CONDA_PREFIX": ""}])
 @pytest.mark.parametrize("variant", ["sd15", "sdxl"])
 def test_a_large_model_is_not_left_to_a_processor_without_a_word(

@@ -10,7 +10,7 @@ from hgdpo_jax.run.folder import pair_stages, stage_command
 from hgdpo_jax.run.settings import CONFIGS, load_config
 
 ROOT = Path(__file__).parents[2]
-VARIANTS = ("sd15", "sdxl", "portraits")
+VARIANTS = ("sd15", "sdxl", "portraits", "portraits-flow")
 # What a row takes after its variant: values that have other ways through the file.
 VALUES = {
     "pool_size": ("2", "8", "16"),

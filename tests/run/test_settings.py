@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 STAGES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "common"))
 
 
-@pytest.mark.parametrize("variant", ["sd15", "sdxl", "portraits"])
+@pytest.mark.parametrize("variant", ["sd15", "sdxl", "portraits", "portraits-flow"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_shipped_config_is_valid(stage: str, variant: str) -> None:
     load_config(f"{CONFIGS / stage}.py:{variant}")

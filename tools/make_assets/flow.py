@@ -1,7 +1,7 @@
 """Lays out the embedded flow base, a FLUX.2-klein in small, or puts a trained transformer into it.
 
-python -m tools.make_assets.flow PORTRAITS PEOPLE                             all, the transformer random
-python -m tools.make_assets.flow PORTRAITS PEOPLE --transformer EXPORT/transformer
+python -m tools.make_assets.flow PORTRAITS --people PEOPLE                    all, the transformer random
+python -m tools.make_assets.flow PORTRAITS --transformer EXPORT/transformer
 
 Its VAE is that of the embedded Stable Diffusion, with the statistics of its latents' patches. Its text encoder learns,
 as Qwen3 did, to continue texts: the captions of the made people.
@@ -39,7 +39,7 @@ from tools.make_assets.photographs import SIZE
 from tools.make_assets.vae import CHANNELS
 from tools.make_assets.vae import CONFIG as SD_VAE
 
-WORDS, TOKENS = 320, 40  # of the vocabulary; of a prompt with its chat: the longest has 36
+WORDS, TOKENS = 512, 36  # at most, of the vocabulary; of a prompt with its chat: those of captions have at most 32
 TEXT = {
     **KLEIN_4B.configs["text_encoder"],
     "head_dim": 16,
@@ -57,8 +57,8 @@ TRANSFORMER = {
     "in_channels": 4 * CHANNELS,
     "joint_attention_dim": 3 * TEXT["hidden_size"],
     "num_attention_heads": 4,
-    "num_layers": 2,
-    "num_single_layers": 8,
+    "num_layers": 3,
+    "num_single_layers": 3,
     "timestep_guidance_channels": 64,
 }
 VAE = {
@@ -70,6 +70,8 @@ VAE = {
     "use_quant_conv": True,
     "use_post_quant_conv": True,
 }
+# For diffusers, which asks transformers for what :func:`hgdpo_jax.models.chat.chat` makes.
+TEMPLATE = chat("{{ messages[0].content }}").replace("\n", "{{ '\\n' }}")
 SHOWN = 4000  # pictures whose latents the statistics are of
 
 
@@ -81,7 +83,7 @@ def make_tokenizer(captions: list[str], folder: Path) -> Qwen2Tokenizer:
     learner.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=WORDS, initial_alphabet=letters))
     made = json.loads(learner.to_str())["model"]
     merges: Any = [tuple(merge) for merge in made["merges"]]  # transformers' annotation knows strings alone
-    tokenizer = Qwen2Tokenizer(vocab=made["vocab"], merges=merges, model_max_length=TOKENS)
+    tokenizer = Qwen2Tokenizer(vocab=made["vocab"], merges=merges, model_max_length=TOKENS, chat_template=TEMPLATE)
     tokenizer.add_tokens([AddedToken(mark, special=mark.startswith("<|"), normalized=False) for mark in MARKS])
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -97,14 +99,23 @@ def continued(model: Qwen3Model, ids: Int[Array, "b s"], padding: int) -> Array:
     return jnp.sum(losses * mask[:, 1:]) / mask[:, 1:].sum()
 
 
-def make_text_encoder(captions: list[str], tokenizer: Qwen2Tokenizer, folder: Path, steps: int) -> None:
-    """Learns all layers: a model of one more is cut before it, see :class:`hgdpo_jax.models.qwen3.Qwen3Model`."""
+def language_model(vocabulary: int) -> Qwen3Model:
+    """All layers of the text encoder: its states are those that the next token is told from.
+
+    Of a model the states before the last layer are the last that :class:`Qwen3Model` gives, so this one has a layer
+    more, which is not computed.
+    """
     layers = TEXT["num_hidden_layers"]
-    config = TEXT | {"vocab_size": len(tokenizer)}
-    model = Qwen3Model(config | {"num_hidden_layers": layers + 1}, rngs=nnx.Rngs(1), read=(layers,))
+    config = TEXT | {"vocab_size": vocabulary, "num_hidden_layers": layers + 1}
+    return Qwen3Model(config, rngs=nnx.Rngs(1), read=(layers,))
+
+
+def make_text_encoder(captions: list[str], tokenizer: Qwen2Tokenizer, folder: Path, steps: int) -> None:
+    """Writes a language model that has learnt the captions, as transformers writes Qwen3ForCausalLM."""
+    model = language_model(len(tokenizer))
     graph, weights = nnx.split(model)
     ids, rng = chat_ids(tokenizer, captions, TOKENS), np.random.default_rng(0)
-    rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 50, steps)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 12, steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
 
     @jax.jit
@@ -124,7 +135,16 @@ def make_text_encoder(captions: list[str], tokenizer: Qwen2Tokenizer, folder: Pa
     tensors["model.norm.weight"] = np.ones(TEXT["hidden_size"], np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder / "model.safetensors", tensors, np.float16)
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", TEXT | {"vocab_size": len(tokenizer)})
+
+
+def fresh_transformer() -> Flux2Transformer2DModel:
+    """Random, but that each block begins as the identity, and the prediction as 0 (Peebles and Xie 2023)."""
+    model = Flux2Transformer2DModel(TRANSFORMER, rngs=nnx.Rngs(2))
+    modulations = model.double_stream_modulation_img, model.double_stream_modulation_txt, model.single_stream_modulation
+    for layer in (*(modulation.linear for modulation in modulations), model.norm_out.linear, model.proj_out):
+        layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
+    return model
 
 
 def make_vae(portraits: Path, people: Path, folder: Path) -> None:
@@ -147,8 +167,9 @@ def make_vae(portraits: Path, people: Path, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("portraits", type=Path)
-    parser.add_argument("people", type=Path, help="the folder of made people")
-    parser.add_argument("--transformer", type=Path, help="folder of a trained one")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--people", type=Path, help="the folder of made people")
+    group.add_argument("--transformer", type=Path, help="folder of a trained one")
     parser.add_argument("--steps", type=int, default=600, help="of the text encoder")
     arguments = parser.parse_args()
     start()
@@ -161,8 +182,7 @@ def main() -> None:
     tokenizer = make_tokenizer([chat(caption) for caption in captions], base / "tokenizer")
     make_text_encoder(captions, tokenizer, base / "text_encoder", arguments.steps)
     make_vae(arguments.portraits, arguments.people, base / "vae")
-    transformer = Flux2Transformer2DModel(TRANSFORMER, rngs=nnx.Rngs(2))
-    save_model(transformer, base / "transformer", dtype=np.float16)
+    save_model(fresh_transformer(), base / "transformer", dtype=np.float16)
     plain = {"shift": 1.0, "use_dynamic_shifting": False}  # of so few tokens FLUX.2's shift leaves noise alone
     write_json(base / "scheduler" / "scheduler_config.json", {**KLEIN_4B.scheduler, **plain})
     write_json(base / "model_index.json", KLEIN_4B.index)
