@@ -40,6 +40,7 @@ class Family:
         check: raises UserError where parts are not of one model, of the checkpoint's name, configs and tokenizers.
         layout: folders of its models → how other programs know such a checkpoint.
         drawing: how the recipe draws with it.
+        told: (tokenizers, models) → arguments without which diffusers' pipeline would read captions otherwise.
     """
 
     title: str
@@ -59,3 +60,4 @@ class Family:
     check: Callable[[str, Configs, Tokenizers], None]
     layout: Callable[[Container[str]], Layout]
     drawing: Drawing
+    told: Callable[[Tokenizers, Mapping[str, Any]], dict[str, Any]]

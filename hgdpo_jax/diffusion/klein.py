@@ -54,6 +54,16 @@ def _count(tokenizers: Tokenizers, captions: Sequence[str]) -> list[int]:
     ]
 
 
+def _told(tokenizers: Tokenizers, models: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model that is smaller than klein-4B, which diffusers takes for granted."""
+    usual = {"max_sequence_length": LENGTH, "text_encoder_out_layers": (9, 18, 27)}
+    own = {
+        "max_sequence_length": length_of(tokenizers["tokenizer"]),
+        "text_encoder_out_layers": models["text_encoder"].read,
+    }
+    return {key: value for key, value in own.items() if value != usual[key]}
+
+
 def _conditioner(name: str, models: Mapping[str, Any], tokenizers: Tokenizers, index: Mapping[str, Any]) -> FluxText:
     tokenizer = tokenizers["tokenizer"]
     empty = chat_ids(tokenizer, [""], length_of(tokenizer))[0]
@@ -95,4 +105,5 @@ KLEIN = Family(
     check=_check,
     layout=lambda models: layouts.KLEIN,
     drawing=Drawing("euler", "", 50, 4.0),  # of the base; the distilled model takes 4 steps and no guidance
+    told=_told,
 )

@@ -166,4 +166,5 @@ STABLE_DIFFUSION = Family(
     check=_check,
     layout=lambda models: layouts.SDXL if "text_encoder_2" in models else layouts.SD1,
     drawing=Drawing("dpmpp_2m", "DPMSolverMultistepScheduler", 50, 5.0),
+    told=lambda tokenizers, models: {},
 )

@@ -146,8 +146,9 @@ def _load_file(contents: Contents, path: str, more: dict[str, str]) -> list[str]
 
 def _call(begin: str, contents: Contents) -> str:
     height, width = next(iter(configuration.resolutions(contents.config).values()))
-    drawing = contents.drawing
+    drawing, pipeline = contents.drawing, contents.pipeline
     how = {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance, "height": height, "width": width}
+    how |= pipeline.family.told(pipeline.tokenizers, pipeline.models)
     return f"image = {begin}{_quoted(PROMPT)}{_named({key: str(value) for key, value in how.items()})}).images[0]"
 
 
