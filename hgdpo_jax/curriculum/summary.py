@@ -68,7 +68,7 @@ def _said(config: ConfigDict, photographs: Sequence[Photograph], pipeline: Pipel
     """Also warns of captions with more tokens than are read, of which the first are used. Of many captions it counts
     the tokens of some: those of 300,000 would take a core 20 s and gigabytes at every start."""
     some = photographs[:: max(1, len(photographs) // _COUNTED)]
-    most, prefix = pipeline.family.positions, config.data.caption_prefix
+    most, prefix = pipeline.positions, config.data.caption_prefix
     counts = pipeline.count_tokens([photograph.caption for photograph in some])
     longest, over = int(np.argmax(counts)), sum(count > most for count in counts)
     if over:

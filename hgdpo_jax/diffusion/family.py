@@ -28,7 +28,7 @@ class Family:
         models: folder → class. Not every checkpoint has all of them.
         needed: the folders that every one has.
         tokenizers: folders of tokenizers, likewise.
-        positions: the most tokens of a caption that are read.
+        positions: the most tokens of a caption that are read; a tokenizer may say fewer.
         read_tokenizer: one from its folder. Raises UserError.
         usual_tokenizers: those of a checkpoint without any, from its model_index.json: a single file, or a plan.
         tokenize: captions → int32 ids, padded and cut; what the conditioner reads.

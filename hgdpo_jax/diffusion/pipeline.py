@@ -71,6 +71,11 @@ class Pipeline:
         adapter = {} if self.adapter is None else {"adapter": self.adapter}
         return {self.family.denoiser: self.denoiser, "text": self.text, **adapter}
 
+    @property
+    def positions(self) -> int:
+        """The most tokens of a caption that are read."""
+        return min(self.family.positions, *(tokenizer.model_max_length for tokenizer in self.tokenizers.values()))
+
     def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
         """(h, w, c) of the latents of images of a resolution (height, width).
 

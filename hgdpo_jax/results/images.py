@@ -221,7 +221,7 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
     if processes.is_first():
         require_own(out, about)
     processes.barrier()
-    most = family.positions
+    most = source.pipeline.positions
     for prompt, count in zip(prompts, source.pipeline.count_tokens(prompts), strict=True):
         if count > most:
             logging.warning("prompt %r has %d tokens: the first %d are used", prompt, count, most)

@@ -57,6 +57,7 @@ def test_scorers_read_clips_ids_behind_the_models_own(folder: Path) -> None:
     pipeline = load_pipeline(folder)
     ids = pipeline.tokenize(["a cat"])
     assert ids.shape == (1, klein.TOKENS + 77) and ids.dtype == np.int32
+    assert pipeline.positions == klein.TOKENS  # as its tokenizer says
     clip = np.asarray(of_clip(jnp.asarray(ids)))
     assert clip[0, 0] == 49406 and clip[0, 3] == 49407  # begin, two words, end
     assert pipeline.count_tokens(["", "a cat"])[1] - pipeline.count_tokens(["", "a cat"])[0] == len("a cat")
