@@ -7,7 +7,7 @@ Hardware, memory of one device, time of training:
 
     :sd15       GPU of 40 GB            24 GiB    H100 2.3 h, A100 7.2 h
     :sdxl       GPU of 80 GB            49 GiB    H100 3.7 h, A100 12 h
-    :portraits  two processor cores     2.1 GiB   90 minutes
+    :portraits  two processor cores     2.1 GiB   90 minutes (:portraits-flow 70, on an Intel Xeon)
 
 sd15 and sdxl are planned (`hgdpo_jax.plan`), not run: 16 photographs of 1024x704 a step are 161 and 264 TFLOP; 20,000
 steps at 40 % of a device's bfloat16 peak. Memory is the UNet in float32 four times (13 and 38 GiB: the base, what is
@@ -29,7 +29,7 @@ def get_config(variant: str = "sd15") -> ConfigDict:
     config.pairs.loser = "none"
     config.train.params = "all"
     if variant in common.EMBEDDED:
-        # From nothing: the folder holds the VAE, the text encoder and a randomly initialised UNet.
+        # From nothing: the folder holds the VAE, the text encoder and a random UNet or transformer.
         config.data.split = "base"
         config.data.mirror = False
         config.pairs.shard_size = 1024
