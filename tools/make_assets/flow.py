@@ -90,7 +90,7 @@ def make_tokenizer(captions: list[str], folder: Path) -> Qwen2Tokenizer:
 
 
 def continued(model: Qwen3Model, ids: Int[Array, "b s"], padding: int) -> Array:
-    """Cross-entropy of each token after those before it; padding is not learnt."""
+    """Cross-entropy of a token after those before it, in nats, their mean: float32 []. Padding is not learnt."""
     mask = ids != padding
     states = model(ids, mask)
     unit = states * jax.lax.rsqrt(jnp.square(states).mean(-1, keepdims=True) + 1e-6)
@@ -100,10 +100,9 @@ def continued(model: Qwen3Model, ids: Int[Array, "b s"], padding: int) -> Array:
 
 
 def language_model(vocabulary: int) -> Qwen3Model:
-    """All layers of the text encoder: its states are those that the next token is told from.
+    """Gives the states after all layers of the text encoder, from which it learns to tell the next token.
 
-    Of a model the states before the last layer are the last that :class:`Qwen3Model` gives, so this one has a layer
-    more, which is not computed.
+    :class:`Qwen3Model` never computes its last layer: here that is one more than the text encoder has.
     """
     layers = TEXT["num_hidden_layers"]
     config = TEXT | {"vocab_size": vocabulary, "num_hidden_layers": layers + 1}
