@@ -16,6 +16,7 @@ from hgdpo_jax.checking import check, cost, disk
 from hgdpo_jax.checking.check import check_training
 from hgdpo_jax.config import to_json
 from hgdpo_jax.curriculum import build
+from hgdpo_jax.data.pairs import open_stages
 from hgdpo_jax.devices.mesh import make_mesh
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.sampler import Sampler
@@ -34,12 +35,15 @@ from hgdpo_jax.results.exported import export
 from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.files import write_json
 from hgdpo_jax.run.folder import stage_config
+from hgdpo_jax.run.index import Index
 from hgdpo_jax.run.locks import lock_for_all
 from hgdpo_jax.run.settings import validate
 from hgdpo_jax.training.checkpoints import tree_hash
 from hgdpo_jax.training.loop import train
 from hgdpo_jax.training.monitor import Monitor
 from hgdpo_jax.training.policy import load_trainable
+from hgdpo_jax.training.reference_cache import bytes_of_predictions
+from hgdpo_jax.training.text_cache import bytes_of_captions
 from tests import tiny
 
 
@@ -100,6 +104,15 @@ def test_a_check_of_a_training_says_how_far_it_is_and_what_it_needs(
     for place, size in (("policy/2/state", each), ("reference", held["reference"])):
         found = sum(path.stat().st_size for path in (workdir / "stage1" / place).rglob("*") if path.is_file())
         assert size < found < size + 100_000  # names and shapes of the arrays, whose sizes do not count
+    config.train.update(beta=5000.0, reference_cache=2, text_cache=True)
+    monkeypatch.setattr(disk, "require_room", lambda _, folders, needed, what: f"{needed}, {what}")
+    with pytest.raises(UserError, match=r"train\.reference_cache=2: the checkpoint"):  # it has none
+        check_training(config, workdir)
+    pairs, text = open_stages(workdir, ["stage1"], Index()), pipelines.of_shapes(open_source(str(base)), "float32").text
+    needed = disk.bytes_of_checkpoints(config, held) + bytes_of_predictions(config, pairs)
+    needed += bytes_of_captions(pairs, text)
+    what = "checkpoints, the reference's predictions, captions' embeddings"
+    assert f"stage1 main: disk: {needed}, {what}\n" in capsys.readouterr().out
 
 
 def norms(policy: dict) -> list[float]:

@@ -34,6 +34,7 @@ from hgdpo_jax.run.locks import lock_owner
 from hgdpo_jax.run.prompts import read_prompts
 from hgdpo_jax.run.provenance import MadeFrom
 from hgdpo_jax.scoring import sets
+from hgdpo_jax.training import reference_cache, text_cache
 from hgdpo_jax.training.board import require_package
 from hgdpo_jax.training.changes import changes
 from hgdpo_jax.training.checkpoints import Checkpoints
@@ -147,8 +148,8 @@ def check_training(config: ConfigDict, workdir: Path, may_change: Sequence[str] 
     if pairs and source:
         check.found(lambda: pairs.require_from({"model.base": _base_hash(config, index)}))
     check.say("folder", lambda: _trained(config, folder, may_change))
-    if source and latents:
-        _say_step(check, source)
+    if source and pipeline and latents:
+        _say_step(check, source, pipeline, pairs)
     check.end()
 
 
@@ -163,9 +164,9 @@ def _say_drawing(check: _Check, source: Source, plan: Sequence[ShardPlan]) -> No
         check.say("hours", lambda: [cost.in_words(hours, "drawing them, without scoring", mesh)])
 
 
-def _say_step(check: _Check, source: Source) -> None:
-    """Memory and hours of steps, and the disk that checkpoints take."""
-    config, workdir = check.config, check.workdir
+def _say_step(check: _Check, source: Source, pipeline: Pipeline, pairs: Pairs | None) -> None:
+    """Memory and hours of steps; the disk that checkpoints take, and what is computed once of pairs that are there."""
+    config = check.config
     mesh = check.found(lambda: make_mesh(config.mesh))
     planned = check.found(lambda: cost.plan_step(config, source, mesh)) if mesh else None
     if mesh and planned:
@@ -173,9 +174,19 @@ def _say_step(check: _Check, source: Source) -> None:
         check.say("memory", lambda: [cost.memory(f"a step of {config.train.batch}", [plan], mesh)])
         hours = cost.hours_of_steps(config, plan, cost.share_of(mesh))
         check.say("hours", lambda: [cost.in_words(hours, f"{config.train.steps:,} steps", mesh)])
-        needed = disk.bytes_of_checkpoints(config, held)
-        folders = [workdir / config.stage / name for name in ("policy", "reference")]
-        check.say("disk", lambda: [disk.require_room(workdir, folders, needed, "checkpoints")])
+        check.say("disk", lambda: [_room(check, pairs, pipeline, held)])
+
+
+def _room(check: _Check, pairs: Pairs | None, pipeline: Pipeline, held: dict[str, int]) -> str:
+    """What a training writes, and what is free. Raises UserError where that is too little."""
+    config, workdir = check.config, check.workdir
+    needed = {"checkpoints": disk.bytes_of_checkpoints(config, held)}
+    if pairs and config.train.reference_cache:
+        needed["the reference's predictions"] = reference_cache.bytes_of_predictions(config, pairs)
+    if pairs and config.train.text_cache:
+        needed["captions' embeddings"] = text_cache.bytes_of_captions(pairs, pipeline.text)
+    folders = [workdir / config.stage / name for name in ("policy", "reference", "reference_cache", "text_cache")]
+    return disk.require_room(workdir, folders, sum(needed.values()), ", ".join(needed))
 
 
 def _is_finished(pairs: Path) -> bool:

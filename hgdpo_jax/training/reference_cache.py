@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from hgdpo_jax.data.loader import stack_records
+from hgdpo_jax.data.pairs import Pairs
 from hgdpo_jax.data.record import Record, RecordSource
 from hgdpo_jax.devices.sharding import replicated
 from hgdpo_jax.devices.transfer import local_rows, one_ahead, to_devices, to_host
@@ -91,6 +92,11 @@ def _shards(cache: Path, manifest: Mapping[str, Any]) -> list[Shard]:
             found.append(Shard(path, resolution, begin, entry["records"], tuple(split["latent"])))
             begin += entry["records"]
     return found
+
+
+def bytes_of_predictions(config: ConfigDict, pairs: Pairs) -> int:
+    """Bytes of the predictions for all pairs to train on."""
+    return sum(shard.rows(config.train.reference_cache).size for shard in _shards(Path(), pairs.manifest))
 
 
 def attach(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, index: Index) -> Inputs:

@@ -82,6 +82,11 @@ def attach(
     return replace(pairs, sources=sources), KeptText(place(looks, everywhere), place(encoded, everywhere), text)
 
 
+def bytes_of_captions(pairs: Pairs, text: Conditioner) -> int:
+    """Bytes of the embeddings of all captions of pairs, which are read. `text` may have shapes instead of weights."""
+    return len(_distinct(pairs, text)) * _row_dtype(text).itemsize
+
+
 def planned(text: Conditioner, mesh: Mesh) -> KeptText:
     """The shapes of what takes the place of a conditioner of shapes, for a usual look."""
     count = SHOWN + 1  # the empty one

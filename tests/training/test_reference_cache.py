@@ -60,6 +60,8 @@ def test_margins_are_those_of_a_reference_that_is_computed_in_the_step(finished:
     numbers = numbers_of(chosen, 0)
     (source,) = reference_cache.attach(chosen, finished / "stage1", inputs, begin, Index()).pairs.sources["train"]
     assert len(source) == DRAWS * RECORDS
+    files = [np.load(path, mmap_mode="r").nbytes for path in (finished / CACHE).glob("*.npy")]
+    assert len(files) == 2 and sum(files) == reference_cache.bytes_of_predictions(chosen, inputs.pairs)
     kappa, largest, seen = chosen.train.beta / 2, 0.0, set()
 
     def margin(policy: Any, batch: Any) -> jax.Array:

@@ -142,6 +142,9 @@ def test_it_goes_on_with_what_is_kept(begun: Path, base: Path, monkeypatch: pyte
     attached(config, begun, prompts=["a person"])  # whose looks need a file of their own
     assert written[2] == "captions" and written[3] != written[1] and file_hash(last) == before
     text = text_of(open_source(str(base)), "float32", parameter_placer(tiny.mesh()))
+    sizes = [np.load(path).nbytes for path in (begun / CACHE).glob("captions-*.npy")]
+    planned = text_cache.bytes_of_captions(open_stages(begun, ["stage1"], Index()), text)
+    assert len(sizes) == 2 and sum(sizes) == planned
     batch = stack_records(pairs.sources["train"][0], range(RECORDS))
     wanted = jax.jit(text.encode)(jnp.asarray(batch["input_ids"])).encoder_hidden_states
     assert_close(batch["encoder_hidden_states"], wanted, NETWORK)
