@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rows of the paper's tables and of ours (docs/rows.md), for each seed. bash launch/reproduce.sh VARIANT WORKDIR [--config.key=value ...]
-# SEEDS="0 1 2" and PARTS="paper more objectives lengths people" by default; the three stages come before any part.
+# SEEDS="0 1 2" and PARTS="paper baselines ablations objectives lengths people" by default; the three stages come before any part.
 # Run again after a stop, as often as you like: what is finished is not done again.
 variant=${1:?which variant: portraits, sd15 or sdxl} workdir=${2:?folder of the runs}
 shift 2
@@ -30,7 +30,7 @@ measure() { # FOLDER ROWS ...: unless they are measured
 case $variant in sd15 | sdxl) python -m tools.reproduction.cost "$variant" ;; esac
 lines=$(python -m tools.reproduction.rows "$variant" paper)
 stages=$(head -n 6 <<<"$lines")  # pairs and training of easy, normal, hard
-for part in ${PARTS:-paper more objectives lengths people}; do
+for part in ${PARTS:-paper baselines ablations objectives lengths people}; do
   for seed in ${SEEDS:-0 1 2}; do
     run=$workdir/$seed
     train "$run" "$stages" "$@"

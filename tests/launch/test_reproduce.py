@@ -36,7 +36,7 @@ def test_each_command_runs_once_for_each_seed_and_a_stopped_reproduction_goes_on
     assert (folder / "reproduction.md").read_text() == "# page\n"
     trained = [call[2:] for call in shell.calls("python") if call[2] in ("hgdpo_jax.pairs", "hgdpo_jax.main")]
     expected = []
-    for part in ("paper", "more", "objectives", "lengths"):
+    for part in ("paper", "baselines", "ablations", "objectives", "lengths"):
         for seed in "35":
             place = ["--workdir", f"{folder}/{seed}", f"--config.seed={seed}"]
             if part == "paper":
@@ -50,7 +50,7 @@ def test_each_command_runs_once_for_each_seed_and_a_stopped_reproduction_goes_on
     assert measured == [
         ["--runs", f"{folder}/{seed}:base", f"{folder}/{seed}:{part}", "--seeds", "4"]
         + ["--out", f"{folder}/{seed}/rows/{part}"]
-        for part in ("paper", "more", "objectives", "lengths")
+        for part in ("paper", "baselines", "ablations", "objectives", "lengths")
         for seed in "35"
     ]
 

@@ -168,7 +168,7 @@ def document(variant: str, folder: Path) -> str:
     people = {f"-people-{count}:hard": f"{count} people" for count in (8, 16, 32, 64)}
     paper, ours = reproduction.read_paper(), read(folder, names["paper"])
     seeds = len(_runs(folder))
-    more = beside_known(folder, stages, names["more"])
+    baselines, ablations = (beside_known(folder, stages, names[part]) for part in ("baselines", "ablations"))
     objectives = beside_known(folder, {":base": "base", ":normal": "normal, dpo"}, names["objectives"])
     lengths = beside_known(folder, {":hard": "hard"}, names["lengths"])
     fewer = beside_known(folder, {":hard": "all, 108"}, people)
@@ -181,8 +181,14 @@ def document(variant: str, folder: Path) -> str:
         named = {name: {column: row[metric] for column, metric in stands.items()} for name, row in ours.items()}
         heading = f"## Beside the paper's numbers, {title_of(fid).rstrip(' ↑↓')} for FID"
         parts += [[heading], beside(paper, named, stands), judged(paper, named)]
-    others = {"Other rows": more, "Objectives, in the normal stage": objectives, "So many times the steps": lengths}
-    for heading, found in (others | {"Fewer people to learn from, hard": fewer}).items():
+    others = {
+        "Baselines": baselines,
+        "Ablations beyond the paper's": ablations,
+        "Objectives, in the normal stage": objectives,
+        "So many times the steps": lengths,
+        "Fewer people to learn from, hard": fewer,
+    }
+    for heading, found in others.items():
         parts += [[f"## {heading}"], table(found)] if found else []
     if objectives:
         parts += [

@@ -25,7 +25,7 @@ class Row(NamedTuple):
     commands: tuple[str, ...] = ()
 
 
-PARTS = ("paper", "more", "objectives", "lengths")
+PARTS = ("paper", "baselines", "ablations", "objectives", "lengths")
 _POOL = "--config.pairs.keep_candidates=true"
 # A higher β and a smaller λ_stat than the easy stage's, and as many buckets as configs/baselines/curriculum_dpo.py has.
 _HIGHER_BETA = {"portraits": "1500"}
@@ -89,12 +89,14 @@ def rows(variant: str) -> dict[str, list[Row]]:
         Row("easy without L_stat, higher beta", f"beta_{beta}", (f"main ablations/beta,{beta}",)),
         Row("hard, photographs as winners", "winner_t0", _both("ablations/winner,0")),
     ]  # fmt: skip
-    more = [
+    baselines = [
         Row("SPIN", "spin_3", tuple(command for k in "123" for command in _both(f"baselines/spin,{k}"))),
         Row("Curriculum-DPO", f"curriculum_dpo_{count}", tuple(ranked)),
         Row("RealAlign's second stage", "realalign", _both("baselines/realalign")),
         Row("the same, equal forward passes", "realalign_longer",
             (f"main baselines/realalign --as realalign_longer {longer}",)),
+    ]  # fmt: skip
+    ablations = [
         *(Row(f"easy, pool of {n}", f"pool_{n}", _both(f"ablations/pool_size,{n}")) for n in (4, 8, 16)),
         *(Row(f"hard, t{t} wins", f"winner_t{t}", _both(f"ablations/winner,{t}")) for t in (2, 4)),
         Row("easy, less L_stat", f"lambda_stat_{weight}", (f"main ablations/lambda_stat,{weight}",)),
@@ -109,7 +111,7 @@ def rows(variant: str) -> dict[str, list[Row]]:
         for name, settings in _OBJECTIVES.items()
     ]
     lengths = [_longer(variant, factor) for factor in (0.5, 2, 4)]
-    return dict(zip(PARTS, (paper, more, others, lengths), strict=True))
+    return dict(zip(PARTS, (paper, baselines, ablations, others, lengths), strict=True))
 
 
 def _of(settings: str) -> str:
