@@ -95,7 +95,7 @@ def ours(size: str, pairs: int, model: str = "sd15", blocks: str = "all", cached
 
     policy, frozen = jax.tree.map(filled, parts)
     tx = make_optimizer(config.train)
-    step = steps.make_step(loss_of(config, denoiser, pipeline.schedule), tx, 1)
+    step = steps.make_step(loss_of(config, denoiser, pipeline.schedule, mesh), tx, 1)
     shape = (pairs, *pipeline.latent_shape(next(iter(configuration.resolutions(config).values()))))
     batch: dict[str, Any] = {
         name: rng.standard_normal(shape, np.float32).astype(np.float16) for name in ("winner", "loser")

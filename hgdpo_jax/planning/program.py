@@ -156,7 +156,7 @@ def step(config: ConfigDict, source: Source, mesh: Mesh) -> Program:
     if pipeline.no_concept is not None:
         batch["concept"] = _rows(mesh, (settings.batch, *pipeline.no_concept.shape[1:]), np.float16)
     reference = policy if configuration.has_reference(config) else {}
-    loss = loss_of(config, denoiser, pipeline.schedule)
+    loss = loss_of(config, denoiser, pipeline.schedule, mesh)
     placed = jax.tree.map(lambda x: x.sharding, state)
 
     arguments = (state, reference, frozen, batch, numbers_of(config, 0))

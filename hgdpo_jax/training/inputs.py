@@ -74,7 +74,7 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
     if settings.quantize == "int8":
         quantise(pipeline.networks.values())
     denoiser, policy, frozen = steps.split_params(pipeline, settings.params)
-    loss = loss_of(config, denoiser, pipeline.schedule)
+    loss = loss_of(config, denoiser, pipeline.schedule, mesh)
     inputs = {"model.base": base, "the pairs": pairs.hash}
     if settings.objective == "smpo":
         _require_scores(config, workdir, index)
@@ -97,11 +97,12 @@ def _require_scores(config: ConfigDict, workdir: Path, index: Index) -> None:
                             f"pairs of {stage}; take another objective")  # fmt: skip
 
 
-def loss_of(config: ConfigDict, denoiser: steps.Denoiser, schedule: Process) -> steps.Loss:
-    """The loss that a stage minimises."""
+def loss_of(config: ConfigDict, denoiser: steps.Denoiser, schedule: Process, mesh: Mesh) -> steps.Loss:
+    """The loss that a stage minimises on a mesh."""
     if config.train.objective == "sft":
         return steps.sft_loss(denoiser, schedule)
-    return steps.preference_loss(denoiser, schedule, config.train.blocks, config.train.objective)
+    train, sharded = config.train, mesh.shape["fsdp"] > 1
+    return steps.preference_loss(denoiser, schedule, train.blocks, train.objective, sharded)
 
 
 def depends_on(config: ConfigDict) -> list[str]:

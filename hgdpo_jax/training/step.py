@@ -227,11 +227,18 @@ def _sides(x: Float[Array, "n h w c"]) -> WinnerLoser:
     return WinnerLoser(x[::2], x[1::2])
 
 
+def _taken_for_others(frozen: Params, name: str) -> Params:
+    """Frozen weights, of which the network `name` has those that the compiler does not know to be the same."""
+    return {key: jax.lax.optimization_barrier(part) if key == name else part for key, part in frozen.items()}
+
+
 def _scores(batch: Batch) -> WinnerLoser:
     return objectives.scaled_scores(WinnerLoser(*batch["scores"].T))
 
 
-def preference_loss(denoiser: Denoiser, schedule: Process, blocks: str = "all", objective: str = "dpo") -> Loss:
+def preference_loss(
+    denoiser: Denoiser, schedule: Process, blocks: str = "all", objective: str = "dpo", sharded: bool = False
+) -> Loss:
     """An objective on pairs, L_D-DPO unless told, + λ_stat · L_stat, on batches {winner, loser [b h w c], input_ids
     [b s], key [b]}; `smpo` needs scores [b 2] too. The policy's LoRA drops numbers where they bring `dropout` [b], keys
     of their own; the reference's never does.
@@ -244,6 +251,9 @@ def preference_loss(denoiser: Denoiser, schedule: Process, blocks: str = "all", 
         blocks: `up`: only the UNet's up blocks learn. The policy is the reference's below them, so that the compiler
             finds both passes the same as far as that and computes one, and no gradient goes there.
         objective: `train.objective`; `mapo` has no reference, and computes none.
+        sharded: each device holds a part of the weights (`mesh.fsdp`). Both passes read the same frozen ones, and a
+            compiler that gathers a layer once for both keeps all layers until the second pass has read them. So each
+            gathers its own; but with `blocks=up`, where most of the two is one pass.
     """
 
     def loss(
@@ -258,7 +268,8 @@ def preference_loss(denoiser: Denoiser, schedule: Process, blocks: str = "all", 
         if "reference" in batch:
             ref = batch["reference"].reshape(pred.shape)
         elif objective != "mapo":  # where the text encoder is frozen both get the same embeddings, computed once by XLA
-            ref = jax.lax.stop_gradient(denoiser(reference, frozen, x_t, t_pair, _captions(batch)))
+            own = _taken_for_others(frozen, denoiser.name) if sharded and blocks == "all" else frozen
+            ref = jax.lax.stop_gradient(denoiser(reference, own, x_t, t_pair, _captions(batch)))
         pairs = Compared(_sides(pred), None if ref is None else _sides(ref), _sides(target))
         added = {}
         if numbers.safeguard is not None:

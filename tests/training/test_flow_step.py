@@ -61,7 +61,7 @@ def one_step(base: Path, mesh: Any) -> tuple[Any, Any, Any, dict[str, Any], step
     tx = make_optimizer(config.train)
     placed = tree_shardings(jax.eval_shape(lambda p: steps.init_state(p, tx, 0.0), policy), mesh)
     state = jax.jit(lambda p: steps.init_state(p, tx, 0.0), out_shardings=placed)(policy)
-    step = steps.make_step(loss_of(config, denoiser, pipeline.schedule), tx, 1, placed)
+    step = steps.make_step(loss_of(config, denoiser, pipeline.schedule, mesh), tx, 1, placed)
     state, metrics = step(state, reference, frozen, to_devices(batch(), mesh), numbers_of(config, 0))
     return pipeline, policy, reference, jax.device_get(metrics), state
 

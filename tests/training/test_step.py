@@ -26,6 +26,7 @@ from hgdpo_jax.models.text import Conditioning
 from hgdpo_jax.training import cost
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.checkpoints import Checkpoints, tree_hash
+from hgdpo_jax.training.inputs import loss_of
 from hgdpo_jax.training.optimizer import learning_rate, make_optimizer, numbers_of
 from hgdpo_jax.training.policy import load_trainable, set_policy
 from tests import tiny
@@ -360,6 +361,27 @@ def test_fully_sharded_training_keeps_an_eighth_of_everything_on_each_of_eight_d
         for device in jax.devices():
             here = sum(s.data.nbytes for x in leaves for s in x.addressable_shards if s.device == device)
             assert here * 8 == total
+
+
+@pytest.mark.parametrize(
+    ("axes", "blocks", "apart"), [((1, 8, 1), "all", True), ((1, 8, 1), "up", False), ((8, 1, 1), "all", False)]
+)
+def test_of_weights_in_parts_each_pass_gathers_its_own(one_level: Path, axes: tuple, blocks: str, apart: bool) -> None:
+    """Elsewhere both read the same ones, as they stand; with the up blocks alone one pass serves both below them."""
+    mesh, config = tiny.mesh(*axes), tiny.config(one_level, blocks=blocks)
+    pipeline = load_trainable(config, mesh)
+    denoiser, policy, frozen = steps.split_params(pipeline, "lora")
+    data = to_devices(batch(), mesh) | {"key": jax.random.split(jax.random.key(1), 8)}
+
+    def lowered(loss: steps.Loss) -> Any:
+        return jax.jit(loss).lower(policy, policy, frozen, data, numbers_of(config, 0))
+
+    own = lowered(loss_of(config, denoiser, pipeline.schedule, mesh))
+    assert ("optimization_barrier" in own.as_text()) == apart
+    if apart:
+        shared = lowered(steps.preference_loss(denoiser, pipeline.schedule))
+        gathers = [x.compile().as_text().count(" all-gather(") for x in (shared, own)]
+        assert gathers[1] - gathers[0] > sum(x.ndim > 1 for x in jax.tree.leaves(frozen["unet"])) / 2
 
 
 def test_microbatches_give_the_gradient_of_the_whole_batch_on_every_mesh(base: Path) -> None:
