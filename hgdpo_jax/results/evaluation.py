@@ -23,7 +23,7 @@ from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.faces.embedding import FaceEmbedder
 from hgdpo_jax.pictures.write import to_uint8
 from hgdpo_jax.results import facts, portrait, report
-from hgdpo_jax.results.measured import BEST, differing, drawing_of, groups, measured, single
+from hgdpo_jax.results.measured import BEST, Drawing, differing, drawing_of, groups, measured, single
 from hgdpo_jax.results.report import ConceptPerson, Pictures, Report
 from hgdpo_jax.run import processes, provenance
 from hgdpo_jax.run.errors import UserError
@@ -93,7 +93,8 @@ def _evaluate(config: ConfigDict, workdir: Path, step: str | None) -> dict[str, 
     drawn = {name: drawn[name] for name in models}
     compared = compare({name: model.seen for name, model in drawn.items()}, evaluator.measure_photographs())
     between = differences(compared, differing(config))
-    results = {
+    people = _with_adapter(config, shown, best, held) if shown else {}
+    results: dict[str, Any] = {
         "models": {name: to_json(measures) for name, measures in compared.items()},
         "differences": {name: to_json(found) for name, found in between.items()},
         "people": len(held),
@@ -101,15 +102,8 @@ def _evaluate(config: ConfigDict, workdir: Path, step: str | None) -> dict[str, 
         "seed": config.seed,
         "config": configuration.to_json(config)["evaluate"],
         "not_measured": not_given(*(get_setting(config, key) for key in SCORERS)),
+        **({"personalised": personalised.measures(people)} if people else {}),
     }
-    people: dict[str, PeoplePictures] = {}
-    if shown and shown.encoder:
-        with named("adapter.identity", config.adapter.identity):
-            identity = FaceEmbedder(config.adapter.identity)
-        size, prompts = evaluator.size, settings.concept_prompts
-        chosen = {"base": [], best: shown.policies[best]}
-        people = PersonalisedDrawing(shown.sampler, shown.encoder, identity, held, size, prompts).draw(chosen)
-        results["personalised"] = personalised.measures(people)
     singles = single(models)
     learnt = {name: stage for name in singles for stage in models[name] if configs[stage].train.objective != "sft"}
     stages = {name: report.read_stage(workdir, stage, evaluator.sampler) for name, stage in learnt.items()}
@@ -133,11 +127,23 @@ def _evaluate(config: ConfigDict, workdir: Path, step: str | None) -> dict[str, 
         )
         with atomic_path(workdir / "report.html") as temporary:
             temporary.write_text(report.page(found))
-        portrait.write(
-            workdir, {name: kept[name] for name in singles}, [photograph.caption for photograph in held[:KEPT]]
-        )
+        captions = [photograph.caption for photograph in held[:KEPT]]
+        portrait.write(workdir, {name: kept[name] for name in singles}, captions)
         portrait.write_people(workdir, people, images, len(settings.concept_prompts))
     return results
+
+
+def _with_adapter(
+    config: ConfigDict, drawing: Drawing, best: str, held: Sequence[Photograph]
+) -> dict[str, PeoplePictures]:
+    """Held-out people as base and the best model draw them with an adapter; none where the drawing has no adapter."""
+    if drawing.encoder is None:
+        return {}
+    with named("adapter.identity", config.adapter.identity):
+        identity = FaceEmbedder(config.adapter.identity)
+    size, prompts = next(iter(configuration.resolutions(config).values())), config.evaluate.concept_prompts
+    chosen = {"base": [], best: drawing.policies[best]}
+    return PersonalisedDrawing(drawing.sampler, drawing.encoder, identity, held, size, prompts).draw(chosen)
 
 
 def heldout(config: ConfigDict, index: Index) -> list[Photograph]:

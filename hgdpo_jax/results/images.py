@@ -209,14 +209,7 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
 
     An image is a function of its prompt, its seed and the settings alone. Each process draws a part of them.
     """
-    family = source.pipeline.family
-    guidance = family.drawing.guidance if asked.guidance is None else asked.guidance
-    settings = {"sampler": family.drawing.sampler, "steps": asked.steps, "guidance": guidance, "LAN": asked.normalise,
-                "size": "{}x{}".format(*source.resolution), **source.settings}  # fmt: skip
-    if source.concept is not None:
-        settings["concept scale"] = asked.concept_scale
-    if asked.negative:
-        settings["negative prompt"] = asked.negative
+    settings = _in_words(source, asked)
     about = {**settings, "prompts": list(prompts), "seeds": list(seeds)}
     if processes.is_first():
         require_own(out, about)
@@ -226,21 +219,8 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
         if count > most:
             logging.warning("prompt %r has %d tokens: the first %d are used", prompt, count, most)
     work = [(i, seed, out / f"{i:05d}_{seed}.png") for i in range(len(prompts)) for seed in seeds]
-    mine, mesh = work[jax.process_index() :: jax.process_count()], local_mesh()
-    sampler = Sampler(
-        source.pipeline,
-        mesh,
-        solver=family.drawing.sampler,
-        steps=asked.steps,
-        guidance=guidance,
-        # Of all images, so that the remaining ones are drawn by the same program.
-        batch=mesh.size * min(asked.per_device, math.ceil(max(len(mine), 1) / mesh.size)),
-        seed=0,
-        negative=asked.negative,
-        normalise=asked.normalise,
-        concept_scale=asked.concept_scale,
-    )
-    sampler.use_policies(*source.policies)
+    mine = work[jax.process_index() :: jax.process_count()]
+    sampler = _sampler(source, asked, len(mine))  # of all images, so that one program draws the remaining ones too
     ids = source.pipeline.tokenize(prompts)
     mine = [item for item in mine if not item[2].is_file()]
     parts = [mine[begin : begin + sampler.batch] for begin in range(0, len(mine), sampler.batch)]
@@ -271,7 +251,48 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
         written.result()
     processes.barrier()
     if processes.is_first():
-        paths, columns = [path for _, _, path in work], len(seeds) if 1 < len(seeds) <= 10 else 10
-        for number, begin in enumerate(range(0, len(paths), SHEET)):
-            write_png(out / f"sheet_{number:03d}.png", contact_sheet(paths[begin : begin + SHEET], columns), {})
+        _write_sheets(out, [path for _, _, path in work], len(seeds))
     return sampler
+
+
+def _guidance(source: Generator, asked: Settings) -> float:
+    return source.pipeline.family.drawing.guidance if asked.guidance is None else asked.guidance
+
+
+def _in_words(source: Generator, asked: Settings) -> dict[str, Any]:
+    """How images are drawn, for who finds them."""
+    said = {"sampler": source.pipeline.family.drawing.sampler, "steps": asked.steps,
+            "guidance": _guidance(source, asked), "LAN": asked.normalise,
+            "size": "{}x{}".format(*source.resolution)}  # fmt: skip
+    said |= source.settings
+    if source.concept is not None:
+        said["concept scale"] = asked.concept_scale
+    if asked.negative:
+        said["negative prompt"] = asked.negative
+    return said
+
+
+def _sampler(source: Generator, asked: Settings, count: int) -> Sampler:
+    """Draws so many images, or some of them."""
+    mesh = local_mesh()
+    sampler = Sampler(
+        source.pipeline,
+        mesh,
+        solver=source.pipeline.family.drawing.sampler,
+        steps=asked.steps,
+        guidance=_guidance(source, asked),
+        batch=mesh.size * min(asked.per_device, math.ceil(max(count, 1) / mesh.size)),
+        seed=0,
+        negative=asked.negative,
+        normalise=asked.normalise,
+        concept_scale=asked.concept_scale,
+    )
+    sampler.use_policies(*source.policies)
+    return sampler
+
+
+def _write_sheets(out: Path, paths: Sequence[Path], seeds: int) -> None:
+    """The images side by side, a row for each prompt where it has a few."""
+    columns = seeds if 1 < seeds <= 10 else 10
+    for number, begin in enumerate(range(0, len(paths), SHEET)):
+        write_png(out / f"sheet_{number:03d}.png", contact_sheet(paths[begin : begin + SHEET], columns), {})
