@@ -42,7 +42,7 @@ _LONGER = {
         "ablations/beta": _EASY,
         "naive": _WHOLE,
         "ablations/all_pairs": _WHOLE,
-        "baselines/realalign": _WHOLE,
+        "baselines/realalign": f"{_WHOLE} --config.train.lr=1e-3",  # at the normal stage's it breaks
         "baselines/spin": "--config.train.steps=250",
         "baselines/curriculum_dpo": "--config.train.steps=250",
     }
