@@ -30,6 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant in common.EMBEDDED:
         config.pairs.buckets = 3
         config.train.steps = naive.get_config(variant).train.steps // config.pairs.buckets
-        for key in ("lr", "schedule", "beta"):
+        for key in ("schedule", "beta"):
             config.train[key] = naive.get_config(variant).train[key]
+        config.train.lr = 1e-3  # at naive's its pictures break
     return config

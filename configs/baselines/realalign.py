@@ -36,4 +36,5 @@ def get_config(variant: str = "sd15") -> ConfigDict:
         config.pairs.keep_if_winner_scores_higher = False  # as in configs/stage2.py
         config.pairs.least_gap = 0.0
         config.train = naive.get_config(variant).train
+        config.train.lr = 1e-3  # at naive's its pictures break
     return config

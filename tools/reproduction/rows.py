@@ -33,7 +33,7 @@ _LESS_LAMBDA = {"portraits": "100000"}
 _BUCKETS = {"portraits": 3}
 # The demo's easy stage takes half a minute and learns little. Here it takes as long as the normal stage, at its rate.
 _EASY = "--config.train.steps=300 --config.train.lr=6e-3 --config.train.schedule=cosine"
-_WHOLE, _SLOWER = "--config.train.steps=750", "--config.train.lr=1e-3"
+_WHOLE = "--config.train.steps=750"
 _LONGER = {
     "portraits": {
         "stage1": f"{_EASY} --config.train.beta=300",
@@ -42,10 +42,9 @@ _LONGER = {
         "ablations/beta": _EASY,
         "naive": _WHOLE,
         "ablations/all_pairs": _WHOLE,
-        # At the normal stage's rate these three break.
-        "baselines/realalign": f"{_WHOLE} {_SLOWER}",
-        "baselines/spin": f"--config.train.steps=250 {_SLOWER}",
-        "baselines/curriculum_dpo": f"--config.train.steps=250 {_SLOWER}",
+        "baselines/realalign": _WHOLE,
+        "baselines/spin": "--config.train.steps=250",
+        "baselines/curriculum_dpo": "--config.train.steps=250",
     }
 }
 # RealAlign draws one trajectory of a photograph and HG-DPO more than twenty: in as many forward passes of the network
