@@ -8,6 +8,7 @@ from hgdpo_jax.config import ASSETS, default
 from hgdpo_jax.run.errors import UserError
 
 EMBEDDED = ("portraits", "portraits-flow")
+FLOW = ("klein", "portraits-flow")
 
 
 def base(variant: str) -> ConfigDict:
@@ -79,6 +80,14 @@ def base(variant: str) -> ConfigDict:
     else:
         raise UserError(f"config variant {variant}: unknown; choose sd15, sdxl, klein, portraits or portraits-flow")
     return config
+
+
+def of_stable_diffusion(variant: str) -> ConfigDict:
+    """:func:`base` of a stage that flow models have not. Raises UserError for one of them."""
+    if variant in FLOW:
+        raise UserError(f"config variant {variant}: of a flow model neither an adapter nor the text encoder is "
+                        "trained; choose sd15, sdxl or portraits")  # fmt: skip
+    return base(variant)
 
 
 def with_number(variant: str, example: str) -> tuple[str, str]:

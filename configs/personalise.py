@@ -19,7 +19,7 @@ from . import common
 
 
 def get_config(variant: str = "sd15") -> ConfigDict:
-    config = common.base(variant)
+    config = common.of_stable_diffusion(variant)
     config.stage = "personalise"
     config.train.objective = "sft"
     config.data.caption_dropout = 0.1

@@ -16,7 +16,7 @@ from . import common
 
 
 def get_config(variant: str = "sd15") -> ConfigDict:
-    config = common.base(variant)
+    config = common.of_stable_diffusion(variant)
     config.stage = "text_encoder"
     config.train.pairs = "stage1"
     config.train.params = "text_lora"

@@ -75,10 +75,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=local_folder, help="folder for the images")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of a prompt's first image, the next has S+1")
     parser.add_argument("--samples", type=int, default=1, help="images for each prompt and --seed")
-    parser.add_argument("--steps", type=int, default=50, help="of the sampler")
-    parser.add_argument(
-        "--guidance", type=float, help="classifier-free; up to 1: none; 5 unless given, of a flow model 4"
-    )
+    parser.add_argument("--steps", type=int, help="of the sampler; 50 unless given, of a distilled model 4")
+    parser.add_argument("--guidance", type=float, help="classifier-free; up to 1: none; 5 unless given, of a flow "
+                        "model 4, of a distilled one 1")  # fmt: skip
     parser.add_argument("--size", type=_size, help="HEIGHTxWIDTH in pixels, the height first; the run's or the "
                         "checkpoint's unless given")  # fmt: skip
     parser.add_argument("--batch", type=int, default=4, help="images that a device draws at once")
@@ -164,7 +163,10 @@ def main() -> None:
             )
         source = images.with_concept(source, given.concept, config.adapter, given.workdir)
     scale = 1.0 if given.concept_scale is None else given.concept_scale
-    settings = images.Settings(given.steps, given.guidance, given.batch, given.lan, given.negative, scale)
+    usual = source.pipeline.drawing
+    steps = usual.steps if given.steps is None else given.steps
+    guidance = usual.guidance if given.guidance is None else given.guidance
+    settings = images.Settings(steps, guidance, given.batch, given.lan, given.negative, scale)
     with lock_for_all(given.out):
         images.draw(source, prompts, seeds, given.out, settings)
     print(f"{given.out}: {len(prompts) * len(seeds)} images")

@@ -38,8 +38,8 @@ class Family:
         overflows: its numbers grow beyond float16's.
         trains: which values of `train.params` it can take.
         check: raises UserError where parts are not of one model, of the checkpoint's name, configs and tokenizers.
-        layout: folders of its models → how other programs know such a checkpoint.
-        drawing: how the recipe draws with it.
+        layout: (folders of its models, config of its denoiser) → how other programs know such a checkpoint.
+        drawing: model_index.json → how the recipe draws with it.
         told: (tokenizers, models) → arguments without which diffusers' pipeline would read captions otherwise.
     """
 
@@ -58,6 +58,6 @@ class Family:
     overflows: bool
     trains: Sequence[str]
     check: Callable[[str, Configs, Tokenizers], None]
-    layout: Callable[[Container[str]], Layout]
-    drawing: Drawing
+    layout: Callable[[Container[str], Mapping[str, Any]], Layout]
+    drawing: Callable[[Mapping[str, Any]], Drawing]
     told: Callable[[Tokenizers, Mapping[str, Any]], dict[str, Any]]

@@ -87,6 +87,11 @@ def _check(name: str, configs: Configs, tokenizers: Tokenizers) -> None:
                         "belong to different models")  # fmt: skip
 
 
+def _drawing(index: Mapping[str, Any]) -> Drawing:
+    """Of the base, and of the model that was distilled from it, which draws in few steps without guidance."""
+    return Drawing("euler", "", 4, 1.0) if index.get("is_distilled") else Drawing("euler", "", 50, 4.0)
+
+
 KLEIN = Family(
     title="FLUX.2-klein",
     denoiser="transformer",
@@ -103,7 +108,7 @@ KLEIN = Family(
     overflows=True,
     trains=("lora", "all"),
     check=_check,
-    layout=lambda models: layouts.KLEIN,
-    drawing=Drawing("euler", "", 50, 4.0),  # of the base; the distilled model takes 4 steps and no guidance
+    layout=lambda models, config: layouts.klein(config),
+    drawing=_drawing,
     told=_told,
 )

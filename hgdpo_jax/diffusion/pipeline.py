@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from hgdpo_jax.diffusion.family import Family, Tokenizers
 from hgdpo_jax.diffusion.process import Process
+from hgdpo_jax.diffusion.recipe import Drawing
 from hgdpo_jax.diffusion.source import Source, open_source
 from hgdpo_jax.models.convert import Place, abstract, from_torch, keys, on_default_device
 from hgdpo_jax.models.ip_adapter import IPAdapter
@@ -63,7 +64,12 @@ class Pipeline:
     @property
     def layout(self) -> Layout:
         """How other programs know such a checkpoint."""
-        return self.family.layout(self.models)
+        return self.family.layout(self.models, self.denoiser.config)
+
+    @property
+    def drawing(self) -> Drawing:
+        """How the recipe draws with it."""
+        return self.family.drawing(self.index)
 
     @property
     def networks(self) -> dict[str, nnx.Module]:

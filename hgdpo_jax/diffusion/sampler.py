@@ -26,6 +26,7 @@ from hgdpo_jax.diffusion.programs import Guidance, Programs, SamplerInputs
 from hgdpo_jax.diffusion.sdrecon import sdrecon
 from hgdpo_jax.diffusion.trajectory import State, Trajectory, from_noise
 from hgdpo_jax.pictures.write import require_finite
+from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.progress import Progress
 
 # Images in [-1, 1] and token ids → a pytree of arrays of b rows.
@@ -55,7 +56,7 @@ class Sampler:
         interval: the lowest and the highest timestep, of 1000, at which there is guidance; all unless given.
 
     Raises:
-        UserError: see :class:`hgdpo_jax.diffusion.process.Process`.
+        UserError: guidance of a distilled model; or see :class:`hgdpo_jax.diffusion.process.Process`.
     """
 
     def __init__(
@@ -73,6 +74,9 @@ class Sampler:
         concept_scale: float = 1.0,
         interval: Sequence[int] | None = None,
     ) -> None:
+        if guidance > 1 >= pipeline.drawing.guidance:
+            raise UserError(f"guidance {guidance:g}: this {pipeline.family.title} is distilled and draws without; set "
+                            "it to 1: --guidance, pairs.guidance and evaluate.guidance")  # fmt: skip
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch, self.mesh, self.seed = -(-batch // ways) * ways, mesh, seed
         self.tokenize, self.latent_shape, self._rows = pipeline.tokenize, pipeline.latent_shape, batch_sharding(mesh)

@@ -21,6 +21,7 @@ from hgdpo_jax.diffusion.stable_diffusion import STABLE_DIFFUSION
 from hgdpo_jax.models import ldm
 from hgdpo_jax.models.architectures import Architecture, alone, recognise
 from hgdpo_jax.models.convert import abstract, shapes
+from hgdpo_jax.models.layouts import Layout
 from hgdpo_jax.models.ldm import Translate
 from hgdpo_jax.models.merged import LoRAFile
 from hgdpo_jax.models.model_config import read_config, read_json
@@ -62,6 +63,11 @@ class Source:
     def expected(self, part: str) -> str:
         """What the weights of a part must fit, for errors."""
         return self.fit.get(part, "its config.json")
+
+    @property
+    def layout(self) -> Layout:
+        """How other programs know such a checkpoint."""
+        return self.family.layout(self.configs, self.configs[self.family.denoiser])
 
 
 def open_source(base: str, vae: str = "", lora: str = "") -> Source:
@@ -249,7 +255,7 @@ def _with_vae(source: Source, path: Path) -> Source:
         if path.is_dir():
             _require_vae(path, source.family.models["vae"].__name__)
             config, weights = read_config(path), open_folder(path)
-        elif not source.family.layout(source.configs).is_whole:
+        elif not source.layout.is_whole:
             raise UserError(f"{path}: is a file; of {source.family.title} give the VAE's folder, with its config.json")
         else:
             weights, instead = Weights(path), "give a folder with its config.json"
@@ -292,7 +298,7 @@ def _require_vae(folder: Path, wanted: str) -> None:
 
 def _with_lora(source: Source, path: Path) -> Source:
     """The source with a LoRA merged into its denoiser and, where programs read one of them, text encoders."""
-    known = source.family.layout(source.configs).lora
+    known = source.layout.lora
     kinds, configs = source.family.models, {part: x for part, x in source.configs.items() if part in known}
     lora = LoRAFile(path, {part: (x, shapes(abstract(kinds[part], x))) for part, x in configs.items()})
 

@@ -164,7 +164,7 @@ STABLE_DIFFUSION = Family(
     overflows=False,
     trains=("lora", "all", "text_lora", "adapter"),
     check=_check,
-    layout=lambda models: layouts.SDXL if "text_encoder_2" in models else layouts.SD1,
-    drawing=Drawing("dpmpp_2m", "DPMSolverMultistepScheduler", 50, 5.0),
+    layout=lambda models, config: layouts.SDXL if "text_encoder_2" in models else layouts.SD1,
+    drawing=lambda index: Drawing("dpmpp_2m", "DPMSolverMultistepScheduler", 50, 5.0),
     told=lambda tokenizers, models: {},
 )

@@ -92,13 +92,24 @@ SDXL = Layout(
         "text_encoder_2": LoRANames("text_encoder_2", "lora_te2", bare),
     },
 )
-KLEIN = Layout(
-    architecture="Flux.2-klein-4b",
-    implementation="https://github.com/black-forest-labs/flux2",
-    version="flux_2_klein_4b",
-    tag="flux2-klein",
-    programs="ComfyUI, musubi-tuner",
-    single_file="Flux2Transformer2DModel",
-    parts={"transformer": ("", transformer_part)},
-    lora={"transformer": LoRANames("transformer", "lora_unet", module)},
-)
+_KLEIN_SIZES = {(5, 20, 24): "-4b", (8, 24, 32): "-9b"}  # by double blocks, single blocks and heads
+
+
+def klein(config: Mapping[str, Any]) -> Layout:
+    """Of FLUX.2-klein, whose names tell its size where it is one of the published.
+
+    Args:
+        config: of the transformer.
+    """
+    counts = (config.get(key, 0) for key in ("num_layers", "num_single_layers", "num_attention_heads"))
+    size = _KLEIN_SIZES.get(tuple(counts), "")
+    return Layout(
+        architecture=f"Flux.2-klein{size}",
+        implementation="https://github.com/black-forest-labs/flux2",
+        version=f"flux_2_klein{size.replace('-', '_')}",
+        tag="flux2-klein",
+        programs="ComfyUI, musubi-tuner",
+        single_file="Flux2Transformer2DModel",
+        parts={"transformer": ("", transformer_part)},
+        lora={"transformer": LoRANames("transformer", "lora_unet", module)},
+    )

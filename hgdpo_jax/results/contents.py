@@ -63,7 +63,7 @@ class Contents(NamedTuple):
     @property
     def drawing(self) -> Drawing:
         """How diffusers draws with it."""
-        return self.pipeline.family.drawing
+        return self.pipeline.drawing
 
     @property
     def weight(self) -> float:

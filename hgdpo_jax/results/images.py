@@ -196,8 +196,8 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
 class Settings(NamedTuple):
     """How images are drawn."""
 
-    steps: int = 50  # of the sampler
-    guidance: float | None = None  # classifier-free; up to 1: none; that of the kind of model unless given
+    steps: int  # of the sampler
+    guidance: float  # classifier-free; up to 1: none
     per_device: int = 4  # images that a device draws at once
     normalise: bool = False  # latent adaptive normalisation (LAN)
     negative: str = ""  # replaces the empty prompt in guidance
@@ -255,14 +255,10 @@ def draw(source: Generator, prompts: Sequence[str], seeds: Sequence[int], out: P
     return sampler
 
 
-def _guidance(source: Generator, asked: Settings) -> float:
-    return source.pipeline.family.drawing.guidance if asked.guidance is None else asked.guidance
-
-
 def _in_words(source: Generator, asked: Settings) -> dict[str, Any]:
     """How images are drawn, for who finds them."""
-    said = {"sampler": source.pipeline.family.drawing.sampler, "steps": asked.steps,
-            "guidance": _guidance(source, asked), "LAN": asked.normalise,
+    said = {"sampler": source.pipeline.drawing.sampler, "steps": asked.steps,
+            "guidance": asked.guidance, "LAN": asked.normalise,
             "size": "{}x{}".format(*source.resolution)}  # fmt: skip
     said |= source.settings
     if source.concept is not None:
@@ -278,9 +274,9 @@ def _sampler(source: Generator, asked: Settings, count: int) -> Sampler:
     sampler = Sampler(
         source.pipeline,
         mesh,
-        solver=source.pipeline.family.drawing.sampler,
+        solver=source.pipeline.drawing.sampler,
         steps=asked.steps,
-        guidance=_guidance(source, asked),
+        guidance=asked.guidance,
         batch=mesh.size * min(asked.per_device, math.ceil(max(count, 1) / mesh.size)),
         seed=0,
         negative=asked.negative,

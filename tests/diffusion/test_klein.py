@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hgdpo_jax.diffusion.pipeline import load_pipeline
+from hgdpo_jax.diffusion.pipeline import load_pipeline, of_shapes
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.diffusion.source import open_source
 from hgdpo_jax.models.text import of_clip
@@ -61,6 +62,21 @@ def test_scorers_read_clips_ids_behind_the_models_own(folder: Path) -> None:
     clip = np.asarray(of_clip(jnp.asarray(ids)))
     assert clip[0, 0] == 49406 and clip[0, 3] == 49407  # begin, two words, end
     assert pipeline.count_tokens(["", "a cat"])[1] - pipeline.count_tokens(["", "a cat"])[0] == len("a cat")
+
+
+def test_a_distilled_model_draws_in_few_steps_without_guidance(folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    index = json.loads((folder / "model_index.json").read_text())
+    (tmp_path / "model_index.json").unlink()
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
+    base, distilled = (of_shapes(open_source(str(path))) for path in (folder, tmp_path))
+    assert (base.drawing.steps, base.drawing.guidance) == (50, 4.0)
+    assert (distilled.drawing.steps, distilled.drawing.guidance) == (4, 1.0)
+    how: dict[str, Any] = {"solver": "euler", "steps": 4, "batch": 1, "seed": 0}
+    Sampler(distilled, tiny.mesh(), guidance=1.0, **how)
+    with pytest.raises(UserError, match="^guidance 4: this FLUX.2-klein is distilled and draws without; set it to 1: "):
+        Sampler(distilled, tiny.mesh(), guidance=4.0, **how)
 
 
 @pytest.mark.parametrize("part, key, value, message", [

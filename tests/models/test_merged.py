@@ -92,7 +92,7 @@ CHANGES = {"older": older, "before 0.19": before_0_19, "named": named, "alphas o
 
 @pytest.mark.parametrize("kind", ["peft", "kohya", *CHANGES])
 def test_it_is_the_model_with_the_lora_merged(taught: Taught, tmp_path: Path, kind: str) -> None:
-    layout = STABLE_DIFFUSION.layout(taught.models)
+    layout = STABLE_DIFFUSION.layout(taught.models, {})
     weights = layout.lora_weights(taught.models, "kohya" if kind in ("kohya", "alphas of shape 1") else "peft")
     changed = CHANGES.get(kind, dict)(weights)
     assert (kind in ("peft", "kohya")) == (

@@ -125,7 +125,7 @@ def loras(configs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, bytes]]:
             layer.lora_B[...] = jnp.asarray(rng.standard_normal(layer.lora_B.shape), jnp.float32)
 
     def of(kind: str) -> dict[str, np.ndarray]:
-        return STABLE_DIFFUSION.layout(models).lora_weights(models, kind)
+        return STABLE_DIFFUSION.layout(models, {}).lora_weights(models, kind)
 
     peft = {f"base_model.model.{key[5:]}": x for key, x in of("peft").items() if key.startswith("unet.")}
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["to_q"], "use_dora": False,

@@ -19,6 +19,8 @@ from hgdpo_jax import config as configuration
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.diffusion.source import open_source
+from hgdpo_jax.models import layouts
+from hgdpo_jax.models.architectures import KLEIN_4B
 from hgdpo_jax.results import card_code, exported
 from hgdpo_jax.results.contents import CHECKPOINT_FILE, KOHYA_FILE, PEFT_FILE, Contents
 from hgdpo_jax.run.errors import UserError
@@ -143,7 +145,9 @@ def test_kohyas_file_on_the_base_gives_our_pictures(folder: Path, out: Path, our
     theirs.set_adapters("policy", WEIGHT)
     assert deviations(expected, draw()) < TOLERANCE
     with safe_open(out / KOHYA_FILE, "numpy") as file:
-        assert file.metadata()["modelspec.architecture"] == "Flux.2-klein-4b/lora"
+        assert file.metadata()["modelspec.architecture"] == "Flux.2-klein/lora"  # of no published size
+    published = layouts.klein(KLEIN_4B.configs["transformer"])
+    assert (published.architecture, published.version) == ("Flux.2-klein-4b", "flux_2_klein_4b")
 
 
 def test_the_folder_holds_what_the_base_holds(folder: Path, out: Path) -> None:

@@ -70,7 +70,7 @@ def pictures(folder: Path, start: np.ndarray, monkeypatch: pytest.MonkeyPatch) -
         start: latents that are drawn from, [1, h, w, c].
         monkeypatch: of the test.
     """
-    drawing = STABLE_DIFFUSION.drawing
+    drawing = STABLE_DIFFUSION.drawing({})
     recipes = f"num_inference_steps={drawing.steps}, guidance_scale={drawing.guidance}"
     code = code_of((folder / "README.md").read_text())
     assert code.count(recipes) == len(re.findall("^image = ", code, re.MULTILINE))
