@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from transformers import CLIPTokenizer, Qwen2Tokenizer
+from transformers import CLIPTokenizer
 
 from hgdpo_jax.config import ASSETS
 from hgdpo_jax.diffusion import stable_diffusion
@@ -14,7 +14,7 @@ from hgdpo_jax.diffusion.family import Configs, Family, Tokenizers
 from hgdpo_jax.diffusion.flow import FlowSchedule
 from hgdpo_jax.diffusion.recipe import Drawing
 from hgdpo_jax.models import layouts
-from hgdpo_jax.models.chat import LENGTH, byte_tokenizer, chat, chat_ids, open_tokenizer
+from hgdpo_jax.models.chat import LENGTH, byte_tokenizer, chat, chat_ids, length_of, open_tokenizer
 from hgdpo_jax.models.flux2 import Flux2Transformer2DModel
 from hgdpo_jax.models.flux2_vae import AutoencoderKLFlux2
 from hgdpo_jax.models.qwen3 import Qwen3Model
@@ -32,7 +32,7 @@ def _clip() -> CLIPTokenizer:
 
 def _tokenize(tokenizers: Tokenizers, captions: Sequence[str]) -> Int[np.ndarray, "b s"]:
     """Qwen3's 512 ids, and behind them CLIP's 77, which scorers read."""
-    own = chat_ids(tokenizers["tokenizer"], captions, length_of(tokenizers["tokenizer"]))
+    own = chat_ids(tokenizers["tokenizer"], captions)
     return np.concatenate([own, stable_diffusion.tokenize(_clip(), captions)], axis=1)
 
 
@@ -40,11 +40,6 @@ def _usual_tokenizers(index: Mapping[str, Any]) -> Tokenizers:
     """Of bytes, in place of Qwen3's, which is not shipped: it does for plans."""
     del index
     return {"tokenizer": byte_tokenizer()}
-
-
-def length_of(tokenizer: Qwen2Tokenizer) -> int:
-    """Tokens of a prompt: 512, as diffusers' pipeline takes them, unless the tokenizer says fewer."""
-    return min(LENGTH, tokenizer.model_max_length)
 
 
 def _count(tokenizers: Tokenizers, captions: Sequence[str]) -> list[int]:
@@ -66,7 +61,7 @@ def _told(tokenizers: Tokenizers, models: Mapping[str, Any]) -> dict[str, Any]:
 
 def _conditioner(name: str, models: Mapping[str, Any], tokenizers: Tokenizers, index: Mapping[str, Any]) -> FluxText:
     tokenizer = tokenizers["tokenizer"]
-    empty = chat_ids(tokenizer, [""], length_of(tokenizer))[0]
+    empty = chat_ids(tokenizer, [""])[0]
     return FluxText(models["text_encoder"], empty_ids=tuple(empty.tolist()), padding=tokenizer.pad_token_id)
 
 

@@ -21,16 +21,26 @@ def chat(prompt: str) -> str:
     return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
-def chat_ids(tokenizer: Qwen2Tokenizer, prompts: Sequence[str], length: int = LENGTH) -> Int[np.ndarray, "b s"]:
+def length_of(tokenizer: Qwen2Tokenizer) -> int:
+    """Tokens of a prompt: 512, as diffusers' pipeline takes them, unless the tokenizer says fewer."""
+    return min(LENGTH, tokenizer.model_max_length)
+
+
+def chat_ids(tokenizer: Qwen2Tokenizer, prompts: Sequence[str], length: int | None = None) -> Int[np.ndarray, "b s"]:
     """Token ids int32 [b, length] of :func:`chat`, padded on the right. Of a longer prompt the end is lost, and with it
     the template's.
 
     `<|im_end|>` and others of Qwen3's marks in a prompt are these marks, not their letters, as in diffusers.
+
+    Args:
+        tokenizer: Qwen3's.
+        prompts: to read.
+        length: see :func:`length_of`, unless given.
     """
     ids = tokenizer(
         [chat(prompt) for prompt in prompts],
         padding="max_length",
-        max_length=length,
+        max_length=length_of(tokenizer) if length is None else length,
         truncation=True,
         return_tensors="np",
     ).input_ids
@@ -53,7 +63,11 @@ def open_tokenizer(folder: Path) -> Qwen2Tokenizer:
     """
     try:
         tokenizer = Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
-        chat_ids(tokenizer, [""])
+        own = len(tokenizer(chat("")).input_ids)
+        if chat_ids(tokenizer, [""]).shape[1] <= own:
+            raise ValueError(
+                f"model_max_length {tokenizer.model_max_length}, the chat around a prompt takes {own} tokens"
+            )
     except Exception as error:  # transformers' and tokenizers' errors have no class in common
         reason = " ".join(str(error).split())
         raise UserError(f"{folder}: not a tokenizer that can be read ({reason}); copy the folder again") from error

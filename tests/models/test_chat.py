@@ -1,6 +1,9 @@
 """Prompts of FLUX.2 klein as diffusers' pipeline makes them."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +75,15 @@ def test_the_marks_are_tokens_of_their_own_and_the_length_is_kleins(folder: Path
     assert len(ids) == 512 and (ids == opened.pad_token_id).sum() == 512 - 25
     for mark in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"):
         assert opened.convert_tokens_to_ids(mark) in ids
+
+
+@pytest.mark.parametrize("length", ["512", {}, 0.5, True, 25])
+def test_a_length_that_holds_no_prompt_is_refused(folder: Path, tmp_path: Path, length: Any) -> None:
+    shutil.copytree(folder, tmp_path / "t")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": length}))
+    with pytest.raises(UserError, match=r"t: not a tokenizer that can be read \(.*; copy the folder again"):
+        open_tokenizer(tmp_path / "t")
 
 
 def test_what_is_no_tokenizer_of_qwen3s_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -12,14 +12,14 @@ from tqdm import tqdm
 # Not the environment of the tests: their checks of types would take the place of what users meet.
 os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
 from tests import mutations
-from tests.mutations import checkpoints, models, photographs, reference, runs, xl
+from tests.mutations import checkpoints, klein, models, photographs, reference, runs, xl
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
     total = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
     with tempfile.TemporaryDirectory() as common, tqdm(total=total, unit="file") as bar:
         cases = photographs.cases() | models.cases() | runs.cases()
-        for subject in (checkpoints, xl, reference):
+        for subject in (checkpoints, xl, klein, reference):
             cases |= subject.cases(Path(common))
         mutations.sound(cases)
         found = mutations.run(cases, range(total), bar.update)
