@@ -17,12 +17,15 @@ each: on 40 GB add `--config.evaluate.batch=8`.
 
 from ml_collections import ConfigDict
 
+from hgdpo_jax.config import default
+
 from . import common
 
 
 def get_config(variant: str = "sd15") -> ConfigDict:
     config = common.base(variant)
     config.stage = "stage0"
+    config.train.beta = default().train.beta  # of no use here
     config.train.objective = "sft"
     config.data.caption_dropout = 0.1
     config.pairs.winner = "photograph"

@@ -361,7 +361,8 @@ def _refuse_idle(config: ConfigDict) -> None:
     for key, (active, other) in acts.items():
         value = get_setting(config, key)
         if not active and value != get_setting(usual, key):
-            raise UserError(f"config key {key}={value}: does nothing here, it goes with {other}")
+            raise UserError(f"config key {key}={value}: does nothing here, it goes with {other}; otherwise it stays "
+                            f"{get_setting(usual, key)}")  # fmt: skip
 
 
 def _check(setting: Setting, value: Any) -> None:

@@ -7,6 +7,7 @@ W/stageN/FOLDER/NAME.npy.json    its hash, written once the file is complete
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,8 @@ def written(rows: Rows, made_from: Mapping[str, Any]) -> Iterator[np.ndarray]:
     rows.path.parent.mkdir(exist_ok=True)
     with atomic_path(rows.path) as temporary:
         values = np.lib.format.open_memmap(temporary, mode="w+", dtype=rows.dtype, shape=rows.shape)
+        with temporary.open("r+b") as file:  # a disk that fills up while a mapping is written would end the process
+            os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
         yield values
         values.flush()
     write_json(rows.path.with_name("made_from.json"), made_from)

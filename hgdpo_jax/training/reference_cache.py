@@ -30,6 +30,7 @@ from hgdpo_jax.training import kept
 from hgdpo_jax.training import step as steps
 from hgdpo_jax.training.inputs import Inputs
 from hgdpo_jax.training.optimizer import numbers_of
+from hgdpo_jax.training.policy import draws_otherwise
 from hgdpo_jax.training.start import Start
 
 
@@ -131,6 +132,7 @@ def _made_from(config: ConfigDict, inputs: Inputs, start: Start) -> dict[str, An
     keys = ["stage", "seed", "model.dtype", "train.reference_cache"]
     keys += ["train.lora_alpha"] if config.train.params.endswith("lora") else []  # which is in no weight
     keys += ["train.quantize"] if config.train.quantize != "none" else []
+    keys += ["train.noise_levels", "train.noise_shift"] if draws_otherwise(config) else []
     made_from = provenance.settings(config, keys)
     base = provenance.content_key("model.base")
     reference = {"the pairs": inputs.pairs.hash, "the reference": start.reference_hash}

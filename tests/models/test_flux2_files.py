@@ -12,10 +12,9 @@ from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkp
 from flax import nnx
 from safetensors.numpy import save_file
 
-from hgdpo_jax.models import flux2_original
+from hgdpo_jax.models import flux2_original, layouts
 from hgdpo_jax.models.convert import abstract, shapes, to_torch
 from hgdpo_jax.models.flux2 import Flux2Transformer2DModel
-from hgdpo_jax.models.layouts import KLEIN
 from hgdpo_jax.models.ldm import TranslatedWeights, to_single_file
 from hgdpo_jax.models.lora import add_lora, lora_layers, to_peft
 from hgdpo_jax.models.merged import LoRAFile
@@ -25,6 +24,7 @@ from tests import klein, tiny
 from tests.rounding import EPS
 
 CONFIG = klein.TRANSFORMER
+KLEIN = layouts.klein(CONFIG)
 RANK, ALPHA = 3, 1.5
 
 

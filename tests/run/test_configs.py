@@ -10,7 +10,7 @@ from hgdpo_jax.run.folder import pair_stages, stage_command
 from hgdpo_jax.run.settings import CONFIGS, load_config
 
 ROOT = Path(__file__).parents[2]
-VARIANTS = ("sd15", "sdxl", "portraits", "portraits-flow")
+VARIANTS = ("sd15", "sdxl", "klein", "portraits", "portraits-flow")
 # What a row takes after its variant: values that have other ways through the file.
 VALUES = {
     "pool_size": ("2", "8", "16"),
@@ -34,7 +34,7 @@ def specs(path: Path, variant: str) -> list[str]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_row_is_valid_and_has_its_own_folder_beside_the_stages(variant: str) -> None:
-    left_out = ("personalise", "text_encoder") if variant == "portraits-flow" else ()
+    left_out = ("personalise", "text_encoder") if variant in ("klein", "portraits-flow") else ()
     plain = [path for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "common", *left_out)]
     configs = [load_config(spec) for path in [*plain, *ROWS] for spec in specs(path, variant)]
     stages = [config.stage for config in configs]
