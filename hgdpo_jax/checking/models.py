@@ -47,9 +47,11 @@ def describe_base(source: Source, pipeline: Pipeline) -> str:
 
 
 def require_samplers(config: ConfigDict, pipeline: Pipeline) -> None:
-    """Raises UserError where the base's schedule has no such steps as those that pairs, log and report are drawn in."""
+    """Raises UserError where the base's schedule has no such steps as those that pairs, log and report are drawn in, or
+    the base draws without guidance."""
     for group in ("pairs", "evaluate"):
         sampler, steps = config[group].sampler, config[group].steps
+        pipeline.require_guidance(config[group].guidance)
         with named(f"{group}.steps", steps):
             from_noise(pipeline.schedule, sampler, steps)
             if group == "pairs" and "sdrecon" in (config.pairs.winner, config.pairs.loser):

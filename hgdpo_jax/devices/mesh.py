@@ -1,6 +1,7 @@
 """The mesh of devices, and which batches it can split."""
 
 import math
+import os
 from collections.abc import Sequence
 
 import jax
@@ -38,6 +39,20 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
 def local_mesh() -> Mesh:
     """This process's own devices along `data`: for work that needs no other process, such as drawing candidates."""
     devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
+    return Mesh(devices, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def host_mesh() -> Mesh:
+    """This process's processor: for work that computes little, with weights that an accelerator may have no room for.
+
+    Raises:
+        UserError: JAX_PLATFORMS leaves it out.
+    """
+    try:
+        devices = np.array(jax.local_devices(backend="cpu")[:1]).reshape(1, 1, 1)
+    except RuntimeError as error:
+        raise UserError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: leaves out the processor, where this is "
+                        "computed; unset it, or add ,cpu") from error  # fmt: skip
     return Mesh(devices, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 

@@ -82,6 +82,12 @@ class Pipeline:
         """The most tokens of a caption that are read."""
         return min(self.family.positions, *(tokenizer.model_max_length for tokenizer in self.tokenizers.values()))
 
+    def require_guidance(self, guidance: float) -> None:
+        """Raises UserError for guidance of a model that was distilled to draw without."""
+        if guidance > 1 >= self.drawing.guidance:
+            raise UserError(f"guidance {guidance:g}: this {self.family.title} is distilled and draws without; set it "
+                            "to 1: --guidance, pairs.guidance and evaluate.guidance")  # fmt: skip
+
     def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
         """(h, w, c) of the latents of images of a resolution (height, width).
 
@@ -231,13 +237,14 @@ def base_hash(base: str | Path, vae: str | Path = "", lora: str | Path = "", ind
         UserError: see :func:`hgdpo_jax.diffusion.source.open_source`; or the processes' bases differ.
     """
     source, index = open_source(str(base), str(vae), str(lora)), index or Index()
-    about = {
+    about: dict[str, Any] = {
         "configs": {part: _settings(config) for part, config in source.configs.items()},
         "vocabularies": {name: tokenizer.get_vocab() for name, tokenizer in source.tokenizers.items()},
         "padding": {name: tokenizer.pad_token for name, tokenizer in source.tokenizers.items()},
         "scheduler": _settings(source.scheduler),
         "pipeline": _settings(source.index),
     }
+    about |= {} if source.lora_alpha is None else {"lora_alpha": source.lora_alpha}
     if not processes.is_alone():  # each host may have a base of its own
         processes.require_same({f"content of {base}": json_hash([about, *map(fingerprint, source.files)])[:12]})
     return processes.broadcast(lambda: json_hash({"weights": [index.hash(file) for file in source.files], **about}))

@@ -26,7 +26,6 @@ from hgdpo_jax.diffusion.programs import Guidance, Programs, SamplerInputs
 from hgdpo_jax.diffusion.sdrecon import sdrecon
 from hgdpo_jax.diffusion.trajectory import State, Trajectory, from_noise
 from hgdpo_jax.pictures.write import require_finite
-from hgdpo_jax.run.errors import UserError
 from hgdpo_jax.run.progress import Progress
 
 # Images in [-1, 1] and token ids → a pytree of arrays of b rows.
@@ -74,9 +73,7 @@ class Sampler:
         concept_scale: float = 1.0,
         interval: Sequence[int] | None = None,
     ) -> None:
-        if guidance > 1 >= pipeline.drawing.guidance:
-            raise UserError(f"guidance {guidance:g}: this {pipeline.family.title} is distilled and draws without; set "
-                            "it to 1: --guidance, pairs.guidance and evaluate.guidance")  # fmt: skip
+        pipeline.require_guidance(guidance)
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch, self.mesh, self.seed = -(-batch // ways) * ways, mesh, seed
         self.tokenize, self.latent_shape, self._rows = pipeline.tokenize, pipeline.latent_shape, batch_sharding(mesh)

@@ -46,6 +46,7 @@ class Source:
         tokenizers, scheduler, index, licence: see :class:`hgdpo_jax.diffusion.pipeline.Pipeline`.
         fit: part → what its weights must fit, for errors; its config.json where nothing is said.
         folder: where the folders of its models are; None of a single file with all of them.
+        lora_alpha: of a merged LoRA, where it is in none of the files.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Source:
     licence: str | None
     fit: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
+    lora_alpha: float | None = None
 
     def expected(self, part: str) -> str:
         """What the weights of a part must fit, for errors."""
@@ -306,4 +308,4 @@ def _with_lora(source: Source, path: Path) -> Source:
         weights = source.open(name, keys)
         return lora.into(name, weights) if name in known else weights
 
-    return replace(source, open=part, files=[*source.files, *lora.weights.files])
+    return replace(source, open=part, files=[*source.files, *lora.weights.files], lora_alpha=lora.alpha)

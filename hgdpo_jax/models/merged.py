@@ -117,12 +117,18 @@ class LoRAFile:
         path: a .safetensors file, or a folder that holds one.
         models: those of the pipeline.
 
+    Attributes:
+        weights: the file.
+        alpha: where it stands in another file, such as PEFT's adapter_config.json.
+
     Raises:
         UserError: not a LoRA that can be read, or one for another model.
     """
 
+    alpha: float | None = None
+
     def __init__(self, path: Path, models: Models) -> None:
-        self._path = path = _file(path)
+        self._path = path = lora_file(path)
         self.weights = Weights(path)
         if not self.weights:
             raise UserError(f"LoRA {path}: holds no tensors")
@@ -130,6 +136,7 @@ class LoRAFile:
         if any(name.startswith(_PEFT) for name in in_file):
             part = self._part(in_file, models)
             models, self._settings = {part: models[part]}, _beside(path, part)
+            self.alpha = self._settings.get(f"{part}.lora_alpha")
         else:
             self._settings = _in_header(path, self.weights.metadata)
         self._found = {(match.part, match.key): match for match in self._fitting(in_file, models)}
@@ -227,7 +234,7 @@ class LoRAFile:
         return alpha / rank * (match.where.read(up.reshape(up.shape[0], -1)) @ down.reshape(rank, -1))
 
 
-def _file(path: Path) -> Path:
+def lora_file(path: Path) -> Path:
     """The LoRA in a folder, or the file itself.
 
     Raises:

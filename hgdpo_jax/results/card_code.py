@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hgdpo_jax import config as configuration
 from hgdpo_jax.diffusion.source import hub_repository
+from hgdpo_jax.models.merged import lora_file
 from hgdpo_jax.models.weights import chosen
 from hgdpo_jax.results.contents import CHECKPOINT_FILE, PEFT_FILE, RECIPE_FILE, Contents
 
@@ -75,7 +76,8 @@ def load_base(contents: Contents) -> list[str]:
     else:
         lines += _load_denoiser(contents, _absolute(model.base), more, _place(contents))
     if model.lora:
-        folder, name = Path(model.lora).absolute().parent, Path(model.lora).name
+        file = lora_file(Path(model.lora)).absolute()
+        folder, name = file.parent, file.name
         lines.append(f"pipeline.load_lora_weights({_quoted(str(folder))}, weight_name={_quoted(name)})")
         lines += ["pipeline.fuse_lora()", "pipeline.unload_lora_weights()"]
     return lines

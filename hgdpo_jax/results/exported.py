@@ -10,13 +10,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hgdpo_jax import __version__
-from hgdpo_jax.devices.mesh import local_mesh
+from hgdpo_jax.devices.mesh import host_mesh
 from hgdpo_jax.devices.xla import use_precision
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
+from hgdpo_jax.diffusion.pipeline import text_of
+from hgdpo_jax.diffusion.source import Source, open_source
 from hgdpo_jax.models import ip_adapter, ldm
 from hgdpo_jax.models.convert import save_model, to_torch
 from hgdpo_jax.models.lora import merge_lora
+from hgdpo_jax.models.text import Conditioner
 from hgdpo_jax.models.weights import copy_model, write_weights
 from hgdpo_jax.results import model_card
 from hgdpo_jax.results.contents import (
@@ -86,18 +89,18 @@ def export(
     merge = _merge(stage, config.train.params, formats, merge)
     beside = [name for name in (TEXT_ENCODER, PERSONALISE) if was_started(workdir, name)]
     configs = {name: stage_config(workdir, name) for name in beside}
-    normal = CURRICULUM["normal"]
-    if config.train.params == "lora" and config.train.start == normal:
-        configs[normal] = config
-    configs.pop(stage, None)
-    configs[stage] = config  # last: its policy is what the folder gets
     config.model.dtype = "float32"  # what is merged into is kept in full precision
     use_precision(config.model.dtype)
     # Files of LoRA need the names of its layers, not the base's weights, from which an adapter starts.
-    weights = bool({*_OF_ALL} & {*formats}) or any(c.train.params == "adapter" for c in configs.values())
+    weights = bool({*_OF_ALL} & {*formats}) or any(c.train.params == "adapter" for c in (config, *configs.values()))
     content = find_base(workdir, config, base, weights)
-    others = [configs[name] for name in beside if name != stage]
-    pipeline = load_trainable(config, local_mesh(), *others, weights=weights)
+    others = [c for name, c in configs.items() if name != stage]
+    source, normal = open_source(config.model.base, config.model.vae, config.model.lora), CURRICULUM["normal"]
+    if config.train.params == "lora" and config.train.start == normal and source.family.drawing(source.index).scheduler:
+        configs[normal] = config  # which the recipe's script reads
+    configs.pop(stage, None)
+    configs[stage] = config  # last: its policy is what the folder gets
+    pipeline = load_trainable(config, host_mesh(), *others, weights=weights, text=_copied(source))
     policies = {
         name: finished_policy(workdir, name, policy_of(pipeline, c), c, step if name == stage else None)
         for name, c in configs.items()
@@ -116,6 +119,12 @@ def export(
         with filled(out, ABOUT_FILE, about) as folder:
             written = write(contents, about, folder)
     print(f"{out}: {stage} as {', '.join(written)}")
+
+
+def _copied(source: Source) -> Conditioner | None:
+    """The text encoder, of shapes, where its files are copied as they are; None where it is read and written anew."""
+    text = text_of(source, "float32")
+    return text if any(getattr(model, "unused", None) for model in vars(text).values()) else None
 
 
 def _formats(stage: str, params: str, given: Sequence[str] | None) -> Sequence[str]:

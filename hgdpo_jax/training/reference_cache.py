@@ -113,7 +113,9 @@ def attach(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, index
             is full.
     """
     cache, draws, train = folder / "reference_cache", config.train.reference_cache, inputs.pairs.sources["train"]
-    made_from = _made_from(config, inputs, start)
+    base = inputs.made_from[provenance.content_key("model.base")]
+    made_from = _made_from(config, {"model.base": base, "the pairs": inputs.pairs.hash,
+                                    "the reference": start.reference_hash})  # fmt: skip
     shards = _shards(cache, inputs.pairs.manifest)
     files = [shard.rows(draws) for shard in shards]
     todo = kept.missing(cache, files, made_from, "what the reference predicts")
@@ -128,15 +130,12 @@ def attach(config: ConfigDict, folder: Path, inputs: Inputs, start: Start, index
     return inputs._replace(pairs=replace(inputs.pairs, sources={**inputs.pairs.sources, "train": sources}))
 
 
-def _made_from(config: ConfigDict, inputs: Inputs, start: Start) -> dict[str, Any]:
+def _made_from(config: ConfigDict, content: Mapping[str, str]) -> dict[str, Any]:
     keys = ["stage", "seed", "model.dtype", "train.reference_cache"]
     keys += ["train.lora_alpha"] if config.train.params.endswith("lora") else []  # which is in no weight
     keys += ["train.quantize"] if config.train.quantize != "none" else []
     keys += ["train.noise_levels", "train.noise_shift"] if draws_otherwise(config) else []
-    made_from = provenance.settings(config, keys)
-    base = provenance.content_key("model.base")
-    reference = {"the pairs": inputs.pairs.hash, "the reference": start.reference_hash}
-    return made_from | {base: inputs.made_from[base]} | {provenance.content_key(k): v for k, v in reference.items()}
+    return provenance.settings(config, keys) | {provenance.content_key(name): x for name, x in content.items()}
 
 
 def _make(

@@ -55,7 +55,6 @@ def comfy() -> SimpleNamespace:
 def trained() -> Iterator[None]:
     """Stages are trained as soon as they are started."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exported, "local_mesh", tiny.mesh)
         patch.setattr(exported, "finished_policy", lambda workdir, stage, like, config, step: moved(like))
         patch.setattr(exported, "finished_step", lambda workdir, stage, step: 1)
         patch.setattr(exported, "made_from", lambda workdir, stage: {exported.PAIRS: "0" * 64})

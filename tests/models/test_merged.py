@@ -158,9 +158,13 @@ def test_pefts_own_file_has_its_alpha_beside_it_and_kohyas_convolutions_are_merg
     down, up = rng.standard_normal((2, inputs)).astype(np.float32), rng.standard_normal((outputs, 2)).astype(np.float32)
     save_file({f"base_model.model.{key}.lora_A.weight": down, f"base_model.model.{key}.lora_B.weight": up},
               tmp_path / "adapter_model.safetensors")  # fmt: skip
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6, "target_modules": ["to_k"]}))
-    found = unet_weights(base, tmp_path / "adapter_model.safetensors", f"{key}.weight")
-    assert_close(found, before[f"{key}.weight"] + 3 * up @ down, 100 * EPS)
+    settings, hashes = {"r": 2, "target_modules": ["to_k"]}, set()
+    for alpha in (6, 8):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": alpha}))
+        found = unet_weights(base, tmp_path / "adapter_model.safetensors", f"{key}.weight")
+        assert_close(found, before[f"{key}.weight"] + alpha / 2 * up @ down, 100 * EPS)
+        hashes.add(pipelines.base_hash(base, lora=tmp_path / "adapter_model.safetensors"))
+    assert len(hashes) == 2  # the base is another one
 
 
 @pytest.fixture(scope="module")

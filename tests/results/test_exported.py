@@ -23,7 +23,7 @@ from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion import recipe
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.models.lora import add_lora
-from hgdpo_jax.results import card_code, exported
+from hgdpo_jax.results import card_code
 from hgdpo_jax.results.contents import CHECKPOINT_FILE, KOHYA_FILE, KOHYA_RECIPE_FILE, PEFT_FILE
 from hgdpo_jax.results.exported import FORMATS, export
 from hgdpo_jax.run.errors import UserError
@@ -56,7 +56,6 @@ def one_device() -> Iterator[None]:
     """Where weights lie does not matter here, and programs of one device compile in half the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "make_mesh", lambda *_: tiny.mesh())
-        patch.setattr(exported, "local_mesh", tiny.mesh)
         yield
 
 

@@ -52,7 +52,6 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     workdir = tmp_path_factory.mktemp("run")
     write_json(workdir / "stage1" / "config.json", configuration.to_json(config_of(folder)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exported, "local_mesh", tiny.mesh)
         patch.setattr(exported, "finished_policy", lambda workdir, stage, like, config, step: moved(like))
         patch.setattr(exported, "finished_step", lambda workdir, stage, step: 1)
         patch.setattr(exported, "made_from", lambda workdir, stage: {exported.PAIRS: "0" * 64})

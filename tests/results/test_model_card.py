@@ -104,7 +104,6 @@ def moved(policy: Any) -> Any:
 def trained() -> Iterator[None]:
     """Stages are trained as soon as they are started."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exported, "local_mesh", tiny.mesh)
         patch.setattr(exported, "finished_policy", lambda workdir, stage, like, config, step: moved(like))
         patch.setattr(exported, "finished_step", lambda workdir, stage, step: stage_config(workdir, stage).train.steps)
         patch.setattr(exported, "made_from", lambda workdir, stage: {PAIRS: "0" * 64})

@@ -154,3 +154,22 @@ def test_every_pass_sees_each_draw_of_each_pair_once() -> None:
     assert [int(one["example"]) for one in found] == list(range(15))
     assert [int(one["winner"][0]) for one in found] == [i // 3 for i in range(15)]
     assert [one["reference"].ravel().tolist() for one in found] == [[2 * i, 2 * i + 1] for i in range(15)]
+
+
+def test_how_a_flows_noise_levels_are_drawn_is_part_of_what_they_are_made_from() -> None:
+    def made_from(*settings: str) -> dict[str, Any]:
+        config = load_config("configs/stage1.py:klein", ["train.reference_cache=2", *settings])
+        return reference_cache._made_from(config, {"the pairs": "0"})
+
+    usual = made_from()
+    assert usual != made_from("train.noise_shift=1") and usual != made_from("train.noise_levels=uniform")
+    assert usual == made_from("train.lr=1e-6")
+
+
+def test_the_room_of_a_file_is_taken_before_its_rows_come(tmp_path: Path) -> None:
+    rows = kept.Rows(tmp_path / "cache" / "a.npy", (3, 100_000), np.dtype(np.float32))
+    with kept.written(rows, {}) as values:
+        (file,) = rows.path.parent.iterdir()
+        assert 512 * file.stat().st_blocks >= rows.size
+        values[:] = 1
+    assert (np.load(rows.path) == 1).all()
