@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hgdpo_jax.models.flux2_original import MARK, PREFIXES, transformer_part
+from hgdpo_jax.models.flux2_original import MARK, PREFIXES, SCALE, saved_part, transformer_part
 from hgdpo_jax.models.ldm import SD1_PARTS, SDXL_PARTS, Translate, bare
 from hgdpo_jax.models.weights import Weights
 from hgdpo_jax.run.errors import UserError
@@ -38,7 +38,9 @@ _CONTEXT = "model.diffusion_model.{}.transformer_blocks.0.attn2.to_k.weight"
 def alone(weights: Weights) -> tuple[str, tuple[str, Translate]] | None:
     """The model that a file in an original layout holds alone, and where; None of a file that is to hold more."""
     prefix = next((prefix for prefix in PREFIXES if prefix + MARK in weights), None)
-    return None if prefix is None else ("transformer", (prefix, transformer_part))
+    if prefix is None:
+        return None
+    return "transformer", (prefix, transformer_part if prefix + SCALE in weights else saved_part)
 
 
 def recognise(weights: Weights, source: str, with_vae: bool = True) -> Architecture:

@@ -12,6 +12,7 @@ import numpy as np
 
 from hgdpo_jax.models.ldm import Stored, third_of
 
+SCALE = "double_blocks.0.img_attn.norm.query_norm.scale"
 MARK = "double_stream_modulation_img.lin.weight"  # each transformer has it
 PREFIXES = ("", "model.diffusion_model.")  # of its keys, in files of it alone
 SWAPPED = "final_layer.adaLN_modulation.1"
@@ -72,6 +73,12 @@ def module(name: str, config: Mapping[str, Any]) -> Stored:
         fused, third = _FUSED[inside]
         return third_of(f"double_blocks.{number}.{fused}", third)
     return Stored(f"double_blocks.{number}.{_DOUBLE[inside]}")
+
+
+def saved_part(key: str, config: Mapping[str, Any]) -> Stored:
+    """The same in files that ComfyUI saved, which call the scales of norms weights."""
+    where = module(key.removesuffix(".weight"), config)
+    return where._replace(key=f"{where.key}.weight")
 
 
 def transformer_part(key: str, config: Mapping[str, Any]) -> Stored:

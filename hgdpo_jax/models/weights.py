@@ -41,8 +41,8 @@ class Weights(Mapping[str, np.ndarray]):
         files: whole files, or the shards of one.
 
     Raises:
-        UserError: a file is missing, a pickle, or not a whole safetensors file; at a look-up, the tensor holds NaN or
-            infinity, or its dtype is not read.
+        UserError: a file is missing, a pickle, in 8 bits, or not a whole safetensors file; at a look-up, the tensor
+            holds NaN or infinity, or its dtype is not read.
     """
 
     def __init__(self, *files: Path) -> None:
@@ -65,6 +65,9 @@ class Weights(Mapping[str, np.ndarray]):
                 header = json.loads(file.read(length))
             self.metadata |= header.pop("__metadata__", {})
             for key, entry in header.items():
+                if entry["dtype"].startswith("F8"):
+                    raise UserError(f"{path}: is in 8 bits (weight {key} has dtype {entry['dtype']}); take the file in "
+                                    "16 or 32 bits")  # fmt: skip
                 begin = 8 + length + entry["data_offsets"][0]
                 self._places[key] = _Place(path, begin, tuple(entry["shape"]), entry["dtype"])
 

@@ -68,9 +68,10 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
     pairs.require_from({"model.base": base})
     text = None
     if settings.text_cache:
+        _require_fit(config, load_trainable(config, mesh, weights=False), pairs)  # before captions are encoded
         pairs, text = text_cache.attach(config, workdir / config.stage, pairs, prompts, base, mesh, index)
     pipeline = load_trainable(config, mesh, text=text)
-    pairs.require({name: pipeline.latent_shape(size) for name, size in configuration.resolutions(config).items()})
+    _require_fit(config, pipeline, pairs)
     if settings.quantize == "int8":
         quantise(pipeline.networks.values())
     denoiser, policy, frozen = steps.split_params(pipeline, settings.params)
@@ -84,6 +85,12 @@ def read(config: ConfigDict, workdir: Path, index: Index) -> Inputs:
     made_from = provenance.settings(config, depends_on(config))
     made_from |= {provenance.content_key(name): value for name, value in inputs.items()}
     return Inputs(mesh, pipeline, policy, frozen, pairs, loss, make_optimizer(settings), made_from, prompts)
+
+
+def _require_fit(config: ConfigDict, pipeline: Pipeline, pairs: Pairs) -> None:
+    """Raises UserError where the pairs are not of the resolutions, or the base draws no looks as the config says."""
+    pairs.require({name: pipeline.latent_shape(size) for name, size in configuration.resolutions(config).items()})
+    pipeline.require_guidance(config.evaluate.guidance)
 
 
 def _require_scores(config: ConfigDict, workdir: Path, index: Index) -> None:

@@ -1,6 +1,7 @@
 """Text embeddings, computed once for every caption: the text encoders then leave the devices.
 
-    W/stageN/text_cache/captions-00000-of-00002.npy   of up to 256 captions of the stage's pairs
+    W/stageN/text_cache/ids.npy                       token ids of the captions of the stage's pairs
+    W/stageN/text_cache/captions-00000-of-00002.npy   what is made of up to 256 of them
     W/stageN/text_cache/looks-1b2c3d4e.npy            of the captions that looks draw, and the empty one
 
 See :mod:`hgdpo_jax.training.kept` for what lies beside them. A caption takes tokens · width numbers
@@ -67,8 +68,8 @@ def attach(
     """
     source, cache = open_source(config.model.base, config.model.vae, config.model.lora), folder / "text_cache"
     text, made_from = text_of(source, config.model.dtype), _made_from(config, pairs, base)
-    row = _row_dtype(text)
-    found, looks = _distinct(pairs, text), _of_looks(config, source, pairs, prompts, text)
+    row, found = _row_dtype(text), _captions(cache, pairs, text, made_from, index)
+    looks = _of_looks(config, source, pairs, prompts, text)
     files = [*_parts(cache, found, row), _Captions(looks, _rows(cache / f"looks-{_name(looks)}.npy", looks, row))]
     todo = kept.missing(cache, [file.rows for file in files], made_from, "what the text encoder makes of captions")
     print(f"{config.stage}: keeps what the text encoder makes of {len(found):,} captions, {row.itemsize / 1e6:.2g} MB "
@@ -117,6 +118,20 @@ def _row_dtype(text: Conditioner) -> np.dtype:
     """Of a caption's row: a field for each of :class:`Encoded`."""
     shapes = encoded_shapes(text, 1)._asdict()
     return np.dtype([(name, x.dtype, x.shape[1:]) for name, x in shapes.items() if x is not None])
+
+
+def _captions(cache: Path, pairs: Pairs, text: Conditioner, made_from: Mapping[str, Any], index: Index) -> _Ids:
+    """:func:`_distinct` of the pairs. They are kept, so that a later start need not read all pairs for them."""
+    kept.missing(cache, (), made_from, "captions")  # refuses what was made from something else
+    rows = kept.Rows(cache / "ids.npy", (), np.dtype(np.int32))
+    if processes.broadcast(rows.note.is_file):
+        return kept.opened([rows], index)[0]
+    found = _distinct(pairs, text)
+    if processes.is_first():
+        with kept.written(rows._replace(shape=found.shape), made_from) as values:
+            values[:] = found
+    processes.barrier()
+    return found
 
 
 def _distinct(pairs: Pairs, text: Conditioner) -> _Ids:

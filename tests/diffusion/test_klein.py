@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from hgdpo_jax.checking.models import require_samplers
 from hgdpo_jax.diffusion.pipeline import load_pipeline, of_shapes
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.diffusion.source import open_source
 from hgdpo_jax.models.text import of_clip
 from hgdpo_jax.run.errors import UserError
+from hgdpo_jax.run.settings import load_config
 from tests import klein, tiny
 from tests.models.parity import deviations
 
@@ -77,6 +79,9 @@ def test_a_distilled_model_draws_in_few_steps_without_guidance(folder: Path, tmp
     Sampler(distilled, tiny.mesh(), guidance=1.0, **how)
     with pytest.raises(UserError, match="^guidance 4: this FLUX.2-klein is distilled and draws without; set it to 1: "):
         Sampler(distilled, tiny.mesh(), guidance=4.0, **how)
+    config = load_config("configs/stage1.py:klein", ["pairs.guidance=1"])
+    with pytest.raises(UserError, match="^guidance 4: this FLUX.2-klein is distilled"):  # of looks
+        require_samplers(config, distilled)
 
 
 @pytest.mark.parametrize("part, key, value, message", [

@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from hgdpo_jax.models import flux2_original, layouts
+from hgdpo_jax.models.architectures import alone
 from hgdpo_jax.models.convert import abstract, shapes, to_torch
 from hgdpo_jax.models.flux2 import Flux2Transformer2DModel
 from hgdpo_jax.models.ldm import TranslatedWeights, to_single_file
@@ -55,6 +56,14 @@ def test_the_original_file_is_read_back_bit_for_bit(
     file = Weights(tmp_path / "a.safetensors")
     found = TranslatedWeights(file, prefix, flux2_original.transformer_part, weights, CONFIG)
     assert found.keys() == weights.keys() and all(np.array_equal(found[key], x) for key, x in weights.items())
+    saved = {key.replace("_norm.scale", "_norm.weight"): x for key, x in named.items()}  # as ComfyUI writes it
+    for number, tensors in enumerate((named, saved)):
+        write_weights(tmp_path / f"{number}.safetensors", tensors, np.float32)
+        file = Weights(tmp_path / f"{number}.safetensors")
+        name, (under, translate) = alone(file) or ("", ("", flux2_original.transformer_part))
+        found = TranslatedWeights(file, under, translate, weights, CONFIG)
+        assert (name, under) == ("transformer", prefix) and found.keys() == weights.keys()
+        assert all(np.array_equal(found[key], x) for key, x in weights.items())
 
 
 @pytest.fixture(scope="module")

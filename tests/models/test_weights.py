@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as torch_save
 
 from hgdpo_jax.diffusion import pipeline as pipelines
 from hgdpo_jax.diffusion.source import open_source
@@ -309,3 +310,11 @@ def test_what_is_no_vae_is_named_with_its_setting(copy: Path, place: str, messag
     with pytest.raises(UserError, match=message) as error:
         open_source(str(copy), vae=str(copy / place))
     assert str(error.value).startswith(f"config key model.vae={copy / place}: ") and "\n" not in str(error.value)
+
+
+def test_weights_in_8_bits_are_named_at_once(tmp_path: Path) -> None:
+    torch_save({"a.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    with pytest.raises(
+        UserError, match=r"a\.safetensors: is in 8 bits \(weight a\.weight has dtype F8_E4M3\); take the f"
+    ):
+        Weights(tmp_path / "a.safetensors")
