@@ -26,6 +26,7 @@ def base(variant: str) -> ConfigDict:
         config.model.dtype = "bfloat16"  # its numbers grow beyond float16's
         config.pairs.sampler = config.evaluate.sampler = "euler"
         config.pairs.guidance = config.evaluate.guidance = 4.0
+        config.pairs.batch = config.evaluate.batch = 1  # a picture fills a device, and more do not fit 24 GB
         config.recipe.blocks = "all"  # it has no up blocks
         config.train.checkpointing = "blocks"
         config.train.lora_rank = 32
