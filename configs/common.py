@@ -83,6 +83,12 @@ def base(variant: str) -> ConfigDict:
     return config
 
 
+def draw_as_hard(config: ConfigDict) -> None:
+    """A stage with pairs of its own is drawn with in the blocks in which the hard stage is."""
+    if config.recipe.blocks == "paper":
+        config.recipe.blocks = "up"
+
+
 def of_stable_diffusion(variant: str) -> ConfigDict:
     """:func:`base` of a stage that flow models have not. Raises UserError for one of them."""
     if variant in FLOW:

@@ -255,7 +255,8 @@ SETTINGS = (
     Setting("train.eval_every", 1000, _COUNT, "steps between evaluations, with held-out pairs and pictures"),
     Setting("recipe.weight", 0.5, _NOT_NEGATIVE, "of LoRA in drawings of evaluate, sample and export"),
     Setting("recipe.blocks", "paper", one_of("paper", "all", "up"),
-            "of the UNet in which a stage's LoRA acts there; paper: up for hard and naive, all for other stages"),
+            "of the UNet in which a stage's LoRA acts there; paper: up for hard, naive and what learns "
+            "from their pairs, all for others"),
     Setting("evaluate.scorer", "", _ANY,
             f"a judge that chose no pairs: {_SCORER}; empty: none"),
     Setting("evaluate.other_scorer", "", _ANY,

@@ -20,4 +20,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.pairs.keep_if_winner_scores_higher = not config.pairs.keep_if_winner_scores_higher
     else:  # on the index set of the stage before
         config.pairs.loser = config.train.start = "other_filter_normal"
+        common.draw_as_hard(config)
     return config

@@ -15,6 +15,7 @@ def get_config(variant: str = "") -> ConfigDict:
     variant, strength = common.with_count(variant, "0", 0)
     config = stage3.get_config(variant)
     config.stage = f"winner_t{strength}"
+    common.draw_as_hard(config)
     if strength == 0:
         config.pairs.winner, config.pairs.strengths = "photograph", common.base(variant).pairs.strengths
     else:

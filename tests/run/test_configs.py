@@ -60,6 +60,8 @@ def test_a_row_takes_its_numbers_from_its_name_and_the_rest_from_its_stage() -> 
     easy, hard = (load_config(f"configs/{name}.py:portraits") for name in ("stage1", "stage3"))
     small = load_config("configs/ablations/pool_size.py:portraits,2")
     assert (small.stage, small.pairs.pool_size, small.train.lr) == ("pool_2", 2, easy.train.lr)
+    for row in ("winner.py:sd15,4", "filter.py:sd15,hard"):  # drawn with as the hard stage is
+        assert load_config(f"configs/ablations/{row}").recipe.blocks == "up"
     plain = load_config("configs/ablations/lambda_stat.py:sd15,0")
     assert (plain.train.lambda_stat, plain.train.beta, plain.train.pairs) == (0.0, 5000.0, "stage1")
     assert load_config("configs/ablations/beta.py:sd15,25000").train.beta == 25000.0
