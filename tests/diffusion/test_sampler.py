@@ -13,6 +13,7 @@ from hgdpo_jax.diffusion import sampler as samplers
 from hgdpo_jax.diffusion.pipeline import Pipeline
 from hgdpo_jax.diffusion.sampler import Sampler
 from hgdpo_jax.diffusion.schedule import NoiseSchedule
+from hgdpo_jax.diffusion.stable_diffusion import STABLE_DIFFUSION
 from hgdpo_jax.run.errors import UserError
 from tests import tiny
 
@@ -23,7 +24,9 @@ class FakePipeline(Pipeline):
     """Latents are images."""
 
     def __init__(self) -> None:
-        object.__setattr__(self, "schedule", NoiseSchedule.from_config({"clip_sample": False}))
+        parts = {"schedule": NoiseSchedule.from_config({"clip_sample": False}), "family": STABLE_DIFFUSION, "index": {}}
+        for name, part in parts.items():
+            object.__setattr__(self, name, part)
 
     def latent_shape(self, resolution: tuple[int, int]) -> tuple[int, int, int]:
         return (*resolution, 3)
