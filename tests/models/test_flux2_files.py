@@ -52,10 +52,6 @@ def test_the_original_file_is_read_back_bit_for_bit(
     prefix: str, weights: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     named = {f"{prefix}{key}": x for key, x in original(weights).items()}
-    write_weights(tmp_path / "a.safetensors", named, np.float32)
-    file = Weights(tmp_path / "a.safetensors")
-    found = TranslatedWeights(file, prefix, flux2_original.transformer_part, weights, CONFIG)
-    assert found.keys() == weights.keys() and all(np.array_equal(found[key], x) for key, x in weights.items())
     saved = {key.replace("_norm.scale", "_norm.weight"): x for key, x in named.items()}  # as ComfyUI writes it
     for number, tensors in enumerate((named, saved)):
         write_weights(tmp_path / f"{number}.safetensors", tensors, np.float32)
